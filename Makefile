@@ -1,0 +1,35 @@
+# make test | bench | parity | lint: each makes .venv once and works on a fresh machine, GPU or not.
+# make gpu: installs nothing, uses the python3 on the path, which has to hold torch and triton.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+OUT    ?= benchmarks/results
+STAMP  := $(VENV)/.installed
+
+.PHONY: test bench parity lint gpu clean
+
+test: lint
+	$(BIN)/python -m pytest -n auto --dist worksteal
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks --quick
+
+parity: $(STAMP)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m parity --error-table
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+
+gpu:
+	PYTHONPATH=.:kernels python3 -m benchmarks.gpu --out "$(OUT)"
+
+$(STAMP): pyproject.toml setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist ./*.egg-info

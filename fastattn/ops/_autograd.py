@@ -1,0 +1,381 @@
+"""The opaque operators ``fastattn::attention_forward`` and ``attention_backward``, and their autograd rules.
+
+The operators are opaque to torch.compile and export. The two Functions above them decide what differentiation means:
+the first calls the second in its backward, and the second, like both forward-mode rules, falls back on the reference's
+formula (exact, but it makes the L x S intermediates). A raw kernel launch in a backward would lose second-order terms
+silently; an operator with ``register_autograd`` alone would give silent zero tangents.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn.ops._call import AttentionCall
+from fastattn.reference import attention as reference
+
+_DEVICES = ("cpu", "cuda", "xpu")
+_OPTIONS = "SymInt? diagonal, float scale, float dropout_p, str weights, str backend"
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? key_padding_mask, "
+    "Tensor? dropout_state"
+)
+
+torch.library.define("fastattn::attention_forward", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
+torch.library.define(
+    "fastattn::attention_backward",
+    "(Tensor d_output, Tensor? d_lse, Tensor? d_weights, Tensor output, Tensor lse, bool needs_d_bias, "
+    f"{_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def _implementation(backend: str) -> ModuleType:
+    if backend == "triton":
+        from fastattn.ops import _triton_launch
+
+        return _triton_launch
+    from fastattn.ops import _torch_blocks
+
+    return _torch_blocks
+
+
+class Options(NamedTuple):
+    """What a call says beside its tensors."""
+
+    diagonal: int | None
+    scale: float
+    dropout_p: float
+    weights: str
+    backend: str
+
+
+class Inputs(NamedTuple):
+    """A call's tensors. ``dropout_state`` is the backend's own: a seed for the kernels, the kept weights for torch."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+    mask: Tensor | None
+    key_padding_mask: Tensor | None
+    dropout_state: Tensor | None
+
+
+def empty_in_order_of(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """An empty dense tensor whose dimensions lie in memory in the order of ``like``'s.
+
+    So that the output of attention over a ``[B, L, H, D]`` view merges its heads without a copy, and the one over a
+    ``[B, C, H * W]`` feature map is such a map again.
+    """
+    order = sorted(range(like.dim()), key=lambda axis: -like.stride(axis))
+    return torch.empty_permuted(shape, order, dtype=dtype or like.dtype, device=like.device)
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Softmax statistics are float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def weights_shape(query: Tensor, key: Tensor, weights: str) -> tuple[int, ...]:
+    """The shape of the weights that an operator returns; empty where none are asked for."""
+    batch, heads, length = query.shape[:3]
+    shapes = {"none": (0,), "average": (batch, length, key.shape[2]), "heads": (batch, heads, length, key.shape[2])}
+    return shapes[weights]
+
+
+# ------------------------------------------------------------------------------------------------------ operators
+
+
+@torch.library.impl("fastattn::attention_forward", _DEVICES)
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, options = Inputs(*args[:7]), Options(*args[7:])
+    return _implementation(options.backend).forward(inputs, options)
+
+
+@torch.library.register_fake("fastattn::attention_forward")
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, options = Inputs(*args[:7]), Options(*args[7:])
+    query, key, value = inputs.query, inputs.key, inputs.value
+    output = empty_in_order_of(query, (*query.shape[:3], value.shape[3]))
+    lse = query.new_empty(query.shape[:3], dtype=statistics_dtype(query.dtype))
+    return output, lse, query.new_empty(weights_shape(query, key, options.weights))
+
+
+@torch.library.impl("fastattn::attention_backward", _DEVICES)
+def _backward(d_output: Tensor, d_lse: Tensor | None, d_weights: Tensor | None, output: Tensor, lse: Tensor,
+              needs_d_bias: bool, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    inputs, options = Inputs(*args[:7]), Options(*args[7:])
+    gradients = (d_output, d_lse, d_weights)
+    return _implementation(options.backend).backward(gradients, output, lse, needs_d_bias, inputs, options)
+
+
+@torch.library.register_fake("fastattn::attention_backward")
+def _backward_fake(d_output: Tensor, d_lse: Tensor | None, d_weights: Tensor | None, output: Tensor, lse: Tensor,
+                   needs_d_bias: bool, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    inputs = Inputs(*args[:7])
+    d_qkv = [empty_in_order_of(t, tuple(t.shape)) for t in inputs[:3]]
+    d_bias = inputs.bias.new_empty(inputs.bias.shape) if needs_d_bias else d_output.new_empty(0)
+    return d_qkv[0], d_qkv[1], d_qkv[2], d_bias
+
+
+# ---------------------------------------------------------------------------- the formula, for second and forward mode
+
+
+def _formula(inputs: Inputs, options: Options, *differentiable: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``attention_forward`` computes, as a differentiable expression of query, key, value and bias."""
+    query, key, value, bias = differentiable
+    assert query is not None and key is not None and value is not None
+    compute = torch.promote_types(query.dtype, torch.float32)
+    keep = None
+    if inputs.dropout_state is not None:
+        keep = _implementation(options.backend).dropout_keep(inputs, options)
+    result = reference(
+        query.to(compute),
+        key.to(compute),
+        value.to(compute),
+        bias=bias,
+        mask=inputs.mask,
+        key_padding_mask=inputs.key_padding_mask,
+        diagonal=options.diagonal,
+        scale=options.scale,
+        dropout_keep=keep,
+        dropout_p=options.dropout_p,
+    )
+    weights = {
+        "none": lambda: query.new_empty(0),
+        "average": lambda: result.weights.mean(dim=1).to(query.dtype),
+        "heads": lambda: result.weights.to(query.dtype),
+    }[options.weights]()
+    return result.output.to(query.dtype), result.lse, weights
+
+
+def _formula_backward(inputs: Inputs, options: Options, *arguments: Tensor | None) -> tuple[Tensor, ...]:
+    """What ``attention_backward`` computes, as a differentiable expression of the gradients and the inputs."""
+    gradients, differentiable = arguments[:3], arguments[3:]
+    present = [t is not None for t in differentiable]
+
+    def outputs(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        remaining = iter(tensors)
+        return _formula(inputs, options, *(next(remaining) if p else None for p in present))
+
+    values, pullback = torch.func.vjp(outputs, *(t for t in differentiable if t is not None))
+    return pullback(tuple(torch.zeros_like(v) if g is None else g.to(v.dtype) for g, v in zip(gradients, values)))
+
+
+def _with_tangents(function, inputs, options, primals, tangents):  # type: ignore[no-untyped-def]
+    """The forward-mode derivative of ``function``, where arguments and tangents may be None.
+
+    A vjp of the vjp, which is linear in its cotangent: forward mode itself cannot be nested inside a Function's jvp.
+    """
+    present = [t is not None for t in primals]
+
+    def of_tensors(*tensors: Tensor) -> tuple[Tensor, ...]:
+        remaining = iter(tensors)
+        return function(inputs, options, *(next(remaining) if p else None for p in present))
+
+    given = [(p, torch.zeros_like(p) if t is None else t) for p, t in zip(primals, tangents) if p is not None]
+    values, pullback = torch.func.vjp(of_tensors, *(p for p, _ in given))
+    _, pushforward = torch.func.vjp(pullback, tuple(torch.zeros_like(v) for v in values))
+    return pushforward(tuple(t for _, t in given))[0]
+
+
+# -------------------------------------------------------------------------------------------------------- functions
+
+
+class Attention(torch.autograd.Function):
+    """``(output, lse, weights)`` of one call; ``weights`` is empty where none are asked for."""
+
+    @staticmethod  # spelled out because torch.compile counts the parameters
+    def forward(query, key, value, bias, mask, key_padding_mask, dropout_state,  # type: ignore[no-untyped-def]
+                diagonal, scale, dropout_p, weights, backend):  # fmt: skip
+        return torch.ops.fastattn.attention_forward(
+            query, key, value, bias, mask, key_padding_mask, dropout_state,
+            diagonal, scale, dropout_p, weights, backend,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.options = Options(*inputs[7:])
+        ctx.save_for_backward(*inputs[:7], output[0], output[1])
+        if ctx.options.weights == "none":
+            ctx.mark_non_differentiable(output[2])
+
+    @staticmethod
+    def backward(ctx: Any, d_output: Tensor | None, d_lse: Tensor | None, d_weights: Tensor | None) -> Any:
+        *tensors, output, lse = ctx.saved_tensors
+        if d_output is None:
+            d_output = torch.zeros_like(output)
+        if ctx.options.weights == "none":
+            d_weights = None
+        needs_d_bias = tensors[3] is not None and ctx.needs_input_grad[3]
+        d_query, d_key, d_value, d_bias = _attention_backward()(
+            d_output, d_lse, d_weights, output, lse, needs_d_bias, *tensors, *ctx.options
+        )
+        return d_query, d_key, d_value, d_bias if needs_d_bias else None, *(None,) * 8
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        options = Options(*args[7:])
+        if args[6] is not None:  # each sample draws its own dropout, or all of them the same: no folding
+            return _looped(_attention(), info, in_dims, args, None if options.weights == "none" else 0)
+        folded = _fold(info.batch_size, in_dims[:7], args[:7])
+        output, lse, weights = _attention()(*folded, *options)
+        weights_dim = None if options.weights == "none" else 0
+        if weights_dim == 0:
+            weights = weights.unflatten(0, (info.batch_size, -1))
+        sizes = (info.batch_size, -1)
+        return (output.unflatten(0, sizes), lse.unflatten(0, sizes), weights), (0, 0, weights_dim)
+
+
+class AttentionBackward(torch.autograd.Function):
+    """The gradients of :class:`Attention`; its own gradients come from the formula."""
+
+    @staticmethod
+    def forward(d_output, d_lse, d_weights, output, lse, needs_d_bias,  # type: ignore[no-untyped-def]
+                query, key, value, bias, mask, key_padding_mask, dropout_state,
+                diagonal, scale, dropout_p, weights, backend):  # fmt: skip
+        return torch.ops.fastattn.attention_backward(
+            d_output, d_lse, d_weights, output, lse, needs_d_bias,
+            query, key, value, bias, mask, key_padding_mask, dropout_state,
+            diagonal, scale, dropout_p, weights, backend,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.needs_d_bias, ctx.options = inputs[5], Options(*inputs[13:])
+        ctx.save_for_backward(*inputs[:3], *inputs[6:13])
+        if not ctx.needs_d_bias:
+            ctx.mark_non_differentiable(output[3])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        gradients, inputs = ctx.saved_tensors[:3], Inputs(*ctx.saved_tensors[3:])
+        primals = (*gradients, *inputs[:4])
+        present = [t is not None for t in primals]
+        outputs = 4 if ctx.needs_d_bias else 3
+
+        def first_order(*tensors: Tensor) -> tuple[Tensor, ...]:
+            remaining = iter(tensors)
+            return _formula_backward(inputs, ctx.options, *(next(remaining) if p else None for p in present))[:outputs]
+
+        _, pullback = torch.func.vjp(first_order, *(t for t in primals if t is not None))
+        pulled = iter(pullback(grads[:outputs]))
+        by_primal = [next(pulled) if p else None for p in present]
+        # Output and LSE get none: the formula already differentiates them through query, key and value.
+        return *by_primal[:3], None, None, None, *by_primal[3:], *(None,) * 8
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        needs_d_bias = args[5]
+        bias_dim = 0 if needs_d_bias else None
+        if args[12] is not None:
+            return _looped(_attention_backward(), info, in_dims, args, bias_dim)
+        gradients = _fold(info.batch_size, in_dims[:5], args[:5])
+        inputs = _fold(info.batch_size, in_dims[6:13], args[6:13], expand_bias=needs_d_bias)
+        d_query, d_key, d_value, d_bias = _attention_backward()(*gradients, needs_d_bias, *inputs, *args[13:])
+        sizes = (info.batch_size, -1)
+        if needs_d_bias:
+            d_bias = d_bias.unflatten(0, sizes)
+            per_sample = args[9].dim() - (in_dims[9] is not None)
+            assert per_sample == 4
+            batch = args[9].movedim(in_dims[9], 0).shape[1] if in_dims[9] is not None else args[9].shape[0]
+            if batch == 1:
+                d_bias = d_bias.sum(dim=1, keepdim=True)
+        return tuple(t.unflatten(0, sizes) for t in (d_query, d_key, d_value)) + (d_bias,), (0, 0, 0, bias_dim)
+
+
+class AttentionWithForwardMode(Attention):
+    """:class:`Attention` for eager mode: torch.compile cannot trace a Function that has a ``jvp``."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        Attention.setup_context(ctx, inputs, output)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_forward(*inputs[:7])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+        inputs = Inputs(*ctx.saved_tensors[:7])
+        return _with_tangents(_formula, inputs, ctx.options, inputs[:4], tangents[:4])
+
+
+class AttentionBackwardWithForwardMode(AttentionBackward):
+    """:class:`AttentionBackward` for eager mode."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        AttentionBackward.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:3], *inputs[6:13])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        gradients, inputs = ctx.saved_tensors[:3], Inputs(*ctx.saved_tensors[3:])
+        primals, with_tangents = (*gradients, *inputs[:4]), (*tangents[:3], *tangents[6:10])
+        result = _with_tangents(_formula_backward, inputs, ctx.options, primals, with_tangents)
+        return result[:4] if ctx.needs_d_bias else (*result[:3], None)
+
+
+def _attention() -> Any:
+    return (Attention if torch.compiler.is_compiling() else AttentionWithForwardMode).apply
+
+
+def _attention_backward() -> Any:
+    return (AttentionBackward if torch.compiler.is_compiling() else AttentionBackwardWithForwardMode).apply
+
+
+def _fold(
+    samples: int, in_dims: tuple[Any, ...], tensors: tuple[Any, ...], *, expand_bias: bool = False
+) -> list[Tensor | None]:
+    """Fold vmap's dimension of every tensor into the batch. Bias and mask keep a batch of 1 while they may.
+
+    ``tensors`` starts with one whose batch is the call's (query, or the gradient of the output).
+    """
+    batch = tensors[0].movedim(in_dims[0], 0).shape[1] if in_dims[0] is not None else tensors[0].shape[0]
+    folded: list[Tensor | None] = []
+    for index, (tensor, dim) in enumerate(zip(tensors, in_dims)):
+        if tensor is None:
+            folded.append(None)
+            continue
+        if dim is None and tensor.shape[0] == 1 != batch * samples and not (expand_bias and index == 3):
+            folded.append(tensor if index in (3, 4) else _expanded(tensor[None], samples, batch))
+            continue
+        folded.append(_expanded(tensor[None] if dim is None else tensor.movedim(dim, 0), samples, batch))
+    return folded
+
+
+def _expanded(tensor: Tensor, samples: int, batch: int) -> Tensor:
+    return tensor.expand(samples, batch, *tensor.shape[2:]).flatten(0, 1)
+
+
+def _looped(function: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...], last_dim: int | None) -> Any:
+    """One call a sample, stacked. ``last_dim`` is None where the last output is an empty placeholder."""
+    results = [
+        function(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims))) for i in range(info.batch_size)
+    ]
+    *columns, last = zip(*results)
+    stacked = [torch.stack(column) for column in columns]
+    return (*stacked, torch.stack(last) if last_dim == 0 else last[0]), (*(0,) * len(stacked), last_dim)
+
+
+def apply(
+    call: AttentionCall, dropout_state: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``(output, weights or None, lse or None)`` of a call, through the operators."""
+    output, lse, weights = _attention()(
+        call.query,
+        call.key,
+        call.value,
+        call.bias,
+        call.mask,
+        call.key_padding_mask,
+        dropout_state,
+        call.diagonal,
+        call.scale,
+        call.dropout_p,
+        call.weights,
+        backend,
+    )
+    return output, None if call.weights == "none" else weights, lse if call.return_lse else None

@@ -1,0 +1,116 @@
+"""Which backend runs a call, and why the others do not."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import torch
+
+from fastattn.ops import _torch_backend, _triton_backend
+from fastattn.ops._call import AttentionCall
+
+Backend = Literal["auto", "triton", "torch"]
+ENVIRONMENT_VARIABLE = "FASTATTN_BACKEND"
+
+# In the order in which `auto` asks them. `torch` refuses nothing, so `auto` always ends with an answer.
+_BACKENDS = {"triton": _triton_backend, "torch": _torch_backend}
+_logger = logging.getLogger("fastattn")
+
+
+def _checked(backend: str, source: str) -> str:
+    if backend not in get_args(Backend):
+        raise ValueError(f"{source}={backend!r}: expected one of {', '.join(map(repr, get_args(Backend)))}")
+    return backend
+
+
+# A module global and not a ContextVar: torch.compile(fullgraph=True) can guard on the first, not on the second.
+_default_backend: str = _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+
+
+@contextlib.contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Make ``backend`` the default inside a ``with`` block (for the whole process: it is not thread-local).
+
+    Args:
+        backend: ``"auto"`` (the default: the first backend that can), ``"triton"`` or ``"torch"``. One asked for by
+            name refuses what it cannot run; it never falls back.
+
+    Raises:
+        ValueError: ``backend`` is none of these.
+    """
+    global _default_backend
+    previous, _default_backend = _default_backend, _checked(backend, "backend")
+    try:
+        yield
+    finally:
+        _default_backend = previous
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What :func:`fastattn.explain` found.
+
+    Attributes:
+        backend: the backend that would run, or None where the one asked for by name refuses.
+        path: what that backend would do, in a few words; empty where none would run.
+        refusals: for each backend that cannot run the call, its reasons.
+    """
+
+    backend: str | None
+    path: str
+    refusals: dict[str, tuple[str, ...]]
+
+    def __str__(self) -> str:
+        lines = [f"{self.backend}: {self.path}" if self.backend else "no backend would run"]
+        lines += [f"not {name}: {'; '.join(reasons)}" for name, reasons in self.refusals.items()]
+        return "\n".join(lines)
+
+
+def choose(call: AttentionCall, backend: str | None) -> str:
+    """The backend's name for ``call``; raise NotImplementedError where the one asked for by name refuses."""
+    wanted = _default_backend if backend is None else _checked(backend, "backend")
+    if wanted != "auto":
+        reasons = _BACKENDS[wanted].refusals(call)
+        if reasons:
+            raise NotImplementedError(f"the {wanted} backend refuses this call: {'; '.join(reasons)}")
+        return wanted
+    for name, candidate in _BACKENDS.items():
+        reasons = candidate.refusals(call)
+        if not reasons:
+            return name
+        if call.query.device.type != "cpu" and not torch.compiler.is_compiling():
+            _say_once(f"auto: {name} cannot run this call ({'; '.join(reasons)})")
+    raise AssertionError("the torch backend refuses nothing")
+
+
+_said: set[str] = set()
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        _logger.warning(message)
+
+
+def explain_call(call: AttentionCall, backend: str | None) -> Explanation:
+    """:func:`choose`, with its reasons instead of an exception."""
+    refusals = {name: tuple(candidate.refusals(call)) for name, candidate in _BACKENDS.items()}
+    refusals = {name: reasons for name, reasons in refusals.items() if reasons}
+    try:
+        chosen = choose(call, backend)
+    except NotImplementedError:
+        return Explanation(None, "", refusals)
+    return Explanation(chosen, _BACKENDS[chosen].describe(call), refusals)
+
+
+def run(call: AttentionCall, backend: str | None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """``(output, weights or None, lse or None)`` of ``call`` on the backend that :func:`choose` names."""
+    # A branch and not a table of modules: torch.compile follows it without guarding on module attributes.
+    if choose(call, backend) == "triton":
+        return _triton_backend.run(call)
+    return _torch_backend.run(call)

@@ -1,0 +1,174 @@
+"""The public functions: exact softmax attention, and torch's own spelling of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.ops import _dispatch
+from fastattn.ops._call import Alignment, make_call
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: Alignment = "top_left",
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    need_weights: bool = False,
+    average_attn_weights: bool = True,
+    return_lse: bool = False,
+    backend: _dispatch.Backend | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """Exact softmax attention in memory linear in the sequence length (arXiv:2205.14135, arXiv:2307.08691).
+
+    The words and their meanings are those of ``F.scaled_dot_product_attention`` (``attn_mask``: True = may attend) and,
+    for the arguments it does not have, of ``nn.MultiheadAttention`` (``key_padding_mask``: True = padding).
+    All masks combine: a key is seen where every one of them allows it.
+
+    Args:
+        query: ``[B, H, L, D]``, float16, bfloat16, float32 or float64; any strides, read as it lies.
+        key: ``[B, Hk, S, D]``. ``Hk`` divides ``H``: query head ``h`` reads key head ``h // (H // Hk)``.
+        value: ``[B, Hk, S, Dv]``.
+        attn_mask: boolean (True = may attend) or floating (added to the scaled scores; ``-inf`` forbids),
+            broadcastable to ``[B, H, L, S]``; never expanded.
+        key_padding_mask: boolean ``[B, S]``, True = padding.
+        is_causal: query ``i`` sees keys ``j <= i`` (``top_left``) or ``j <= i + S - L`` (``bottom_right``).
+        causal_alignment: ``"top_left"``, as in torch, or ``"bottom_right"``, as decoding needs.
+        scale: multiplies the scores before softmax; default ``1/sqrt(D)``.
+        dropout_p: probability of dropping a weight. Applied whenever it is not 0: pass 0 in evaluation.
+        need_weights: also return the weights, after dropout, differentiable.
+        average_attn_weights: the weights averaged over heads, in memory O(B L S), instead of one set a head.
+        return_lse: also return the log-sum-exp of the scores, natural log, differentiable; for merging partial results.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``; default what :func:`fastattn.use_backend` or the environment
+            variable ``FASTATTN_BACKEND`` says.
+
+    Returns:
+        The output ``[B, H, L, Dv]`` in ``query.dtype``, or a tuple of it, then the weights (``[B, L, S]`` averaged,
+        ``[B, H, L, S]`` not) if asked for, then the LSE (``[B, H, L]``, at least float32) if asked for. A row that may
+        see no key is zero, its LSE is ``-inf``, and its gradients are zero.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: shapes, devices or numbers do not fit; the message shows them.
+        NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
+    """
+    call = make_call(
+        query,
+        key,
+        value,
+        attn_mask=attn_mask,
+        key_padding_mask=key_padding_mask,
+        is_causal=is_causal,
+        causal_alignment=causal_alignment,
+        scale=scale,
+        dropout_p=dropout_p,
+        need_weights=need_weights,
+        average_attn_weights=average_attn_weights,
+        return_lse=return_lse,
+    )
+    output, weights, lse = _dispatch.run(call, backend)
+    if weights is None and lse is None:
+        return output
+    return tuple(t for t in (output, weights, lse) if t is not None)
+
+
+def explain(
+    query: Tensor, key: Tensor, value: Tensor, *, backend: _dispatch.Backend | None = None, **arguments: object
+) -> _dispatch.Explanation:
+    """Say which backend :func:`attention` would run for these arguments, and why the others would not.
+
+    Args:
+        query: as for :func:`attention`, and so are all the others.
+        key: as for :func:`attention`.
+        value: as for :func:`attention`.
+        backend: as for :func:`attention`.
+        **arguments: the other arguments of :func:`attention`.
+
+    Returns:
+        An :class:`Explanation`; ``print`` it.
+
+    Raises:
+        TypeError, ValueError: as :func:`attention` would.
+    """
+    return _dispatch.explain_call(make_call(query, key, value, **arguments), backend)  # type: ignore[arg-type]
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``torch.nn.functional.scaled_dot_product_attention``, argument for argument, on this package's backends.
+
+    Args:
+        query: ``[..., H, L, D]``: any number of leading dimensions, none included.
+        key: ``[..., Hk, S, D]``; leading dimensions broadcast, as in torch.
+        value: ``[..., Hk, S, Dv]``.
+        attn_mask: boolean (True = may attend) or of the query's dtype (added), broadcastable to the scores.
+        dropout_p: probability of dropping a weight; applied whenever it is not 0, as in torch.
+        is_causal: query ``i`` sees keys ``j <= i``. Not together with ``attn_mask``, as in torch.
+        scale: multiplies the scores before softmax; default ``1/sqrt(D)``.
+        enable_gqa: allow fewer key heads than query heads.
+
+    Returns:
+        ``[..., H, L, Dv]``. A row that may see no key is zero.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as :func:`attention`.
+        RuntimeError: ``is_causal`` together with ``attn_mask`` (torch's own error type).
+    """
+    if is_causal and attn_mask is not None:
+        raise RuntimeError("is_causal=True with an attn_mask: torch refuses both; fastattn.attention combines them")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dim() < 2:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected at least [length, head_dim]")
+    if query.dim() == key.dim() == value.dim() == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]:
+        lead = query.shape[:2]
+    else:
+        lead, query, key, value = _to_four_dimensions(query, key, value, enable_gqa)
+        if attn_mask is not None and attn_mask.dim() > 2:
+            mask_shape = (*lead, *attn_mask.shape[-2:])
+            attn_mask = attn_mask.expand(mask_shape).reshape(*query.shape[:2], *attn_mask.shape[-2:])
+    output = attention(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale)
+    assert isinstance(output, Tensor)
+    return output.reshape(*lead, *output.shape[-2:])
+
+
+def _to_four_dimensions(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[tuple[int, ...], Tensor, Tensor, Tensor]:
+    """The output's leading shape, then the three as ``[B, H, length, size]``, their leading dimensions broadcast."""
+    tensors = [t[(None,) * max(0, 3 - t.dim())] for t in (query, key, value)]
+    heads = [t.shape[-3] for t in tensors]
+    if enable_gqa:
+        batch = torch.broadcast_shapes(*(t.shape[:-3] for t in tensors))
+        leads = [(*batch, h) for h in heads]
+    else:
+        try:
+            leads = [torch.broadcast_shapes(*(t.shape[:-2] for t in tensors))] * 3
+        except RuntimeError as error:
+            shapes = ", ".join(str(tuple(t.shape)) for t in (query, key, value))
+            raise ValueError(
+                f"query, key, value have shapes {shapes}: expected leading dimensions that broadcast "
+                "(enable_gqa=True allows fewer key heads than query heads)"
+            ) from error
+        batch = leads[0][:-1]
+    flat = 1
+    for size in batch:
+        flat *= size
+    tensors = [t.expand(*lead, *t.shape[-2:]).reshape(flat, lead[-1], *t.shape[-2:]) for t, lead in zip(tensors, leads)]
+    lead = () if query.dim() == 2 else tuple(leads[0])
+    return lead, tensors[0], tensors[1], tensors[2]
