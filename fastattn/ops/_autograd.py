@@ -8,6 +8,7 @@ silently; an operator with ``register_autograd`` alone would give silent zero ta
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -40,6 +41,11 @@ def _implementation(backend: str) -> ModuleType:
     from fastattn.ops import _torch_blocks
 
     return _torch_blocks
+
+
+# The operators' LSE is in their backend's own base (the kernels think in powers of two, and each change of base would
+# cost the backward another rounding). This makes it natural.
+_LSE_UNIT = {"triton": math.log(2.0), "torch": 1.0}
 
 
 class Options(NamedTuple):
@@ -149,7 +155,7 @@ def _formula(inputs: Inputs, options: Options, *differentiable: Tensor | None) -
         "average": lambda: result.weights.mean(dim=1).to(query.dtype),
         "heads": lambda: result.weights.to(query.dtype),
     }[options.weights]()
-    return result.output.to(query.dtype), result.lse, weights
+    return result.output.to(query.dtype), result.lse / _LSE_UNIT[options.backend], weights
 
 
 def _formula_backward(inputs: Inputs, options: Options, *arguments: Tensor | None) -> tuple[Tensor, ...]:
@@ -378,4 +384,5 @@ def apply(
         call.weights,
         backend,
     )
-    return output, None if call.weights == "none" else weights, lse if call.return_lse else None
+    natural_lse = lse * _LSE_UNIT[backend] if call.return_lse else None
+    return output, None if call.weights == "none" else weights, natural_lse

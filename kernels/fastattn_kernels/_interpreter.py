@@ -1,0 +1,88 @@
+"""Repairs to Triton's interpreter (3.6 to 3.9), without which ``TRITON_INTERPRET=1`` gives wrong numbers in bfloat16.
+
+The interpreter keeps bfloat16 as 16-bit integers and computes on those: products and sums of bfloat16 tiles are
+garbage, and float32 is truncated to bfloat16 instead of rounded. 3.6.0 with NumPy 2.4 also fails on run-time loop
+bounds.
+Installed once, only while interpreting; compiled kernels never come here.
+"""
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+_NAN = np.uint16(0x7FC0)
+
+
+def _to_float32(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Round to nearest, ties to even, NaN kept."""
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    bits = values.view(np.uint32)
+    with np.errstate(over="ignore"):
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), _NAN, rounded)
+
+
+def _is_bfloat16(handle: Any) -> bool:
+    return handle.dtype.scalar == tl.bfloat16
+
+
+def _widened(handle: Any) -> Any:
+    return interpreter.TensorHandle(_to_float32(handle.data), tl.float32) if _is_bfloat16(handle) else handle
+
+
+def _compute_in_float32(operation: Any) -> Any:
+    """``operation(self, *handles, op)`` on float32 values, its float32 result rounded back to bfloat16."""
+
+    def repaired(self: Any, *arguments: Any) -> Any:
+        handles, op = arguments[:-1], arguments[-1]
+        if not any(_is_bfloat16(h) for h in handles):
+            return operation(self, *arguments)
+        result = operation(self, *(_widened(h) for h in handles), op)
+        if result.data.dtype != np.float32:
+            return result
+        return interpreter.TensorHandle(_to_bfloat16(result.data), tl.bfloat16)
+
+    return repaired
+
+
+def _repair_dot(dot: Any) -> Any:
+    def repaired(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, _widened(a), _widened(b), *rest)
+
+    return repaired
+
+
+def _repair_cast(cast: Any) -> Any:
+    def repaired(self: Any, source: Any, destination: Any) -> Any:
+        if source.dtype.scalar == tl.float32 and destination.scalar == tl.bfloat16:
+            return interpreter.TensorHandle(_to_bfloat16(source.data), tl.bfloat16)
+        return cast(self, source, destination)
+
+    return repaired
+
+
+def _repair_index(patch_tensor: Any) -> Any:
+    def repaired(tensor: Any, scope: Any, *rest: Any) -> None:
+        patch_tensor(tensor, scope, *rest)
+        scope.set_attr(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).item()))
+
+    return repaired
+
+
+def repair() -> None:
+    """Install the repairs; calling it again changes nothing."""
+    builder: Any = interpreter.InterpreterBuilder
+    if getattr(builder, "_fastattn_repaired", False):
+        return
+    for name in ("binary_op", "unary_op", "ternary_op"):
+        setattr(builder, name, _compute_in_float32(getattr(builder, name)))
+    builder.create_dot = _repair_dot(builder.create_dot)
+    builder.cast_impl = _repair_cast(builder.cast_impl)
+    interpreter._patch_lang_tensor = _repair_index(interpreter._patch_lang_tensor)  # type: ignore[attr-defined]
+    builder._fastattn_repaired = True

@@ -1,0 +1,74 @@
+"""Tiles in and out of memory, and the product that keeps masked-out NaN and inf where they are."""
+
+import triton
+import triton.language as tl
+
+from fastattn_kernels._masking import INFINITY
+
+
+@triton.jit
+def tile_pointers(base_ptr, row_start, stride_row, stride_col, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Pointers ``[ROWS, COLS]`` of the tile that starts at ``row_start``. All offsets are 64 bits wide: a long
+    sequence of wide rows, or a far-apart stride, passes 2^31 elements."""
+    row_offsets = tl.arange(0, ROWS).to(tl.int64) * stride_row
+    col_offsets = tl.arange(0, COLS).to(tl.int64) * stride_col
+    start_ptr = base_ptr + tl.to_tensor(row_start).to(tl.int64) * stride_row
+    return start_ptr + row_offsets[:, None] + col_offsets[None, :]
+
+
+@triton.jit
+def load_tile(
+    base_ptr, row_start, row_end, stride_row, stride_col,
+    ROWS: tl.constexpr, COLS: tl.constexpr, USED_COLS: tl.constexpr, BOUND: tl.constexpr,
+):  # fmt: skip
+    """A ``[ROWS, COLS]`` tile; zero in columns from USED_COLS on and, if BOUND, in rows from ``row_end`` on."""
+    ptrs = tile_pointers(base_ptr, row_start, stride_row, stride_col, ROWS, COLS)
+    rows = row_start + tl.arange(0, ROWS)
+    cols = tl.arange(0, COLS)
+    if BOUND:
+        if USED_COLS < COLS:
+            tile = tl.load(ptrs, mask=(rows < row_end)[:, None] & (cols < USED_COLS)[None, :], other=0.0)
+        else:
+            tile = tl.load(ptrs, mask=(rows < row_end)[:, None], other=0.0)
+    else:
+        if USED_COLS < COLS:
+            tile = tl.load(ptrs, mask=(cols < USED_COLS)[None, :], other=0.0)
+        else:
+            tile = tl.load(ptrs)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    base_ptr, row_start, row_end, stride_row, stride_col, tile,
+    ROWS: tl.constexpr, COLS: tl.constexpr, USED_COLS: tl.constexpr,
+):  # fmt: skip
+    """Store a ``[ROWS, COLS]`` tile up to ``row_end`` and USED_COLS, rounded to the destination's dtype."""
+    ptrs = tile_pointers(base_ptr, row_start, stride_row, stride_col, ROWS, COLS)
+    rows = row_start + tl.arange(0, ROWS)
+    cols = tl.arange(0, COLS)
+    inside = (rows < row_end)[:, None] & (cols < USED_COLS)[None, :]
+    tl.store(ptrs, tile.to(base_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def weighted_sum(weights, x, acc, CAREFUL: tl.constexpr, PRECISION: tl.constexpr):
+    """``acc + weights @ x``. CAREFUL: with ``0 * NaN = 0 * inf = 0``, so that what is masked out never leaks."""
+    if CAREFUL:
+        x32 = x.to(tl.float32)
+        finite = tl.abs(x32) < INFINITY
+        touched = (weights != 0).to(x.dtype)
+        up = tl.where((x32 == INFINITY) | (x32 != x32), 1.0, 0.0).to(x.dtype)
+        down = tl.where((x32 == -INFINITY) | (x32 != x32), 1.0, 0.0).to(x.dtype)
+        acc = tl.dot(weights, tl.where(finite, x32, 0.0).to(x.dtype), acc, input_precision=PRECISION)
+        acc += tl.where(tl.dot(touched, up, input_precision=PRECISION) > 0, INFINITY, 0.0)
+        acc -= tl.where(tl.dot(touched, down, input_precision=PRECISION) > 0, INFINITY, 0.0)
+    else:
+        acc = tl.dot(weights, x, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def any_not_finite(tile):
+    """Whether a 2-D tile holds NaN or inf, as a scalar."""
+    return tl.max(tl.max(tl.where(tl.abs(tile) < INFINITY, 0, 1), axis=1), axis=0) > 0

@@ -1,0 +1,60 @@
+"""Block sizes, warps and stages for every attention kernel, and the heuristics that choose them."""
+
+import dataclasses
+
+import torch
+from triton import next_power_of_2
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How one kernel is launched. ``block_m`` counts query rows, ``block_n`` keys."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    def launch_options(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardConfig:
+    """How the two passes of the backward are launched."""
+
+    dkdv: Config
+    dq: Config
+
+
+ForwardConfig = Config
+
+
+def head_block(head_dim: int) -> int:
+    """Columns of a tile that holds a head: ``tl.dot`` wants a power of two, at least 16."""
+    return max(16, next_power_of_2(head_dim))
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of a product: float32 honours ``torch.set_float32_matmul_precision``."""
+    if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
+        return "ieee"
+    return "tf32"
+
+
+def forward_config(device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int) -> ForwardConfig:
+    return Config(64, 32, 4, 1)
+
+
+def backward_config(device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int) -> BackwardConfig:
+    return BackwardConfig(Config(32, 64, 4, 1), Config(64, 32, 4, 1))
+
+
+def weights_config(device: torch.device, dtype: torch.dtype, head_dim: int) -> Config:
+    return Config(64, 64, 4, 1)
