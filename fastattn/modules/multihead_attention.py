@@ -1,0 +1,315 @@
+"""``nn.MultiheadAttention`` over this package's attention: one projection, strided views, one fused call."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.overrides import has_torch_function
+
+from fastattn.modules._mha_masks import Masks, Scores, check_dimensions, check_types, make_masks
+from fastattn.ops._call import AttentionCall
+from fastattn.ops._dispatch import Backend, run
+
+_NO_MASKS = Masks()
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """``torch.nn.MultiheadAttention`` with the same parameters, arguments and results, on fused kernels.
+
+    Parameters, their names, initialisation and order, and with them checkpoints in both directions, are torch's.
+
+    Args:
+        embed_dim: size ``E`` of the model.
+        num_heads: number ``H`` of heads; divides ``embed_dim``.
+        dropout: probability of dropping a weight in training.
+        bias: add biases in the input and output projections.
+        add_bias_kv: append a learned key and value to every sequence.
+        add_zero_attn: append a key and a value of zeros to every sequence.
+        kdim: number of features of the keys; default ``embed_dim``.
+        vdim: number of features of the values; default ``embed_dim``.
+        batch_first: sequences are ``[N, L, E]`` instead of ``[L, N, E]``.
+        device: where to make the parameters.
+        dtype: of which type to make them.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``, as for :func:`fastattn.attention`; default what
+            :func:`fastattn.use_backend` says at the call.
+
+    Raises:
+        ValueError: ``embed_dim`` or ``num_heads`` is not positive, or ``backend`` is unknown.
+        AssertionError: ``num_heads`` does not divide ``embed_dim`` (torch's own error type).
+
+    Where it differs from ``nn.MultiheadAttention``, on purpose:
+
+    * A query that may see no key gets zero attention, so that its output is ``out_proj.bias``, and finite gradients,
+      with weights or without, in training and evaluation. In torch it is NaN in most cases, and so are the gradients
+      of the whole batch.
+    * ``is_causal=True`` without ``attn_mask`` raises RuntimeError in evaluation too, as torch does in training. There
+      torch silently computes attention that is not causal. Errors are the same in both modes throughout.
+    * More shapes of ``attn_mask`` are accepted; see :meth:`forward`.
+    * Averaged weights take O(N L S) memory, not O(N H L S).
+    * With ``need_weights=False``, double backward and forward-mode AD work on the Triton backend.
+    * The output is contiguous, where torch's is a transposed view with ``batch_first=True`` in training.
+    * ``torch.jit.script`` cannot compile the kernels: it gets ``nn.MultiheadAttention`` with the same parameters, and a
+      warning says so. Script a copy: TorchScript puts what it compiles into the model it is given.
+
+    Inside ``nn.TransformerEncoderLayer`` torch's fused inference path never calls ``self_attn``;
+    :func:`fastattn.replace_attention` switches that path off, for a module put there by hand as well.
+    """
+
+    backend: Backend | None = None
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: Backend | None = None,
+    ) -> None:
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
+        if backend is not None:
+            if backend not in get_args(Backend):
+                raise ValueError(f"backend={backend!r}: expected one of {', '.join(map(repr, get_args(Backend)))}")
+            self.backend = backend
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from ``query`` to ``key`` and ``value``. In both masks True means "not allowed", floats are added.
+
+        Args:
+            query: ``[N, L, E]`` with ``batch_first``, else ``[L, N, E]``; or ``[L, E]`` without a batch.
+            key: ``[N, S, kdim]``, ``[S, N, kdim]`` or ``[S, kdim]``.
+            value: ``[N, S, vdim]``, ``[S, N, vdim]`` or ``[S, vdim]``.
+            key_padding_mask: ``[N, S]``, or ``[S]`` without a batch; boolean (True = padding) or floating.
+            need_weights: also return the weights. Without them no ``L x S`` tensor is made.
+            attn_mask: ``[L, S]`` or ``[N * H, L, S]`` (without a batch ``[H, L, S]``); beyond torch also ``[N, L, S]``,
+                ``[N, H, L, S]``, and 1 in place of any of these. Boolean (True = not allowed) or floating, of the
+                query's dtype or float32.
+            average_attn_weights: the weights averaged over heads instead of one set a head.
+            is_causal: a promise that ``attn_mask`` is the causal mask. Where neither weights nor ``key_padding_mask``
+                are given the mask is then not read, and keys ``j > i`` are hidden from query ``i``, those of
+                ``add_bias_kv`` and ``add_zero_attn`` included; elsewhere the promise is ignored. As in torch's
+                training mode; its evaluation mode sometimes reads the mask instead.
+
+        Returns:
+            The output in the query's layout, and the weights, after dropout, or None: ``[N, L, S']`` averaged,
+            ``[N, H, L, S']`` not, ``N`` left out without a batch; ``S'`` counts the appended keys too.
+
+        Raises:
+            AssertionError, RuntimeError: what ``nn.MultiheadAttention`` raises in training, with its message.
+            NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
+        """
+        batched = query.dim() == 3
+        in_weight, in_bias, out_proj = (
+            self.in_proj_weight,
+            self.in_proj_bias,
+            self.out_proj,
+        )  # nn.Module looks up slowly
+        out_weight, out_bias = out_proj.weight, out_proj.bias
+        tensors = (query, key, value, in_weight, in_bias, self.bias_k, self.bias_v, out_weight, out_bias)
+        if query.is_nested or key.is_nested or value.is_nested or _is_overridden(tensors):
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        if key_padding_mask is not None or attn_mask is not None:
+            check_types(key_padding_mask, attn_mask)
+        check_dimensions(query, key, value, key_padding_mask, attn_mask)
+        if is_causal:
+            if attn_mask is None:
+                raise RuntimeError(
+                    "Need attn_mask if specifying the is_causal hint. "
+                    "You may use the Transformer module method "
+                    "`generate_square_subsequent_mask` to create this mask."
+                )
+            is_causal = key_padding_mask is None and not need_weights
+            if is_causal:
+                attn_mask = None
+
+        q, k, v = self._heads(query, key, value, in_weight, in_bias, batched)
+        batch, heads, length, head_dim = q.shape
+        keys = k.shape[2]
+        if self.bias_k is not None or self.bias_v is not None or self.add_zero_attn:
+            k, v = self._append_keys(k, v)
+        masks = _NO_MASKS
+        if attn_mask is not None or key_padding_mask is not None:
+            scores = Scores(batch, heads, length, keys, k.shape[2] - keys, batched)
+            masks = make_masks(key_padding_mask, attn_mask, scores)
+            if masks.bias is not None and masks.bias.dtype not in (q.dtype, query.dtype, torch.float32):
+                raise RuntimeError(
+                    f"a floating mask is {masks.bias.dtype}: expected {query.dtype} (as the query) or torch.float32"
+                )
+
+        call = AttentionCall(
+            q,
+            k,
+            v,
+            *masks,
+            0 if is_causal else None,
+            1.0 / math.sqrt(head_dim),
+            self._dropout_p(need_weights) if self.training else 0.0,
+            ("average" if average_attn_weights else "heads") if need_weights else "none",
+        )
+        attended, weights, _ = run(call, self.backend)
+
+        if self.batch_first and batched:
+            merged = attended.transpose(1, 2).reshape(batch, length, -1)
+        elif batched:
+            merged = attended.permute(2, 0, 1, 3).reshape(length, batch, -1)
+        else:
+            merged = attended.transpose(1, 2).reshape(length, -1)
+            weights = None if weights is None else weights[0]
+        return F.linear(merged, out_weight, out_bias), weights
+
+    def _heads(
+        self, query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None, bias: Tensor | None, batched: bool
+    ) -> Sequence[Tensor]:
+        """The three projections as ``[N, H, length, D]`` views, by as few products as the inputs' identities allow."""
+        embed_dim, heads = query.shape[-1], self.num_heads
+        if embed_dim != self.embed_dim:
+            raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {embed_dim}")
+        if embed_dim % heads:
+            raise AssertionError(f"embed_dim {embed_dim} not divisible by num_heads {heads}")
+        sequence_first = batched and not self.batch_first
+        batch = (query.shape[1] if sequence_first else query.shape[0]) if batched else 1
+        layout = _Layout(sequence_first, batch, heads, embed_dim // heads)
+        if self._qkv_same_embed_dim:
+            assert weight is not None
+            if key is value and query is key:
+                return _split_heads(F.linear(query, weight, bias), 3, layout)
+            if key is value:
+                sizes = (embed_dim, 2 * embed_dim)
+                w_q, w_kv = weight.split(sizes)
+                b_q, b_kv = (None, None) if bias is None else bias.split(sizes)
+                q, kv = F.linear(query, w_q, b_q), F.linear(key, w_kv, b_kv)
+                return *_split_heads(q, 1, layout), *_split_heads(kv, 2, layout)
+            if key.shape != value.shape:
+                shapes = [_sequence_first_shape(t, layout) for t in (key, value)]
+                raise AssertionError(f"key shape {shapes[0]} does not match value shape {shapes[1]}")
+            weights = weight.chunk(3)
+        else:
+            weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+            _check_separate(key, value, embed_dim, weights, layout)
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        projections = [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases)]
+        return [_split_heads(p, 1, layout)[0] for p in projections]
+
+    def _append_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values with those of ``add_bias_kv`` and ``add_zero_attn`` behind them."""
+        if (self.bias_k is None) != (self.bias_v is None):
+            names = ("bias_v", "bias_k") if self.bias_k is None else ("bias_k", "bias_v")
+            raise AssertionError(f"{names[0]} is set but {names[1]} is None")
+        batch, heads, _, head_dim = k.shape
+        appended = []
+        for tensor, bias in ((k, self.bias_k), (v, self.bias_v)):
+            parts = [tensor]
+            if bias is not None:
+                # Autocast would let the concatenation promote to the parameter's dtype.
+                bias = bias.to(tensor.dtype) if torch.is_autocast_enabled(tensor.device.type) else bias
+                parts.append(bias.view(1, heads, 1, head_dim).expand(batch, -1, -1, -1))
+            if self.add_zero_attn:
+                parts.append(tensor.new_zeros(batch, heads, 1, head_dim))
+            appended.append(torch.cat(parts, dim=2))
+        return appended[0], appended[1]
+
+    def _dropout_p(self, need_weights: bool) -> float:
+        """The training probability, or torch's errors for what is none: they differ with ``need_weights``."""
+        p = self.dropout
+        if 0.0 <= p <= 1.0:
+            return p
+        if p < 0.0 and need_weights:
+            return 0.0  # torch ignores it there
+        error = ValueError if need_weights else RuntimeError
+        raise error(f"dropout probability has to be between 0 and 1, but got {p}")
+
+    def __prepare_scriptable__(self) -> nn.MultiheadAttention:
+        """What ``torch.jit.script`` compiles in this module's place."""
+        warnings.warn(
+            "torch.jit.script cannot compile fastattn.MultiheadAttention: torch.nn.MultiheadAttention, on the same "
+            "parameters, takes its place in the scripted model and in the model given",
+            stacklevel=2,
+        )
+        plain = nn.MultiheadAttention.__new__(nn.MultiheadAttention)
+        plain.__dict__.update({name: value for name, value in self.__dict__.items() if name != "backend"})
+        return plain
+
+
+class _Layout(NamedTuple):
+    """How inputs lie, and how their features divide into heads."""
+
+    sequence_first: bool  # [length, N, E] instead of [N, length, E] or [length, E]
+    batch: int
+    heads: int
+    head_dim: int
+
+
+def _split_heads(projected: Tensor, parts: int, layout: _Layout) -> Sequence[Tensor]:
+    """The ``parts`` projections that lie side by side, each as a ``[N, H, length, D]`` view."""
+    sequence_first, batch, heads, head_dim = layout
+    # The batch is the query's: with any other this view is a RuntimeError, as in torch.
+    if sequence_first:
+        sides, order = projected.view(projected.shape[0], batch, parts, heads, head_dim), (1, 2, 0, 3)
+    else:
+        sides, order = projected.view(batch, projected.shape[-2], parts, heads, head_dim), (0, 2, 1, 3)
+    if torch.is_grad_enabled():
+        # Taken apart first, because their gradients then stack straight into the order of the projection.
+        return [side.permute(order) for side in sides.unbind(2)]
+    return sides.permute((1, 3, 2, 0, 4) if sequence_first else (0, 3, 2, 1, 4)).unbind(2)
+
+
+def _check_separate(
+    key: Tensor, value: Tensor, embed_dim: int, weights: tuple[Tensor, Tensor, Tensor], layout: _Layout
+) -> None:
+    """Raise AssertionError unless keys and values fit one another and the three weights."""
+    if key.shape[:-1] != value.shape[:-1]:
+        shapes = [_sequence_first_shape(t, layout)[:2] for t in (key, value)]
+        raise AssertionError(f"key's sequence and batch dims {shapes[0]} do not match value's {shapes[1]}")
+    widths = embed_dim, key.shape[-1], value.shape[-1]
+    for name, weight, width in zip(("query", "key", "value"), weights, widths):
+        if weight.shape != (embed_dim, width):
+            raise AssertionError(f"expecting {name} weights shape of {(embed_dim, width)}, but got {weight.shape}")
+
+
+def _sequence_first_shape(tensor: Tensor, layout: _Layout) -> torch.Size:
+    """The shape as torch's messages show it: ``[length, N, features]``."""
+    if tensor.dim() == 2:
+        return tensor.unsqueeze(1).shape
+    return tensor.shape if layout.sequence_first else tensor.transpose(0, 1).shape
+
+
+def _is_overridden(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Does an input or a parameter take over functions? Then the whole call is torch's to hand over."""
+    # True under a function mode too (torch.device as a context is one), which sees every call made here anyway.
+    return has_torch_function(tensors) and any(map(_takes_over_functions, tensors))
+
+
+def _takes_over_functions(value: object) -> bool:
+    """Is ``value`` of a type with a ``__torch_function__`` of its own, neither disabled nor inherited from Tensor?"""
+    override = getattr(type(value), "__torch_function__", None)
+    if override is None or override is Parameter.__torch_function__:
+        return False
+    return getattr(override, "__func__", override) is not Tensor.__torch_function__.__func__
