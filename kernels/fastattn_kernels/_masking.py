@@ -13,23 +13,23 @@ INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def score_rules(
-    batch, head, seqlen_q, seqlen_k, diagonal,
-    mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
-    bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
-    padding_ptr, stride_padding_b, stride_padding_n,
-):  # fmt: skip
-    """What rules the scores of one batch entry and head: lengths, diagonal, and three (pointer, strides)."""
+def score_rules(batch, head, seqlen_q, seqlen_k, diagonal, mask, bias, padding):
+    """What rules the scores of a batch entry and head: lengths, diagonal, and three (pointer, strides of row and key).
+
+    ``mask`` and ``bias`` come as (pointer, strides of batch, head, row, key), ``padding`` as (pointer, batch, key).
+    """
+    mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n = mask
+    bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n = bias
+    padding_ptr, stride_padding_b, stride_padding_n = padding
     if mask_ptr is not None:
         mask_ptr += batch * stride_mask_b + head * stride_mask_h
     if bias_ptr is not None:
         bias_ptr += batch * stride_bias_b + head * stride_bias_h
     if padding_ptr is not None:
         padding_ptr += batch * stride_padding_b
-    mask = (mask_ptr, stride_mask_m, stride_mask_n)
-    bias = (bias_ptr, stride_bias_m, stride_bias_n)
-    padding = (padding_ptr, stride_padding_n)
-    return (seqlen_q, seqlen_k, diagonal, mask, bias, padding)
+    head_mask = (mask_ptr, stride_mask_m, stride_mask_n)
+    head_bias = (bias_ptr, stride_bias_m, stride_bias_n)
+    return (seqlen_q, seqlen_k, diagonal, head_mask, head_bias, (padding_ptr, stride_padding_n))
 
 
 @triton.jit
@@ -74,10 +74,9 @@ def masked_scores(qk, unit, rows, cols, rules, BOUND: tl.constexpr, CROSSING: tl
 
 
 @triton.jit
-def key_range(row_start, rules, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def key_range(row_start, seqlen_k, diagonal, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """``(full_end, end)``: by length and diagonal, keys before ``full_end`` are seen by every row of the tile that
     starts at ``row_start``, keys up to ``end`` by some, later ones by none. ``full_end`` is a multiple of BLOCK_N."""
-    seqlen_q, seqlen_k, diagonal, mask, bias, padding = rules
     end = seqlen_k
     full_end = seqlen_k
     if diagonal is not None:
@@ -87,11 +86,10 @@ def key_range(row_start, rules, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def row_range(col_start, rules, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def row_range(col_start, seqlen_q, diagonal, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """``(begin, full_begin)``, multiples of BLOCK_M: by the diagonal, no row before ``begin`` sees any key of the tile
     that starts at ``col_start``, and every row from ``full_begin`` on sees all of them. Both at most ``seqlen_q``,
     rounded up."""
-    seqlen_q, seqlen_k, diagonal, mask, bias, padding = rules
     begin = 0
     full_begin = 0
     if diagonal is not None:
@@ -123,3 +121,9 @@ def load_dropout(seed_ptr, dropout_p):
 def dropout_scale(dropout_p):
     """What kept weights are multiplied by; 0 where all are dropped."""
     return tl.where(dropout_p < 1.0, 1.0 / tl.maximum(1.0 - dropout_p, 1e-30), 0.0)
+
+
+@triton.jit
+def dropout_factor(rows, cols, batch_head, dropout):
+    """What dropout multiplies each weight by: 0 or :func:`dropout_scale`."""
+    return tl.where(dropout_keep(rows, cols, batch_head, dropout), dropout_scale(dropout[2]), 0.0)

@@ -12,8 +12,7 @@ from fastattn_kernels._device import device_guard
 from fastattn_kernels._masking import (
     INFINITY,
     LOG2_E,
-    dropout_keep,
-    dropout_scale,
+    dropout_factor,
     key_range,
     load_dropout,
     masked_scores,
@@ -24,6 +23,7 @@ from fastattn_kernels._tiles import any_not_finite, load_tile, store_tile, weigh
 from fastattn_kernels.attention_config import (
     BackwardConfig,
     backward_config,
+    careful_config,
     dot_precision,
     head_block,
 )
@@ -76,103 +76,75 @@ def load_weights_gradient(d_weights, rows, cols, rules):
 
 
 @triton.jit
-def _score_gradient(
-    qk, dp, lse, delta, unit, rows, cols, batch_head, rules, dropout, d_weights,
-    BOUND: tl.constexpr, CROSSING: tl.constexpr,
-):  # fmt: skip
-    """``(P after dropout, dS)`` of a tile in either orientation; ``lse`` and ``delta`` broadcast against it."""
+def _probabilities(qk, lse, unit, rows, cols, rules, BOUND: tl.constexpr, CROSSING: tl.constexpr):
+    """P of a tile in either orientation; ``lse`` broadcasts against it."""
     scores = masked_scores(qk, unit, rows, cols, rules, BOUND, CROSSING)
     p = tl.exp2(scores - lse)
+    if BOUND or CROSSING or rules[3][0] is not None or rules[4][0] is not None or rules[5][0] is not None:
+        p = tl.where(scores == -INFINITY, 0.0, p)  # the LSE of a row may be NaN or inf
+    return p
+
+
+@triton.jit
+def _score_gradient(p, factor, dp, delta, rows, cols, rules, d_weights, BOUND: tl.constexpr, CROSSING: tl.constexpr):
+    """dS of a tile, from P, the factor that dropout puts on it (or None), dO V^T and delta."""
     if d_weights is not None:
         dp += load_weights_gradient(d_weights, rows, cols, rules)
-    dropped = p
-    if dropout is not None:
-        keep = tl.where(dropout_keep(rows, cols, batch_head, dropout), dropout_scale(dropout[2]), 0.0)
-        dropped = p * keep
-        dp = tl.where(keep == 0.0, 0.0, dp * keep)
+    if factor is not None:
+        dp = tl.where(factor == 0.0, 0.0, dp * factor)
     ds = p * (dp - delta)
     if BOUND or CROSSING or rules[3][0] is not None or rules[4][0] is not None or rules[5][0] is not None:
-        # dP of what is masked out may be NaN or inf, and 0 * NaN is NaN
-        ds = tl.where(scores == -INFINITY, 0.0, ds)
-    return dropped, ds
+        ds = tl.where(p == 0.0, 0.0, ds)  # what dP is of a masked-out value may be NaN or inf, and 0 * NaN is NaN
+    return ds
 
 
 @triton.jit
 def _grad_of_keys(
-    dk, dv, k, v, unit, queries, gradients, statistics, begin, end, cols, batch_head, rules, dropout, d_weights,
+    dk, dv, k, v, unit, queries, gradients, statistics, begin, end, cols, batch, kv_head, heads, group,
+    seqlen_q, seqlen_k, diagonal, mask, bias, padding, dropout, weights_gradient,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     CROSSING: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to dK and dV what the query rows ``begin .. end`` of one head give. Tiles are transposed, ``[N, M]``, so that
-    P and dS come out of the registers as left operands."""
-    q_ptr, stride_qm, stride_qd = queries
-    do_ptr, stride_gm, stride_gd = gradients
+    """Add to dK and dV what the query rows ``begin .. end`` of all heads of the group give, head after head.
+
+    One loop over heads and rows: nothing is summed between programs, and two nested loops would spill (96 bytes more on
+    sm_90 at head size 128). Tiles are transposed, ``[N, M]``, so that P and dS are left operands in registers.
+    """
+    q_ptr, stride_qh, stride_qm, stride_qd = queries
+    do_ptr, stride_gh, stride_gm, stride_gd = gradients
     lse_ptr, delta_ptr = statistics
-    seqlen_q = rules[0]
     # without masks, keys past the end only reach rows of dK and dV that are not stored
-    BOUND: tl.constexpr = rules[3][0] is not None or rules[4][0] is not None or rules[5][0] is not None
-    for start in tl.range(begin, end, BLOCK_M):
+    BOUND: tl.constexpr = mask[0] is not None or bias[0] is not None or padding[0] is not None
+    steps = tl.cdiv(end - begin, BLOCK_M)
+    for step in tl.range(0, group * steps):
+        member = step // steps
+        start = begin + (step - member * steps) * BLOCK_M
+        head = kv_head * group + member
+        rules = score_rules(batch, head, seqlen_q, seqlen_k, diagonal, mask, bias, padding)
         row = start + tl.arange(0, BLOCK_M)
         rows = row[None, :]
-        q = load_tile(q_ptr, start, seqlen_q, stride_qm, stride_qd, BLOCK_M, BLOCK_D, HEAD_DIM, True)
-        do = load_tile(do_ptr, start, seqlen_q, stride_gm, stride_gd, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
-        lse = load_statistics(lse_ptr, row, seqlen_q)
-        delta = tl.load(delta_ptr + row, mask=row < seqlen_q, other=0.0)
+        head_q, head_do = q_ptr + head * stride_qh, do_ptr + head * stride_gh
+        q = load_tile(head_q, start, seqlen_q, stride_qm, stride_qd, BLOCK_M, BLOCK_D, HEAD_DIM, True)
+        do = load_tile(head_do, start, seqlen_q, stride_gm, stride_gd, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
+        batch_head = batch * heads + head
+        lse = load_statistics(lse_ptr + batch_head * seqlen_q, row, seqlen_q)
+        delta = tl.load(delta_ptr + batch_head * seqlen_q + row, mask=row < seqlen_q, other=0.0)
         qk = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        p = _probabilities(qk, lse[None, :], unit, rows, cols, rules, BOUND, CROSSING)
+        factor = None
+        dropped = p
+        if dropout is not None:
+            factor = dropout_factor(rows, cols, batch_head.to(tl.int32), dropout)
+            dropped = p * factor
+        dv = weighted_sum(dropped.to(do.dtype), do, dv, CAREFUL, PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        p, ds = _score_gradient(
-            qk, dp, lse[None, :], delta[None, :], unit, rows, cols, batch_head, rules, dropout, d_weights,
-            BOUND, CROSSING,
-        )  # fmt: skip
-        dv = weighted_sum(p.to(do.dtype), do, dv, CAREFUL, PRECISION)
-        dk = weighted_sum(ds.to(q.dtype), q, dk, CAREFUL, PRECISION)
-    return dk, dv
-
-
-@triton.jit
-def _grad_of_keys_all_heads(
-    k, v, unit, queries, gradients, statistics, mask_arguments, col_start, cols, batch, kv_head, heads, group,
-    seqlen_q, seqlen_k, diagonal, dropout, weights_gradient,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dK and dV of one tile: the query heads of the group in turn, so that nothing is summed between programs."""
-    q_ptr, stride_qb, stride_qh, stride_qm, stride_qd = queries
-    do_ptr, stride_gb, stride_gh, stride_gm, stride_gd = gradients
-    lse_ptr, delta_ptr = statistics
-    mask, bias, padding = mask_arguments
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for member in tl.range(0, group):
-        head = kv_head * group + member
-        batch_head = (batch * heads + head).to(tl.int32)
-        rules = score_rules(
-            batch, head, seqlen_q, seqlen_k, diagonal,
-            mask[0], mask[1], mask[2], mask[3], mask[4],
-            bias[0], bias[1], bias[2], bias[3], bias[4],
-            padding[0], padding[1], padding[2],
-        )  # fmt: skip
         d_weights = None
         if weights_gradient is not None:
-            dw_ptr, stride_wb, stride_wh, stride_wm, stride_wn, share = weights_gradient
-            d_weights = (dw_ptr + batch * stride_wb + head * stride_wh, stride_wm, stride_wn, share)
-        rows_of = batch_head.to(tl.int64) * seqlen_q
-        head_queries = (q_ptr + batch * stride_qb + head * stride_qh, stride_qm, stride_qd)
-        head_gradients = (do_ptr + batch * stride_gb + head * stride_gh, stride_gm, stride_gd)
-        head_statistics = (lse_ptr + rows_of, delta_ptr + rows_of)
-        begin, full_begin = row_range(col_start, rules, BLOCK_M, BLOCK_N)
-        if diagonal is not None:
-            dk, dv = _grad_of_keys(
-                dk, dv, k, v, unit, head_queries, head_gradients, head_statistics, begin, full_begin, cols,
-                batch_head, rules, dropout, d_weights,
-                BLOCK_M, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, True, CAREFUL, PRECISION,
-            )  # fmt: skip
-        dk, dv = _grad_of_keys(
-            dk, dv, k, v, unit, head_queries, head_gradients, head_statistics, full_begin, seqlen_q, cols,
-            batch_head, rules, dropout, d_weights,
-            BLOCK_M, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, False, CAREFUL, PRECISION,
-        )  # fmt: skip
+            dw_ptr, stride_wh, stride_wm, stride_wn, share = weights_gradient
+            d_weights = (dw_ptr + head * stride_wh, stride_wm, stride_wn, share)
+        ds = _score_gradient(p, factor, dp, delta[None, :], rows, cols, rules, d_weights, BOUND, CROSSING)
+        dk = weighted_sum(ds.to(q.dtype), q, dk, CAREFUL, PRECISION)
     return dk, dv
 
 
@@ -191,9 +163,9 @@ def _attention_bwd_dkdv_kernel(
     padding_ptr, stride_padding_b, stride_padding_n,
     heads, group, seqlen_q, seqlen_k, diagonal, scale, dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one BLOCK_N tile of keys, from all query rows that see it."""
+    """dK and dV of one BLOCK_N tile of keys, from all query rows that see it. CAREFUL: only if they are not finite."""
     tiles = tl.cdiv(seqlen_k, BLOCK_N)
     kv_heads = heads // group
     batch_head = tl.program_id(0) // tiles
@@ -204,37 +176,41 @@ def _attention_bwd_dkdv_kernel(
     dropout = None
     if seed_ptr is not None:
         dropout = load_dropout(seed_ptr, dropout_p)
-    weights_gradient = None
-    if dw_ptr is not None:
-        weights_gradient = (dw_ptr, stride_wb, stride_wh, stride_wm, stride_wn, share)
-    queries = (q_ptr, stride_qb, stride_qh, stride_qm, stride_qd)
-    gradients = (do_ptr, stride_gb, stride_gh, stride_gm, stride_gd)
-    mask_arguments = (
-        (mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n),
-        (bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n),
-        (padding_ptr, stride_padding_b, stride_padding_n),
-    )
+    dk_ptr += batch * stride_dkb + kv_head * stride_dkh
+    dv_ptr += batch * stride_dvb + kv_head * stride_dvh
+    if CAREFUL:
+        stored_dk = load_tile(dk_ptr, col_start, seqlen_k, stride_dkn, stride_dkd, BLOCK_N, BLOCK_D, HEAD_DIM, True)
+        stored_dv = load_tile(dv_ptr, col_start, seqlen_k, stride_dvn, stride_dvd, BLOCK_N, BLOCK_DV, VALUE_DIM, True)
+        if not (any_not_finite(stored_dk) | any_not_finite(stored_dv)):
+            return
     k_ptr += batch * stride_kb + kv_head * stride_kh
     v_ptr += batch * stride_vb + kv_head * stride_vh
     k = load_tile(k_ptr, col_start, seqlen_k, stride_kn, stride_kd, BLOCK_N, BLOCK_D, HEAD_DIM, True)
     v = load_tile(v_ptr, col_start, seqlen_k, stride_vn, stride_vd, BLOCK_N, BLOCK_DV, VALUE_DIM, True)
     unit = scale * LOG2_E
 
-    dk, dv = _grad_of_keys_all_heads(
-        k, v, unit, queries, gradients, (lse_ptr, delta_ptr), mask_arguments, col_start, cols, batch, kv_head,
-        heads, group, seqlen_q, seqlen_k, diagonal, dropout, weights_gradient,
-        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, False, PRECISION,
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    queries = (q_ptr + batch * stride_qb, stride_qh, stride_qm, stride_qd)
+    gradients = (do_ptr + batch * stride_gb, stride_gh, stride_gm, stride_gd)
+    weights_gradient = None
+    if dw_ptr is not None:
+        weights_gradient = (dw_ptr + batch * stride_wb, stride_wh, stride_wm, stride_wn, share)
+    mask = (mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n)
+    bias = (bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n)
+    padding = (padding_ptr, stride_padding_b, stride_padding_n)
+    begin, full_begin = row_range(col_start, seqlen_q, diagonal, BLOCK_M, BLOCK_N)
+    if diagonal is not None:
+        dk, dv = _grad_of_keys(
+            dk, dv, k, v, unit, queries, gradients, (lse_ptr, delta_ptr), begin, full_begin, cols,
+            batch, kv_head, heads, group, seqlen_q, seqlen_k, diagonal, mask, bias, padding, dropout, weights_gradient,
+            BLOCK_M, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, True, CAREFUL, PRECISION,
+        )  # fmt: skip
+    dk, dv = _grad_of_keys(
+        dk, dv, k, v, unit, queries, gradients, (lse_ptr, delta_ptr), full_begin, seqlen_q, cols,
+        batch, kv_head, heads, group, seqlen_q, seqlen_k, diagonal, mask, bias, padding, dropout, weights_gradient,
+        BLOCK_M, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, False, CAREFUL, PRECISION,
     )  # fmt: skip
-    if diagonal is not None or mask_ptr is not None or bias_ptr is not None or padding_ptr is not None:
-        # as in the forward: NaN or inf of a query that may not see these keys must not reach them
-        if any_not_finite(dk) | any_not_finite(dv):
-            dk, dv = _grad_of_keys_all_heads(
-                k, v, unit, queries, gradients, (lse_ptr, delta_ptr), mask_arguments, col_start, cols, batch, kv_head,
-                heads, group, seqlen_q, seqlen_k, diagonal, dropout, weights_gradient,
-                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, True, PRECISION,
-            )  # fmt: skip
-    dk_ptr += batch * stride_dkb + kv_head * stride_dkh
-    dv_ptr += batch * stride_dvb + kv_head * stride_dvh
     store_tile(dk_ptr, col_start, seqlen_k, stride_dkn, stride_dkd, dk * scale, BLOCK_N, BLOCK_D, HEAD_DIM)
     store_tile(dv_ptr, col_start, seqlen_k, stride_dvn, stride_dvd, dv, BLOCK_N, BLOCK_DV, VALUE_DIM)
 
@@ -255,32 +231,14 @@ def _grad_of_queries(
         k = load_tile(k_ptr, start, seqlen_k, stride_kn, stride_kd, BLOCK_N, BLOCK_D, HEAD_DIM, PARTIAL)
         v = load_tile(v_ptr, start, seqlen_k, stride_vn, stride_vd, BLOCK_N, BLOCK_DV, VALUE_DIM, PARTIAL)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        p = _probabilities(qk, lse[:, None], unit, rows, cols, rules, PARTIAL, PARTIAL)
+        factor = None
+        if dropout is not None:
+            factor = dropout_factor(rows, cols, batch_head, dropout)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        _, ds = _score_gradient(
-            qk, dp, lse[:, None], delta[:, None], unit, rows, cols, batch_head, rules, dropout, d_weights,
-            PARTIAL, PARTIAL,
-        )  # fmt: skip
+        ds = _score_gradient(p, factor, dp, delta[:, None], rows, cols, rules, d_weights, PARTIAL, PARTIAL)
         dq = weighted_sum(ds.to(k.dtype), k, dq, CAREFUL, PRECISION)
     return dq
-
-
-@triton.jit
-def _grad_of_queries_all_keys(
-    q, do, lse, delta, unit, keys, values, row_start, rows, batch_head, rules, dropout, d_weights,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dQ of one tile of rows: first the keys that every row sees, then those that some do."""
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    full_end, end = key_range(row_start, rules, BLOCK_M, BLOCK_N)
-    dq = _grad_of_queries(
-        dq, q, do, lse, delta, unit, keys, values, 0, full_end, rows, batch_head, rules, dropout, d_weights,
-        BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, False, CAREFUL, PRECISION,
-    )  # fmt: skip
-    return _grad_of_queries(
-        dq, q, do, lse, delta, unit, keys, values, full_end, end, rows, batch_head, rules, dropout, d_weights,
-        BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, True, CAREFUL, PRECISION,
-    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "diagonal", "heads", "group"])
@@ -297,19 +255,24 @@ def _attention_bwd_dq_kernel(
     padding_ptr, stride_padding_b, stride_padding_n,
     heads, group, seqlen_q, seqlen_k, diagonal, scale, dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one BLOCK_M tile of rows, from all keys that it sees."""
+    """dQ of one BLOCK_M tile of rows, from all keys that it sees. CAREFUL: only if it is not finite."""
     tiles = tl.cdiv(seqlen_q, BLOCK_M)
     batch_head = tl.program_id(0) // tiles
     row_start = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M  # longest first, as in the forward
     batch = (batch_head // heads).to(tl.int64)
     head = (batch_head % heads).to(tl.int64)
+    dq_ptr += batch * stride_dqb + head * stride_dqh
+    if CAREFUL:
+        stored = load_tile(dq_ptr, row_start, seqlen_q, stride_dqm, stride_dqd, BLOCK_M, BLOCK_D, HEAD_DIM, True)
+        if not any_not_finite(stored):
+            return
     rules = score_rules(
         batch, head, seqlen_q, seqlen_k, diagonal,
-        mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
-        bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
-        padding_ptr, stride_padding_b, stride_padding_n,
+        (mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n),
+        (bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n),
+        (padding_ptr, stride_padding_b, stride_padding_n),
     )  # fmt: skip
     dropout = None
     if seed_ptr is not None:
@@ -329,17 +292,16 @@ def _attention_bwd_dq_kernel(
     delta = tl.load(delta_ptr + rows_of + row, mask=row < seqlen_q, other=0.0)
     unit = scale * LOG2_E
 
-    dq = _grad_of_queries_all_keys(
-        q, do, lse, delta, unit, keys, values, row_start, row[:, None], batch_head, rules, dropout, d_weights,
-        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, False, PRECISION,
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    full_end, end = key_range(row_start, seqlen_k, diagonal, BLOCK_M, BLOCK_N)
+    dq = _grad_of_queries(
+        dq, q, do, lse, delta, unit, keys, values, 0, full_end, row[:, None], batch_head, rules, dropout, d_weights,
+        BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, False, CAREFUL, PRECISION,
     )  # fmt: skip
-    if diagonal is not None or mask_ptr is not None or bias_ptr is not None or padding_ptr is not None:
-        if any_not_finite(dq):  # as in the forward
-            dq = _grad_of_queries_all_keys(
-                q, do, lse, delta, unit, keys, values, row_start, row[:, None], batch_head, rules, dropout, d_weights,
-                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, True, PRECISION,
-            )  # fmt: skip
-    dq_ptr += batch * stride_dqb + head * stride_dqh
+    dq = _grad_of_queries(
+        dq, q, do, lse, delta, unit, keys, values, full_end, end, row[:, None], batch_head, rules, dropout, d_weights,
+        BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, True, CAREFUL, PRECISION,
+    )  # fmt: skip
     store_tile(dq_ptr, row_start, seqlen_q, stride_dqm, stride_dqd, dq * scale, BLOCK_M, BLOCK_D, HEAD_DIM)
 
 
@@ -374,7 +336,6 @@ def launch_attention_bwd(
     query, key, value = problem.query, problem.key, problem.value
     batch, heads, seqlen_q, head_dim = query.shape
     kv_heads, seqlen_k, value_dim = key.shape[1], key.shape[2], value.shape[3]
-    config = config or backward_config(query.device, query.dtype, head_dim, value_dim)
     weights_arguments = (None, 0, 0, 0, 0, 1.0) if d_weights is None else d_weights.arguments()
     numbers = (heads, heads // max(kv_heads, 1), seqlen_q, seqlen_k, problem.diagonal, problem.scale, problem.dropout_p)
     sizes = {
@@ -384,16 +345,23 @@ def launch_attention_bwd(
         "BLOCK_DV": head_block(value_dim),
         "PRECISION": dot_precision(query.dtype),
     }
-    with device_guard(query):
-        if dk.numel() or dv.numel():
-            _attention_bwd_dkdv_kernel[(triton.cdiv(seqlen_k, config.dkdv.block_n) * batch * kv_heads,)](
-                query, key, value, d_out, lse, delta, dk, dv, problem.seed,
-                *query.stride(), *key.stride(), *value.stride(), *d_out.stride(), *dk.stride(), *dv.stride(),
-                *weights_arguments, *problem.rule_arguments(), *numbers, **sizes, **config.dkdv.launch_options(),
-            )  # fmt: skip
-        if dq.numel():
-            _attention_bwd_dq_kernel[(triton.cdiv(seqlen_q, config.dq.block_m) * batch * heads,)](
-                query, key, value, d_out, lse, delta, dq, problem.seed,
-                *query.stride(), *key.stride(), *value.stride(), *d_out.stride(), *dq.stride(),
-                *weights_arguments, *problem.rule_arguments(), *numbers, **sizes, **config.dq.launch_options(),
-            )  # fmt: skip
+    for careful in (False, True) if problem.masks_pairs() else (False,):
+        if careful:
+            tiles = BackwardConfig(careful_config(), careful_config())
+        else:
+            tiles = config or backward_config(query.device, query.dtype, head_dim, value_dim)
+        with device_guard(query):
+            if dk.numel() or dv.numel():
+                _attention_bwd_dkdv_kernel[(triton.cdiv(seqlen_k, tiles.dkdv.block_n) * batch * kv_heads,)](
+                    query, key, value, d_out, lse, delta, dk, dv, problem.seed,
+                    *query.stride(), *key.stride(), *value.stride(), *d_out.stride(), *dk.stride(), *dv.stride(),
+                    *weights_arguments, *problem.rule_arguments(), *numbers, **sizes,
+                    CAREFUL=careful, **tiles.dkdv.launch_options(),
+                )  # fmt: skip
+            if dq.numel():
+                _attention_bwd_dq_kernel[(triton.cdiv(seqlen_q, tiles.dq.block_m) * batch * heads,)](
+                    query, key, value, d_out, lse, delta, dq, problem.seed,
+                    *query.stride(), *key.stride(), *value.stride(), *d_out.stride(), *dq.stride(),
+                    *weights_arguments, *problem.rule_arguments(), *numbers, **sizes,
+                    CAREFUL=careful, **tiles.dq.launch_options(),
+                )  # fmt: skip

@@ -33,9 +33,6 @@ class BackwardConfig:
     dq: Config
 
 
-ForwardConfig = Config
-
-
 def head_block(head_dim: int) -> int:
     """Columns of a tile that holds a head: ``tl.dot`` wants a power of two, at least 16."""
     return max(16, next_power_of_2(head_dim))
@@ -48,7 +45,7 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32"
 
 
-def forward_config(device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int) -> ForwardConfig:
+def forward_config(device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int) -> Config:
     return Config(64, 32, 4, 1)
 
 
@@ -58,3 +55,8 @@ def backward_config(device: torch.device, dtype: torch.dtype, head_dim: int, val
 
 def weights_config(device: torch.device, dtype: torch.dtype, head_dim: int) -> Config:
     return Config(64, 64, 4, 1)
+
+
+def careful_config() -> Config:
+    """The tile of the careful pass, which runs only where NaN or inf came out: small enough to fit anywhere."""
+    return Config(32, 32, 4, 1)

@@ -16,7 +16,7 @@ from fastattn_kernels._masking import (
     score_rules,
 )
 from fastattn_kernels._tiles import any_not_finite, load_tile, store_tile, weighted_sum
-from fastattn_kernels.attention_config import ForwardConfig, dot_precision, forward_config, head_block
+from fastattn_kernels.attention_config import Config, careful_config, dot_precision, forward_config, head_block
 from fastattn_kernels.attention_problem import Problem
 
 # The smallest normal float32: scores times this are 0, as a scale of 0 wants, yet -inf times it stays -inf.
@@ -61,28 +61,6 @@ def _attend_keys(
     return acc, row_max, row_sum
 
 
-@triton.jit
-def _attend(
-    q, unit, keys, values, row_start, rows, batch_head, rules, dropout,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """All keys of a tile of rows: first those that every row sees, then those that some do."""
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    row_max = tl.full([BLOCK_M], -INFINITY, tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    full_end, end = key_range(row_start, rules, BLOCK_M, BLOCK_N)
-    acc, row_max, row_sum = _attend_keys(
-        acc, row_max, row_sum, q, unit, keys, values, 0, full_end, rows, batch_head, rules, dropout,
-        BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, False, CAREFUL, PRECISION,
-    )  # fmt: skip
-    acc, row_max, row_sum = _attend_keys(
-        acc, row_max, row_sum, q, unit, keys, values, full_end, end, rows, batch_head, rules, dropout,
-        BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, True, CAREFUL, PRECISION,
-    )  # fmt: skip
-    return acc, row_max, row_sum
-
-
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "diagonal", "heads", "group"])
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, seed_ptr,
@@ -95,20 +73,25 @@ def _attention_fwd_kernel(
     padding_ptr, stride_padding_b, stride_padding_n,
     heads, group, seqlen_q, seqlen_k, diagonal, scale, dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """One BLOCK_M tile of queries of one head against all visible keys."""
+    """One BLOCK_M tile of queries of one head against all visible keys. CAREFUL: only if its output is not finite."""
     tiles = tl.cdiv(seqlen_q, BLOCK_M)
     batch_head = tl.program_id(0) // tiles
     # the last rows see the most keys under a diagonal: longest tiles first leave no long one for the end
     row_start = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
     batch = (batch_head // heads).to(tl.int64)
     head = (batch_head % heads).to(tl.int64)
+    out_ptr += batch * stride_ob + head * stride_oh
+    if CAREFUL:
+        stored = load_tile(out_ptr, row_start, seqlen_q, stride_om, stride_od, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
+        if not any_not_finite(stored):
+            return
     rules = score_rules(
         batch, head, seqlen_q, seqlen_k, diagonal,
-        mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
-        bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
-        padding_ptr, stride_padding_b, stride_padding_n,
+        (mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n),
+        (bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n),
+        (padding_ptr, stride_padding_b, stride_padding_n),
     )  # fmt: skip
     dropout = None
     if seed_ptr is not None:
@@ -123,22 +106,22 @@ def _attention_fwd_kernel(
     q = tl.where(scale < 0, -q, q)
     unit = tl.maximum(tl.abs(scale) * LOG2_E, TINY)
 
-    acc, row_max, row_sum = _attend(
-        q, unit, keys, values, row_start, rows, batch_head, rules, dropout,
-        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, False, PRECISION,
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    row_max = tl.full([BLOCK_M], -INFINITY, tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    full_end, end = key_range(row_start, seqlen_k, diagonal, BLOCK_M, BLOCK_N)
+    acc, row_max, row_sum = _attend_keys(
+        acc, row_max, row_sum, q, unit, keys, values, 0, full_end, rows, batch_head, rules, dropout,
+        BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, False, CAREFUL, PRECISION,
     )  # fmt: skip
-    if diagonal is not None or mask_ptr is not None or bias_ptr is not None or padding_ptr is not None:
-        # NaN or inf in a masked-out value leaks as 0 * NaN. Rare: so it costs nothing until the result shows it.
-        if any_not_finite(acc):
-            acc, row_max, row_sum = _attend(
-                q, unit, keys, values, row_start, rows, batch_head, rules, dropout,
-                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, True, PRECISION,
-            )  # fmt: skip
+    acc, row_max, row_sum = _attend_keys(
+        acc, row_max, row_sum, q, unit, keys, values, full_end, end, rows, batch_head, rules, dropout,
+        BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, True, CAREFUL, PRECISION,
+    )  # fmt: skip
 
     norm = tl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)  # a row that may see nothing is zero
     if dropout is not None:
         norm = norm * dropout_scale(dropout_p)
-    out_ptr += batch * stride_ob + head * stride_oh
     store_tile(out_ptr, row_start, seqlen_q, stride_om, stride_od, acc * norm[:, None], BLOCK_M, BLOCK_DV, VALUE_DIM)
     row = row_start + tl.arange(0, BLOCK_M)
     pivot = tl.where(row_max == -INFINITY, 0.0, row_max)
@@ -147,20 +130,21 @@ def _attention_fwd_kernel(
     tl.store(lse_ptr + row, pivot + tl.log2(row_sum), mask=row < seqlen_q)
 
 
-def launch_attention_fwd(problem: Problem, out: Tensor, lse: Tensor, config: ForwardConfig | None = None) -> None:
+def launch_attention_fwd(problem: Problem, out: Tensor, lse: Tensor, config: Config | None = None) -> None:
     """Write the output ``[B, H, L, Dv]`` (any strides) and the LSE in base 2, ``[B, H, L]`` (contiguous, float32)."""
     if lse.numel() == 0:
         return
     query, key, value = problem.query, problem.key, problem.value
     batch, heads, seqlen_q, head_dim = query.shape
     value_dim = value.shape[3]
-    config = config or forward_config(query.device, query.dtype, head_dim, value_dim)
-    with device_guard(query):
-        _attention_fwd_kernel[(triton.cdiv(seqlen_q, config.block_m) * batch * heads,)](
-            query, key, value, out, lse, problem.seed,
-            *query.stride(), *key.stride(), *value.stride(), *out.stride(),
-            *problem.rule_arguments(), heads, heads // max(key.shape[1], 1),
-            seqlen_q, key.shape[2], problem.diagonal, problem.scale, problem.dropout_p,
-            HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=head_block(head_dim), BLOCK_DV=head_block(value_dim),
-            PRECISION=dot_precision(query.dtype), **config.launch_options(),
-        )  # fmt: skip
+    for careful in (False, True) if problem.masks_pairs() else (False,):
+        tile = careful_config() if careful else config or forward_config(query.device, query.dtype, head_dim, value_dim)
+        with device_guard(query):
+            _attention_fwd_kernel[(triton.cdiv(seqlen_q, tile.block_m) * batch * heads,)](
+                query, key, value, out, lse, problem.seed,
+                *query.stride(), *key.stride(), *value.stride(), *out.stride(),
+                *problem.rule_arguments(), heads, heads // max(key.shape[1], 1),
+                seqlen_q, key.shape[2], problem.diagonal, problem.scale, problem.dropout_p,
+                HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=head_block(head_dim), BLOCK_DV=head_block(value_dim),
+                PRECISION=dot_precision(query.dtype), CAREFUL=careful, **tile.launch_options(),
+            )  # fmt: skip

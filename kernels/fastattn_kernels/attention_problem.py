@@ -39,6 +39,16 @@ class Problem:
     seed: Tensor | None = None
     dropout_p: float = 0.0
 
+    def masks_pairs(self) -> bool:
+        """Whether some query may see a key that another one, or nobody, may not.
+
+        Then NaN or inf in what is masked out could leak as 0 * NaN, and a launch is followed by a careful one that does
+        again, with 0 * NaN = 0, the tiles that are not finite. It exits at once where all are: a few microseconds,
+        against a second, register-hungry loop in every kernel.
+        """
+        ruled = self.mask is not None or self.bias is not None or self.key_padding_mask is not None
+        return ruled or (self.diagonal is not None and self.query.shape[2] > 1)
+
     def rule_arguments(self) -> tuple[object, ...]:
         """The arguments ``mask_ptr .. stride_padding_n`` that every kernel takes in this order."""
         arguments: list[object] = []

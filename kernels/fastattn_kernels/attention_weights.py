@@ -12,8 +12,8 @@ from torch import Tensor
 from fastattn_kernels._device import device_guard
 from fastattn_kernels._masking import (
     LOG2_E,
+    dropout_factor,
     dropout_keep,
-    dropout_scale,
     key_range,
     load_dropout,
     masked_scores,
@@ -31,7 +31,7 @@ def _probabilities(q, k, lse, unit, rows, cols, batch_head, rules, dropout, PREC
     scores = masked_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), unit, rows, cols, rules, True, True)
     p = tl.exp2(scores - lse[:, None])
     if dropout is not None:
-        p = tl.where(dropout_keep(rows, cols, batch_head, dropout), p * dropout_scale(dropout[2]), 0.0)
+        p *= dropout_factor(rows, cols, batch_head, dropout)
     return p
 
 
@@ -74,9 +74,9 @@ def _attention_weights_kernel(
         batch_head = (batch * heads + head).to(tl.int32)
         rules = score_rules(
             batch, head64, seqlen_q, seqlen_k, diagonal,
-            mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
-            bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
-            padding_ptr, stride_padding_b, stride_padding_n,
+            (mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n),
+            (bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n),
+            (padding_ptr, stride_padding_b, stride_padding_n),
         )  # fmt: skip
         head_q = q_ptr + batch * stride_qb + head64 * stride_qh
         head_k = k_ptr + batch * stride_kb + head64 // group * stride_kh
@@ -112,9 +112,9 @@ def _attention_weights_delta_kernel(
     head = (batch_head % heads).to(tl.int64)
     rules = score_rules(
         batch, head, seqlen_q, seqlen_k, diagonal,
-        mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
-        bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
-        padding_ptr, stride_padding_b, stride_padding_n,
+        (mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n),
+        (bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n),
+        (padding_ptr, stride_padding_b, stride_padding_n),
     )  # fmt: skip
     dropout = None
     if seed_ptr is not None:
@@ -128,7 +128,7 @@ def _attention_weights_delta_kernel(
     q = load_tile(q_ptr, row_start, seqlen_q, stride_qm, stride_qd, BLOCK_M, BLOCK_D, HEAD_DIM, True)
     lse = load_statistics(lse_ptr + rows_of, row, seqlen_q)
     delta = tl.load(delta_ptr + rows_of + row, mask=row < seqlen_q, other=0.0)
-    _, end = key_range(row_start, rules, BLOCK_M, BLOCK_N)
+    _, end = key_range(row_start, seqlen_k, diagonal, BLOCK_M, BLOCK_N)
     for start in tl.range(0, end, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)[None, :]
         k = load_tile(k_ptr, start, seqlen_k, stride_kn, stride_kd, BLOCK_N, BLOCK_D, HEAD_DIM, True)

@@ -1,0 +1,177 @@
+"""Compile what the launchers launch, for a target that need not be at hand, and read back what it takes.
+
+A stand-in driver names the target, every launch only compiles, and the tensors stay on the CPU. Run in a process of its
+own, without TRITON_INTERPRET: ``python cross_compile.py cuda:90 '[{"dtype": "bfloat16", ...}]'`` prints JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.jit import JITFunction
+
+# What a block may use, which the compiler does not check.
+SHARED_MEMORY = {
+    "cuda:75": 65536,
+    "cuda:80": 166912,
+    "cuda:86": 101376,
+    "cuda:89": 101376,
+    "cuda:90": 232448,
+    "cuda:100": 232448,
+    "cuda:120": 101376,
+    "hip:gfx90a": 65536,
+    "hip:gfx942": 65536,
+    "hip:gfx1100": 65536,
+}
+_NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class StandInDriver(DriverBase):
+    """A driver that knows its target and nothing else."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError("nothing runs here")
+
+
+def parse_target(name: str) -> GPUTarget:
+    """``"cuda:90"`` or ``"hip:gfx942"``."""
+    backend, arch = name.split(":")
+    if backend == "hip":
+        return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+    return GPUTarget("cuda", int(arch), 32)
+
+
+class Compiled:
+    """Collects the kernels that launches compile instead of running them."""
+
+    def __init__(self, target: str) -> None:
+        self.kernels: list[Any] = []
+        triton.runtime.driver.set_active(StandInDriver(parse_target(target)))
+        launch = JITFunction.run
+
+        def compile_only(function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+            kernel = launch(function, *args, grid=grid, warmup=True, **kwargs)
+            self.kernels.append(kernel)
+            return kernel
+
+        JITFunction.run = compile_only  # type: ignore[method-assign]
+
+
+def resources(kernel: Any, target: str) -> dict[str, Any]:
+    """Name, registers, bytes spilled, shared memory, and the opcodes of matrix products of a compiled kernel."""
+    row: dict[str, Any] = {
+        "kernel": kernel.metadata.name,
+        "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "stages": kernel.metadata.num_stages,
+    }
+    if target.startswith("hip"):
+        assembly = kernel.asm["amdgcn"]
+        row["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])  # type: ignore[index]
+        row["spilled"] = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", assembly)[1])  # type: ignore[index]
+        row["products"] = len(re.findall(r"v_(?:mfma|wmma)_", assembly))
+        return row
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _cuobjdump("--dump-resource-usage", file.name)
+        code = _cuobjdump("--dump-sass", file.name)
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert match, usage
+    row["registers"], row["spilled"] = int(match[1]), int(match[2])
+    row["products"] = len(re.findall(r"\b(?:HGMMA|HMMA|QGMMA|FFMA2?)\b", code))
+    row["tensor_core_products"] = len(re.findall(r"\b(?:HGMMA|HMMA)\b", code))
+    row["local_memory"] = len(re.findall(r"\b(?:LDL|STL)\b", code))
+    return row
+
+
+def _cuobjdump(*arguments: str) -> str:
+    return subprocess.run([_NVIDIA_TOOLS / "cuobjdump", *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def launch_all(case: dict[str, Any], passes: tuple[str, ...]) -> None:
+    """Launch every attention kernel for ``case``: dtype, head_dim, value_dim, and which rules apply."""
+    from fastattn_kernels import attention_bwd, attention_fwd, attention_weights
+    from fastattn_kernels.attention_problem import Problem, WeightsGradient
+
+    dtype = getattr(torch, case["dtype"])
+    batch, heads, kv_heads, length, keys = 2, 4, 2, case.get("length", 128), case.get("keys", 256)
+    head_dim, value_dim = case["head_dim"], case.get("value_dim", case["head_dim"])
+    query = torch.empty(batch, heads, length, head_dim, dtype=dtype)
+    key = torch.empty(batch, kv_heads, keys, head_dim, dtype=dtype)
+    value = torch.empty(batch, kv_heads, keys, value_dim, dtype=dtype)
+    problem = Problem(
+        query,
+        key,
+        value,
+        scale=0.1,
+        bias=torch.empty(1, heads, length, keys, dtype=dtype) if case.get("bias") else None,
+        mask=torch.ones(batch, 1, length, keys, dtype=torch.bool) if case.get("mask") else None,
+        key_padding_mask=torch.zeros(batch, keys, dtype=torch.bool) if case.get("padding") else None,
+        diagonal=keys - length if case.get("causal") else None,
+        seed=torch.zeros(2, dtype=torch.int64) if case.get("dropout") else None,
+        dropout_p=0.1 if case.get("dropout") else 0.0,
+    )
+    output = torch.empty(batch, heads, length, value_dim, dtype=dtype)
+    lse = torch.empty(batch, heads, length)
+    d_weights = WeightsGradient(torch.empty(batch, length, keys, dtype=dtype), heads) if case.get("weights") else None
+    if "fwd" in passes:
+        attention_fwd.launch_attention_fwd(problem, output, lse)
+    if "bwd" in passes:
+        delta = attention_bwd.launch_attention_delta(output, output, None)
+        attention_bwd.launch_attention_bwd(
+            problem, output, lse, delta, d_weights, query.clone(), key.clone(), value.clone()
+        )
+    if "weights" in passes:
+        weights = torch.empty(batch, length, keys, dtype=dtype)
+        attention_weights.launch_attention_weights(problem, lse, weights, average=True)
+        gradient = WeightsGradient(weights, heads)
+        attention_weights.launch_attention_weights_delta(problem, lse, gradient, lse)
+
+
+def main() -> None:
+    """Compile every case given as JSON for the target and print one row a kernel."""
+    target, cases = sys.argv[1], json.loads(sys.argv[2])
+    compiled = Compiled(target)
+    rows = []
+    for case in cases:
+        compiled.kernels.clear()
+        launch_all(case, tuple(case.get("passes", ("fwd", "bwd", "weights"))))
+        rows += [{**resources(kernel, target), "case": case} for kernel in compiled.kernels]
+    json.dump(rows, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
