@@ -1,0 +1,142 @@
+"""Devices, seeds and the error table. Imported before any test, and so before triton and fastattn."""
+
+import contextlib
+import json
+import os
+import random
+import sys
+import zlib
+from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for every core: more threads would only fight
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")
+
+import pytest
+import torch
+
+assert "triton" not in sys.modules, "TRITON_INTERPRET has to be set before triton is imported"
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # `auto` then runs the kernels on the CPU
+
+from fastattn import testing  # noqa: E402
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+
+if WORKER:
+    torch.set_num_threads(1)
+
+
+# ------------------------------------------------------------------------------------------------------------ options
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("fastattn")
+    group.addoption("--seed", type=int, default=None, help="of the random sample; default: random, and printed")
+    group.addoption("--error-table", action="store_true", help="end with errors against float64, ours beside eager's")
+    group.addoption("--error-table-json", metavar="FILE", help="write the error table to FILE")
+
+
+def pytest_configure(config):
+    if WORKER:
+        config.seed = config.workerinput["fastattn_seed"]
+    else:
+        given = config.getoption("--seed")
+        config.seed = random.SystemRandom().randrange(10**6) if given is None else given
+    config.error_recording = contextlib.ExitStack()
+    config.error_records = config.error_recording.enter_context(testing.record_errors())
+
+
+def pytest_unconfigure(config):
+    config.error_recording.close()
+
+
+def pytest_report_header(config):
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return f"fastattn: seed {config.seed} (--seed {config.seed} repeats it), device {where}, interpreter {INTERPRETING}"
+
+
+# ------------------------------------------------------------------------------------------ the error table, by xdist
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    node.workerinput["fastattn_seed"] = node.config.seed
+
+
+def pytest_sessionfinish(session):
+    if WORKER:
+        session.config.workeroutput["fastattn_errors"] = [tuple(record) for record in session.config.error_records]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    if not error:
+        records = node.workeroutput.get("fastattn_errors", [])
+        node.config.error_records.extend(testing.ErrorRecord(*record) for record in records)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    records = config.error_records
+    terminalreporter.write_line(f"seed {config.seed}")
+    if config.getoption("--error-table"):
+        terminalreporter.section("errors against float64")
+        terminalreporter.write_line(testing.error_table(records))
+    if path := config.getoption("--error-table-json"):
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        document = {
+            "device": device,
+            "interpreted": INTERPRETING,
+            "torch": torch.__version__,
+            "seed": config.seed,
+            "passed": len(terminalreporter.stats.get("passed", [])),
+            "failed": len(terminalreporter.stats.get("failed", [])) + len(terminalreporter.stats.get("error", [])),
+            "rows": testing.error_rows(records),
+        }
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(document, indent=1) + "\n")
+
+
+# ----------------------------------------------------------------------------------------------------------- fixtures
+
+
+@pytest.fixture(scope="session")
+def device():
+    """Where the tensors of a test lie: the GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request):
+    """Every backend by name."""
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="triton is not installed")
+    return request.param
+
+
+@pytest.fixture
+def seed(request):
+    """A number for the test's random inputs: its own, and the same in every run."""
+    return zlib.crc32(request.node.name.encode())
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Every buffer that Python code allocates uninitialised starts as NaN, so that an unwritten element shows."""
+
+    def poisoning(allocate):
+        def allocate_and_poison(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            if tensor.is_floating_point():
+                return tensor.fill_(float("nan"))
+            return tensor if tensor.dtype == torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).max)
+
+        return allocate_and_poison
+
+    for owner, names in (
+        (torch, ("empty", "empty_like", "empty_strided", "empty_permuted")),
+        (torch.Tensor, ("new_empty", "new_empty_strided")),
+    ):
+        for name in names:
+            monkeypatch.setattr(owner, name, poisoning(getattr(owner, name)))
