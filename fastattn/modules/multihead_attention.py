@@ -177,11 +177,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         attended, weights, _ = run(call, self.backend)
 
         if self.batch_first and batched:
-            merged = attended.transpose(1, 2).reshape(batch, length, -1)
+            merged = attended.transpose(1, 2).reshape(batch, length, self.embed_dim)
         elif batched:
-            merged = attended.permute(2, 0, 1, 3).reshape(length, batch, -1)
+            merged = attended.permute(2, 0, 1, 3).reshape(length, batch, self.embed_dim)
         else:
-            merged = attended.transpose(1, 2).reshape(length, -1)
+            merged = attended.transpose(1, 2).reshape(length, self.embed_dim)
             weights = None if weights is None else weights[0]
         return F.linear(merged, out_weight, out_bias), weights
 
