@@ -151,7 +151,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 attn_mask = None
 
         q, k, v = self._heads(query, key, value, in_weight, in_bias, batched)
-        batch, heads, length, head_dim = q.shape
+        batch, heads, length, _ = q.shape
         keys = k.shape[2]
         if self.bias_k is not None or self.bias_v is not None or self.add_zero_attn:
             k, v = self._append_keys(k, v)
@@ -170,7 +170,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             v,
             *masks,
             0 if is_causal else None,
-            1.0 / math.sqrt(head_dim),
+            1.0 / math.sqrt(self.embed_dim // self.num_heads),
             self._dropout_p(need_weights) if self.training else 0.0,
             ("average" if average_attn_weights else "heads") if need_weights else "none",
         )

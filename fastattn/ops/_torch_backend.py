@@ -54,7 +54,7 @@ def _sdpa(call: AttentionCall) -> Tensor:
         dropout_p=call.dropout_p,
         is_causal=call.diagonal == 0 and mask is None,
         scale=call.scale,
-        enable_gqa=call.query.shape[1] != call.key.shape[1],
+        enable_gqa=bool(call.query.shape[1] != call.key.shape[1]),  # torch.jit.trace makes it a tensor
     )
 
 
