@@ -1,8 +1,11 @@
 """The ONE rule of who sees whom: as a predicate for a tile, and as ranges of tiles for the loops.
 
 ``rows`` are query indices and ``cols`` key indices, shaped to broadcast: ``[M, 1]`` with ``[1, N]``, or ``[1, M]`` with
-``[N, 1]`` in the transposed tiles of the backward. ``rules`` is the tuple that :func:`score_rules` makes. A pointer (or
-the diagonal) that is None is a constant to the compiler: what it would have ruled is not compiled at all.
+``[N, 1]`` in the transposed tiles of the backward. ``rules`` is the tuple of all that rules the scores of one batch
+entry and head: ``(seqlen_q, seqlen_k, diagonal, mask, bias, padding, batch, head)``, where mask and bias are (pointer,
+strides of batch, head, row, key) and padding is (pointer, strides of batch, key). A pointer (or the diagonal) that is
+None is a constant to the compiler: what it would have ruled is not compiled at all. Kernels write the tuple out, since
+triton 3.6 cannot return one that holds None from a function.
 """
 
 import triton
@@ -10,26 +13,6 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 INFINITY = tl.constexpr(float("inf"))
-
-
-@triton.jit
-def score_rules(batch, head, seqlen_q, seqlen_k, diagonal, mask, bias, padding):
-    """What rules the scores of a batch entry and head: lengths, diagonal, and three (pointer, strides of row and key).
-
-    ``mask`` and ``bias`` come as (pointer, strides of batch, head, row, key), ``padding`` as (pointer, batch, key).
-    """
-    mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n = mask
-    bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n = bias
-    padding_ptr, stride_padding_b, stride_padding_n = padding
-    if mask_ptr is not None:
-        mask_ptr += batch * stride_mask_b + head * stride_mask_h
-    if bias_ptr is not None:
-        bias_ptr += batch * stride_bias_b + head * stride_bias_h
-    if padding_ptr is not None:
-        padding_ptr += batch * stride_padding_b
-    head_mask = (mask_ptr, stride_mask_m, stride_mask_n)
-    head_bias = (bias_ptr, stride_bias_m, stride_bias_n)
-    return (seqlen_q, seqlen_k, diagonal, head_mask, head_bias, (padding_ptr, stride_padding_n))
 
 
 @triton.jit
@@ -47,16 +30,17 @@ def masked_scores(qk, unit, rows, cols, rules, BOUND: tl.constexpr, CROSSING: tl
 
     BOUND: the tile may reach past the last key. CROSSING: it may cross the diagonal.
     """
-    seqlen_q, seqlen_k, diagonal, mask, bias, padding = rules
-    mask_ptr, stride_mask_m, stride_mask_n = mask
-    bias_ptr, stride_bias_m, stride_bias_n = bias
-    padding_ptr, stride_padding_n = padding
+    seqlen_q, seqlen_k, diagonal, mask, bias, padding, batch, head = rules
+    mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n = mask
+    bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n = bias
+    padding_ptr, stride_padding_b, stride_padding_n = padding
     inside = cols < seqlen_k
     # Rows past the end are never stored; reading the last row instead of them needs no bounds check.
     mask_rows = tl.minimum(rows, seqlen_q - 1)
 
     scores = qk * unit
     if bias_ptr is not None:
+        bias_ptr += batch * stride_bias_b + head * stride_bias_h
         b = _load_2d(bias_ptr, stride_bias_m, stride_bias_n, mask_rows, cols, inside, 0.0, BOUND).to(tl.float32)
         scores = tl.where(b == -INFINITY, -INFINITY, scores + b * LOG2_E)  # not a sum: NaN - inf would be NaN
     if BOUND:
@@ -65,9 +49,11 @@ def masked_scores(qk, unit, rows, cols, rules, BOUND: tl.constexpr, CROSSING: tl
         if diagonal is not None:
             scores = tl.where(cols <= rows + diagonal, scores, -INFINITY)
     if mask_ptr is not None:
+        mask_ptr += batch * stride_mask_b + head * stride_mask_h
         m = _load_2d(mask_ptr, stride_mask_m, stride_mask_n, mask_rows, cols, inside, 0, BOUND)
         scores = tl.where(m != 0, scores, -INFINITY)
     if padding_ptr is not None:
+        padding_ptr += batch * stride_padding_b
         p = _load_2d(padding_ptr, 0, stride_padding_n, mask_rows * 0, cols, inside, 1, BOUND)
         scores = tl.where(p == 0, scores, -INFINITY)
     return scores

@@ -12,7 +12,7 @@ def tile_pointers(base_ptr, row_start, stride_row, stride_col, ROWS: tl.constexp
     sequence of wide rows, or a far-apart stride, passes 2^31 elements."""
     row_offsets = tl.arange(0, ROWS).to(tl.int64) * stride_row
     col_offsets = tl.arange(0, COLS).to(tl.int64) * stride_col
-    start_ptr = base_ptr + tl.to_tensor(row_start).to(tl.int64) * stride_row
+    start_ptr = base_ptr + tl.cast(row_start, tl.int64) * stride_row
     return start_ptr + row_offsets[:, None] + col_offsets[None, :]
 
 

@@ -17,7 +17,6 @@ from fastattn_kernels._masking import (
     load_dropout,
     masked_scores,
     row_range,
-    score_rules,
 )
 from fastattn_kernels._tiles import any_not_finite, load_tile, store_tile, weighted_sum
 from fastattn_kernels.attention_config import (
@@ -121,7 +120,7 @@ def _grad_of_keys(
         member = step // steps
         start = begin + (step - member * steps) * BLOCK_M
         head = kv_head * group + member
-        rules = score_rules(batch, head, seqlen_q, seqlen_k, diagonal, mask, bias, padding)
+        rules = (seqlen_q, seqlen_k, diagonal, mask, bias, padding, batch, head)
         row = start + tl.arange(0, BLOCK_M)
         rows = row[None, :]
         head_q, head_do = q_ptr + head * stride_qh, do_ptr + head * stride_gh
@@ -268,11 +267,12 @@ def _attention_bwd_dq_kernel(
         stored = load_tile(dq_ptr, row_start, seqlen_q, stride_dqm, stride_dqd, BLOCK_M, BLOCK_D, HEAD_DIM, True)
         if not any_not_finite(stored):
             return
-    rules = score_rules(
-        batch, head, seqlen_q, seqlen_k, diagonal,
+    rules = (
+        seqlen_q, seqlen_k, diagonal,
         (mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n),
         (bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n),
         (padding_ptr, stride_padding_b, stride_padding_n),
+        batch, head,
     )  # fmt: skip
     dropout = None
     if seed_ptr is not None:

@@ -39,10 +39,10 @@ def head_block(head_dim: int) -> int:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of a product: float32 honours ``torch.set_float32_matmul_precision``."""
-    if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
-        return "ieee"
-    return "tf32"
+    """``input_precision`` of a product: float32 follows ``torch.set_float32_matmul_precision``, old spelling or new."""
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
 
 
 def forward_config(device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int) -> Config:

@@ -13,7 +13,6 @@ from fastattn_kernels._masking import (
     key_range,
     load_dropout,
     masked_scores,
-    score_rules,
 )
 from fastattn_kernels._tiles import any_not_finite, load_tile, store_tile, weighted_sum
 from fastattn_kernels.attention_config import Config, careful_config, dot_precision, forward_config, head_block
@@ -87,11 +86,12 @@ def _attention_fwd_kernel(
         stored = load_tile(out_ptr, row_start, seqlen_q, stride_om, stride_od, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
         if not any_not_finite(stored):
             return
-    rules = score_rules(
-        batch, head, seqlen_q, seqlen_k, diagonal,
+    rules = (
+        seqlen_q, seqlen_k, diagonal,
         (mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n),
         (bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n),
         (padding_ptr, stride_padding_b, stride_padding_n),
+        batch, head,
     )  # fmt: skip
     dropout = None
     if seed_ptr is not None:

@@ -17,7 +17,6 @@ from fastattn_kernels._masking import (
     key_range,
     load_dropout,
     masked_scores,
-    score_rules,
 )
 from fastattn_kernels._tiles import load_tile
 from fastattn_kernels.attention_bwd import load_statistics, load_weights_gradient
@@ -70,13 +69,14 @@ def _attention_weights_kernel(
     if diagonal is not None:  # a tile that nothing can see runs no head
         first = tl.where(col_start <= row_start + BLOCK_M - 1 + diagonal, first_head, first_head + heads_per_program)
     for head in tl.range(first, first_head + heads_per_program):
-        head64 = tl.to_tensor(head).to(tl.int64)
+        head64 = tl.cast(head, tl.int64)
         batch_head = (batch * heads + head).to(tl.int32)
-        rules = score_rules(
-            batch, head64, seqlen_q, seqlen_k, diagonal,
+        rules = (
+            seqlen_q, seqlen_k, diagonal,
             (mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n),
             (bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n),
             (padding_ptr, stride_padding_b, stride_padding_n),
+            batch, head64,
         )  # fmt: skip
         head_q = q_ptr + batch * stride_qb + head64 * stride_qh
         head_k = k_ptr + batch * stride_kb + head64 // group * stride_kh
@@ -110,11 +110,12 @@ def _attention_weights_delta_kernel(
     row_start = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
     batch = (batch_head // heads).to(tl.int64)
     head = (batch_head % heads).to(tl.int64)
-    rules = score_rules(
-        batch, head, seqlen_q, seqlen_k, diagonal,
+    rules = (
+        seqlen_q, seqlen_k, diagonal,
         (mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n),
         (bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n),
         (padding_ptr, stride_padding_b, stride_padding_n),
+        batch, head,
     )  # fmt: skip
     dropout = None
     if seed_ptr is not None:
