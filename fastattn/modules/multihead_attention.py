@@ -54,7 +54,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     * More shapes of ``attn_mask`` are accepted; see :meth:`forward`.
     * Averaged weights take O(N L S) memory, not O(N H L S).
     * With ``need_weights=False``, double backward and forward-mode AD work on the Triton backend.
-    * The output is contiguous, where torch's is a transposed view with ``batch_first=True`` in training.
+    * The output is contiguous, where torch's is a transposed view with ``batch_first=True`` in training. So a dropout
+      layer behind it draws in another order; the dropout inside is torch's under one seed, on the torch backend.
     * ``torch.jit.script`` cannot compile the kernels: it gets ``nn.MultiheadAttention`` with the same parameters, and a
       warning says so. Script a copy: TorchScript puts what it compiles into the model it is given.
 

@@ -179,8 +179,8 @@ def run(module: nn.MultiheadAttention, case: Case, arguments: Arguments, dtype: 
     if weights is not None:
         results["weights"] = weights
     if case.mode == "train":
-        loss = sum((t * random_tensor(*t.shape, seed=i, dtype=dtype)).sum() for i, t in enumerate(results.values()))
-        loss.backward()
+        cotangents = [random_tensor(*t.shape, seed=i, dtype=dtype) for i, t in enumerate(results.values())]
+        torch.autograd.backward(tuple(results.values()), cotangents)
         results |= {f"d_{name}": p.grad for name, p in module.named_parameters() if p.grad is not None}
         results |= {f"d_input_{i}": t.grad for i, t in enumerate(cast.values()) if t.grad is not None}
     return results

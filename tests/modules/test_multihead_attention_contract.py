@@ -4,10 +4,11 @@ import copy
 import inspect
 import pickle
 import warnings
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastattn
 
@@ -26,7 +27,7 @@ CONSTRUCTIONS = [
 
 def both(*args, **kwargs):
     """Torch's module and ours, made under one seed."""
-    modules = []
+    modules: list[nn.MultiheadAttention] = []
     for kind in BOTH:
         torch.manual_seed(0)
         modules.append(kind(*args, **kwargs))
@@ -99,8 +100,9 @@ def test_integer_dtype_is_torchs_error():
 
 
 def test_unknown_backend_is_refused():
+    unknown: Any = "cuda"
     with pytest.raises(ValueError, match="backend='cuda': expected one of 'auto', 'triton', 'torch'"):
-        fastattn.MultiheadAttention(8, 2, backend="cuda")
+        fastattn.MultiheadAttention(8, 2, backend=unknown)
 
 
 def test_old_checkpoints_without_packed_flag_load():
@@ -133,7 +135,7 @@ def boolean(*shape):
 
 
 # name: constructor keywords, query, key, value, forward keywords. In training mode, where torch has one path.
-WRONG = {
+WRONG: dict[str, tuple[dict[str, Any], Tensor, Tensor, Tensor, dict[str, Any]]] = {
     "query_1d": ({}, zeros(E), zeros(E), zeros(E), {}),
     "query_4d": ({}, zeros(1, L, N, E), zeros(S, N, E), zeros(S, N, E), {}),
     "key_2d": ({}, zeros(L, N, E), zeros(S, E), zeros(S, N, E), {}),
@@ -223,7 +225,7 @@ def test_error_types_are_torchs_where_its_messages_tell_of_its_insides(query, ke
 
 @pytest.mark.parametrize("position", [0, 1, 2])
 def test_non_tensors_are_torchs_errors(position):
-    inputs = [zeros(L, E), zeros(L, E), zeros(L, E)]
+    inputs: list[Any] = [zeros(L, E), zeros(L, E), zeros(L, E)]
     inputs[position] = [[0.0]]
     theirs, ours = (outcome(lambda module=module: module(*inputs)) for module in both(E, 2))
     assert theirs is not None
@@ -303,7 +305,7 @@ def test_row_without_keys_gives_the_output_bias_and_finite_gradients(backend, tr
         torch.testing.assert_close(weights[1].sum(-1), torch.ones(L))
     if training:
         output.sum().backward()
-        assert all(p.grad.isfinite().all() for p in module.parameters())
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
 
 
 def test_what_padding_holds_does_not_matter(backend):

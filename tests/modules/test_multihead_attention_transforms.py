@@ -1,6 +1,7 @@
 """``MultiheadAttention`` under compile, export, function transforms, tracing, scripting, autocast and overrides."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import fastattn
 E = 8
 
 
-def make(backend="torch", **arguments):
+def make(backend: Any = "torch", **arguments: Any) -> fastattn.MultiheadAttention:
     torch.manual_seed(0)
     return fastattn.MultiheadAttention(E, 2, batch_first=True, backend=backend, **arguments)
 
@@ -35,14 +36,14 @@ def fresh_compiler():
 @pytest.mark.parametrize("training", [True, False])
 def test_compile_without_graph_breaks(backend, training, need_weights):
     module = make(backend, add_zero_attn=True).train(training)
-    compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")
+    twin = copy.deepcopy(module)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
     x, padding = inputs(), torch.tensor([[False] * 4 + [True], [False] * 5])
     results = []
-    for run in (module, compiled):
-        run.zero_grad()
+    for parameters, run in ((module.parameters(), module), (twin.parameters(), compiled)):
         output, weights = run(x, x, x, key_padding_mask=padding, need_weights=need_weights)
         output.square().sum().backward()
-        results.append((output, weights, [p.grad for p in run.parameters()]))
+        results.append((output, weights, [p.grad for p in parameters]))
     torch.testing.assert_close(results[1], results[0])
 
 
@@ -178,9 +179,9 @@ class Recording(torch.Tensor):
     called: list = []  # noqa: RUF012
 
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        cls.called.append(function)
-        return super().__torch_function__(function, types, args, kwargs or {})
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.called.append(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
 
 
 class Tagged(torch.Tensor):
@@ -231,6 +232,6 @@ def test_parametrized_projection_is_used():
     module, x = make(), inputs()
     expected = copy.deepcopy(module)
     with torch.no_grad():
-        expected.in_proj_weight *= 2
+        expected.in_proj_weight.mul_(2)
     parametrize.register_parametrization(module, "in_proj_weight", Double())
     torch.testing.assert_close(module(x, x, x), expected(x, x, x))
