@@ -1,0 +1,128 @@
+"""``python -m benchmarks``: check, then time, this package beside torch.
+
+python -m benchmarks --quick                     what `make bench` runs: a CPU, under three minutes
+python -m benchmarks --list
+python -m benchmarks --only module-b8 --json results.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.environment import environment, load
+from benchmarks.memory import peaks_on_cpu
+from benchmarks.module import MEMORY_CASES
+from benchmarks.registry import Case, all_cases, families, quick_cases
+from benchmarks.report import HEADER, cells, print_table, write_json
+from benchmarks.runner import Row, run_case
+
+
+def _arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Check, then time, fastattn beside torch."
+    )
+    parser.add_argument("--quick", action="store_true", help="the short set of cases")
+    parser.add_argument("--list", action="store_true", help="print the cases and their variants, and why one refuses")
+    parser.add_argument("--only", metavar="TEXT", default="", help="cases whose name contains TEXT")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--dtype", default="float32", choices=["float16", "bfloat16", "float32", "float64"])
+    parser.add_argument(
+        "--threads", type=int, default=1, help="torch's threads on a CPU (default: 1, steady when busy)"
+    )
+    parser.add_argument("--seconds", type=float, default=0.0, help="of timing a case (default: 0.3 quick, else 2)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write everything to FILE")
+    return parser.parse_args(arguments)
+
+
+def _cases(arguments: argparse.Namespace) -> list[Case]:
+    cases = quick_cases() if arguments.quick else all_cases()
+    dtype = getattr(torch, arguments.dtype)
+    cases = [dataclasses.replace(c, dtype=dtype, device=arguments.device) for c in cases]
+    return [c for c in cases if arguments.only in c.name]
+
+
+def _list(cases: list[Case]) -> None:
+    known = families()
+    for case in cases:
+        print(case.name)
+        for variant in known[case.family].variants:
+            reason = variant.applies(case)
+            print(f"    {variant.name}" + (f"  refuses: {reason}" if reason else ""))
+
+
+def _say(progress: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{progress[:110]}", end="", file=sys.stderr, flush=True)
+
+
+def _memory_rows() -> list[Row]:
+    """Averaged weights at L = S = 2048, 8 heads: the peak of each module in a process of its own."""
+    pairs = [(c, v.name) for c in MEMORY_CASES for v in families()[c.family].variants if v.applies(c) is None]
+    _say(f"peak memory of {len(pairs)} processes")
+    peaks = peaks_on_cpu(pairs)
+    return [
+        Row(case, name, "error" if peak is None else "ok", "" if peak is not None else "no answer", peak_mib=peak)
+        for (case, name), peak in zip(pairs, peaks)
+    ]
+
+
+def _print_memory(rows: list[Row]) -> None:
+    peaks = {(row.case.name, row.variant): row.peak_mib for row in rows}
+    lines = []
+    for row in rows:
+        peer = peaks.get((row.case.name, families()[row.case.family].peer))
+        of_peer = "" if not peer or row.peak_mib is None else f"{row.peak_mib / peer:.2f}"
+        lines.append((row.case.name, row.variant, row.reason or f"{row.peak_mib:.0f}", of_peer))
+    print_table("peak memory of one step, MiB", ("case", "variant", "MiB", "of the peer's"), lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; its exit status is 1 where a result is wrong or a step failed."""
+    options = _arguments(arguments)
+    cases = _cases(options)
+    if not cases:
+        print(f"no case contains {options.only!r}", file=sys.stderr)
+        return 2
+    if options.list:
+        _list(cases)
+        return 0
+    on_cpu = torch.device(options.device).type == "cpu"
+    if not on_cpu and not torch.cuda.is_available():
+        print(f"--device {options.device}: torch sees no CUDA device", file=sys.stderr)
+        return 2
+    if on_cpu:
+        torch.set_num_threads(options.threads)
+    facts = environment()
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    if on_cpu and load() > (facts["cores"] or 1):
+        print("the machine is busy: trust the cpu ratio more than the ratio")
+
+    seconds = options.seconds or (0.3 if options.quick else 2.0)
+    known, rows, started = families(), [], time.monotonic()
+    for index, case in enumerate(cases):
+        left = (time.monotonic() - started) / index * (len(cases) - index) if index else 0.0
+        _say(f"{index + 1}/{len(cases)}, {left:.0f} s left: {case.name}")
+        rows += run_case(known[case.family], case, seconds=seconds, show=_say)
+    memory = _memory_rows() if on_cpu and not options.only else []
+    _say("")
+
+    for family in dict.fromkeys(case.family for case in cases):
+        # What refuses by its nature is in --list: here it would only be noise
+        shown = [row for row in rows if row.case.family == family and row.status != "refused"]
+        print_table(f"{family}, ratio to {known[family].peer}", HEADER, [cells(row) for row in shown])
+    if memory:
+        _print_memory(memory)
+    print(f"\n{len(rows)} rows in {time.monotonic() - started:.0f} s, load {load():.1f}")
+    if options.json:
+        write_json(options.json, [*rows, *memory], facts)
+    return 1 if any(row.status in ("wrong", "error") for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,229 @@
+"""``python -m benchmarks.gpu --out DIR``: numerical parity, then the attention matrix, on a GPU within nine minutes.
+
+Installs nothing. Every case is written to ``DIR/attention.json`` as soon as it is done, so that a kill keeps the rest;
+the parity tests' error table lies in ``DIR/parity.json``. Exit status: 2 without a GPU (nothing is written), 1 where a
+test failed or this package was wrong, else 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.environment import environment
+from benchmarks.registry import Case, Mask, families
+from benchmarks.report import print_table, write_json
+from benchmarks.runner import Row, run_case
+
+TOTAL_SECONDS = 540.0
+PARITY_SECONDS = 240.0
+CASE_SECONDS = 45.0  # a case that takes longer than this hangs
+_TOKENS, _WIDTH = 16384, 2048
+
+# Which variants a case is worth: compiling FlexAttention takes longer than everything else of a case.
+_FAST = ("fastattn", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn")
+
+
+def matrix() -> Iterator[tuple[Case, tuple[str, ...]]]:
+    """Cases and their variants, the most telling first: what the time does not reach is the least missed."""
+
+    def case(seqlen: int, head_dim: int, dtype: torch.dtype, backward: bool, mask: Mask, weights: bool = False) -> Case:
+        batch = max(1, _TOKENS // seqlen)
+        return Case("attention", batch, _WIDTH // head_dim, seqlen, head_dim, dtype, backward, mask, weights, "cuda")
+
+    bf16, fp16 = torch.bfloat16, torch.float16
+    both = (False, True)
+    for seqlen in (4096, 16384, 1024):
+        for head_dim in (128, 64):
+            for mask in ("none", "causal"):
+                for backward in both:
+                    yield case(seqlen, head_dim, bf16, backward, mask), _FAST
+    for backward in both:  # averaged weights: nobody else has them without the scores
+        yield case(2048, 64, bf16, backward, "none", True), ("fastattn", "naive")
+    for mask in ("padding", "boolean", "bias"):
+        for backward in both:
+            yield case(2048, 128, bf16, backward, mask), (*_FAST, "flex")
+    for backward in both:
+        yield case(1024, 64, bf16, backward, "causal"), (*_FAST, "sdpa-math", "flex")
+        yield case(4096, 256, bf16, backward, "causal"), _FAST
+        yield case(4096, 128, fp16, backward, "none"), _FAST
+        yield case(4096, 64, fp16, backward, "causal"), _FAST
+    for seqlen in (512, 2048, 8192):
+        for head_dim in (128, 64):
+            for mask in ("none", "causal"):
+                for backward in both:
+                    yield case(seqlen, head_dim, bf16, backward, mask), _FAST
+    module = Case("module", 4, 16, 2048, 64, bf16, False, "none", True, "cuda")
+    yield module, ("fastattn", "nn.MultiheadAttention")
+    yield Case("module", 4, 16, 2048, 64, bf16, True, "none", True, "cuda"), ("fastattn", "nn.MultiheadAttention")
+
+
+def dry_matrix() -> Iterator[tuple[Case, tuple[str, ...]]]:
+    """Tiny cases on the CPU, for trying the path without a GPU."""
+    for weights in (False, True):
+        case = Case("attention", 1, 1, 16, 16, backward=True, mask="causal", weights=weights)
+        yield case, ("fastattn", "naive", "sdpa")
+
+
+def run_parity(out: Path, seconds: float) -> dict[str, Any]:
+    """The parity tests in a process of their own; what became of them."""
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "parity", "tests"]
+    command += ["--error-table-json", str((out / "parity.json").resolve())]
+    try:
+        import xdist  # type: ignore[import-untyped]  # noqa: F401
+
+        command += ["-n", "4", "--dist", "worksteal"]
+    except ImportError:
+        pass
+    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
+    started = time.monotonic()
+    log = out / "parity.log"
+    with log.open("w") as stream:
+        try:
+            status = subprocess.run(
+                command,
+                cwd=root,
+                env={**os.environ, "PYTHONPATH": path},
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                timeout=seconds,
+            ).returncode
+            verdict = "passed" if status == 0 else f"failed (pytest's exit status {status})"
+        except subprocess.TimeoutExpired:
+            verdict = f"not done after {seconds:.0f} s"
+    last = (log.read_text(errors="replace").strip().split("\n") or [""])[-1]
+    return {"verdict": verdict, "last_line": last, "seconds": round(time.monotonic() - started, 1)}
+
+
+class Watchdog:
+    """Ends the process when a case hangs: a kernel that never returns can be stopped in no other way."""
+
+    def __init__(self, on_bite: Any) -> None:
+        self._events: queue.Queue[tuple[str, float] | None] = queue.Queue()
+        self._on_bite = on_bite
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def expect(self, name: str, seconds: float) -> None:
+        """The next sign of life must come within ``seconds``."""
+        self._events.put((name, seconds))
+
+    def stop(self) -> None:
+        self._events.put(None)
+
+    def _watch(self) -> None:
+        event = self._events.get()
+        while event is not None:
+            name, seconds = event
+            try:
+                event = self._events.get(timeout=seconds)
+            except queue.Empty:
+                self._on_bite(name, seconds)
+                os._exit(1)
+
+
+def run_matrix(
+    cases: list[tuple[Case, tuple[str, ...]]], out: Path, *, end: float, facts: dict[str, Any], seconds: float
+) -> list[Row]:
+    """Run the cases until the time is up, writing the file after each."""
+    known, rows, skipped = families(), [], []
+    target = out / "attention.json"
+
+    def save(**more: Any) -> None:
+        write_json(target, rows, facts, skipped=skipped, **more)
+
+    watchdog = Watchdog(lambda name, after: save(hung=f"{name} gave no sign of life for {after:.0f} s"))
+    for index, (case, names) in enumerate(cases):
+        if time.monotonic() > end - 15:
+            skipped += [case.name for case, _ in cases[index:]]
+            print(f"time is up: {len(cases) - index} cases left out", flush=True)
+            break
+        watchdog.expect(case.name, min(CASE_SECONDS * (2 if "flex" in names else 1), end + 10 - time.monotonic()))
+        done = run_case(known[case.family], case, seconds=seconds, only=names.__contains__)
+        rows += done
+        for row in done:
+            print(_line(row), flush=True)
+        save()
+    watchdog.stop()
+    save()
+    return rows
+
+
+def _line(row: Row) -> str:
+    if row.timing is None:
+        return f"{row.case.name}  {row.variant}  {row.status}: {row.reason}"
+    rate = "" if row.tflops is None else f"  {row.tflops:.0f} TF/s"
+    error = "" if row.accuracy is None else f"  error {row.accuracy.error:.1e} of {row.accuracy.budget:.1e}"
+    return f"{row.case.name}  {row.variant}  {row.timing.wall_ms.median:.3f} ms{rate}{error}"
+
+
+def summary(rows: list[Row]) -> list[tuple[str, ...]]:
+    """One line a case: this package beside the fastest of the others."""
+    lines: list[tuple[str, ...]] = []
+    for name in dict.fromkeys(row.case.name for row in rows):
+        of_case = [row for row in rows if row.case.name == name]
+        ours = next((row for row in of_case if row.variant == "fastattn"), None)
+        if ours is None:
+            continue
+        timed = [row for row in of_case if row.timing is not None and row is not ours]
+        best = min(timed, key=lambda row: row.timing.wall_ms.median if row.timing else 0.0, default=None)
+        if ours.timing is None:
+            lines.append((name, f"{ours.status}: {ours.reason}"[:60], "", "", "", "", ""))
+            continue
+        mine, beside, ratio = ours.timing.wall_ms.median, "", ""
+        if best is not None and best.timing is not None:
+            beside = f"{best.variant} {best.timing.wall_ms.median:.3f}"
+            ratio = f"{mine / best.timing.wall_ms.median:.2f}"
+        peaks = [row.peak_mib for row in (ours, best) if row is not None and row.peak_mib is not None]
+        rate = "" if ours.tflops is None else f"{ours.tflops:.0f}"
+        error = "" if ours.accuracy is None else f"{ours.accuracy.error:.1e}"
+        memory = " / ".join(f"{peak:.0f}" for peak in peaks)
+        lines.append((name, f"{mine:.3f}", rate, beside, ratio, memory, error))
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Parity and speed on a GPU.")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the JSON files go")
+    parser.add_argument("--dry-run", action="store_true", help="tiny cases on the CPU, no parity tests")
+    parser.add_argument("--no-parity", action="store_true", help="go straight to the benchmarks")
+    parser.add_argument("--only", metavar="TEXT", default="", help="cases whose name contains TEXT")
+    options = parser.parse_args(arguments)
+    started = time.monotonic()
+    if not options.dry_run and not torch.cuda.is_available():
+        print(f"no GPU: torch {torch.__version__} sees no CUDA or ROCm device; nothing was run", file=sys.stderr)
+        return 2
+
+    facts = environment()
+    options.out.mkdir(parents=True, exist_ok=True)
+    print(json.dumps(facts), flush=True)
+    parity = None
+    if not options.dry_run and not options.no_parity:
+        parity = run_parity(options.out, PARITY_SECONDS)
+        print(f"parity {parity['verdict']} in {parity['seconds']} s: {parity['last_line']}", flush=True)
+        facts["parity"] = parity
+    cases = [c for c in (dry_matrix() if options.dry_run else matrix()) if options.only in c[0].name]
+    rows = run_matrix(cases, options.out, end=started + TOTAL_SECONDS, facts=facts, seconds=0.25)
+    header = ("case", "ours ms", "TF/s", "best other", "ratio", "MiB ours / other", "error")
+    print_table("fastattn beside the fastest of the others", header, summary(rows))
+    if parity is not None:
+        print(f"parity: {parity['verdict']}: {parity['last_line']}")
+    ours_failed = any(row.variant == "fastattn" and row.status != "ok" for row in rows)
+    parity_failed = parity is not None and parity["verdict"] != "passed"
+    return 1 if ours_failed or parity_failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""The family ``module``: ``fastattn.MultiheadAttention`` beside ``nn.MultiheadAttention`` on the same parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastattn
+from benchmarks.attention import padding_mask
+from benchmarks.registry import Case, Family, Step, Variant, differentiated
+from fastattn.reference import attention as reference
+
+
+def _module(case: Case, dtype: torch.dtype, kind: type[nn.MultiheadAttention]) -> nn.MultiheadAttention:
+    module = kind(case.embed_dim, case.heads, batch_first=True)
+    generator = case.generator()
+    with torch.no_grad():
+        for parameter in module.parameters():  # drawn here, so that no variant depends on an initialisation's order
+            drawn = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_((drawn / case.embed_dim**0.5).to(case.dtype))
+    return module.to(case.device, dtype).train(case.backward)
+
+
+def _masks(case: Case) -> dict[str, Tensor]:
+    """In torch's words: True = not allowed."""
+    if case.mask == "padding":
+        return {"key_padding_mask": padding_mask(case)}
+    if case.mask == "causal":
+        return {"attn_mask": torch.ones(case.seqlen, case.seqlen, dtype=torch.bool, device=case.device).triu(1)}
+    return {}
+
+
+def _step(case: Case, dtype: torch.dtype, module: nn.MultiheadAttention, function: Callable[..., tuple]) -> Step:
+    generator = torch.Generator().manual_seed(case.seed + 3)
+    x = case.draw(case.batch, case.seqlen, case.embed_dim, dtype=dtype, generator=generator)
+
+    def of_leaves(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        # nn.Module reads its parameters itself: they are passed so that their gradients are taken
+        return tuple(t for t in function(x) if t is not None)
+
+    return differentiated(of_leaves, (x, *(module.parameters() if case.backward else ())), case)
+
+
+def _self_attention(kind: type[nn.MultiheadAttention]) -> Callable[[Case, torch.dtype], Step]:
+    def build(case: Case, dtype: torch.dtype) -> Step:
+        module, masks = _module(case, dtype, kind), _masks(case)
+        return _step(case, dtype, module, lambda x: module(x, x, x, need_weights=case.weights, **masks))
+
+    return build
+
+
+def _by_hand(
+    attend: Callable[[Tensor, Tensor, Tensor, dict[str, Tensor]], tuple[Tensor, ...]],
+) -> Callable[[Case, torch.dtype], Step]:
+    """The projections written out around ``attend``."""
+
+    def build(case: Case, dtype: torch.dtype) -> Step:
+        module, masks = _module(case, dtype, nn.MultiheadAttention), _masks(case)
+
+        def function(x: Tensor) -> tuple[Tensor, ...]:
+            qkv = F.linear(x, module.in_proj_weight, module.in_proj_bias)
+            query, key, value = qkv.unflatten(2, (3, case.heads, -1)).permute(2, 0, 3, 1, 4)
+            output, *weights = attend(query, key, value, masks)
+            projected = module.out_proj(output.transpose(1, 2).flatten(2))
+            return (projected, *(w.mean(dim=1) for w in weights)) if case.weights else (projected,)
+
+        return _step(case, dtype, module, function)
+
+    return build
+
+
+def _visible(masks: dict[str, Tensor]) -> Tensor | None:
+    if "key_padding_mask" in masks:
+        return ~masks["key_padding_mask"][:, None, None, :]
+    return ~masks["attn_mask"] if masks else None
+
+
+def _attend_naively(query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return tuple(reference(query, key, value, mask=_visible(masks))[:2])
+
+
+def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return (F.scaled_dot_product_attention(query, key, value, attn_mask=_visible(masks)),)
+
+
+def _has_module(case: Case) -> str | None:
+    if not hasattr(fastattn, "MultiheadAttention"):
+        return "fastattn.MultiheadAttention does not exist yet"
+    return _masks_torch_has(case)
+
+
+def _masks_torch_has(case: Case) -> str | None:
+    return f"no {case.mask} mask in this family" if case.mask in ("boolean", "bias") else None
+
+
+def _sdpa_applies(case: Case) -> str | None:
+    return "returns no weights" if case.weights else _masks_torch_has(case)
+
+
+FAMILY = Family(
+    "module",
+    (
+        Variant("fastattn", lambda case, dtype: _self_attention(fastattn.MultiheadAttention)(case, dtype), _has_module),
+        Variant("nn.MultiheadAttention", _self_attention(nn.MultiheadAttention), _masks_torch_has),
+        Variant("qkv+sdpa", _by_hand(_attend_sdpa), _sdpa_applies),
+    ),
+    peer="nn.MultiheadAttention",
+    reference=_by_hand(_attend_naively),
+)
+
+# The acceptance criterion: averaged weights at this size in at most half of nn.MultiheadAttention's memory.
+MEMORY_CASES = tuple(Case("module", 1, 8, 2048, 64, backward=backward, weights=True) for backward in (False, True))
+
+
+def quick_cases() -> list[Case]:
+    """Small to larger, training and evaluation, weights on and off, every mask that torch's module has."""
+    shapes = ((1, 2, 16, 32), (8, 4, 64, 32), (4, 8, 128, 64), (1, 8, 1024, 64))
+    return [
+        Case("module", *shape, backward=backward, mask=mask, weights=weights)
+        for shape in shapes
+        for backward in (False, True)
+        for mask in ("none", "padding", "causal")
+        for weights in (False, True)
+        if shape[2] < 1024 or mask != "padding"
+    ]
+
+
+def more_cases() -> list[Case]:
+    """As long as a laptop bears."""
+    return [
+        Case("module", 1, 8, 2048, 64, backward=backward, mask=mask, weights=weights)
+        for backward in (False, True)
+        for mask in ("none", "padding", "causal")
+        for weights in (False, True)
+    ]

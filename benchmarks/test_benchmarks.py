@@ -1,0 +1,41 @@
+"""The quick cases through pytest-benchmark: ``pytest benchmarks/``. The registry is the command line's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.accuracy import Gate
+from benchmarks.registry import Case, Variant, families, quick_cases
+
+pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
+
+_PAIRS = [
+    pytest.param(case, variant, id=f"{case.name}-{variant.name}")
+    for case in quick_cases()
+    for variant in families()[case.family].variants
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():  # type: ignore[no-untyped-def]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("case", "variant"), _PAIRS)
+def test_benchmark(benchmark: Any, case: Case, variant: Variant) -> None:
+    """Checked against float64 first; the time itself is no verdict."""
+    reason = variant.applies(case)
+    if reason is not None:
+        pytest.skip(reason)
+    benchmark.group = case.name
+    step = variant.build(case, case.dtype)
+    accuracy = Gate(families()[case.family], case).check(step, variant)
+    benchmark.extra_info["error"] = accuracy.error
+    assert accuracy.passed, f"error {accuracy.error:.2e} exceeds the budget {accuracy.budget:.2e}"
+    benchmark(step)
