@@ -110,7 +110,7 @@ def quick_cases() -> list[Case]:
     """What ``make bench`` runs on a CPU, in under three minutes."""
     from benchmarks import attention, module, sequence
 
-    return [*module.quick_cases(), *attention.quick_cases(), *sequence.quick_cases()]
+    return [*sequence.quick_cases(), *attention.quick_cases(), *module.quick_cases()]
 
 
 def all_cases() -> list[Case]:
