@@ -1,0 +1,167 @@
+"""Which backend runs: by argument, by context, by environment; and what explain says of it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastattn
+from fastattn.ops import _dispatch, _torch_backend, _triton_backend
+
+
+@pytest.fixture
+def qkv(device):
+    return [torch.randn(1, 2, 5, 8, device=device) for _ in range(3)]
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The backends that ran, in turn."""
+    names = []
+    for name, module in (("torch", _torch_backend), ("triton", _triton_backend)):
+
+        def run(call, name=name, original=module.run):
+            names.append(name)
+            return original(call)
+
+        monkeypatch.setattr(module, "run", run)
+    return names
+
+
+def test_auto_takes_the_kernels_where_they_can_run(qkv, ran):
+    pytest.importorskip("triton", reason="triton is not installed")
+    fastattn.attention(*qkv)
+    assert ran == ["triton"]
+
+
+def test_auto_takes_torch_where_the_kernels_refuse(qkv, ran):
+    fastattn.attention(*(t.double() for t in qkv))
+    assert ran == ["torch"]
+
+
+def test_backend_argument_wins_over_the_context(qkv, ran):
+    pytest.importorskip("triton", reason="triton is not installed")
+    with fastattn.use_backend("triton"):
+        fastattn.attention(*qkv, backend="torch")
+    assert ran == ["torch"]
+
+
+def test_use_backend_nests_and_restores(qkv, ran):
+    pytest.importorskip("triton", reason="triton is not installed")
+    before = _dispatch._default_backend
+    with fastattn.use_backend("torch"):
+        fastattn.attention(*qkv)
+        with fastattn.use_backend("triton"):
+            fastattn.attention(*qkv)
+        fastattn.attention(*qkv)
+    assert ran == ["torch", "triton", "torch"]
+    assert _dispatch._default_backend == before
+
+
+def test_use_backend_restores_after_an_exception():
+    before = _dispatch._default_backend
+    with pytest.raises(KeyError), fastattn.use_backend("torch"):
+        raise KeyError
+    assert _dispatch._default_backend == before
+
+
+def test_use_backend_refuses_an_unknown_name():
+    before = _dispatch._default_backend
+    with pytest.raises(ValueError, match=r"backend='flash'.*'auto', 'triton', 'torch'"), fastattn.use_backend("flash"):  # type: ignore[arg-type]
+        pass
+    assert _dispatch._default_backend == before
+
+
+# ------------------------------------------------------------------------------------------------------------ explain
+
+CALLS = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "weights": {"need_weights": True},
+    "lse": {"return_lse": True},
+    "dropout": {"dropout_p": 0.5},
+    "float64": {"dtype": torch.float64},
+    "large_head": {"size": 300},
+    "bias_with_gradient": {"bias": True},
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
+@pytest.mark.parametrize("name", CALLS)
+def test_explain_agrees_with_what_runs(name, backend, device, ran):
+    arguments = dict(CALLS[name])
+    dtype, size = arguments.pop("dtype", torch.float32), arguments.pop("size", 8)
+    qkv = [torch.randn(1, 2, 5, size, device=device, dtype=dtype) for _ in range(3)]
+    if arguments.pop("bias", False):
+        arguments["attn_mask"] = torch.zeros(5, 5, device=device, requires_grad=True)
+    said = fastattn.explain(*qkv, **arguments, backend=backend)
+    assert not ran
+    if said.backend is None:
+        with pytest.raises(NotImplementedError) as caught:
+            fastattn.attention(*qkv, **arguments, backend=backend)
+        for reason in said.refusals[backend]:
+            assert reason in str(caught.value)
+        assert "no backend would run" in str(said)
+        assert not ran
+    else:
+        fastattn.attention(*qkv, **arguments, backend=backend)
+        assert ran == [said.backend]
+        assert str(said).startswith(f"{said.backend}: {said.path}")
+    assert set(said.refusals) <= {"torch", "triton"}
+    for backend_name, reasons in said.refusals.items():
+        assert f"not {backend_name}: {'; '.join(reasons)}" in str(said)
+
+
+def test_explain_gives_every_reason_at_once(device):
+    query = torch.zeros(1, 1, 4, 300, dtype=torch.float64, device=device)
+    reasons = fastattn.explain(query, query, query).refusals["triton"]
+    assert sum("float64" in r for r in reasons) == 1
+    assert sum("300" in r for r in reasons) == 2
+
+
+def test_auto_says_once_on_a_device_that_it_fell_back(caplog, monkeypatch):
+    """Off the CPU a silent fall-back costs the user the speed he came for (transformers#46960)."""
+    monkeypatch.setattr(_dispatch, "_said", set())
+    query = torch.zeros(1, 1, 4, 8, dtype=torch.float64, device="meta")
+    for _ in range(2):
+        fastattn.explain(query, query, query)
+    said = [r.getMessage() for r in caplog.records if r.name == "fastattn"]
+    assert len(said) == 1
+    assert "float64" in said[0]
+
+
+# -------------------------------------------------------------------------------------------------------- environment
+
+
+def in_a_process(code, **environment):
+    paths = os.pathsep.join([p for p in sys.path if p])
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": paths, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("name", ["torch", "auto"])
+def test_environment_sets_the_default_backend(name):
+    code = "import fastattn, torch; q = torch.ones(1, 1, 3, 4); print(fastattn.explain(q, q, q).backend)"
+    result = in_a_process(code, FASTATTN_BACKEND=name, TRITON_INTERPRET="0")
+    assert result.stdout.strip() == "torch", result.stderr  # without the interpreter there are no kernels on a CPU
+
+
+def test_environment_backend_refuses_by_name():
+    code = "import fastattn, torch; q = torch.ones(1, 1, 3, 4); fastattn.attention(q, q, q)"
+    result = in_a_process(code, FASTATTN_BACKEND="triton", TRITON_INTERPRET="0")
+    assert result.returncode != 0
+    assert "NotImplementedError: the triton backend refuses this call" in result.stderr
+
+
+def test_environment_with_an_unknown_name_fails_at_import():
+    result = in_a_process("import fastattn", FASTATTN_BACKEND="quick")
+    assert result.returncode != 0
+    assert "FASTATTN_BACKEND='quick': expected one of 'auto', 'triton', 'torch'" in result.stderr

@@ -1,0 +1,154 @@
+"""Bad arguments get an exception that names the argument, its value and what is accepted; nothing runs before."""
+
+import re
+
+import pytest
+import torch
+
+import fastattn
+
+B, H, L, S, D = 2, 4, 5, 7, 8
+
+
+def good(device, dtype=torch.float32):
+    query = torch.zeros(B, H, L, D, device=device, dtype=dtype)
+    key, value = (torch.zeros(B, H, S, D, device=device, dtype=dtype) for _ in range(2))
+    return {"query": query, "key": key, "value": value}
+
+
+def bad_calls(device):
+    """``(name, changed arguments, exception, words that the message holds)``."""
+
+    def zeros(*shape, **options):
+        return torch.zeros(*shape, **{"device": device, **options})
+
+    def mask(*shape, dtype=torch.bool):
+        return zeros(*shape, dtype=dtype)
+
+    three = {"query": zeros(B, L, D)}
+    return [
+        ("query_list", {"query": [1.0]}, TypeError, ["query", "list", "torch.Tensor"]),
+        ("key_none", {"key": None}, TypeError, ["key", "NoneType", "torch.Tensor"]),
+        ("query_3d", three, ValueError, ["query", "(2, 5, 8)", "4 dimensions"]),
+        ("value_5d", {"value": zeros(1, B, H, S, D)}, ValueError, ["value", "(1, 2, 4, 7, 8)", "4 dimensions"]),
+        ("query_int", {"query": zeros(B, H, L, D, dtype=torch.int64)}, TypeError, ["query", "torch.int64", "float16"]),
+        ("query_complex", {"query": zeros(B, H, L, D, dtype=torch.complex64)}, TypeError, ["query", "torch.complex64"]),
+        ("key_dtype", {"key": zeros(B, H, S, D, dtype=torch.bfloat16)}, TypeError, ["key", "torch.bfloat16", "one"]),
+        ("value_dtype", {"value": zeros(B, H, S, D, dtype=torch.float64)}, TypeError, ["value", "torch.float64"]),
+        ("key_device", {"key": zeros(B, H, S, D, device="meta")}, ValueError, ["key", "meta", "one device"]),
+        ("batch", {"key": zeros(3, H, S, D)}, ValueError, ["(3, 4, 7, 8)", "(2, 4, 5, 8)", "batch"]),
+        ("head_size", {"key": zeros(B, H, S, 9)}, ValueError, ["(2, 4, 7, 9)", "head size"]),
+        ("key_value_length", {"value": zeros(B, H, 6, D)}, ValueError, ["(2, 4, 6, 8)", "same length"]),
+        ("key_value_heads", {"value": zeros(B, 2, S, D)}, ValueError, ["(2, 2, 7, 8)", "number of heads"]),
+        (
+            "head_groups",
+            {"key": zeros(B, 3, S, D), "value": zeros(B, 3, S, D)},
+            ValueError,
+            ["4 query heads", "multiple", "3 key heads"],
+        ),
+        (
+            "head_size_zero",
+            {"query": zeros(B, H, L, 0), "key": zeros(B, H, S, 0)},
+            ValueError,
+            ["(2, 4, 5, 0)", "at least 1"],
+        ),
+        ("mask_list", {"attn_mask": [True]}, TypeError, ["attn_mask", "list", "torch.Tensor"]),
+        ("mask_int", {"attn_mask": mask(L, S, dtype=torch.int64)}, TypeError, ["attn_mask", "torch.int64", "bool"]),
+        ("mask_shape", {"attn_mask": mask(S, L)}, ValueError, ["attn_mask", "(7, 5)", "(2, 4, 5, 7)"]),
+        ("mask_5d", {"attn_mask": mask(1, B, H, L, S)}, ValueError, ["attn_mask", "(1, 2, 4, 5, 7)", "(2, 4, 5, 7)"]),
+        ("mask_device", {"attn_mask": zeros(L, S, device="meta")}, ValueError, ["attn_mask", "meta", "one device"]),
+        ("padding_list", {"key_padding_mask": [0]}, TypeError, ["key_padding_mask", "list", "torch.Tensor"]),
+        ("padding_float", {"key_padding_mask": zeros(B, S)}, TypeError, ["key_padding_mask", "torch.float32", "bool"]),
+        ("padding_shape", {"key_padding_mask": mask(B, L)}, ValueError, ["key_padding_mask", "(2, 5)", "(2, 7)"]),
+        (
+            "padding_device",
+            {"key_padding_mask": zeros(B, S, dtype=torch.bool, device="meta")},
+            ValueError,
+            ["key_padding_mask", "meta"],
+        ),
+        ("alignment", {"is_causal": True, "causal_alignment": "left"}, ValueError, ["'left'", "'top_left'"]),
+        ("dropout_negative", {"dropout_p": -0.1}, ValueError, ["dropout_p", "-0.1", "between 0 and 1"]),
+        ("dropout_above_one", {"dropout_p": 1.5}, ValueError, ["dropout_p", "1.5", "between 0 and 1"]),
+        ("dropout_nan", {"dropout_p": float("nan")}, ValueError, ["dropout_p", "nan", "between 0 and 1"]),
+        ("scale_inf", {"scale": float("inf")}, ValueError, ["scale", "inf", "finite"]),
+        ("backend", {"backend": "cuda"}, ValueError, ["backend", "'cuda'", "'auto'", "'triton'", "'torch'"]),
+    ]  # fmt: skip
+
+
+NAMES = [name for name, *_ in bad_calls("cpu")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_bad_argument_says_what_is_accepted(name, device):
+    changed, exception, words = next(rest for n, *rest in bad_calls(device) if n == name)
+    with pytest.raises(exception) as caught:
+        fastattn.attention(**{**good(device), **changed})
+    for word in words:
+        assert word in str(caught.value), f"{word!r} is not in {str(caught.value)!r}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_explain_raises_as_attention_does(name, device):
+    changed, exception, words = next(rest for n, *rest in bad_calls(device) if n == name)
+    with pytest.raises(exception, match=re.escape(words[0])):
+        fastattn.explain(**{**good(device), **changed})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_bad_argument_raises_before_anything_runs(name, device, monkeypatch):
+    from fastattn.ops import _torch_backend, _triton_backend
+
+    def ran(*args):
+        raise AssertionError("the backend was reached")
+
+    for module in (_torch_backend, _triton_backend):
+        monkeypatch.setattr(module, "run", ran)
+    changed, exception, _ = next(rest for n, *rest in bad_calls(device) if n == name)
+    with pytest.raises(exception):
+        fastattn.attention(**{**good(device), **changed})
+
+
+def test_triton_refuses_a_head_size_with_its_limit(device):
+    pytest.importorskip("triton", reason="triton is not installed")
+    query = torch.zeros(1, 1, 4, 257, device=device)
+    with pytest.raises(NotImplementedError, match=r"triton.*head_dim=257.*1 to 256"):
+        fastattn.attention(query, query, query, backend="triton")
+    value = torch.zeros(1, 1, 4, 300, device=device)
+    with pytest.raises(NotImplementedError, match=r"value head_dim=300.*1 to 256"):
+        fastattn.attention(query[..., :8], query[..., :8], value, backend="triton")
+
+
+def test_triton_refuses_float64(device):
+    pytest.importorskip("triton", reason="triton is not installed")
+    arguments = good(device, torch.float64)
+    with pytest.raises(NotImplementedError, match=r"float64.*float16, bfloat16 and float32"):
+        fastattn.attention(**arguments, backend="triton")
+    assert fastattn.explain(**arguments).backend == "torch"
+
+
+# --------------------------------------------------------------------------------------- scaled_dot_product_attention
+
+
+def test_sdpa_refuses_a_mask_together_with_is_causal(device):
+    """torch's own error type."""
+    arguments = good(device)
+    mask = torch.ones(L, S, dtype=torch.bool, device=device)
+    with pytest.raises(RuntimeError, match=r"is_causal=True.*attn_mask"):
+        fastattn.scaled_dot_product_attention(**arguments, attn_mask=mask, is_causal=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "exception", "words"),
+    [
+        ({"query": 3}, TypeError, "query.*int"),
+        ({"value": torch.zeros(4)}, ValueError, r"value.*\(4,\).*\[length, head_dim\]"),
+        ({"query": torch.zeros(3, H, L, D)}, ValueError, r"\(3, 4, 5, 8\).*broadcast"),
+        ({"key": torch.zeros(B, 2, S, D), "value": torch.zeros(B, 2, S, D)}, ValueError, "enable_gqa=True"),
+        ({"attn_mask": torch.zeros(S, L, dtype=torch.bool)}, ValueError, r"attn_mask.*\(7, 5\)"),
+        ({"dropout_p": 2.0}, ValueError, "dropout_p=2.0"),
+    ],
+    ids=["query_int", "value_1d", "batch", "heads", "mask_shape", "dropout"],
+)
+def test_sdpa_bad_argument_says_what_is_accepted(changed, exception, words):
+    with pytest.raises(exception, match=words):
+        fastattn.scaled_dot_product_attention(**{**good("cpu"), **changed})
