@@ -303,9 +303,10 @@ class AttentionWithForwardMode(Attention):
         ctx.save_for_forward(*inputs[:7])
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
         inputs = Inputs(*ctx.saved_tensors[:7])
-        return _with_tangents(_formula, inputs, ctx.options, inputs[:4], tangents[:4])
+        output, lse, weights = _with_tangents(_formula, inputs, ctx.options, inputs[:4], tangents[:4])
+        return output, lse, None if ctx.options.weights == "none" else weights
 
 
 class AttentionBackwardWithForwardMode(AttentionBackward):
