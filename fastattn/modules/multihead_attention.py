@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.overrides import has_torch_function
 
+from fastattn.modules._mha_inference import attend as attend_in_inference
 from fastattn.modules._mha_masks import Masks, Scores, check_dimensions, check_types, make_masks
 from fastattn.ops._call import AttentionCall
 from fastattn.ops._dispatch import Backend, run
@@ -126,11 +127,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
         """
         batched = query.dim() == 3
-        in_weight, in_bias, out_proj = (
-            self.in_proj_weight,
-            self.in_proj_bias,
-            self.out_proj,
-        )  # nn.Module looks up slowly
+        # Each read once: nn.Module takes its time to find a parameter.
+        in_weight, in_bias, out_proj = self.in_proj_weight, self.in_proj_bias, self.out_proj
         out_weight, out_bias = out_proj.weight, out_proj.bias
         tensors = (query, key, value, in_weight, in_bias, self.bias_k, self.bias_v, out_weight, out_bias)
         if query.is_nested or key.is_nested or value.is_nested or _is_overridden(tensors):
@@ -150,11 +148,16 @@ class MultiheadAttention(nn.MultiheadAttention):
             is_causal = key_padding_mask is None and not need_weights
             if is_causal:
                 attn_mask = None
+        appends = self.bias_k is not None or self.bias_v is not None or self.add_zero_attn
+        if not (self.training or is_causal or appends) and batched and query is key and key is value:
+            result = self._infer(query, key_padding_mask, need_weights, attn_mask, average_attn_weights)
+            if result is not None:
+                return result
 
         q, k, v = self._heads(query, key, value, in_weight, in_bias, batched)
         batch, heads, length, _ = q.shape
         keys = k.shape[2]
-        if self.bias_k is not None or self.bias_v is not None or self.add_zero_attn:
+        if appends:
             k, v = self._append_keys(k, v)
         masks = _NO_MASKS
         if attn_mask is not None or key_padding_mask is not None:
@@ -185,6 +188,29 @@ class MultiheadAttention(nn.MultiheadAttention):
             merged = attended.transpose(1, 2).reshape(length, self.embed_dim)
             weights = None if weights is None else weights[0]
         return F.linear(merged, out_weight, out_bias), weights
+
+    def _infer(
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average_attn_weights: bool,
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Small self-attention in inference, or None where it is none."""
+        batch, length, embed_dim = x.shape
+        if (
+            not self.batch_first
+            or torch.is_grad_enabled()
+            or embed_dim != self.embed_dim
+            or self.num_heads % 2
+            or torch.is_autocast_enabled(x.device.type)
+        ):
+            return None
+        masks = _NO_MASKS
+        if attn_mask is not None or key_padding_mask is not None:
+            masks = make_masks(key_padding_mask, attn_mask, Scores(batch, self.num_heads, length, length, 0, True))
+        return attend_in_inference(self, self.backend, x, masks, need_weights, average_attn_weights)
 
     def _heads(
         self, query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None, bias: Tensor | None, batched: bool

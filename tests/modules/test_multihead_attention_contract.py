@@ -308,16 +308,40 @@ def test_row_without_keys_gives_the_output_bias_and_finite_gradients(backend, tr
         assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
 
 
-def test_what_padding_holds_does_not_matter(backend):
+@pytest.mark.parametrize("inference", [True, False])
+def test_what_padding_holds_does_not_matter(backend, inference):
     torch.manual_seed(0)
-    module = fastattn.MultiheadAttention(E, 2, batch_first=True, backend=backend)
-    query, key = torch.randn(N, L, E), torch.randn(N, S, E)
-    padding = boolean(N, S)
+    module = fastattn.MultiheadAttention(E, 2, batch_first=True, backend=backend).train(not inference)
+    x = torch.randn(N, L, E)
+    padding = boolean(N, L)
     padding[:, -1] = True
-    clean, _ = module(query, key, key, key_padding_mask=padding, need_weights=False)
-    key[:, -1] = torch.nan
-    dirty, _ = module(query, key, key, key_padding_mask=padding, need_weights=False)
-    torch.testing.assert_close(dirty, clean)
+    with torch.set_grad_enabled(not inference):
+        clean, _ = module(x, x, x, key_padding_mask=padding, need_weights=False)
+        x[:, -1] = torch.nan
+        dirty, _ = module(x, x, x, key_padding_mask=padding, need_weights=False)
+    torch.testing.assert_close(dirty[:, :-1], clean[:, :-1])
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize(
+    "masks", [(), ("key_padding_mask",), ("attn_mask",), ("key_padding_mask", "attn_mask")], ids=str
+)
+def test_small_inference_is_torchs_to_the_bit(masks, need_weights):
+    x = torch.randn(N, L, E)
+    every = {"key_padding_mask": torch.tensor([[False] * L, [False] * (L - 1) + [True]]), "attn_mask": boolean(L, L)}
+    every["attn_mask"][0, 1] = True
+    theirs, ours = both(E, 2, batch_first=True)
+    ours.__dict__["backend"] = "torch"
+    with torch.no_grad():
+        results = [
+            module.eval()(x, x, x, need_weights=need_weights, **{name: every[name] for name in masks})
+            for module in (theirs, ours)
+        ]
+    assert torch.equal(results[0][0], results[1][0])
+    if need_weights:
+        assert torch.equal(results[0][1], results[1][1])
+    else:
+        assert results[1][1] is None
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

@@ -1,0 +1,68 @@
+"""Small self-attention in inference on the CPU, where Python's time is most of the time: torch's one function for it.
+
+``torch._native_multi_head_attention`` does in one call what takes eleven otherwise. ``nn.MultiheadAttention`` itself
+runs it there, so the numbers are torch's to the bit. What this package promises beyond torch holds too: a row that may
+see no key, and padding that holds NaN, come out of it as NaN, and the caller computes over again what is not finite;
+and as it makes all scores at once, it is for small ones only.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastattn.modules._mha_masks import Masks
+from fastattn.ops import _dispatch, _triton_backend
+
+# Elements of the scores up to which it is not slower (measured against F.scaled_dot_product_attention, which makes no
+# scores, and against blocks of rows, which remake them), on one core of a server CPU.
+_MOST_SCORES = {False: 1 << 14, True: 1 << 20}
+
+
+def attend(
+    module: nn.MultiheadAttention,
+    backend: str | None,
+    x: Tensor,
+    masks: Masks,
+    need_weights: bool,
+    average_attn_weights: bool,
+) -> tuple[Tensor, Tensor | None] | None:
+    """Output and weights of self-attention over ``x`` ``[N, L, E]``, or None where it is not for this function.
+
+    The caller has checked that there are no appended keys, and that gradients, training and autocast are off.
+    """
+    batch, length, _ = x.shape
+    scores = batch * module.num_heads * length * length
+    if not 0 < scores <= _MOST_SCORES[need_weights] or masks.bias is not None or not _is_eager_on_cpu(x, backend):
+        return None
+    weight, bias, out_proj = module.in_proj_weight, module.in_proj_bias, module.out_proj
+    if weight is None or bias is None or not x.dtype == weight.dtype == bias.dtype:
+        return None
+    hidden, kind = masks.key_padding_mask, 1
+    if masks.mask is not None:
+        seen = masks.mask if hidden is None else masks.mask & ~hidden[:, None, None]
+        hidden, kind = (~seen).expand(batch, module.num_heads, length, length), 2
+    output, weights = torch._native_multi_head_attention(
+        x, x, x, module.embed_dim, module.num_heads, weight, bias, out_proj.weight, out_proj.bias,
+        hidden, need_weights, average_attn_weights, None if hidden is None else kind,
+    )  # fmt: skip
+    if not math.isfinite(output.sum().item()):
+        return None
+    return output, weights if need_weights else None
+
+
+def _is_eager_on_cpu(x: Tensor, backend: str | None) -> bool:
+    """Is this a plain call on the CPU for the torch backend, that nothing traces or transforms?"""
+    if x.device.type != "cpu" or type(x) is not Tensor:
+        return False
+    backend = _dispatch._default_backend if backend is None else backend
+    if backend == "triton" or (backend == "auto" and "cpu" in _triton_backend._DEVICES):
+        return False
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+    )
