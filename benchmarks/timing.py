@@ -12,6 +12,7 @@ import torch
 
 _SAMPLE_SECONDS = 2e-3  # a sample is at least this long, so that the clock's own cost does not count
 _FLUSH_BYTES = 256 << 20  # more than any L2
+_HEAD_START_CYCLES = 2_000_000  # about a millisecond of waiting on the GPU, while the host launches the step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +100,18 @@ def _timing(own: list[Sample], peers: list[Sample] | None) -> Timing:
 def time_on_cuda(
     steps: Mapping[str, Callable[[], object]], peer: str, *, seconds: float, minimum_rounds: int = 5
 ) -> dict[str, Timing]:
-    """As :func:`time_on_cpu`, by CUDA events, each step with its inputs out of the L2 cache."""
+    """As :func:`time_on_cpu`, by CUDA events, each step with its inputs out of the L2 cache.
+
+    The GPU waits before each step, so that what is measured is its work and not the host's launching.
+    """
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
     pairs: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in steps}
     end, rounds = time.perf_counter() + seconds, 0
     while rounds < minimum_rounds or (time.perf_counter() < end and rounds < 100):
         for name, step in steps.items():
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()  # also keeps the GPU busy while the step is being launched
+            flush.zero_()
+            torch.cuda._sleep(_HEAD_START_CYCLES)
             start.record()
             step()
             stop.record()

@@ -176,8 +176,8 @@ def test_command_line_writes_json(capsys, tmp_path):
 
 
 def test_gpu_matrix_is_consistent():
-    cases = list(gpu.matrix())
-    assert len({(case.name, names) for case, names in cases}) == len(cases)
+    cases = gpu.matrix()
+    assert len({case.name for case, _ in cases}) == len(cases)
     for case, names in cases:
         known = {variant.name for variant in families()[case.family].variants}
         assert set(names) <= known
