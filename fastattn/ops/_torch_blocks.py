@@ -187,8 +187,8 @@ def dropout_keep(inputs: Inputs, options: Options) -> Tensor:
     return inputs.dropout_state
 
 
-def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """``(output, lse, weights)``; the contract of ``fastattn::attention_forward``."""
+def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(output, lse, weights, the LSE again)``; the contract of ``fastattn::attention_forward``."""
     call = _prepare(inputs, options)
     query, statistics = call.query, statistics_dtype(call.query.dtype)
     heads, kv_heads = query.shape[1], call.key.shape[1]
@@ -224,7 +224,7 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
                 weights[batch, block.rows, block.keys] = p.sum(dim=1).mul_(keep_scale / heads)
             elif options.weights == "heads":
                 weights[batch, :, block.rows, block.keys] = p if inputs.dropout_state is None else p.mul_(keep_scale)
-    return output, lse, weights
+    return output, lse, weights, lse.clone()  # an operator's outputs may not be one
 
 
 def backward(
@@ -297,8 +297,9 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def is_small(query: Tensor, key: Tensor) -> bool:
-    """Would all the scores fit one block?"""
-    return query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] <= _BLOCK_ELEMENTS
+    """Are there scores, and would all of them fit one block?"""
+    batch, heads, rows = query.shape[:3]
+    return 0 < batch * heads * rows * key.shape[2] <= _BLOCK_ELEMENTS
 
 
 def attend_small(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -312,7 +313,7 @@ def attend_small(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tens
     visible = None
     if any(t is not None for t in (call.mask, call.key_padding_mask, call.bias, call.diagonal)):
         visible = _visible(call)
-        seen = visible.any(dim=-2)
+        seen = visible[:, :, 0] if visible.shape[2] == 1 else visible.any(dim=-2)
         if seen.shape[1] not in (1, kv_heads):
             seen = seen.unflatten(1, (kv_heads, -1)).any(dim=2)
         key, value = (t.where(seen[..., None], 0) for t in (key, value))
