@@ -282,7 +282,7 @@ def backward(
             d_query[batch, :, block.rows] = d_rows.view(*p.shape[:3], -1)
             _add_product(d_keys[:, block.keys], ds.mT, queries)
         d_key[batch], d_value[batch] = d_keys.view(d_key[batch].shape), d_values.view(d_value[batch].shape)
-    return d_query, d_key, d_value, d_bias if call.bias is None else d_bias.to(call.bias.dtype)
+    return d_query, d_key, d_value, d_bias.to(call.bias.dtype) if needs_d_bias and call.bias is not None else d_bias
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
