@@ -1,0 +1,200 @@
+"""The operators under opcheck, torch.compile, torch.export, autocast and activation checkpointing."""
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+
+import fastattn
+from fastattn.ops import _autograd
+from fastattn.ops._call import make_call
+from fastattn.testing import attention_inputs, attention_mask, key_padding_mask, random_tensor
+from tests.ops.attention_cases import dropout_state
+
+B, H, L, S, D = 2, 2, 5, 7, 8
+
+CALLS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal_bottom_right_lse": {"is_causal": True, "causal_alignment": "bottom_right", "return_lse": True},
+    "masks_average": {"masks": "bool", "need_weights": True},
+    "bias_heads_lse": {"masks": "bias", "need_weights": True, "average_attn_weights": False, "return_lse": True},
+    "gqa_feature_map": {"kv_heads": 1, "layout": "feature_map", "return_lse": True},
+    "dropout": {"dropout_p": 0.5, "return_lse": True},
+}
+
+
+def make_arguments(name, device):
+    """Leaves and keyword arguments of a call."""
+    arguments = dict(CALLS[name])
+    layout, kv_heads = arguments.pop("layout", "dense"), arguments.pop("kv_heads", H)
+    leaves = attention_inputs(B, H, L, S, D, kv_heads=kv_heads, device=device, layout=layout, seed=1)
+    masks = arguments.pop("masks", None)
+    if masks:
+        dtype = torch.bool if masks == "bool" else torch.float32
+        arguments["attn_mask"] = attention_mask(B, H, L, S, dtype=dtype, broadcast="head", device=device, seed=2)
+        arguments["key_padding_mask"] = key_padding_mask(B, S, device=device, seed=3)
+    return [t.requires_grad_() for t in leaves], arguments
+
+
+def results_and_gradients(function, leaves):
+    """What ``function`` returns, and the gradients of the leaves through all of it."""
+    results = function(*leaves)
+    results = (results,) if isinstance(results, torch.Tensor) else results
+    cotangents = [random_tensor(*r.shape, seed=i, dtype=r.dtype, device=r.device) for i, r in enumerate(results)]
+    return [*results, *torch.autograd.grad(results, leaves, cotangents)]
+
+
+def assert_same(actual, expected):
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------ opcheck
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_operators_pass_opcheck(name, backend, device):
+    """Schema, fake implementation and autograd registration of both opaque operators, on real inputs."""
+    leaves, arguments = make_arguments(name, device)
+    call = make_call(*(t.detach() for t in leaves), **arguments)
+    torch.manual_seed(0)
+    state = dropout_state(call, backend) if call.dropout_p else None
+    inputs = (*call[:3], call.bias, call.mask, call.key_padding_mask, state)
+    options = (call.diagonal, call.scale, call.dropout_p, call.weights, backend)
+    torch.library.opcheck(torch.ops.fastattn.attention_forward.default, (*inputs, *options))
+    output, lse, weights, statistics = torch.ops.fastattn.attention_forward(*inputs, *options)
+    needs_d_bias = call.bias is not None and backend == "torch"
+    d_weights = None if call.weights == "none" else torch.ones_like(weights)
+    gradients = (torch.ones_like(output), torch.ones_like(lse), d_weights, output, statistics, needs_d_bias)
+    torch.library.opcheck(torch.ops.fastattn.attention_backward.default, (*gradients, *inputs, *options))
+
+
+def test_outputs_of_the_operators_alias_nothing(backend, device):
+    leaves, _ = make_arguments("plain", device)
+    call = make_call(*(t.detach() for t in leaves))
+    found = _autograd.apply(call, None, backend)[0]
+    assert found.untyped_storage().data_ptr() not in {t.untyped_storage().data_ptr() for t in leaves}
+
+
+# ------------------------------------------------------------------------------------------------------ torch.compile
+
+# aot_eager traces everything that inductor does; inductor itself takes seconds, so it has two cases.
+COMPILED = [(name, "aot_eager", dynamic) for name in CALLS if name != "dropout" for dynamic in (False, True)]
+COMPILED += [("plain", "eager", False), ("masks_average", "inductor", False), ("bias_heads_lse", "inductor", True)]
+
+
+@pytest.mark.parametrize(("name", "compiler", "dynamic"), COMPILED)
+def test_attention_compiles_without_graph_breaks(name, compiler, dynamic, backend, device):
+    if compiler == "inductor" and shutil.which("gcc") is None and shutil.which("clang") is None:
+        pytest.skip("inductor needs a C++ compiler: neither gcc nor clang is on the path")
+    torch._dynamo.reset()
+    leaves, arguments = make_arguments(name, device)
+
+    def function(query, key, value):
+        found = fastattn.attention(query * 1.5, key, value, **arguments, backend=backend)
+        return (found * 2,) if isinstance(found, torch.Tensor) else tuple(t * 2 for t in found)
+
+    compiled = torch.compile(function, backend=compiler, fullgraph=True, dynamic=dynamic)
+    assert_same(results_and_gradients(compiled, leaves), results_and_gradients(function, leaves))
+
+
+def test_attention_compiled_for_dynamic_lengths_compiles_once(backend, device):
+    """A new length must not compile anew (flash-attention#2635, pytorch#136196)."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    function = torch.compile(
+        lambda q, k, v: fastattn.attention(q, k, v, is_causal=True, return_lse=True, backend=backend),
+        backend=counter,
+        fullgraph=True,
+        dynamic=True,
+    )
+    for seqlen_q, seqlen_k in ((5, 7), (9, 11), (33, 20)):
+        inputs = attention_inputs(B, H, seqlen_q, seqlen_k, D, device=device)
+        expected = fastattn.attention(*inputs, is_causal=True, return_lse=True, backend=backend)
+        assert_same(function(*inputs), expected)
+    assert counter.frame_count == 1
+
+
+def test_attention_compiled_inside_use_backend_follows_it(device):
+    torch._dynamo.reset()
+    inputs = attention_inputs(B, H, L, S, D, device=device)
+    function = torch.compile(lambda *t: fastattn.attention(*t), backend="eager", fullgraph=True)
+    for name in ("torch", "auto"):
+        with fastattn.use_backend(name):
+            assert_same([function(*inputs)], [fastattn.attention(*inputs)])
+
+
+def test_attention_compiled_with_dropout_draws_anew(backend, device):
+    torch._dynamo.reset()
+    inputs = attention_inputs(B, H, L, S, D, device=device)
+    function = torch.compile(
+        lambda *t: fastattn.attention(*t, dropout_p=0.5, backend=backend), backend="aot_eager", fullgraph=True
+    )
+    torch.manual_seed(0)
+    assert not torch.equal(function(*inputs), function(*inputs))
+
+
+# ------------------------------------------------------------------------------------------------------- torch.export
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non_strict"])
+def test_attention_exports_with_dynamic_lengths(strict, backend, device):
+    class Module(torch.nn.Module):
+        def forward(self, query, key, value, padding):
+            return fastattn.attention(
+                query, key, value, key_padding_mask=padding, is_causal=True, need_weights=True, backend=backend
+            )
+
+    def inputs(batch, seqlen_q, seqlen_k):
+        tensors = attention_inputs(batch, H, seqlen_q, seqlen_k, D, device=device)
+        return *tensors, key_padding_mask(batch, seqlen_k, device=device)
+
+    b, m, n = (torch.export.Dim(name, min=2, max=512) for name in ("b", "m", "n"))
+    shapes = ({0: b, 2: m}, {0: b, 2: n}, {0: b, 2: n}, {0: b, 1: n})
+    exported = torch.export.export(Module(), inputs(3, 5, 7), dynamic_shapes=shapes, strict=strict).module()
+    for sizes in ((3, 5, 7), (2, 9, 12)):
+        arguments = inputs(*sizes)
+        assert_same(exported(*arguments), Module()(*arguments))
+
+
+# ------------------------------------------------------------------------------------------ autocast and checkpointing
+
+
+def test_attention_autocasts_as_torch_does(backend, device):
+    leaves, arguments = make_arguments("causal_bottom_right_lse", device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        output, lse = fastattn.attention(*leaves, **arguments, backend=backend)
+        outside = fastattn.attention(*(t.double() for t in leaves), backend="torch")
+    assert output.dtype == torch.bfloat16
+    assert lse.dtype == torch.float32
+    assert outside.dtype == torch.float64  # autocast lets float64 alone
+    expected, _ = fastattn.attention(*(t.bfloat16() for t in leaves), **arguments, backend=backend)
+    assert torch.equal(output, expected)
+    for leaf, gradient in zip(leaves, torch.autograd.grad(output.sum() + lse.sum(), leaves)):
+        assert gradient.dtype == leaf.dtype == torch.float32
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved_tensor_hooks", "reentrant"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_attention_checkpoints(dropout_p, use_reentrant, backend, device):
+    """The recomputed forward draws the same dropout, so the gradients are bitwise those without checkpointing."""
+    leaves, _ = make_arguments("plain", device)
+
+    def function(query, key, value):
+        return fastattn.attention(query * 2, key, value, dropout_p=dropout_p, return_lse=True, backend=backend)
+
+    def checkpointed(*tensors):
+        return torch.utils.checkpoint.checkpoint(function, *tensors, use_reentrant=use_reentrant)
+
+    gradients = []
+    for run in (function, checkpointed):
+        torch.manual_seed(0)
+        output, lse = run(*leaves)
+        (output.sum() + lse.sum()).backward()
+        gradients.append([t.grad for t in leaves])
+        for t in leaves:
+            t.grad = None
+    for plain, again in zip(*gradients):
+        assert torch.equal(plain, again)
