@@ -8,7 +8,6 @@ silently; an operator with ``register_autograd`` alone would give silent zero ta
 
 from __future__ import annotations
 
-import math
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -25,10 +24,10 @@ _INPUTS = (
     "Tensor? dropout_state"
 )
 
-torch.library.define("fastattn::attention_forward", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
+torch.library.define("fastattn::attention_forward", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)")
 torch.library.define(
     "fastattn::attention_backward",
-    "(Tensor d_output, Tensor? d_lse, Tensor? d_weights, Tensor output, Tensor lse, bool needs_d_bias, "
+    "(Tensor d_output, Tensor? d_lse, Tensor? d_weights, Tensor output, Tensor statistics, bool needs_d_bias, "
     f"{_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -41,11 +40,6 @@ def _implementation(backend: str) -> ModuleType:
     from fastattn.ops import _torch_blocks
 
     return _torch_blocks
-
-
-# The operators' LSE is in their backend's own base (the kernels think in powers of two, and each change of base would
-# cost the backward another rounding). This makes it natural.
-_LSE_UNIT = {"triton": math.log(2.0), "torch": 1.0}
 
 
 class Options(NamedTuple):
@@ -85,6 +79,13 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def statistics_shape(query: Tensor, backend: str) -> tuple[int, ...]:
+    """The shape of the statistics from which a backend's backward recomputes the weights: the kernels' maximum and
+    inverse sum of every row, or torch's LSE."""
+    batch, heads, length = query.shape[:3]
+    return (batch, heads, 2, length) if backend == "triton" else (batch, heads, length)
+
+
 def weights_shape(query: Tensor, key: Tensor, weights: str) -> tuple[int, ...]:
     """The shape of the weights that an operator returns; empty where none are asked for."""
     batch, heads, length = query.shape[:3]
@@ -96,30 +97,32 @@ def weights_shape(query: Tensor, key: Tensor, weights: str) -> tuple[int, ...]:
 
 
 @torch.library.impl("fastattn::attention_forward", _DEVICES)
-def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs, options = Inputs(*args[:7]), Options(*args[7:])
     return _implementation(options.backend).forward(inputs, options)
 
 
 @torch.library.register_fake("fastattn::attention_forward")
-def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs, options = Inputs(*args[:7]), Options(*args[7:])
     query, key, value = inputs.query, inputs.key, inputs.value
     output = empty_in_order_of(query, (*query.shape[:3], value.shape[3]))
-    lse = query.new_empty(query.shape[:3], dtype=statistics_dtype(query.dtype))
-    return output, lse, query.new_empty(weights_shape(query, key, options.weights))
+    dtype = statistics_dtype(query.dtype)
+    lse = query.new_empty(query.shape[:3], dtype=dtype)
+    statistics = query.new_empty(statistics_shape(query, options.backend), dtype=dtype)
+    return output, lse, query.new_empty(weights_shape(query, key, options.weights)), statistics
 
 
 @torch.library.impl("fastattn::attention_backward", _DEVICES)
-def _backward(d_output: Tensor, d_lse: Tensor | None, d_weights: Tensor | None, output: Tensor, lse: Tensor,
+def _backward(d_output: Tensor, d_lse: Tensor | None, d_weights: Tensor | None, output: Tensor, statistics: Tensor,
               needs_d_bias: bool, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     inputs, options = Inputs(*args[:7]), Options(*args[7:])
     gradients = (d_output, d_lse, d_weights)
-    return _implementation(options.backend).backward(gradients, output, lse, needs_d_bias, inputs, options)
+    return _implementation(options.backend).backward(gradients, output, statistics, needs_d_bias, inputs, options)
 
 
 @torch.library.register_fake("fastattn::attention_backward")
-def _backward_fake(d_output: Tensor, d_lse: Tensor | None, d_weights: Tensor | None, output: Tensor, lse: Tensor,
+def _backward_fake(d_output: Tensor, d_lse: Tensor | None, d_weights: Tensor | None, output: Tensor, statistics: Tensor,
                    needs_d_bias: bool, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     inputs = Inputs(*args[:7])
     d_qkv = [empty_in_order_of(t, tuple(t.shape)) for t in inputs[:3]]
@@ -155,7 +158,7 @@ def _formula(inputs: Inputs, options: Options, *differentiable: Tensor | None) -
         "average": lambda: result.weights.mean(dim=1).to(query.dtype),
         "heads": lambda: result.weights.to(query.dtype),
     }[options.weights]()
-    return result.output.to(query.dtype), result.lse / _LSE_UNIT[options.backend], weights
+    return result.output.to(query.dtype), result.lse, weights
 
 
 def _formula_backward(inputs: Inputs, options: Options, *arguments: Tensor | None) -> tuple[Tensor, ...]:
@@ -192,7 +195,7 @@ def _with_tangents(function, inputs, options, primals, tangents):  # type: ignor
 
 
 class Attention(torch.autograd.Function):
-    """``(output, lse, weights)`` of one call; ``weights`` is empty where none are asked for."""
+    """``(output, lse, weights, statistics)`` of one call; ``weights`` is empty where none are asked for."""
 
     @staticmethod  # spelled out because torch.compile counts the parameters
     def forward(query, key, value, bias, mask, key_padding_mask, dropout_state,  # type: ignore[no-untyped-def]
@@ -203,48 +206,43 @@ class Attention(torch.autograd.Function):
         )  # fmt: skip
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
         ctx.options = Options(*inputs[7:])
-        ctx.save_for_backward(*inputs[:7], output[0], output[1])
-        if ctx.options.weights == "none":
-            ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(*inputs[:7], output[0], output[3])
+        ctx.mark_non_differentiable(*output[2:] if ctx.options.weights == "none" else output[3:])
 
     @staticmethod
-    def backward(ctx: Any, d_output: Tensor | None, d_lse: Tensor | None, d_weights: Tensor | None) -> Any:
-        *tensors, output, lse = ctx.saved_tensors
+    def backward(ctx: Any, d_output: Tensor | None, d_lse: Tensor | None, d_weights: Tensor | None, _: Any) -> Any:
+        *tensors, output, statistics = ctx.saved_tensors
         if d_output is None:
             d_output = torch.zeros_like(output)
         if ctx.options.weights == "none":
             d_weights = None
         needs_d_bias = tensors[3] is not None and ctx.needs_input_grad[3]
         d_query, d_key, d_value, d_bias = _attention_backward()(
-            d_output, d_lse, d_weights, output, lse, needs_d_bias, *tensors, *ctx.options
+            d_output, d_lse, d_weights, output, statistics, needs_d_bias, *tensors, *ctx.options
         )
         return d_query, d_key, d_value, d_bias if needs_d_bias else None, *(None,) * 8
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         options = Options(*args[7:])
+        out_dims = (0, 0, None if options.weights == "none" else 0, 0)
         if args[6] is not None:  # each sample draws its own dropout, or all of them the same: no folding
-            return _looped(_attention(), info, in_dims, args, None if options.weights == "none" else 0)
-        folded = _fold(info.batch_size, in_dims[:7], args[:7])
-        output, lse, weights = _attention()(*folded, *options)
-        weights_dim = None if options.weights == "none" else 0
-        if weights_dim == 0:
-            weights = weights.unflatten(0, (info.batch_size, -1))
-        sizes = (info.batch_size, -1)
-        return (output.unflatten(0, sizes), lse.unflatten(0, sizes), weights), (0, 0, weights_dim)
+            return _looped(_attention(), info, in_dims, args, out_dims)
+        folded = _fold(info.batch_size, in_dims[:7], args[:7], broadcasting=(3, 4))
+        return _unfolded(info.batch_size, _attention()(*folded, *options), out_dims), out_dims
 
 
 class AttentionBackward(torch.autograd.Function):
     """The gradients of :class:`Attention`; its own gradients come from the formula."""
 
     @staticmethod
-    def forward(d_output, d_lse, d_weights, output, lse, needs_d_bias,  # type: ignore[no-untyped-def]
+    def forward(d_output, d_lse, d_weights, output, statistics, needs_d_bias,  # type: ignore[no-untyped-def]
                 query, key, value, bias, mask, key_padding_mask, dropout_state,
                 diagonal, scale, dropout_p, weights, backend):  # fmt: skip
         return torch.ops.fastattn.attention_backward(
-            d_output, d_lse, d_weights, output, lse, needs_d_bias,
+            d_output, d_lse, d_weights, output, statistics, needs_d_bias,
             query, key, value, bias, mask, key_padding_mask, dropout_state,
             diagonal, scale, dropout_p, weights, backend,
         )  # fmt: skip
@@ -276,28 +274,25 @@ class AttentionBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         needs_d_bias = args[5]
-        bias_dim = 0 if needs_d_bias else None
+        out_dims = (0, 0, 0, 0 if needs_d_bias else None)
         if args[12] is not None:
-            return _looped(_attention_backward(), info, in_dims, args, bias_dim)
+            return _looped(_attention_backward(), info, in_dims, args, out_dims)
         gradients = _fold(info.batch_size, in_dims[:5], args[:5])
-        inputs = _fold(info.batch_size, in_dims[6:13], args[6:13], expand_bias=needs_d_bias)
-        d_query, d_key, d_value, d_bias = _attention_backward()(*gradients, needs_d_bias, *inputs, *args[13:])
-        sizes = (info.batch_size, -1)
+        # a bias that needs its gradient has one a sample
+        inputs = _fold(info.batch_size, in_dims[6:13], args[6:13], broadcasting=(4,) if needs_d_bias else (3, 4))
+        folded = _attention_backward()(*gradients, needs_d_bias, *inputs, *args[13:])
+        *d_qkv, d_bias = _unfolded(info.batch_size, folded, out_dims)
         if needs_d_bias:
-            d_bias = d_bias.unflatten(0, sizes)
-            per_sample = args[9].dim() - (in_dims[9] is not None)
-            assert per_sample == 4
-            batch = args[9].movedim(in_dims[9], 0).shape[1] if in_dims[9] is not None else args[9].shape[0]
-            if batch == 1:
-                d_bias = d_bias.sum(dim=1, keepdim=True)
-        return tuple(t.unflatten(0, sizes) for t in (d_query, d_key, d_value)) + (d_bias,), (0, 0, 0, bias_dim)
+            bias = args[9] if in_dims[9] is None else args[9].select(in_dims[9], 0)
+            d_bias = d_bias.sum_to_size(info.batch_size, *bias.shape)
+        return (*d_qkv, d_bias), out_dims
 
 
 class AttentionWithForwardMode(Attention):
     """:class:`Attention` for eager mode: torch.compile cannot trace a Function that has a ``jvp``."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         Attention.setup_context(ctx, inputs, output)
         ctx.set_materialize_grads(False)
         ctx.save_for_forward(*inputs[:7])
@@ -306,7 +301,7 @@ class AttentionWithForwardMode(Attention):
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
         inputs = Inputs(*ctx.saved_tensors[:7])
         output, lse, weights = _with_tangents(_formula, inputs, ctx.options, inputs[:4], tangents[:4])
-        return output, lse, None if ctx.options.weights == "none" else weights
+        return output, lse, None if ctx.options.weights == "none" else weights, None
 
 
 class AttentionBackwardWithForwardMode(AttentionBackward):
@@ -334,44 +329,42 @@ def _attention_backward() -> Any:
 
 
 def _fold(
-    samples: int, in_dims: tuple[Any, ...], tensors: tuple[Any, ...], *, expand_bias: bool = False
+    samples: int, in_dims: tuple[Any, ...], tensors: tuple[Any, ...], *, broadcasting: tuple[int, ...] = ()
 ) -> list[Tensor | None]:
-    """Fold vmap's dimension of every tensor into the batch. Bias and mask keep a batch of 1 while they may.
-
-    ``tensors`` starts with one whose batch is the call's (query, or the gradient of the output).
-    """
-    batch = tensors[0].movedim(in_dims[0], 0).shape[1] if in_dims[0] is not None else tensors[0].shape[0]
+    """Fold vmap's dimension of every tensor into the batch, the first tensor's. Those at the indices ``broadcasting``
+    stay as they are where neither vmap nor the batch tells their entries apart."""
+    batch = tensors[0].shape[0] if in_dims[0] is None else tensors[0].select(in_dims[0], 0).shape[0]
     folded: list[Tensor | None] = []
     for index, (tensor, dim) in enumerate(zip(tensors, in_dims)):
-        if tensor is None:
-            folded.append(None)
-            continue
-        if dim is None and tensor.shape[0] == 1 != batch * samples and not (expand_bias and index == 3):
-            folded.append(tensor if index in (3, 4) else _expanded(tensor[None], samples, batch))
-            continue
-        folded.append(_expanded(tensor[None] if dim is None else tensor.movedim(dim, 0), samples, batch))
+        if tensor is None or (dim is None and index in broadcasting and tensor.shape[0] == 1):
+            folded.append(tensor)
+        else:
+            tensor = tensor[None] if dim is None else tensor.movedim(dim, 0)
+            folded.append(tensor.expand(samples, batch, *tensor.shape[2:]).flatten(0, 1))
     return folded
 
 
-def _expanded(tensor: Tensor, samples: int, batch: int) -> Tensor:
-    return tensor.expand(samples, batch, *tensor.shape[2:]).flatten(0, 1)
+def _unfolded(samples: int, tensors: tuple[Tensor, ...], out_dims: tuple[int | None, ...]) -> tuple[Tensor, ...]:
+    """Undo :func:`_fold` on results. Those without a dimension for vmap are empty placeholders."""
+    return tuple(
+        t if dim is None else t.view(samples, t.shape[0] // samples, *t.shape[1:]) for t, dim in zip(tensors, out_dims)
+    )
 
 
-def _looped(function: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...], last_dim: int | None) -> Any:
-    """One call a sample, stacked. ``last_dim`` is None where the last output is an empty placeholder."""
+def _looped(function: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...], out_dims: Any) -> Any:
+    """One call a sample, stacked."""
     results = [
         function(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims))) for i in range(info.batch_size)
     ]
-    *columns, last = zip(*results)
-    stacked = [torch.stack(column) for column in columns]
-    return (*stacked, torch.stack(last) if last_dim == 0 else last[0]), (*(0,) * len(stacked), last_dim)
+    columns = zip(zip(*results), out_dims)
+    return tuple(column[0] if dim is None else torch.stack(column) for column, dim in columns), out_dims
 
 
 def apply(
     call: AttentionCall, dropout_state: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(output, weights or None, lse or None)`` of a call, through the operators."""
-    output, lse, weights = _attention()(
+    output, lse, weights, _ = _attention()(
         call.query,
         call.key,
         call.value,
@@ -385,5 +378,4 @@ def apply(
         call.weights,
         backend,
     )
-    natural_lse = lse * _LSE_UNIT[backend] if call.return_lse else None
-    return output, None if call.weights == "none" else weights, natural_lse
+    return output, None if call.weights == "none" else weights, lse if call.return_lse else None

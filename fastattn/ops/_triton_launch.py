@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.ops._autograd import Inputs, Options, empty_in_order_of, weights_shape
+from fastattn.ops._autograd import Inputs, Options, empty_in_order_of, statistics_shape, weights_shape
 from fastattn_kernels.attention_bwd import launch_attention_bwd, launch_attention_delta
 from fastattn_kernels.attention_fwd import launch_attention_fwd
 from fastattn_kernels.attention_problem import Problem, WeightsGradient
@@ -31,23 +31,24 @@ def _problem(inputs: Inputs, options: Options) -> Problem:
     )
 
 
-def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """``(output, lse, weights)``; the contract of ``fastattn::attention_forward``."""
+def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(output, lse, weights, statistics)``; the contract of ``fastattn::attention_forward``."""
     query, key, value = inputs.query, inputs.key, inputs.value
     problem = _problem(inputs, options)
     output = empty_in_order_of(query, (*query.shape[:3], value.shape[3]))
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     weights = query.new_empty(weights_shape(query, key, options.weights))
-    launch_attention_fwd(problem, output, lse)
+    statistics = query.new_empty(statistics_shape(query, "triton"), dtype=torch.float32)
+    launch_attention_fwd(problem, output, lse, statistics)
     if options.weights != "none":
-        launch_attention_weights(problem, lse, weights, average=options.weights == "average")
-    return output, lse, weights
+        launch_attention_weights(problem, statistics, weights, average=options.weights == "average")
+    return output, lse, weights, statistics
 
 
 def backward(
     gradients: tuple[Tensor, Tensor | None, Tensor | None],
     output: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     needs_d_bias: bool,
     inputs: Inputs,
     options: Options,
@@ -61,9 +62,9 @@ def backward(
     d_weights = None
     if d_weights_tensor is not None:
         d_weights = WeightsGradient(d_weights_tensor, inputs.query.shape[1])
-        launch_attention_weights_delta(problem, lse, d_weights, delta)
+        launch_attention_weights_delta(problem, statistics, d_weights, delta)
     d_query, d_key, d_value = (empty_in_order_of(t, tuple(t.shape)) for t in (inputs.query, inputs.key, inputs.value))
-    launch_attention_bwd(problem, d_output, lse, delta, d_weights, d_query, d_key, d_value)
+    launch_attention_bwd(problem, d_output, statistics, delta, d_weights, d_query, d_key, d_value)
     return d_query, d_key, d_value, d_output.new_empty(0)
 
 

@@ -12,7 +12,10 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 INFINITY = tl.constexpr(float("inf"))
+# A finite bias below this is -inf in base 2; it stays finite, because a row that sees only such keys is not empty.
+LOWEST_BIAS = tl.constexpr(-3.0e38)
 
 
 @triton.jit
@@ -42,12 +45,14 @@ def masked_scores(qk, unit, rows, cols, rules, BOUND: tl.constexpr, CROSSING: tl
     if bias_ptr is not None:
         bias_ptr += batch * stride_bias_b + head * stride_bias_h
         b = _load_2d(bias_ptr, stride_bias_m, stride_bias_n, mask_rows, cols, inside, 0.0, BOUND).to(tl.float32)
-        scores = tl.where(b == -INFINITY, -INFINITY, scores + b * LOG2_E)  # not a sum: NaN - inf would be NaN
+        in_base_2 = tl.where(b < 0.0, tl.maximum(b * LOG2_E, LOWEST_BIAS), b * LOG2_E)  # NaN stays
+        scores = tl.where(b == -INFINITY, -INFINITY, scores + in_base_2)  # not a sum: NaN - inf would be NaN
     if BOUND:
         scores = tl.where(inside, scores, -INFINITY)
     if CROSSING:
         if diagonal is not None:
-            scores = tl.where(cols <= rows + diagonal, scores, -INFINITY)
+            # rows past the end see nothing: 0 * NaN of a key that they alone would see must not reach its gradient
+            scores = tl.where((cols <= rows + diagonal) & (rows < seqlen_q), scores, -INFINITY)
     if mask_ptr is not None:
         mask_ptr += batch * stride_mask_b + head * stride_mask_h
         m = _load_2d(mask_ptr, stride_mask_m, stride_mask_n, mask_rows, cols, inside, 0, BOUND)

@@ -52,6 +52,26 @@ def store_tile(
 
 
 @triton.jit
+def store_statistics(statistics_ptr, row, seqlen_q, row_max, inverse_sum):
+    """Store what :func:`load_statistics` loads, of the rows of one head."""
+    tl.store(statistics_ptr + row, row_max, mask=row < seqlen_q)
+    tl.store(statistics_ptr + seqlen_q + row, inverse_sum, mask=row < seqlen_q)
+
+
+@triton.jit
+def load_statistics(statistics_ptr, row, seqlen_q):
+    """``(maximum, 1 / sum)`` of rows: ``exp2(score - maximum) / sum`` is the probability. Past the end the maximum is
+    +inf, so that the probability is 0 whatever the score is.
+
+    Two numbers and not the LSE, their union: rounded to float32 it costs the probabilities its own magnitude in ulps,
+    and where a bias is finfo.min it loses the sum altogether.
+    """
+    row_max = tl.load(statistics_ptr + row, mask=row < seqlen_q, other=INFINITY)
+    inverse_sum = tl.load(statistics_ptr + seqlen_q + row, mask=row < seqlen_q, other=0.0)
+    return row_max, inverse_sum
+
+
+@triton.jit
 def weighted_sum(weights, x, acc, CAREFUL: tl.constexpr, PRECISION: tl.constexpr):
     """``acc + weights @ x``. CAREFUL: with ``0 * NaN = 0 * inf = 0``, so that what is masked out never leaks."""
     if CAREFUL:

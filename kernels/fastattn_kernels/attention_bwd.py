@@ -1,6 +1,6 @@
 """Backward in two passes without atomics, bitwise deterministic: a program owns a tile of dK and dV, or one of dQ.
 
-Both recompute the probabilities from the LSE (arXiv:2307.08691, algorithm 2); the workspace is delta, O(L).
+Both recompute P from each row's statistics (arXiv:2307.08691, algorithm 2); the workspace is delta, O(L).
 """
 
 import torch
@@ -18,7 +18,7 @@ from fastattn_kernels._masking import (
     masked_scores,
     row_range,
 )
-from fastattn_kernels._tiles import any_not_finite, load_tile, store_tile, weighted_sum
+from fastattn_kernels._tiles import any_not_finite, load_statistics, load_tile, store_tile, weighted_sum
 from fastattn_kernels.attention_config import (
     BackwardConfig,
     backward_config,
@@ -53,16 +53,8 @@ def _delta_kernel(
     if dlse_ptr is not None:
         dlse_ptr += batch * stride_lb + head * stride_lh
         dlse = tl.load(dlse_ptr + rows.to(tl.int64) * stride_lm, mask=rows < seqlen_q, other=0.0)
-        delta -= dlse.to(tl.float32) * LOG2_E  # the gradient of an LSE in base 2
+        delta -= dlse.to(tl.float32)
     tl.store(delta_ptr + batch_head.to(tl.int64) * seqlen_q + rows, delta, mask=rows < seqlen_q)
-
-
-@triton.jit
-def load_statistics(lse_ptr, rows, seqlen_q):
-    """LSE such that ``exp2(score - it)`` is right for every row: 0 for a row that sees nothing (its
-    scores are -inf), +inf past the end (whatever its scores are, its probabilities are 0)."""
-    lse = tl.load(lse_ptr + rows, mask=rows < seqlen_q, other=INFINITY)
-    return tl.where(lse == -INFINITY, 0.0, lse)
 
 
 @triton.jit
@@ -75,12 +67,14 @@ def load_weights_gradient(d_weights, rows, cols, rules):
 
 
 @triton.jit
-def _probabilities(qk, lse, unit, rows, cols, rules, BOUND: tl.constexpr, CROSSING: tl.constexpr):
-    """P of a tile in either orientation; ``lse`` broadcasts against it."""
+def probabilities(
+    qk, row_max, inverse_sum, unit, rows, cols, rules, BOUND: tl.constexpr, CROSSING: tl.constexpr
+):  # fmt: skip
+    """P of a tile in either orientation; the rows' statistics broadcast against it."""
     scores = masked_scores(qk, unit, rows, cols, rules, BOUND, CROSSING)
-    p = tl.exp2(scores - lse)
+    p = tl.exp2(scores - row_max) * inverse_sum
     if BOUND or CROSSING or rules[3][0] is not None or rules[4][0] is not None or rules[5][0] is not None:
-        p = tl.where(scores == -INFINITY, 0.0, p)  # the LSE of a row may be NaN or inf
+        p = tl.where(scores == -INFINITY, 0.0, p)  # the statistics of a row may be NaN
     return p
 
 
@@ -99,7 +93,7 @@ def _score_gradient(p, factor, dp, delta, rows, cols, rules, d_weights, BOUND: t
 
 @triton.jit
 def _grad_of_keys(
-    dk, dv, k, v, unit, queries, gradients, statistics, begin, end, cols, batch, kv_head, heads, group,
+    dk, dv, k, v, unit, queries, gradients, statistics_ptr, delta_ptr, begin, end, cols, batch, kv_head, heads, group,
     seqlen_q, seqlen_k, diagonal, mask, bias, padding, dropout, weights_gradient,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -112,7 +106,6 @@ def _grad_of_keys(
     """
     q_ptr, stride_qh, stride_qm, stride_qd = queries
     do_ptr, stride_gh, stride_gm, stride_gd = gradients
-    lse_ptr, delta_ptr = statistics
     # without masks, keys past the end only reach rows of dK and dV that are not stored
     BOUND: tl.constexpr = mask[0] is not None or bias[0] is not None or padding[0] is not None
     steps = tl.cdiv(end - begin, BLOCK_M)
@@ -127,10 +120,10 @@ def _grad_of_keys(
         q = load_tile(head_q, start, seqlen_q, stride_qm, stride_qd, BLOCK_M, BLOCK_D, HEAD_DIM, True)
         do = load_tile(head_do, start, seqlen_q, stride_gm, stride_gd, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
         batch_head = batch * heads + head
-        lse = load_statistics(lse_ptr + batch_head * seqlen_q, row, seqlen_q)
+        row_max, inverse_sum = load_statistics(statistics_ptr + 2 * batch_head * seqlen_q, row, seqlen_q)
         delta = tl.load(delta_ptr + batch_head * seqlen_q + row, mask=row < seqlen_q, other=0.0)
         qk = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        p = _probabilities(qk, lse[None, :], unit, rows, cols, rules, BOUND, CROSSING)
+        p = probabilities(qk, row_max[None, :], inverse_sum[None, :], unit, rows, cols, rules, BOUND, CROSSING)
         factor = None
         dropped = p
         if dropout is not None:
@@ -149,7 +142,7 @@ def _grad_of_keys(
 
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "diagonal", "heads", "group"])
 def _attention_bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, statistics_ptr, delta_ptr, dk_ptr, dv_ptr, seed_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
@@ -201,12 +194,12 @@ def _attention_bwd_dkdv_kernel(
     begin, full_begin = row_range(col_start, seqlen_q, diagonal, BLOCK_M, BLOCK_N)
     if diagonal is not None:
         dk, dv = _grad_of_keys(
-            dk, dv, k, v, unit, queries, gradients, (lse_ptr, delta_ptr), begin, full_begin, cols,
+            dk, dv, k, v, unit, queries, gradients, statistics_ptr, delta_ptr, begin, full_begin, cols,
             batch, kv_head, heads, group, seqlen_q, seqlen_k, diagonal, mask, bias, padding, dropout, weights_gradient,
             BLOCK_M, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, True, CAREFUL, PRECISION,
         )  # fmt: skip
     dk, dv = _grad_of_keys(
-        dk, dv, k, v, unit, queries, gradients, (lse_ptr, delta_ptr), full_begin, seqlen_q, cols,
+        dk, dv, k, v, unit, queries, gradients, statistics_ptr, delta_ptr, full_begin, seqlen_q, cols,
         batch, kv_head, heads, group, seqlen_q, seqlen_k, diagonal, mask, bias, padding, dropout, weights_gradient,
         BLOCK_M, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, False, CAREFUL, PRECISION,
     )  # fmt: skip
@@ -216,7 +209,7 @@ def _attention_bwd_dkdv_kernel(
 
 @triton.jit
 def _grad_of_queries(
-    dq, q, do, lse, delta, unit, keys, values, begin, end, rows, batch_head, rules, dropout, d_weights,
+    dq, q, do, row_max, inverse_sum, delta, unit, keys, values, begin, end, rows, batch_head, rules, dropout, d_weights,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     PARTIAL: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
@@ -230,7 +223,7 @@ def _grad_of_queries(
         k = load_tile(k_ptr, start, seqlen_k, stride_kn, stride_kd, BLOCK_N, BLOCK_D, HEAD_DIM, PARTIAL)
         v = load_tile(v_ptr, start, seqlen_k, stride_vn, stride_vd, BLOCK_N, BLOCK_DV, VALUE_DIM, PARTIAL)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        p = _probabilities(qk, lse[:, None], unit, rows, cols, rules, PARTIAL, PARTIAL)
+        p = probabilities(qk, row_max[:, None], inverse_sum[:, None], unit, rows, cols, rules, PARTIAL, PARTIAL)
         factor = None
         if dropout is not None:
             factor = dropout_factor(rows, cols, batch_head, dropout)
@@ -242,7 +235,7 @@ def _grad_of_queries(
 
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "diagonal", "heads", "group"])
 def _attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, statistics_ptr, delta_ptr, dq_ptr, seed_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
@@ -288,25 +281,27 @@ def _attention_bwd_dq_kernel(
     q = load_tile(q_ptr, row_start, seqlen_q, stride_qm, stride_qd, BLOCK_M, BLOCK_D, HEAD_DIM, True)
     do = load_tile(do_ptr, row_start, seqlen_q, stride_gm, stride_gd, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
     rows_of = batch_head.to(tl.int64) * seqlen_q
-    lse = load_statistics(lse_ptr + rows_of, row, seqlen_q)
+    row_max, inverse_sum = load_statistics(statistics_ptr + 2 * rows_of, row, seqlen_q)
     delta = tl.load(delta_ptr + rows_of + row, mask=row < seqlen_q, other=0.0)
     unit = scale * LOG2_E
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     full_end, end = key_range(row_start, seqlen_k, diagonal, BLOCK_M, BLOCK_N)
     dq = _grad_of_queries(
-        dq, q, do, lse, delta, unit, keys, values, 0, full_end, row[:, None], batch_head, rules, dropout, d_weights,
+        dq, q, do, row_max, inverse_sum, delta, unit, keys, values, 0, full_end, row[:, None], batch_head,
+        rules, dropout, d_weights,
         BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, False, CAREFUL, PRECISION,
     )  # fmt: skip
     dq = _grad_of_queries(
-        dq, q, do, lse, delta, unit, keys, values, full_end, end, row[:, None], batch_head, rules, dropout, d_weights,
+        dq, q, do, row_max, inverse_sum, delta, unit, keys, values, full_end, end, row[:, None], batch_head,
+        rules, dropout, d_weights,
         BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, True, CAREFUL, PRECISION,
     )  # fmt: skip
     store_tile(dq_ptr, row_start, seqlen_q, stride_dqm, stride_dqd, dq * scale, BLOCK_M, BLOCK_D, HEAD_DIM)
 
 
 def launch_attention_delta(out: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
-    """``rowsum(dO * O) - dLSE``, ``[B, H, L]`` float32; ``d_lse`` is the gradient of the LSE in base 2."""
+    """``rowsum(dO * O) - dLSE``, ``[B, H, L]`` float32."""
     batch, heads, seqlen_q, value_dim = out.shape
     delta = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
     if delta.numel() == 0:
@@ -324,7 +319,7 @@ def launch_attention_delta(out: Tensor, d_out: Tensor, d_lse: Tensor | None) -> 
 def launch_attention_bwd(
     problem: Problem,
     d_out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     delta: Tensor,
     d_weights: WeightsGradient | None,
     dq: Tensor,
@@ -332,7 +327,7 @@ def launch_attention_bwd(
     dv: Tensor,
     config: BackwardConfig | None = None,
 ) -> None:
-    """Write dQ, dK and dV (any strides) from LSE (base 2) and delta, both ``[B, H, L]``, contiguous, float32."""
+    """Write dQ, dK and dV (any strides) from the forward's statistics and delta."""
     query, key, value = problem.query, problem.key, problem.value
     batch, heads, seqlen_q, head_dim = query.shape
     kv_heads, seqlen_k, value_dim = key.shape[1], key.shape[2], value.shape[3]
@@ -353,14 +348,14 @@ def launch_attention_bwd(
         with device_guard(query):
             if dk.numel() or dv.numel():
                 _attention_bwd_dkdv_kernel[(triton.cdiv(seqlen_k, tiles.dkdv.block_n) * batch * kv_heads,)](
-                    query, key, value, d_out, lse, delta, dk, dv, problem.seed,
+                    query, key, value, d_out, statistics, delta, dk, dv, problem.seed,
                     *query.stride(), *key.stride(), *value.stride(), *d_out.stride(), *dk.stride(), *dv.stride(),
                     *weights_arguments, *problem.rule_arguments(), *numbers, **sizes,
                     CAREFUL=careful, **tiles.dkdv.launch_options(),
                 )  # fmt: skip
             if dq.numel():
                 _attention_bwd_dq_kernel[(triton.cdiv(seqlen_q, tiles.dq.block_m) * batch * heads,)](
-                    query, key, value, d_out, lse, delta, dq, problem.seed,
+                    query, key, value, d_out, statistics, delta, dq, problem.seed,
                     *query.stride(), *key.stride(), *value.stride(), *d_out.stride(), *dq.stride(),
                     *weights_arguments, *problem.rule_arguments(), *numbers, **sizes,
                     CAREFUL=careful, **tiles.dq.launch_options(),

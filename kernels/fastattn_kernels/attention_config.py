@@ -1,13 +1,25 @@
-"""Block sizes, warps and stages for every attention kernel, and the heuristics that choose them."""
+"""Block sizes, warps and stages for every attention kernel, and the heuristics that choose them.
+
+Nothing here has been timed on a GPU yet. The tables hold, for each architecture, the largest tile that compiles without
+register spills and inside the shared memory (tests/kernels holds them to it), in the order of preference that the model
+of docs/performance.md gives. Pass a :class:`Config` to a launcher to try another.
+"""
 
 import dataclasses
+from typing import Literal, NamedTuple
 
 import torch
 from triton import next_power_of_2
 
+Kernel = Literal["forward", "dkdv", "dq", "weights"]
+# What a tile of scores carries beside itself, which is what fills the registers: nothing (the diagonal is free), masks
+# and biases, or random numbers and the gradient of returned weights as well.
+Load = Literal["plain", "masked", "heavy"]
+# The products' kind: 16-bit, float32 on tensor cores, or float32 by multiply-adds, whose operands lie in registers.
+Products = Literal["half", "tf32", "ieee"]
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+
+class Config(NamedTuple):
     """How one kernel is launched. ``block_m`` counts query rows, ``block_n`` keys."""
 
     block_m: int
@@ -58,5 +70,4 @@ def weights_config(device: torch.device, dtype: torch.dtype, head_dim: int) -> C
 
 
 def careful_config() -> Config:
-    """The tile of the careful pass, which runs only where NaN or inf came out: small enough to fit anywhere."""
     return Config(32, 32, 4, 1)

@@ -7,6 +7,7 @@ from torch import Tensor
 from fastattn_kernels._device import device_guard
 from fastattn_kernels._masking import (
     INFINITY,
+    LN_2,
     LOG2_E,
     dropout_keep,
     dropout_scale,
@@ -14,7 +15,7 @@ from fastattn_kernels._masking import (
     load_dropout,
     masked_scores,
 )
-from fastattn_kernels._tiles import any_not_finite, load_tile, store_tile, weighted_sum
+from fastattn_kernels._tiles import any_not_finite, load_tile, store_statistics, store_tile, weighted_sum
 from fastattn_kernels.attention_config import Config, careful_config, dot_precision, forward_config, head_block
 from fastattn_kernels.attention_problem import Problem
 
@@ -62,7 +63,7 @@ def _attend_keys(
 
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "diagonal", "heads", "group"])
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, statistics_ptr, seed_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
@@ -119,19 +120,23 @@ def _attention_fwd_kernel(
         BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, True, CAREFUL, PRECISION,
     )  # fmt: skip
 
-    norm = tl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)  # a row that may see nothing is zero
+    inverse_sum = tl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)  # a row that may see nothing is zero
+    norm = inverse_sum
     if dropout is not None:
         norm = norm * dropout_scale(dropout_p)
     store_tile(out_ptr, row_start, seqlen_q, stride_om, stride_od, acc * norm[:, None], BLOCK_M, BLOCK_DV, VALUE_DIM)
     row = row_start + tl.arange(0, BLOCK_M)
     pivot = tl.where(row_max == -INFINITY, 0.0, row_max)
-    lse_ptr += batch_head.to(tl.int64) * seqlen_q
-    # in base 2, as the backward wants it: each change of base would cost its probabilities another rounding
-    tl.store(lse_ptr + row, pivot + tl.log2(row_sum), mask=row < seqlen_q)
+    rows_of = batch_head.to(tl.int64) * seqlen_q
+    tl.store(lse_ptr + rows_of + row, (pivot + tl.log2(row_sum)) * LN_2, mask=row < seqlen_q)
+    store_statistics(statistics_ptr + 2 * rows_of, row, seqlen_q, pivot, inverse_sum)
 
 
-def launch_attention_fwd(problem: Problem, out: Tensor, lse: Tensor, config: Config | None = None) -> None:
-    """Write the output ``[B, H, L, Dv]`` (any strides) and the LSE in base 2, ``[B, H, L]`` (contiguous, float32)."""
+def launch_attention_fwd(
+    problem: Problem, out: Tensor, lse: Tensor, statistics: Tensor, config: Config | None = None
+) -> None:
+    """Write the output ``[B, H, L, Dv]`` (any strides), and, contiguous and float32, the natural LSE ``[B, H, L]`` and
+    the statistics ``[B, H, 2, L]`` that the other launchers take."""
     if lse.numel() == 0:
         return
     query, key, value = problem.query, problem.key, problem.value
@@ -141,7 +146,7 @@ def launch_attention_fwd(problem: Problem, out: Tensor, lse: Tensor, config: Con
         tile = careful_config() if careful else config or forward_config(query.device, query.dtype, head_dim, value_dim)
         with device_guard(query):
             _attention_fwd_kernel[(triton.cdiv(seqlen_q, tile.block_m) * batch * heads,)](
-                query, key, value, out, lse, problem.seed,
+                query, key, value, out, lse, statistics, problem.seed,
                 *query.stride(), *key.stride(), *value.stride(), *out.stride(),
                 *problem.rule_arguments(), heads, heads // max(key.shape[1], 1),
                 seqlen_q, key.shape[2], problem.diagonal, problem.scale, problem.dropout_p,

@@ -1,4 +1,4 @@
-"""The weights themselves, averaged over heads or one set a head, and what their gradient needs, from the LSE.
+"""The weights themselves, averaged over heads or one set a head, and what their gradient needs, from rows' statistics.
 
 Averaged weights are summed over heads inside the tile: memory O(B L S) and never O(B H L S), in a fixed order. Their
 gradient enters the backward as an addition to dP (attention_bwd) and to delta (here).
@@ -16,19 +16,20 @@ from fastattn_kernels._masking import (
     dropout_keep,
     key_range,
     load_dropout,
-    masked_scores,
 )
-from fastattn_kernels._tiles import load_tile
-from fastattn_kernels.attention_bwd import load_statistics, load_weights_gradient
+from fastattn_kernels._tiles import load_statistics, load_tile
+from fastattn_kernels.attention_bwd import load_weights_gradient, probabilities
 from fastattn_kernels.attention_config import Config, dot_precision, head_block, weights_config
 from fastattn_kernels.attention_problem import Problem, WeightsGradient
 
 
 @triton.jit
-def _probabilities(q, k, lse, unit, rows, cols, batch_head, rules, dropout, PRECISION: tl.constexpr):
+def _weights(
+    q, k, row_max, inverse_sum, unit, rows, cols, batch_head, rules, dropout, PRECISION: tl.constexpr
+):  # fmt: skip
     """A tile of weights after dropout, ``[M, N]``."""
-    scores = masked_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), unit, rows, cols, rules, True, True)
-    p = tl.exp2(scores - lse[:, None])
+    qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    p = probabilities(qk, row_max[:, None], inverse_sum[:, None], unit, rows, cols, rules, True, True)
     if dropout is not None:
         p *= dropout_factor(rows, cols, batch_head, dropout)
     return p
@@ -36,7 +37,7 @@ def _probabilities(q, k, lse, unit, rows, cols, batch_head, rules, dropout, PREC
 
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "diagonal", "heads", "group", "heads_per_program"])
 def _attention_weights_kernel(
-    q_ptr, k_ptr, lse_ptr, weights_ptr, seed_ptr,
+    q_ptr, k_ptr, statistics_ptr, weights_ptr, seed_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_wb, stride_wh, stride_wm, stride_wn,
@@ -82,8 +83,8 @@ def _attention_weights_kernel(
         head_k = k_ptr + batch * stride_kb + head64 // group * stride_kh
         q = load_tile(head_q, row_start, seqlen_q, stride_qm, stride_qd, BLOCK_M, BLOCK_D, HEAD_DIM, True)
         k = load_tile(head_k, col_start, seqlen_k, stride_kn, stride_kd, BLOCK_N, BLOCK_D, HEAD_DIM, True)
-        lse = load_statistics(lse_ptr + batch_head.to(tl.int64) * seqlen_q, row, seqlen_q)
-        total += _probabilities(q, k, lse, scale * LOG2_E, rows, cols, batch_head, rules, dropout, PRECISION)
+        row_max, inverse_sum = load_statistics(statistics_ptr + 2 * batch_head.to(tl.int64) * seqlen_q, row, seqlen_q)
+        total += _weights(q, k, row_max, inverse_sum, scale * LOG2_E, rows, cols, batch_head, rules, dropout, PRECISION)
     weights_ptr += batch * stride_wb + first_head.to(tl.int64) * stride_wh + col_start.to(tl.int64) * stride_wn
     inside = (rows < seqlen_q) & (cols < seqlen_k)
     local_cols = tl.arange(0, BLOCK_N).to(tl.int64)[None, :]
@@ -93,7 +94,7 @@ def _attention_weights_kernel(
 
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "diagonal", "heads", "group"])
 def _attention_weights_delta_kernel(
-    q_ptr, k_ptr, lse_ptr, delta_ptr, seed_ptr,
+    q_ptr, k_ptr, statistics_ptr, delta_ptr, seed_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     dw_ptr, stride_wb, stride_wh, stride_wm, stride_wn, share,
@@ -127,13 +128,13 @@ def _attention_weights_delta_kernel(
     rows = row[:, None]
     rows_of = batch_head.to(tl.int64) * seqlen_q
     q = load_tile(q_ptr, row_start, seqlen_q, stride_qm, stride_qd, BLOCK_M, BLOCK_D, HEAD_DIM, True)
-    lse = load_statistics(lse_ptr + rows_of, row, seqlen_q)
+    row_max, inverse_sum = load_statistics(statistics_ptr + 2 * rows_of, row, seqlen_q)
     delta = tl.load(delta_ptr + rows_of + row, mask=row < seqlen_q, other=0.0)
     _, end = key_range(row_start, seqlen_k, diagonal, BLOCK_M, BLOCK_N)
     for start in tl.range(0, end, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)[None, :]
         k = load_tile(k_ptr, start, seqlen_k, stride_kn, stride_kd, BLOCK_N, BLOCK_D, HEAD_DIM, True)
-        p = _probabilities(q, k, lse, scale * LOG2_E, rows, cols, batch_head, rules, dropout, PRECISION)
+        p = _weights(q, k, row_max, inverse_sum, scale * LOG2_E, rows, cols, batch_head, rules, dropout, PRECISION)
         dw = load_weights_gradient(d_weights, rows, cols, rules)
         delta += tl.sum(tl.where(p == 0.0, 0.0, p * dw), 1)
     tl.store(delta_ptr + rows_of + row, delta, mask=row < seqlen_q)
@@ -156,7 +157,7 @@ def _dropout_keep_kernel(
 
 
 def launch_attention_weights(
-    problem: Problem, lse: Tensor, weights: Tensor, average: bool, config: Config | None = None
+    problem: Problem, statistics: Tensor, weights: Tensor, average: bool, config: Config | None = None
 ) -> None:
     """Write the weights: ``[B, L, S]`` averaged over heads, or ``[B, H, L, S]``; any strides."""
     if weights.numel() == 0:
@@ -169,7 +170,7 @@ def launch_attention_weights(
     tiles = triton.cdiv(seqlen_q, config.block_m) * triton.cdiv(seqlen_k, config.block_n)
     with device_guard(query):
         _attention_weights_kernel[(tiles * batch * (1 if average else heads),)](
-            query, key, lse, weights, problem.seed, *query.stride(), *key.stride(), *strides,
+            query, key, statistics, weights, problem.seed, *query.stride(), *key.stride(), *strides,
             *problem.rule_arguments(), heads, heads // key.shape[1],
             seqlen_q, seqlen_k, problem.diagonal, problem.scale, problem.dropout_p, heads if average else 1,
             HEAD_DIM=head_dim, BLOCK_D=head_block(head_dim),
@@ -178,7 +179,7 @@ def launch_attention_weights(
 
 
 def launch_attention_weights_delta(
-    problem: Problem, lse: Tensor, d_weights: WeightsGradient, delta: Tensor, config: Config | None = None
+    problem: Problem, statistics: Tensor, d_weights: WeightsGradient, delta: Tensor, config: Config | None = None
 ) -> None:
     """Add ``rowsum(dW * W)`` to ``delta``, ``[B, H, L]`` contiguous float32."""
     if delta.numel() == 0:
@@ -188,7 +189,7 @@ def launch_attention_weights_delta(
     config = config or weights_config(query.device, query.dtype, head_dim)
     with device_guard(query):
         _attention_weights_delta_kernel[(triton.cdiv(seqlen_q, config.block_m) * batch * heads,)](
-            query, key, lse, delta, problem.seed, *query.stride(), *key.stride(),
+            query, key, statistics, delta, problem.seed, *query.stride(), *key.stride(),
             *d_weights.arguments(), *problem.rule_arguments(), heads, heads // max(key.shape[1], 1),
             seqlen_q, key.shape[2], problem.diagonal, problem.scale, problem.dropout_p,
             HEAD_DIM=head_dim, BLOCK_D=head_block(head_dim),

@@ -96,6 +96,8 @@ def resources(kernel: Any, target: str) -> dict[str, Any]:
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
         "stages": kernel.metadata.num_stages,
+        "hash": kernel.hash,
+        "careful": _constant(kernel, "CAREFUL"),
     }
     if target.startswith("hip"):
         assembly = kernel.asm["amdgcn"]
@@ -115,6 +117,12 @@ def resources(kernel: Any, target: str) -> dict[str, Any]:
     row["tensor_core_products"] = len(re.findall(r"\b(?:HGMMA|HMMA)\b", code))
     row["local_memory"] = len(re.findall(r"\b(?:LDL|STL)\b", code))
     return row
+
+
+def _constant(kernel: Any, name: str) -> Any:
+    """The value of a kernel's compile-time argument; None where it has no such argument."""
+    names = kernel.src.fn.arg_names
+    return kernel.src.constants.get((names.index(name),)) if name in names else None
 
 
 def _cuobjdump(*arguments: str) -> str:
@@ -145,20 +153,20 @@ def launch_all(case: dict[str, Any], passes: tuple[str, ...]) -> None:
         dropout_p=0.1 if case.get("dropout") else 0.0,
     )
     output = torch.empty(batch, heads, length, value_dim, dtype=dtype)
-    lse = torch.empty(batch, heads, length)
+    lse, statistics = torch.empty(batch, heads, length), torch.empty(batch, heads, 2, length)
     d_weights = WeightsGradient(torch.empty(batch, length, keys, dtype=dtype), heads) if case.get("weights") else None
     if "fwd" in passes:
-        attention_fwd.launch_attention_fwd(problem, output, lse)
+        attention_fwd.launch_attention_fwd(problem, output, lse, statistics)
     if "bwd" in passes:
         delta = attention_bwd.launch_attention_delta(output, output, None)
         attention_bwd.launch_attention_bwd(
-            problem, output, lse, delta, d_weights, query.clone(), key.clone(), value.clone()
+            problem, output, statistics, delta, d_weights, query.clone(), key.clone(), value.clone()
         )
     if "weights" in passes:
         weights = torch.empty(batch, length, keys, dtype=dtype)
-        attention_weights.launch_attention_weights(problem, lse, weights, average=True)
+        attention_weights.launch_attention_weights(problem, statistics, weights, average=True)
         gradient = WeightsGradient(weights, heads)
-        attention_weights.launch_attention_weights_delta(problem, lse, gradient, lse)
+        attention_weights.launch_attention_weights_delta(problem, statistics, gradient, lse)
 
 
 def main() -> None:
