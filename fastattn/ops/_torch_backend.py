@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.ops import _autograd
+from fastattn.ops import _autograd, _torch_blocks
 from fastattn.ops._call import AttentionCall
 from fastattn.reference import visibility
 from fastattn.reference.attention import NEGATIVE_INFINITY
@@ -18,14 +20,12 @@ def refusals(call: AttentionCall) -> list[str]:
 
 
 def describe(call: AttentionCall) -> str:
-    """Which of the two forms the call takes."""
+    """Which of the three forms the call takes."""
     if _sdpa_can(call):
         return "F.scaled_dot_product_attention"
+    if _is_small(call):
+        return "the formula in plain torch (weights are asked for, and the scores fit one block)"
     return "plain torch in blocks of rows (weights or LSE are asked for)"
-
-
-def _sdpa_can(call: AttentionCall) -> bool:
-    return call.weights == "none" and not call.return_lse
 
 
 def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -37,43 +37,124 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
         # Drawn whole, as nn.MultiheadAttention draws it, so that one seed gives the same dropout in both.
         shape = (*call.query.shape[:3], call.key.shape[2])
         keep = torch.empty(shape, dtype=torch.bool, device=call.query.device).bernoulli_(1.0 - call.dropout_p)
+    if _is_small(call):
+        output, weights, trusted = _formula(call, keep)
+        if trusted:
+            return output, weights, None
     return _autograd.apply(call, keep, "torch")
 
 
+def is_eager_on_cpu(tensor: Tensor) -> bool:
+    """Is this a plain call on the CPU, that nothing traces or transforms, so that looking at numbers is allowed?"""
+    return (
+        tensor.device.type == "cpu"
+        and type(tensor) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _sdpa_can(call: AttentionCall) -> bool:
+    return call.weights == "none" and not call.return_lse
+
+
+# ------------------------------------------------------------------------------------------------------ small calls
+
+
+def _is_small(call: AttentionCall) -> bool:
+    """Does the formula serve? The operators, their autograd rules and their caution cost more than a small call."""
+    query, key = call.query, call.key
+    return (
+        not call.return_lse
+        and query.shape[1] == key.shape[1]
+        and 0 < query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] <= _torch_blocks.BLOCK_ELEMENTS
+        and is_eager_on_cpu(query)
+    )
+
+
+def _formula(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor, bool]:
+    """Output and weights by the textbook, and whether to trust them: rows that see nothing, and NaN or inf in what is
+    hidden, show in the sum and are left to the blocks."""
+    mask = _merged_mask(call)
+    scores = torch.matmul(call.query * call.scale, call.key.mT)
+    if mask is not None:
+        if mask.dtype == torch.bool:  # added, not filled in: filling takes as long as a product
+            mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, NEGATIVE_INFINITY)
+        scores = scores.add_(mask)
+    weights = torch.softmax(scores, dim=-1)
+    if keep is not None:
+        weights = weights * keep * (1.0 / (1.0 - call.dropout_p) if call.dropout_p < 1.0 else 0.0)
+    output = torch.matmul(weights, call.value)
+    trusted = mask is None or math.isfinite((output.detach().sum() + call.key.detach().sum()).item())
+    return output, weights.mean(dim=1) if call.weights == "average" else weights, trusted
+
+
+# ------------------------------------------------------------------------------------------------------------- SDPA
+
+
 def _sdpa(call: AttentionCall) -> Tensor:
+    call = _without_keys_past_the_diagonal(call)
     key, value, mask = call.key, call.value, _merged_mask(call)
-    if call.key_padding_mask is not None:
-        # 0 * NaN is NaN: what lies in the padding must not reach the products.
-        padding = call.key_padding_mask[:, None, :, None]
-        key, value = key.masked_fill(padding, 0), value.masked_fill(padding, 0)
+    if mask is not None and not _is_known_finite(key, value):
+        key, value = _without_unseen(key, value, mask)
     return F.scaled_dot_product_attention(
         call.query,
         key,
         value,
         attn_mask=mask,
         dropout_p=call.dropout_p,
-        is_causal=call.diagonal == 0 and mask is None,
+        is_causal=call.diagonal is not None and mask is None,
         scale=call.scale,
         enable_gqa=bool(call.query.shape[1] != call.key.shape[1]),  # torch.jit.trace makes it a tensor
     )
 
 
+def _without_keys_past_the_diagonal(call: AttentionCall) -> AttentionCall:
+    """Cut off the keys that no query may see: less work, and their NaN and inf are out of the way."""
+    if call.diagonal is None or call.query.shape[2] == call.key.shape[2]:
+        return call
+    stop = max(0, call.query.shape[2] + call.diagonal)
+    if stop >= call.key.shape[2]:
+        return call
+    bias, mask = (t if t is None or t.shape[3] == 1 else t[..., :stop] for t in (call.bias, call.mask))
+    padding = call.key_padding_mask
+    return call._replace(
+        key=call.key[:, :, :stop],
+        value=call.value[:, :, :stop],
+        bias=bias,
+        mask=mask,
+        key_padding_mask=None if padding is None else padding[:, :stop],
+    )
+
+
+def _is_known_finite(key: Tensor, value: Tensor) -> bool:
+    """Where looking is cheap and allowed: do key and value hold numbers alone?"""
+    return is_eager_on_cpu(key) and math.isfinite((key.detach().sum() + value.detach().sum()).item())
+
+
+def _without_unseen(key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Key and value, zero where no query may see them: 0 * NaN is NaN."""
+    visible = mask if mask.dtype == torch.bool else mask != NEGATIVE_INFINITY
+    unseen = ~visible.any(dim=-2)  # [B | 1, H | 1, S | 1]
+    if unseen.shape[1] not in (1, key.shape[1]):
+        unseen = unseen.unflatten(1, (key.shape[1], -1)).all(dim=2)
+    return key.masked_fill(unseen[..., None], 0), value.masked_fill(unseen[..., None], 0)
+
+
 def _merged_mask(call: AttentionCall) -> Tensor | None:
-    """One mask for SDPA, or None where there is none or its own ``is_causal`` says all."""
-    has_mask = call.mask is not None or call.key_padding_mask is not None
-    if call.bias is None and not has_mask and call.diagonal in (None, 0):
-        return None
-    visible = None
-    if has_mask or call.diagonal is not None:
-        visible = visibility(
-            call.query.shape[2] if call.diagonal is not None else 1,
-            call.key.shape[2],
-            diagonal=call.diagonal,
-            mask=call.mask,
-            key_padding_mask=call.key_padding_mask,
-            device=call.query.device,
-        )
+    """One mask for torch, or None where there is none or SDPA's own ``is_causal`` says all."""
+    query, key, padding = call.query, call.key, call.key_padding_mask
+    visible = call.mask
+    if padding is not None:
+        unpadded = ~padding[:, None, None, :]
+        visible = unpadded if visible is None else visible & unpadded
+    alone = visible is None and call.bias is None
+    if call.diagonal is not None and not (alone and call.diagonal == 0 and _sdpa_can(call)):
+        below = visibility(query.shape[2], key.shape[2], diagonal=call.diagonal, device=query.device)
+        visible = below if visible is None else visible & below
     if call.bias is None:
         return visible
-    bias = call.bias.to(call.query.dtype)
+    bias = call.bias.to(query.dtype)
     return bias if visible is None else torch.where(visible, bias, NEGATIVE_INFINITY)
