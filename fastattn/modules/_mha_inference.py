@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.modules._mha_masks import Masks
-from fastattn.ops import _dispatch, _triton_backend
+from fastattn.ops._dispatch import default_for
+from fastattn.ops._torch_backend import is_eager_on_cpu
 
 # Elements of the scores up to which it is not slower (measured against F.scaled_dot_product_attention, which makes no
 # scores, and against blocks of rows, which remake them), on one core of a server CPU.
@@ -35,7 +36,7 @@ def attend(
     """
     batch, length, _ = x.shape
     scores = batch * module.num_heads * length * length
-    if not 0 < scores <= _MOST_SCORES[need_weights] or masks.bias is not None or not _is_eager_on_cpu(x, backend):
+    if not 0 < scores <= _MOST_SCORES[need_weights] or masks.bias is not None or not _is_for_torch(x, backend):
         return None
     weight, bias, out_proj = module.in_proj_weight, module.in_proj_bias, module.out_proj
     if weight is None or bias is None or not x.dtype == weight.dtype == bias.dtype:
@@ -53,16 +54,6 @@ def attend(
     return output, weights if need_weights else None
 
 
-def _is_eager_on_cpu(x: Tensor, backend: str | None) -> bool:
-    """Is this a plain call on the CPU for the torch backend, that nothing traces or transforms?"""
-    if x.device.type != "cpu" or type(x) is not Tensor:
-        return False
-    backend = _dispatch._default_backend if backend is None else backend
-    if backend == "triton" or (backend == "auto" and "cpu" in _triton_backend._DEVICES):
-        return False
-    return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-    )
+def _is_for_torch(x: Tensor, backend: str | None) -> bool:
+    """Is this a plain call on the CPU, for the torch backend?"""
+    return is_eager_on_cpu(x) and default_for(x.device, backend) == "torch"

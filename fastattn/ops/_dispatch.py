@@ -17,7 +17,7 @@ from fastattn.ops._call import AttentionCall
 Backend = Literal["auto", "triton", "torch"]
 ENVIRONMENT_VARIABLE = "FASTATTN_BACKEND"
 
-# In the order in which `auto` asks them. `torch` refuses nothing, so `auto` always ends with an answer.
+# `auto` asks triton first where it runs at all. `torch` refuses nothing, so `auto` always ends with an answer.
 _BACKENDS = {"triton": _triton_backend, "torch": _torch_backend}
 _logger = logging.getLogger("fastattn")
 
@@ -71,6 +71,14 @@ class Explanation:
         return "\n".join(lines)
 
 
+def default_for(device: torch.device, backend: str | None) -> str:
+    """The backend that a call on ``device`` goes to unless it asks for something that one refuses."""
+    wanted = _default_backend if backend is None else backend
+    if wanted != "auto":
+        return wanted
+    return "triton" if device.type in _triton_backend.DEVICES else "torch"
+
+
 def choose(call: AttentionCall, backend: str | None) -> str:
     """The backend's name for ``call``; raise NotImplementedError where the one asked for by name refuses."""
     wanted = _default_backend if backend is None else _checked(backend, "backend")
@@ -79,13 +87,14 @@ def choose(call: AttentionCall, backend: str | None) -> str:
         if reasons:
             raise NotImplementedError(f"the {wanted} backend refuses this call: {'; '.join(reasons)}")
         return wanted
-    for name, candidate in _BACKENDS.items():
-        reasons = candidate.refusals(call)
-        if not reasons:
-            return name
-        if call.query.device.type != "cpu" and not torch.compiler.is_compiling():
-            _say_once(f"auto: {name} cannot run this call ({'; '.join(reasons)})")
-    raise AssertionError("the torch backend refuses nothing")
+    if default_for(call.query.device, wanted) == "torch":
+        return "torch"
+    reasons = _triton_backend.refusals(call)
+    if not reasons:
+        return "triton"
+    if not torch.compiler.is_compiling():
+        _say_once(f"auto runs the torch backend, since triton refuses: {'; '.join(reasons)}")
+    return "torch"
 
 
 _said: set[str] = set()

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from fastattn.ops._autograd import Inputs, Options, empty_in_order_of, statistics_dtype, weights_shape
-from fastattn.ops._call import AttentionCall
 from fastattn.reference import visibility
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
 # Elements of one block of scores. 2^20 float32 (4 MiB) stay in the outer caches between the products.
-_BLOCK_ELEMENTS = 1 << 20
+BLOCK_ELEMENTS = 1 << 20
 
 
 class _Block(NamedTuple):
@@ -97,7 +96,7 @@ def _batches(call: _Call) -> Iterator[slice]:
     batch, heads, length = call.query.shape[:3]
     elements = heads * length * call.key.shape[2]
     if elements:
-        entries = max(1, _BLOCK_ELEMENTS // elements)
+        entries = max(1, BLOCK_ELEMENTS // elements)
         yield from (slice(b, min(b + entries, batch)) for b in range(0, batch, entries))
 
 
@@ -105,7 +104,7 @@ def _blocks(call: _Call, batch: slice) -> Iterator[_Block]:
     """The blocks of some batch entries, without those whose rows see nothing."""
     heads, length = call.query.shape[1:3]
     seqlen_k = call.key.shape[2]
-    rows = max(1, min(length, _BLOCK_ELEMENTS // (heads * seqlen_k)))
+    rows = max(1, min(length, BLOCK_ELEMENTS // (heads * seqlen_k)))
     for i in range(0, length, rows):
         block = _Block(batch, slice(i, min(i + rows, length)), slice(0, seqlen_k))
         stop = _last_key_seen(call, block)
@@ -291,69 +290,3 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.baddbmm_(left, right)
     else:
         total += torch.bmm(left, right)
-
-
-# ------------------------------------------------------------------------------------------------------ small calls
-
-
-def is_small(query: Tensor, key: Tensor) -> bool:
-    """Are there scores, and would all of them fit one block?"""
-    batch, heads, rows = query.shape[:3]
-    return 0 < batch * heads * rows * key.shape[2] <= _BLOCK_ELEMENTS
-
-
-def attend_small(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``(output, weights or None, lse or None)`` of a small call, as an expression that torch differentiates itself.
-
-    The operators and their autograd rules cost more than such a call; and keeping one block's weights for the
-    backward is no more memory than the backward would need.
-    """
-    query, key, value = call.query, call.key, call.value
-    dtype, (batch, heads, rows, _), kv_heads = query.dtype, query.shape, key.shape[1]
-    visible = None
-    if any(t is not None for t in (call.mask, call.key_padding_mask, call.bias, call.diagonal)):
-        visible = _visible(call)
-        seen = visible[:, :, 0] if visible.shape[2] == 1 else visible.any(dim=-2)
-        if seen.shape[1] not in (1, kv_heads):
-            seen = seen.unflatten(1, (kv_heads, -1)).any(dim=2)
-        key, value = (t.where(seen[..., None], 0) for t in (key, value))
-
-    queries, keys, values = (_heads_as_rows(t, kv_heads) for t in (query * call.scale, key, value))
-    scores = torch.bmm(queries, keys.mT).view(batch, heads, rows, -1)
-    if visible is not None:
-        if call.bias is not None:
-            scores = scores + call.bias.to(scores.dtype).where(call.bias != NEGATIVE_INFINITY, 0)
-        row_sees = visible.any(dim=-1, keepdim=True)
-        # A row that sees nothing is computed as if it saw all, then struck out: softmax of nothing is NaN.
-        scores = scores + torch.where(visible | ~row_sees, 0.0, NEGATIVE_INFINITY).to(scores.dtype)
-        p = torch.softmax(scores, dim=-1) * row_sees
-    else:
-        row_sees, p = None, torch.softmax(scores, dim=-1)
-
-    lse = None
-    if call.return_lse:
-        lse = torch.logsumexp(scores.to(statistics_dtype(dtype)), dim=-1)
-        lse = lse if row_sees is None else lse.where(row_sees.squeeze(-1), NEGATIVE_INFINITY)
-    if keep is not None:
-        p = p * keep * (1.0 / (1.0 - call.dropout_p) if call.dropout_p < 1.0 else 0.0)
-    output = torch.bmm(p.view(*queries.shape[:2], -1), values).view(batch, heads, rows, -1)
-    weights = None
-    if call.weights != "none":
-        weights = (p.mean(dim=1) if call.weights == "average" else p).to(dtype)
-    return output.to(dtype), weights, lse
-
-
-def _visible(call: AttentionCall) -> Tensor:
-    """Boolean ``[B | 1, H | 1, L | 1, S]``, in as few operations as the call's masks allow."""
-    visible = None if call.key_padding_mask is None else ~call.key_padding_mask[:, None, None, :]
-    if call.mask is not None:
-        visible = call.mask if visible is None else visible & call.mask
-    if call.bias is not None:
-        finite = call.bias != NEGATIVE_INFINITY
-        visible = finite if visible is None else visible & finite
-    if call.diagonal is not None:
-        shape = call.query.shape[2], call.key.shape[2]
-        below = torch.ones(shape, dtype=torch.bool, device=call.query.device).tril_(call.diagonal)
-        visible = below[None, None] if visible is None else visible & below
-    assert visible is not None
-    return visible.expand(-1, -1, -1, call.key.shape[2])

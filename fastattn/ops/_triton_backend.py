@@ -17,7 +17,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Read once, because @triton.jit reads it once: with it the kernels run on CPU tensors, in Triton's interpreter.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
-_DEVICES = ("cpu",) if _INTERPRETED else ("cuda", "xpu")
+DEVICES = ("cpu",) if _INTERPRETED else ("cuda", "xpu")
 
 
 def refusals(call: AttentionCall) -> list[str]:
@@ -26,7 +26,7 @@ def refusals(call: AttentionCall) -> list[str]:
     device, dtype = call.query.device.type, call.query.dtype
     if not _HAS_TRITON:
         reasons.append("triton is not installed")
-    if device not in _DEVICES:
+    if device not in DEVICES:
         accepted = "CUDA, ROCm and XPU devices, and the CPU under TRITON_INTERPRET=1"
         reasons.append(f"query is on {device}: it runs on {accepted}")
     if dtype not in DTYPES:
