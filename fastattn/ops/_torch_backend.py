@@ -107,7 +107,8 @@ def _sdpa(call: AttentionCall) -> Tensor:
         dropout_p=call.dropout_p,
         is_causal=call.diagonal is not None and mask is None,
         scale=call.scale,
-        enable_gqa=bool(call.query.shape[1] != call.key.shape[1]),  # torch.jit.trace makes it a tensor
+        # A branch, and not the comparison: under torch.jit.trace that is a tensor, in a dynamic graph a SymBool.
+        **({"enable_gqa": True} if call.query.shape[1] != call.key.shape[1] else {}),
     )
 
 
