@@ -340,11 +340,10 @@ def launch_attention_bwd(
         "BLOCK_DV": head_block(value_dim),
         "PRECISION": dot_precision(query.dtype),
     }
+    config = config or backward_config(query.device, query.dtype, head_dim, value_dim, problem.load(d_weights))
+    careful_tiles = BackwardConfig(careful_config(query.dtype), careful_config(query.dtype))
     for careful in (False, True) if problem.masks_pairs() else (False,):
-        if careful:
-            tiles = BackwardConfig(careful_config(), careful_config())
-        else:
-            tiles = config or backward_config(query.device, query.dtype, head_dim, value_dim)
+        tiles = careful_tiles if careful else config
         with device_guard(query):
             if dk.numel() or dv.numel():
                 _attention_bwd_dkdv_kernel[(triton.cdiv(seqlen_k, tiles.dkdv.block_n) * batch * kv_heads,)](

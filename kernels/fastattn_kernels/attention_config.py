@@ -11,12 +11,12 @@ from typing import Literal, NamedTuple
 import torch
 from triton import next_power_of_2
 
+from fastattn_kernels._device import Target, target_of
+
 Kernel = Literal["forward", "dkdv", "dq", "weights"]
 # What a tile of scores carries beside itself, which is what fills the registers: nothing (the diagonal is free), masks
 # and biases, or random numbers and the gradient of returned weights as well.
 Load = Literal["plain", "masked", "heavy"]
-# The products' kind: 16-bit, float32 on tensor cores, or float32 by multiply-adds, whose operands lie in registers.
-Products = Literal["half", "tf32", "ieee"]
 
 
 class Config(NamedTuple):
@@ -57,17 +57,153 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
-def forward_config(device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int) -> Config:
-    return Config(64, 32, 4, 1)
+# architecture -> kernel -> columns of a head's tile -> (plain, masked, heavy). A blank after the first or second says
+# that the smaller loads compile with that tile too.
+_C = Config
+_HALF: dict[str, dict[Kernel, dict[int, tuple[Config, ...]]]] = {
+    "sm_90": {
+        "forward": {
+            64: (_C(128, 128, 8, 3), _C(128, 64, 8, 3)),
+            128: (_C(128, 128, 8, 2), _C(128, 64, 8, 3)),  # 8 warps: 4 would serialise wgmma (C7511)
+            256: (_C(64, 64, 8, 2), _C(64, 64, 8, 2), _C(64, 32, 8, 2)),
+        },
+        "dkdv": {
+            64: (_C(64, 128, 8, 2), _C(64, 128, 8, 2), _C(32, 128, 8, 2)),
+            128: (_C(32, 128, 8, 2), _C(32, 64, 8, 2), _C(32, 32, 8, 1)),
+            256: (_C(32, 32, 8, 1),),
+        },
+        "dq": {
+            64: (_C(128, 128, 8, 2), _C(128, 64, 8, 2)),
+            128: (_C(128, 64, 8, 2), _C(128, 64, 8, 2), _C(64, 64, 8, 2)),
+            256: (_C(64, 32, 8, 2), _C(32, 32, 4, 1)),
+        },
+        "weights": {64: (_C(128, 64, 8, 2),), 128: (_C(128, 64, 8, 2),), 256: (_C(128, 64, 8, 2),)},
+    },
+    "sm_80": {
+        "forward": {
+            64: (_C(128, 128, 8, 3), _C(128, 64, 8, 3)),
+            128: (_C(64, 64, 8, 2), _C(64, 32, 4, 2)),
+            256: (_C(64, 32, 8, 2),),
+        },
+        "dkdv": {
+            64: (_C(64, 128, 8, 2), _C(32, 64, 8, 1), _C(32, 32, 4, 2)),
+            128: (_C(64, 64, 8, 2), _C(64, 64, 8, 2), _C(32, 32, 8, 1)),
+            256: (_C(32, 64, 8, 2), _C(32, 32, 8, 1)),
+        },
+        "dq": {
+            64: (_C(128, 64, 8, 2), _C(64, 32, 8, 2)),
+            128: (_C(64, 64, 8, 2), _C(64, 32, 8, 2)),
+            256: (_C(64, 64, 8, 2), _C(64, 32, 8, 2), _C(32, 32, 8, 1)),
+        },
+        "weights": {64: (_C(128, 64, 8, 2),), 128: (_C(128, 64, 8, 2),), 256: (_C(128, 64, 8, 2),)},
+    },
+    "sm_86": {
+        "forward": {
+            64: (_C(128, 128, 8, 2), _C(128, 64, 8, 2)),
+            128: (_C(128, 64, 8, 3), _C(64, 64, 8, 2), _C(32, 32, 4, 1)),
+            256: (_C(64, 32, 8, 2), _C(64, 32, 8, 2), _C(32, 32, 8, 1)),
+        },
+        "dkdv": {
+            64: (_C(32, 128, 8, 2), _C(32, 64, 8, 1), _C(32, 32, 4, 2)),
+            128: (_C(64, 64, 8, 2), _C(32, 64, 8, 2), _C(32, 32, 4, 2)),
+            256: (_C(32, 32, 8, 1),),
+        },
+        "dq": {
+            64: (_C(128, 64, 8, 2), _C(64, 32, 8, 2)),
+            128: (_C(64, 64, 8, 2), _C(64, 64, 8, 2), _C(64, 32, 8, 2)),
+            256: (_C(32, 32, 8, 1),),
+        },
+        "weights": {64: (_C(128, 64, 8, 2),), 128: (_C(128, 64, 8, 2),), 256: (_C(64, 64, 8, 1),)},
+    },
+    "gfx9": {
+        "forward": {
+            64: (_C(128, 64, 4, 1),),
+            128: (_C(128, 64, 4, 1),),
+            256: (_C(128, 64, 4, 1), _C(64, 64, 4, 1), _C(64, 32, 4, 1)),
+        },
+        "dkdv": {
+            64: (_C(64, 128, 8, 1), _C(64, 64, 4, 1), _C(32, 64, 4, 1)),
+            128: (_C(64, 64, 4, 1), _C(32, 64, 4, 1)),
+            256: (_C(32, 32, 4, 1), _C(16, 16, 4, 1)),
+        },
+        "dq": {
+            64: (_C(128, 64, 8, 1), _C(128, 64, 8, 1), _C(64, 64, 4, 1)),
+            128: (_C(64, 64, 4, 1), _C(64, 64, 4, 1), _C(64, 32, 4, 1)),
+            256: (_C(64, 32, 4, 1), _C(64, 32, 4, 1), _C(32, 32, 4, 1)),
+        },
+        "weights": {64: (_C(64, 64, 4, 1),), 128: (_C(64, 64, 4, 1),), 256: (_C(64, 64, 4, 1),)},
+    },
+}
+# float32 by multiply-adds: every thread holds whole rows of its operands, so that only small tiles fit.
+_IEEE: dict[Kernel, dict[int, Config]] = {
+    "forward": {64: _C(32, 32, 8, 1), 128: _C(16, 16, 4, 1), 256: _C(16, 16, 8, 1)},
+    "dkdv": {64: _C(16, 32, 8, 1), 128: _C(16, 16, 8, 1), 256: _C(16, 16, 8, 1)},
+    "dq": {64: _C(16, 16, 4, 1), 128: _C(16, 16, 4, 1), 256: _C(16, 16, 8, 1)},
+    "weights": {64: _C(32, 32, 4, 1), 128: _C(16, 16, 4, 1), 256: _C(16, 16, 8, 1)},
+}
+# The interpreter has no registers; its tiles are small and unequal, so that short sequences exercise every range.
+_INTERPRETED: dict[Kernel, Config] = {
+    "forward": _C(64, 32, 4, 1),
+    "dkdv": _C(32, 64, 4, 1),
+    "dq": _C(64, 32, 4, 1),
+    "weights": _C(64, 64, 4, 1),
+}
+_SMALL = _C(32, 32, 4, 1)
+_LOADS: tuple[Load, ...] = ("plain", "masked", "heavy")
 
 
-def backward_config(device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int) -> BackwardConfig:
-    return BackwardConfig(Config(32, 64, 4, 1), Config(64, 32, 4, 1))
+def _architecture(target: Target) -> str | None:
+    """The table for a target; None where there is none, and the smallest tile has to do."""
+    if target.backend == "hip":
+        return "gfx9" if str(target.arch).startswith("gfx9") else None
+    if target.backend != "cuda":
+        return None
+    arch = int(target.arch)
+    if arch == 90:
+        return "sm_90"
+    if 80 <= arch < 86 or 100 <= arch < 120:
+        return "sm_80"
+    return "sm_86" if arch >= 86 else None
+
+
+def _config(
+    kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int, load: Load
+) -> Config:
+    target = target_of(device)
+    if target.backend == "interpreter":
+        return _INTERPRETED[kernel]
+    block = max(64, head_block(head_dim), head_block(value_dim))
+    if dtype == torch.float32:
+        if dot_precision(dtype) == "ieee":
+            return _IEEE[kernel][block]
+        block, load = 2 * block, "heavy"  # TF32 tiles are as large as 16-bit ones of twice the head size
+    architecture = _architecture(target)
+    if architecture is None or block > 256:
+        return _SMALL
+    by_load = _HALF[architecture][kernel][block]
+    return by_load[min(_LOADS.index(load), len(by_load) - 1)]
+
+
+def forward_config(
+    device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int, load: Load = "heavy"
+) -> Config:
+    """The forward's tile for a device, dtype, head sizes and what a tile of scores carries."""
+    return _config("forward", device, dtype, head_dim, value_dim, load)
+
+
+def backward_config(
+    device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int, load: Load = "heavy"
+) -> BackwardConfig:
+    """The backward's two tiles for a device, dtype, head sizes and what a tile of scores carries."""
+    arguments = (device, dtype, head_dim, value_dim, load)
+    return BackwardConfig(dkdv=_config("dkdv", *arguments), dq=_config("dq", *arguments))
 
 
 def weights_config(device: torch.device, dtype: torch.dtype, head_dim: int) -> Config:
-    return Config(64, 64, 4, 1)
+    """The tile of the kernels that write the weights or pull their gradient back."""
+    return _config("weights", device, dtype, head_dim, head_dim, "heavy")
 
 
-def careful_config() -> Config:
-    return Config(32, 32, 4, 1)
+def careful_config(dtype: torch.dtype) -> Config:
+    """The tile of the careful pass, which runs only where NaN or inf came out: it may spill, but fits anywhere."""
+    return _SMALL if dtype != torch.float32 else _C(16, 16, 4, 1)

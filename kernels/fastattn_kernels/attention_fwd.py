@@ -142,8 +142,9 @@ def launch_attention_fwd(
     query, key, value = problem.query, problem.key, problem.value
     batch, heads, seqlen_q, head_dim = query.shape
     value_dim = value.shape[3]
+    config = config or forward_config(query.device, query.dtype, head_dim, value_dim, problem.load())
     for careful in (False, True) if problem.masks_pairs() else (False,):
-        tile = careful_config() if careful else config or forward_config(query.device, query.dtype, head_dim, value_dim)
+        tile = careful_config(query.dtype) if careful else config
         with device_guard(query):
             _attention_fwd_kernel[(triton.cdiv(seqlen_q, tile.block_m) * batch * heads,)](
                 query, key, value, out, lse, statistics, problem.seed,

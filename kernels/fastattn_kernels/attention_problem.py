@@ -5,6 +5,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from fastattn_kernels.attention_config import Load
+
 
 def _broadcast_strides(tensor: Tensor) -> tuple[int, ...]:
     """Strides with 0 on the axes of size 1: they broadcast, and nothing is expanded."""
@@ -48,6 +50,13 @@ class Problem:
         """
         ruled = self.mask is not None or self.bias is not None or self.key_padding_mask is not None
         return ruled or (self.diagonal is not None and self.query.shape[2] > 1)
+
+    def load(self, d_weights: "WeightsGradient | None" = None) -> Load:
+        """What a tile of scores carries beside itself."""
+        if self.seed is not None or d_weights is not None:
+            return "heavy"
+        masked = self.mask is not None or self.bias is not None or self.key_padding_mask is not None
+        return "masked" if masked else "plain"
 
     def rule_arguments(self) -> tuple[object, ...]:
         """The arguments ``mask_ptr .. stride_padding_n`` that every kernel takes in this order."""
