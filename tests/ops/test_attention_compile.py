@@ -10,7 +10,7 @@ import fastattn
 from fastattn.ops import _autograd
 from fastattn.ops._call import make_call
 from fastattn.testing import attention_inputs, attention_mask, key_padding_mask, random_tensor
-from tests.ops.attention_cases import dropout_state
+from tests.ops.attention_cases import attend, dropout_state
 
 B, H, L, S, D = 2, 2, 5, 7, 8
 
@@ -93,7 +93,7 @@ def test_attention_compiles_without_graph_breaks(name, compiler, dynamic, backen
     leaves, arguments = make_arguments(name, device)
 
     def function(query, key, value):
-        found = fastattn.attention(query * 1.5, key, value, **arguments, backend=backend)
+        found = attend(query * 1.5, key, value, **arguments, backend=backend)
         return (found * 2,) if isinstance(found, torch.Tensor) else tuple(t * 2 for t in found)
 
     compiled = torch.compile(function, backend=compiler, fullgraph=True, dynamic=dynamic)
@@ -105,14 +105,14 @@ def test_attention_compiled_for_dynamic_lengths_compiles_once(backend, device):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     function = torch.compile(
-        lambda q, k, v: fastattn.attention(q, k, v, is_causal=True, return_lse=True, backend=backend),
+        lambda q, k, v: attend(q, k, v, is_causal=True, return_lse=True, backend=backend),
         backend=counter,
         fullgraph=True,
         dynamic=True,
     )
     for seqlen_q, seqlen_k in ((5, 7), (9, 11), (33, 20)):
         inputs = attention_inputs(B, H, seqlen_q, seqlen_k, D, device=device)
-        expected = fastattn.attention(*inputs, is_causal=True, return_lse=True, backend=backend)
+        expected = attend(*inputs, is_causal=True, return_lse=True, backend=backend)
         assert_same(function(*inputs), expected)
     assert counter.frame_count == 1
 
@@ -120,18 +120,16 @@ def test_attention_compiled_for_dynamic_lengths_compiles_once(backend, device):
 def test_attention_compiled_inside_use_backend_follows_it(device):
     torch._dynamo.reset()
     inputs = attention_inputs(B, H, L, S, D, device=device)
-    function = torch.compile(lambda *t: fastattn.attention(*t), backend="eager", fullgraph=True)
+    function = torch.compile(lambda *t: attend(*t), backend="eager", fullgraph=True)
     for name in ("torch", "auto"):
         with fastattn.use_backend(name):
-            assert_same([function(*inputs)], [fastattn.attention(*inputs)])
+            assert_same([function(*inputs)], [attend(*inputs)])
 
 
 def test_attention_compiled_with_dropout_draws_anew(backend, device):
     torch._dynamo.reset()
     inputs = attention_inputs(B, H, L, S, D, device=device)
-    function = torch.compile(
-        lambda *t: fastattn.attention(*t, dropout_p=0.5, backend=backend), backend="aot_eager", fullgraph=True
-    )
+    function = torch.compile(lambda *t: attend(*t, dropout_p=0.5, backend=backend), backend="aot_eager", fullgraph=True)
     torch.manual_seed(0)
     assert not torch.equal(function(*inputs), function(*inputs))
 
@@ -143,7 +141,7 @@ def test_attention_compiled_with_dropout_draws_anew(backend, device):
 def test_attention_exports_with_dynamic_lengths(strict, backend, device):
     class Module(torch.nn.Module):
         def forward(self, query, key, value, padding):
-            return fastattn.attention(
+            return attend(
                 query, key, value, key_padding_mask=padding, is_causal=True, need_weights=True, backend=backend
             )
 
@@ -165,12 +163,12 @@ def test_attention_exports_with_dynamic_lengths(strict, backend, device):
 def test_attention_autocasts_as_torch_does(backend, device):
     leaves, arguments = make_arguments("causal_bottom_right_lse", device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        output, lse = fastattn.attention(*leaves, **arguments, backend=backend)
-        outside = fastattn.attention(*(t.double() for t in leaves), backend="torch")
+        output, lse = attend(*leaves, **arguments, backend=backend)
+        outside = attend(*(t.double() for t in leaves), backend="torch")
     assert output.dtype == torch.bfloat16
     assert lse.dtype == torch.float32
     assert outside.dtype == torch.float64  # autocast lets float64 alone
-    expected, _ = fastattn.attention(*(t.bfloat16() for t in leaves), **arguments, backend=backend)
+    expected, _ = attend(*(t.bfloat16() for t in leaves), **arguments, backend=backend)
     assert torch.equal(output, expected)
     for leaf, gradient in zip(leaves, torch.autograd.grad(output.sum() + lse.sum(), leaves)):
         assert gradient.dtype == leaf.dtype == torch.float32
@@ -183,7 +181,7 @@ def test_attention_checkpoints(dropout_p, use_reentrant, backend, device):
     leaves, _ = make_arguments("plain", device)
 
     def function(query, key, value):
-        return fastattn.attention(query * 2, key, value, dropout_p=dropout_p, return_lse=True, backend=backend)
+        return attend(query * 2, key, value, dropout_p=dropout_p, return_lse=True, backend=backend)
 
     def checkpointed(*tensors):
         return torch.utils.checkpoint.checkpoint(function, *tensors, use_reentrant=use_reentrant)

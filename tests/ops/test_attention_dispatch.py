@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 
 import fastattn
 from fastattn.ops import _dispatch, _torch_backend, _triton_backend
+from tests.ops.attention_cases import attend
 
 
 @pytest.fixture
@@ -32,19 +34,19 @@ def ran(monkeypatch):
 
 def test_auto_takes_the_kernels_where_they_can_run(qkv, ran):
     pytest.importorskip("triton", reason="triton is not installed")
-    fastattn.attention(*qkv)
+    attend(*qkv)
     assert ran == ["triton"]
 
 
 def test_auto_takes_torch_where_the_kernels_refuse(qkv, ran):
-    fastattn.attention(*(t.double() for t in qkv))
+    attend(*(t.double() for t in qkv))
     assert ran == ["torch"]
 
 
 def test_backend_argument_wins_over_the_context(qkv, ran):
     pytest.importorskip("triton", reason="triton is not installed")
     with fastattn.use_backend("triton"):
-        fastattn.attention(*qkv, backend="torch")
+        attend(*qkv, backend="torch")
     assert ran == ["torch"]
 
 
@@ -52,10 +54,10 @@ def test_use_backend_nests_and_restores(qkv, ran):
     pytest.importorskip("triton", reason="triton is not installed")
     before = _dispatch._default_backend
     with fastattn.use_backend("torch"):
-        fastattn.attention(*qkv)
+        attend(*qkv)
         with fastattn.use_backend("triton"):
-            fastattn.attention(*qkv)
-        fastattn.attention(*qkv)
+            attend(*qkv)
+        attend(*qkv)
     assert ran == ["torch", "triton", "torch"]
     assert _dispatch._default_backend == before
 
@@ -76,7 +78,7 @@ def test_use_backend_refuses_an_unknown_name():
 
 # ------------------------------------------------------------------------------------------------------------ explain
 
-CALLS = {
+CALLS: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"is_causal": True},
     "weights": {"need_weights": True},
@@ -100,13 +102,13 @@ def test_explain_agrees_with_what_runs(name, backend, device, ran):
     assert not ran
     if said.backend is None:
         with pytest.raises(NotImplementedError) as caught:
-            fastattn.attention(*qkv, **arguments, backend=backend)
+            attend(*qkv, **arguments, backend=backend)
         for reason in said.refusals[backend]:
             assert reason in str(caught.value)
         assert "no backend would run" in str(said)
         assert not ran
     else:
-        fastattn.attention(*qkv, **arguments, backend=backend)
+        attend(*qkv, **arguments, backend=backend)
         assert ran == [said.backend]
         assert str(said).startswith(f"{said.backend}: {said.path}")
     assert set(said.refusals) <= {"torch", "triton"}
@@ -155,7 +157,7 @@ def test_environment_sets_the_default_backend(name):
 
 
 def test_environment_backend_refuses_by_name():
-    code = "import fastattn, torch; q = torch.ones(1, 1, 3, 4); fastattn.attention(q, q, q)"
+    code = "import fastattn, torch; q = torch.ones(1, 1, 3, 4); attend(q, q, q)"
     result = in_a_process(code, FASTATTN_BACKEND="triton", TRITON_INTERPRET="0")
     assert result.returncode != 0
     assert "NotImplementedError: the triton backend refuses this call" in result.stderr

@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-import fastattn
 from fastattn.ops._call import make_call
-from tests.ops.attention_cases import dropout_state, kept_weights
+from tests.ops.attention_cases import attend, dropout_state, kept_weights
 
 
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9])
@@ -41,7 +40,7 @@ def test_dropout_follows_torch_manual_seed(backend, device):
 
     def run(seed):
         torch.manual_seed(seed)
-        return fastattn.attention(query, query, query, dropout_p=0.5, backend=backend)
+        return attend(query, query, query, dropout_p=0.5, backend=backend)
 
     assert torch.equal(run(1), run(1))
     assert not torch.equal(run(1), run(2))
@@ -52,7 +51,7 @@ def test_dropout_weights_are_those_that_made_the_output(weights, backend, device
     """``weights @ value`` is the output: the second kernel that makes the weights drops what the first one dropped."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 1, n, 16, device=device) for n in (33, 70, 70))
-    output, found = fastattn.attention(
+    output, found = attend(
         query,
         key,
         value,
@@ -69,7 +68,7 @@ def test_dropout_weights_are_those_that_made_the_output(weights, backend, device
 
 def test_dropout_of_everything_is_zero(backend, device):
     leaves = [torch.randn(1, 2, 5, 16, device=device, requires_grad=True) for _ in range(3)]
-    output = fastattn.attention(*leaves, dropout_p=1.0, backend=backend)
+    output = attend(*leaves, dropout_p=1.0, backend=backend)
     assert not output.any()
     for gradient in torch.autograd.grad(output, leaves, torch.ones_like(output)):
         assert not gradient.any()
@@ -78,5 +77,5 @@ def test_dropout_of_everything_is_zero(backend, device):
 def test_dropout_of_nothing_draws_no_random_numbers(backend, device):
     query = torch.randn(1, 2, 5, 16, device=device)
     before = torch.get_rng_state()
-    fastattn.attention(query, query, query, dropout_p=0.0, backend=backend)
+    attend(query, query, query, dropout_p=0.0, backend=backend)
     assert torch.equal(torch.get_rng_state(), before)

@@ -1,16 +1,18 @@
 """Bad arguments get an exception that names the argument, its value and what is accepted; nothing runs before."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
 
 import fastattn
+from tests.ops.attention_cases import attend
 
 B, H, L, S, D = 2, 4, 5, 7, 8
 
 
-def good(device, dtype=torch.float32):
+def good(device, dtype=torch.float32) -> dict[str, Any]:
     query = torch.zeros(B, H, L, D, device=device, dtype=dtype)
     key, value = (torch.zeros(B, H, S, D, device=device, dtype=dtype) for _ in range(2))
     return {"query": query, "key": key, "value": value}
@@ -82,7 +84,7 @@ NAMES = [name for name, *_ in bad_calls("cpu")]
 def test_attention_bad_argument_says_what_is_accepted(name, device):
     changed, exception, words = next(rest for n, *rest in bad_calls(device) if n == name)
     with pytest.raises(exception) as caught:
-        fastattn.attention(**{**good(device), **changed})
+        attend(**{**good(device), **changed})
     for word in words:
         assert word in str(caught.value), f"{word!r} is not in {str(caught.value)!r}"
 
@@ -105,24 +107,24 @@ def test_attention_bad_argument_raises_before_anything_runs(name, device, monkey
         monkeypatch.setattr(module, "run", ran)
     changed, exception, _ = next(rest for n, *rest in bad_calls(device) if n == name)
     with pytest.raises(exception):
-        fastattn.attention(**{**good(device), **changed})
+        attend(**{**good(device), **changed})
 
 
 def test_triton_refuses_a_head_size_with_its_limit(device):
     pytest.importorskip("triton", reason="triton is not installed")
     query = torch.zeros(1, 1, 4, 257, device=device)
     with pytest.raises(NotImplementedError, match=r"triton.*head_dim=257.*1 to 256"):
-        fastattn.attention(query, query, query, backend="triton")
+        attend(query, query, query, backend="triton")
     value = torch.zeros(1, 1, 4, 300, device=device)
     with pytest.raises(NotImplementedError, match=r"value head_dim=300.*1 to 256"):
-        fastattn.attention(query[..., :8], query[..., :8], value, backend="triton")
+        attend(query[..., :8], query[..., :8], value, backend="triton")
 
 
 def test_triton_refuses_float64(device):
     pytest.importorskip("triton", reason="triton is not installed")
     arguments = good(device, torch.float64)
     with pytest.raises(NotImplementedError, match=r"float64.*float16, bfloat16 and float32"):
-        fastattn.attention(**arguments, backend="triton")
+        attend(**arguments, backend="triton")
     assert fastattn.explain(**arguments).backend == "torch"
 
 

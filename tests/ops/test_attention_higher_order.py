@@ -1,12 +1,14 @@
 """vmap, forward mode and second derivatives: exact where they work, never silently wrong."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.func import grad, jvp, vmap
 
-import fastattn
 from fastattn.reference import attention as reference
 from fastattn.testing import attention_inputs, attention_mask, key_padding_mask, random_tensor
+from tests.ops.attention_cases import attend
 
 B, H, L, S, D = 2, 2, 4, 5, 3
 
@@ -21,7 +23,7 @@ def assert_close(actual, expected):
 
 # --------------------------------------------------------------------------------------------- float64, by differences
 
-CALLS = {
+CALLS: dict[str, dict[str, Any]] = {
     "plain": {"return_lse": True},
     "causal": {"is_causal": True, "return_lse": True},
     "average": {"need_weights": True},
@@ -35,7 +37,7 @@ def float64_function(name, device, bias):
         leaves.append(random_tensor(1, 1, 2, 3, seed=5, dtype=torch.float64, device=device))
 
     def function(query, key, value, attn_mask=None):
-        return fastattn.attention(query, key, value, attn_mask=attn_mask, **CALLS[name], backend="torch")
+        return attend(query, key, value, attn_mask=attn_mask, **CALLS[name], backend="torch")
 
     return function, tuple(t.requires_grad_() for t in leaves)
 
@@ -61,8 +63,8 @@ def both(arguments):
     """fastattn and the reference with the same masks, output and LSE."""
     mask, padding = arguments.get("attn_mask"), arguments.get("key_padding_mask")
 
-    def ours(query, key, value, backend):
-        return fastattn.attention(query, key, value, **arguments, return_lse=True, backend=backend)
+    def ours(backend):
+        return lambda *qkv: attend(*qkv, **arguments, return_lse=True, backend=backend)
 
     def truth(query, key, value):
         found = reference(
@@ -90,9 +92,9 @@ def second_order(function, leaves):
     """Gradients of the squared norm of the gradients: every second derivative of attention takes part."""
     results = function(*leaves)
     d_results = [random_tensor(*r.shape, seed=i, dtype=r.dtype, device=r.device) for i, r in enumerate(results)]
-    seen = [torch.where(r.isfinite(), r, 0).mul(d).sum() for r, d in zip(results, d_results)]
-    first = torch.autograd.grad(sum(seen), leaves, create_graph=True)
-    return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+    seen = torch.stack([torch.where(r.isfinite(), r, 0).mul(d).sum() for r, d in zip(results, d_results)])
+    first = torch.autograd.grad(seen.sum(), leaves, create_graph=True)
+    return torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), leaves)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
@@ -101,7 +103,7 @@ def test_attention_double_backward_matches_reference(masked, backend, device):
     ours, truth = both(masks(device) if masked else {})
     leaves = [t.requires_grad_() for t in inputs(torch.float32, device)]
     exact = [t.detach().double().requires_grad_() for t in leaves]
-    actual = second_order(lambda *t: ours(*t, backend), leaves)
+    actual = second_order(ours(backend), leaves)
     for found, wanted in zip(actual, second_order(truth, exact)):
         assert wanted.abs().max() > 1e-3
         assert_close(found.double(), wanted)
@@ -112,7 +114,7 @@ def test_attention_jvp_matches_reference(masked, backend, device):
     ours, truth = both(masks(device) if masked else {})
     primals = inputs(torch.float32, device)
     tangents = tuple(random_tensor(*p.shape, seed=7 + i, device=device) for i, p in enumerate(primals))
-    values, derivatives = jvp(lambda *t: ours(*t, backend), primals, tangents)
+    values, derivatives, *_ = jvp(ours(backend), primals, tangents)
     exact = jvp(truth, tuple(p.double() for p in primals), tuple(t.double() for t in tangents))
     for found, wanted in zip((*values, *derivatives), (*exact[0], *exact[1])):
         visible = wanted.isfinite()
@@ -133,7 +135,7 @@ def test_attention_vmap_is_a_loop(in_dims, backend, device):
     tensors = [stacked(t, d) for t, d in zip(inputs(torch.float32, device), in_dims)]
 
     def function(*qkv):
-        return fastattn.attention(*qkv, is_causal=True, need_weights=True, return_lse=True, backend=backend)
+        return attend(*qkv, is_causal=True, need_weights=True, return_lse=True, backend=backend)
 
     found = vmap(function, in_dims=in_dims)(*tensors)
     loop = [function(*(t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims))) for i in range(samples)]
@@ -152,7 +154,7 @@ def test_attention_vmap_over_masks(what, backend, device):
 
     def function(mask):
         argument = {"attn_mask" if what == "mask" else "key_padding_mask": mask}
-        return fastattn.attention(*qkv, **argument, return_lse=True, backend=backend)
+        return attend(*qkv, **argument, return_lse=True, backend=backend)
 
     for batched, single in zip(vmap(function)(many), zip(*(function(m) for m in many))):
         assert_close(batched, torch.stack(single))
@@ -165,7 +167,7 @@ def test_attention_per_sample_gradients(weights, backend, device):
     queries = torch.stack([query * (i + 1) for i in range(3)])
 
     def loss(query, key, value):
-        found = fastattn.attention(query, key, value, need_weights=weights, return_lse=True, backend=backend)
+        found = attend(query, key, value, need_weights=weights, return_lse=True, backend=backend)
         return sum(t.square().sum() for t in found)
 
     found = vmap(grad(loss, argnums=(0, 1, 2)), in_dims=(0, None, None))(queries, key, value)
@@ -180,7 +182,7 @@ def test_attention_per_sample_gradients_of_a_bias(device):
     biases = random_tensor(3, 1, 1, L, S, seed=4, device=device)
 
     def loss(bias):
-        output, lse = fastattn.attention(query, key, value, attn_mask=bias, return_lse=True, backend="torch")
+        output, lse = attend(query, key, value, attn_mask=bias, return_lse=True, backend="torch")
         return output.square().sum() + lse.sum()
 
     assert_close(vmap(grad(loss))(biases), torch.stack([grad(loss)(bias) for bias in biases]))

@@ -5,15 +5,15 @@ import inspect
 import pytest
 import torch
 
-import fastattn
 from fastattn.reference import attention as reference
 from fastattn.testing import assert_within_budget, attention_inputs, attention_mask, random_tensor
+from tests.ops.attention_cases import attend
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def check(query, key, value, backend, **arguments):
-    """Output, LSE and gradients against the reference; ``arguments`` are the reference's ``bias`` and ``diagonal``."""
+def check(query, key, value, backend, bias):
+    """Output, LSE and gradients under an additive mask, against the reference."""
     d_output = random_tensor(*query.shape[:3], value.shape[3], seed=99, dtype=query.dtype, device=query.device)
 
     def run(attend, dtype):
@@ -22,19 +22,10 @@ def check(query, key, value, backend, **arguments):
         return (output, lse, *torch.autograd.grad(output, leaves, d_output.to(dtype)))
 
     def ours(*leaves):
-        diagonal = arguments.get("diagonal")
-        return fastattn.attention(
-            *leaves,
-            attn_mask=arguments.get("bias"),
-            is_causal=diagonal is not None,
-            causal_alignment="top_left" if diagonal == 0 else "bottom_right",
-            return_lse=True,
-            backend=backend,
-        )
+        return attend(*leaves, attn_mask=bias, return_lse=True, backend=backend)
 
     def plain(*leaves):
-        bias = arguments.get("bias")
-        found = reference(*leaves, **{**arguments, "bias": None if bias is None else bias.to(leaves[0].dtype)})
+        found = reference(*leaves, bias=bias.to(leaves[0].dtype))
         return found.output, found.lse
 
     actual, truth, peer = run(ours, query.dtype), run(plain, torch.float64), run(plain, query.dtype)
@@ -52,14 +43,14 @@ def test_attention_grad_with_a_half_filled_tile_and_very_negative_lse(length, ba
     """
     query, key, value = attention_inputs(1, 1, length, 64, 16, dtype=torch.float16, device=device, seed=seed)
     bias = torch.full((1, 1, 1, 64), -300.0, dtype=torch.float16, device=device)
-    check(query, key, value, backend, bias=bias)
+    check(query, key, value, backend, bias)
 
 
 def test_attention_of_a_single_query_with_negative_lse(backend, device, seed):
     """One query, a negative LSE (cudnn-frontend#1072): the rows that pad the tile must not take part in dK and dV."""
     query, key, value = attention_inputs(2, 2, 1, 97, 16, device=device, seed=seed)
     bias = torch.full((1, 1, 1, 1), -40.0, device=device)
-    check(query, key, value, backend, bias=bias)
+    check(query, key, value, backend, bias)
 
 
 @pytest.mark.parametrize("magnitude", [30.0, -30.0, 1e4], ids=["large", "negative", "overflowing_exp"])
@@ -68,7 +59,7 @@ def test_attention_of_large_scores(magnitude, backend, device, seed):
     query, key, value = attention_inputs(1, 2, 33, 70, 16, device=device, seed=seed)
     bias = torch.full((1, 1, 1, 70), magnitude, device=device)
     bias[..., ::3] = 0
-    check(query, key, value, backend, bias=bias)
+    check(query, key, value, backend, bias)
 
 
 @pytest.mark.parametrize("axis", ["batch", "seqlen_q", "seqlen_k"])
@@ -79,7 +70,7 @@ def test_attention_of_zero_length(axis, backend, device):
     leaves = [t.requires_grad_() for t in attention_inputs(batch, 4, seqlen_q, seqlen_k, 8, kv_heads=2, device=device)]
     for arguments in ({}, {"is_causal": True}, {"is_causal": True, "causal_alignment": "bottom_right"}):
         for average in (True, False):
-            output, weights, lse = fastattn.attention(
+            output, weights, lse = attend(
                 *leaves,
                 **arguments,
                 need_weights=True,
@@ -87,7 +78,7 @@ def test_attention_of_zero_length(axis, backend, device):
                 return_lse=True,
                 backend=backend,
             )
-            plain = fastattn.attention(*leaves, **arguments, backend=backend)
+            plain = attend(*leaves, **arguments, backend=backend)
             assert output.shape == plain.shape == (batch, 4, seqlen_q, 8)
             assert weights.shape == ((batch,) if average else (batch, 4)) + (seqlen_q, seqlen_k)
             assert lse.shape == (batch, 4, seqlen_q)
@@ -105,12 +96,11 @@ def test_attention_with_padding_past_the_last_sequence(backend, device, seed):
     lengths = torch.tensor([50, 1, 0])
     padding = (torch.arange(70) >= lengths[:, None]).to(device)
     leaves = [t.requires_grad_() for t in (query, key, value)]
-    output = fastattn.attention(*leaves, key_padding_mask=padding, backend=backend)
+    output = attend(*leaves, key_padding_mask=padding, backend=backend)
     gradients = torch.autograd.grad(output, leaves, torch.ones_like(output))
     for entry, length in enumerate(lengths.tolist()):
         cut = [t[entry : entry + 1, :, :n].detach().requires_grad_() for t, n in zip(leaves, (33, length, length))]
-        expected = fastattn.attention(*cut, backend=backend)
-        assert isinstance(expected, torch.Tensor)
+        expected = attend(*cut, backend=backend)
         torch.testing.assert_close(output[entry : entry + 1], expected)
         for found, wanted in zip(gradients, torch.autograd.grad(expected, cut, torch.ones_like(expected))):
             found = found[entry : entry + 1]
@@ -126,8 +116,8 @@ def test_attention_mask_of_any_alignment(dtype, offset, backend, device, seed):
     wide = attention_mask(2, 2, 33, 70 + offset + 5, dtype=dtype, device=device, seed=seed)
     mask = wide[..., offset : offset + 70]
     for view in (mask, mask.contiguous().mT.contiguous().mT):
-        output = fastattn.attention(query, key, value, attn_mask=view, backend=backend)
-        expected = fastattn.attention(query, key, value, attn_mask=mask.contiguous(), backend=backend)
+        output = attend(query, key, value, attn_mask=view, backend=backend)
+        expected = attend(query, key, value, attn_mask=mask.contiguous(), backend=backend)
         assert torch.equal(output, expected)
 
 
@@ -137,7 +127,7 @@ def test_attention_is_deterministic(backend, device, seed):
     def run():
         leaves = attention_inputs(2, 4, 97, 70, 16, kv_heads=2, dtype=torch.bfloat16, device=device, seed=seed)
         leaves = [t.requires_grad_() for t in leaves]
-        results = fastattn.attention(*leaves, need_weights=True, return_lse=True, backend=backend)
+        results = attend(*leaves, need_weights=True, return_lse=True, backend=backend)
         return *results, *torch.autograd.grad([r.sum() for r in results], leaves)
 
     for first, second in zip(run(), run()):
@@ -149,7 +139,7 @@ def test_attention_leaves_its_inputs_alone(backend, device, seed):
     mask = attention_mask(2, 2, 33, 70, dtype=torch.float32, device=device, seed=seed)
     copies = [t.clone() for t in (query, key, value, mask)]
     leaves = [t.detach().requires_grad_() for t in (query, key, value)]
-    results = fastattn.attention(*leaves, attn_mask=mask, need_weights=True, return_lse=True, backend=backend)
+    results = attend(*leaves, attn_mask=mask, need_weights=True, return_lse=True, backend=backend)
     torch.autograd.grad([r.nan_to_num(neginf=0).sum() for r in results], leaves)
     for before, after in zip(copies, (query, key, value, mask)):
         assert torch.equal(before, after)
@@ -161,8 +151,7 @@ def test_attention_output_lies_as_the_query_does(layout, backend, device, seed):
     if backend == "torch":
         pytest.skip("F.scaled_dot_product_attention chooses the layout of its output itself")
     query, key, value = attention_inputs(2, 3, 33, 33, 16, device=device, layout=layout, seed=seed)
-    output = fastattn.attention(query, key, value, backend=backend)
-    assert isinstance(output, torch.Tensor)
+    output = attend(query, key, value, backend=backend)
     order = sorted(range(4), key=lambda axis: -query.stride(axis))
     assert output.permute(order).is_contiguous()
 
@@ -185,10 +174,8 @@ def test_attention_offsets_above_two_to_the_31(what, backend, device, seed):
         distant = storage.as_strided(mask.shape, (far, mask.stride(1), mask.stride(2), 1))
         distant.copy_(mask)
         arguments = {"attn_mask": distant}
-    expected = fastattn.attention(
-        query, key, value, **({"attn_mask": distant.contiguous()} if arguments else {}), backend=backend
-    )
-    output = fastattn.attention(query, distant if what == "key" else key, value, **arguments, backend=backend)
+    expected = attend(query, key, value, **({"attn_mask": distant.contiguous()} if arguments else {}), backend=backend)
+    output = attend(query, distant if what == "key" else key, value, **arguments, backend=backend)
     assert torch.equal(output, expected)
 
 
@@ -214,7 +201,7 @@ def test_attention_run_time_values_do_not_recompile(device, seed):
     def run(seqlen_q, seqlen_k, scale, layout):
         leaves = attention_inputs(1, 2, seqlen_q, seqlen_k, 64, dtype=torch.float16, device=device, layout=layout)
         leaves = [t.requires_grad_() for t in leaves]
-        output = fastattn.attention(*leaves, scale=scale, is_causal=True, backend="triton")
+        output = attend(*leaves, scale=scale, is_causal=True, backend="triton")
         torch.autograd.grad(output, leaves, torch.ones_like(output))
 
     def compiled():

@@ -1,6 +1,7 @@
 """``fastattn.scaled_dot_product_attention`` is torch's: on PyTorch's own samples, and on shapes of every kind."""
 
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -93,7 +94,7 @@ def test_sdpa_has_torchs_signature():
     words = inspect.signature(fastattn.scaled_dot_product_attention).parameters
     documented = ["query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"]
     assert list(words) == documented
-    head = F.scaled_dot_product_attention.__doc__.partition("->")[0]
+    head = (F.scaled_dot_product_attention.__doc__ or "").partition("->")[0]
     assert [w for w in documented if w in head] == documented
     defaults = [p.default for p in words.values()][3:]
     assert defaults == [None, 0.0, False, None, False]
@@ -119,12 +120,12 @@ def test_sdpa_has_torchs_signature():
 @pytest.mark.parametrize("kind", ["bool", "additive"])
 def test_sdpa_of_any_number_of_dimensions(query, key, mask, enable_gqa, kind, backend, device):
     tensors = [random_tensor(*shape, seed=i, device=device) for i, shape in enumerate((query, key, key))]
-    arguments = {"enable_gqa": enable_gqa}
+    arguments: dict[str, Any] = {"enable_gqa": enable_gqa}
     if mask is not None:
         scores = random_tensor(*mask, seed=3, device=device)
         arguments["attn_mask"] = scores > -1 if kind == "bool" else scores
     exact, eager = expected((tensors, arguments))
     with fastattn.use_backend(backend):
-        output = fastattn.scaled_dot_product_attention(*tensors, **arguments)
+        output = fastattn.scaled_dot_product_attention(tensors[0], tensors[1], tensors[2], **arguments)
     assert output.shape == exact.shape
     assert_within_budget(output, truth=exact.nan_to_num(), peer=eager.nan_to_num(), name="output")

@@ -58,7 +58,7 @@ def test_reference_is_attention_row_by_row(masks, diagonal, kv_heads):
 def test_reference_and_its_gradients_are_those_of_sdpa(is_causal):
     leaves = [t.requires_grad_() for t in inputs()]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        expected = F.scaled_dot_product_attention(*leaves, is_causal=is_causal)
+        expected = F.scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], is_causal=is_causal)
     found = attention(*leaves, diagonal=0 if is_causal else None).output
     torch.testing.assert_close(found, expected)
     d_output = random_tensor(*found.shape, seed=4, dtype=torch.float64)
