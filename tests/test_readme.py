@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import fastattn
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 # What each row of the support matrix means, as calls: (query options, arguments of attention).
-CALLS = {
+CALLS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "float16, bfloat16, float32": [({"dtype": d}, {}) for d in (torch.float16, torch.bfloat16, torch.float32)],
     "float64": [({"dtype": torch.float64}, {})],
     "head size 1 to 256, value size apart": [({"head_dim": d, "value_dim": 24}, {}) for d in (1, 256)],
@@ -51,9 +52,11 @@ def test_readme_matrix_rows_are_the_ones_checked():
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("feature", CALLS)
 def test_readme_matrix_cell_is_true(feature, backend, device):
+    options: dict[str, Any]
+    arguments: dict[str, Any]
     for options, arguments in CALLS[feature]:
         options = {"dtype": torch.float32, "head_dim": 16, "value_dim": 16, "kv_heads": 4, **options}
-        make = {
+        make: dict[str, Any] = {
             "dtype": options["dtype"],
             "device": device,
             "requires_grad": options.get("requires_grad", False),

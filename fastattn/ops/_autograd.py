@@ -8,6 +8,7 @@ silently; an operator with ``register_autograd`` alone would give silent zero ta
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -126,11 +127,17 @@ def _backward_fake(d_output: Tensor, d_lse: Tensor | None, d_weights: Tensor | N
                    needs_d_bias: bool, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     inputs = Inputs(*args[:7])
     d_qkv = [empty_in_order_of(t, tuple(t.shape)) for t in inputs[:3]]
-    d_bias = inputs.bias.new_empty(inputs.bias.shape) if needs_d_bias else d_output.new_empty(0)
+    bias = inputs.bias
+    d_bias = bias.new_empty(bias.shape) if needs_d_bias and bias is not None else d_output.new_empty(0)
     return d_qkv[0], d_qkv[1], d_qkv[2], d_bias
 
 
 # ---------------------------------------------------------------------------- the formula, for second and forward mode
+
+
+def _vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
+    values, pullback = torch.func.vjp(function, *primals)[:2]
+    return values, pullback
 
 
 def _formula(inputs: Inputs, options: Options, *differentiable: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,7 +177,7 @@ def _formula_backward(inputs: Inputs, options: Options, *arguments: Tensor | Non
         remaining = iter(tensors)
         return _formula(inputs, options, *(next(remaining) if p else None for p in present))
 
-    values, pullback = torch.func.vjp(outputs, *(t for t in differentiable if t is not None))
+    values, pullback = _vjp(outputs, *(t for t in differentiable if t is not None))
     return pullback(tuple(torch.zeros_like(v) if g is None else g.to(v.dtype) for g, v in zip(gradients, values)))
 
 
@@ -186,8 +193,8 @@ def _with_tangents(function, inputs, options, primals, tangents):  # type: ignor
         return function(inputs, options, *(next(remaining) if p else None for p in present))
 
     given = [(p, torch.zeros_like(p) if t is None else t) for p, t in zip(primals, tangents) if p is not None]
-    values, pullback = torch.func.vjp(of_tensors, *(p for p, _ in given))
-    _, pushforward = torch.func.vjp(pullback, tuple(torch.zeros_like(v) for v in values))
+    values, pullback = _vjp(of_tensors, *(p for p, _ in given))
+    _, pushforward = _vjp(pullback, tuple(torch.zeros_like(v) for v in values))
     return pushforward(tuple(t for _, t in given))[0]
 
 
@@ -206,13 +213,14 @@ class Attention(torch.autograd.Function):
         )  # fmt: skip
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.options = Options(*inputs[7:])
         ctx.save_for_backward(*inputs[:7], output[0], output[3])
         ctx.mark_non_differentiable(*output[2:] if ctx.options.weights == "none" else output[3:])
 
     @staticmethod
-    def backward(ctx: Any, d_output: Tensor | None, d_lse: Tensor | None, d_weights: Tensor | None, _: Any) -> Any:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        d_output, d_lse, d_weights, _ = grads
         *tensors, output, statistics = ctx.saved_tensors
         if d_output is None:
             d_output = torch.zeros_like(output)
@@ -265,7 +273,7 @@ class AttentionBackward(torch.autograd.Function):
             remaining = iter(tensors)
             return _formula_backward(inputs, ctx.options, *(next(remaining) if p else None for p in present))[:outputs]
 
-        _, pullback = torch.func.vjp(first_order, *(t for t in primals if t is not None))
+        _, pullback = _vjp(first_order, *(t for t in primals if t is not None))
         pulled = iter(pullback(grads[:outputs]))
         by_primal = [next(pulled) if p else None for p in present]
         # Output and LSE get none: the formula already differentiates them through query, key and value.

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,7 +25,7 @@ def interpreting() -> bool:
 @functools.lru_cache
 def _driver_target(index: int | None) -> Target:
     with contextlib.nullcontext() if index is None else torch.cuda.device(index):
-        target = triton.runtime.driver.active.get_current_target()  # type: ignore[attr-defined]
+        target: Any = triton.runtime.driver.active.get_current_target()
     return Target(target.backend, target.arch)
 
 

@@ -133,7 +133,7 @@ def test_trace_runs_on_other_values(need_weights):
     x = inputs()
 
     with torch.no_grad():
-        traced = torch.jit.trace(SelfAttention(module, need_weights), x)
+        traced: Any = torch.jit.trace(SelfAttention(module, need_weights), x)
         other = x + 1
         torch.testing.assert_close(
             traced(other), module(other, other, other, need_weights=need_weights)[: 1 + need_weights]
