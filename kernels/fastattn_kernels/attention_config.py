@@ -51,10 +51,10 @@ def head_block(head_dim: int) -> int:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of a product: float32 follows ``torch.set_float32_matmul_precision``, old spelling or new."""
-    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
-    return "ieee"
+    """``input_precision`` of a product: float32 follows ``torch.set_float32_matmul_precision``, old spelling or new.
+    AMD has no TF32."""
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed and torch.version.hip is None else "ieee"
 
 
 # architecture -> kernel -> columns of a head's tile -> (plain, masked, heavy). A blank after the first or second says
@@ -101,17 +101,17 @@ _HALF: dict[str, dict[Kernel, dict[int, tuple[Config, ...]]]] = {
         "forward": {
             64: (_C(128, 128, 8, 2), _C(128, 64, 8, 2)),
             128: (_C(128, 64, 8, 3), _C(64, 64, 8, 2), _C(32, 32, 4, 1)),
-            256: (_C(64, 32, 8, 2), _C(64, 32, 8, 2), _C(32, 32, 8, 1)),
+            256: (_C(64, 32, 8, 2), _C(32, 32, 8, 1)),
         },
         "dkdv": {
-            64: (_C(32, 128, 8, 2), _C(32, 64, 8, 1), _C(32, 32, 4, 2)),
-            128: (_C(64, 64, 8, 2), _C(32, 64, 8, 2), _C(32, 32, 4, 2)),
-            256: (_C(32, 32, 8, 1),),
+            64: (_C(32, 128, 8, 2), _C(32, 32, 4, 2)),
+            128: (_C(64, 64, 8, 2), _C(32, 32, 4, 2)),
+            256: (_C(32, 32, 8, 1), _C(16, 32, 8, 1), _C(16, 16, 8, 1)),
         },
         "dq": {
-            64: (_C(128, 64, 8, 2), _C(64, 32, 8, 2)),
-            128: (_C(64, 64, 8, 2), _C(64, 64, 8, 2), _C(64, 32, 8, 2)),
-            256: (_C(32, 32, 8, 1),),
+            64: (_C(128, 64, 8, 2), _C(64, 32, 8, 2), _C(32, 32, 8, 1)),
+            128: (_C(64, 64, 8, 2), _C(64, 32, 8, 2), _C(32, 32, 8, 1)),
+            256: (_C(32, 32, 8, 1), _C(32, 32, 8, 1), _C(32, 16, 8, 1)),
         },
         "weights": {64: (_C(64, 64, 8, 1),), 128: (_C(64, 64, 8, 1),), 256: (_C(64, 64, 8, 1),)},
     },
@@ -122,9 +122,9 @@ _HALF: dict[str, dict[Kernel, dict[int, tuple[Config, ...]]]] = {
             256: (_C(128, 64, 4, 1), _C(64, 64, 4, 1), _C(64, 32, 4, 1)),
         },
         "dkdv": {
-            64: (_C(64, 128, 8, 1), _C(64, 64, 4, 1), _C(32, 64, 4, 1)),
-            128: (_C(64, 64, 4, 1), _C(32, 64, 4, 1)),
-            256: (_C(32, 32, 4, 1), _C(16, 16, 4, 1)),
+            64: (_C(64, 64, 4, 1), _C(64, 64, 4, 1), _C(32, 64, 4, 1)),
+            128: (_C(64, 64, 4, 1), _C(32, 64, 4, 1), _C(32, 32, 4, 1)),
+            256: (_C(16, 32, 4, 1), _C(16, 16, 4, 1)),
         },
         "dq": {
             64: (_C(128, 64, 8, 1), _C(128, 64, 8, 1), _C(64, 64, 4, 1)),
@@ -136,10 +136,17 @@ _HALF: dict[str, dict[Kernel, dict[int, tuple[Config, ...]]]] = {
 }
 # float32 by multiply-adds: every thread holds whole rows of its operands, so that only small tiles fit.
 _IEEE: dict[Kernel, dict[int, Config]] = {
-    "forward": {64: _C(32, 32, 8, 1), 128: _C(16, 16, 4, 1), 256: _C(16, 16, 8, 1)},
+    "forward": {64: _C(32, 32, 8, 1), 128: _C(16, 16, 4, 1), 256: _C(16, 16, 4, 1)},
     "dkdv": {64: _C(16, 32, 8, 1), 128: _C(16, 16, 8, 1), 256: _C(16, 16, 8, 1)},
     "dq": {64: _C(16, 16, 4, 1), 128: _C(16, 16, 4, 1), 256: _C(16, 16, 8, 1)},
     "weights": {64: _C(32, 32, 4, 1), 128: _C(16, 16, 4, 1), 256: _C(16, 16, 8, 1)},
+}
+# float32 on tensor cores (TF32): twice the bytes of 16-bit tiles. The same on every NVIDIA architecture.
+_TF32: dict[Kernel, dict[int, Config]] = {
+    "forward": {64: _C(64, 32, 8, 1), 128: _C(32, 32, 8, 1), 256: _C(32, 16, 8, 1)},
+    "dkdv": {64: _C(32, 32, 8, 1), 128: _C(16, 32, 8, 1), 256: _C(16, 16, 4, 1)},
+    "dq": {64: _C(32, 32, 8, 1), 128: _C(32, 16, 8, 1), 256: _C(16, 16, 8, 1)},
+    "weights": {64: _C(64, 32, 8, 1), 128: _C(32, 32, 8, 1), 256: _C(32, 32, 8, 1)},
 }
 # The interpreter has no registers; its tiles are small and unequal, so that short sequences exercise every range.
 _INTERPRETED: dict[Kernel, Config] = {
@@ -174,11 +181,9 @@ def _config(
         return _INTERPRETED[kernel]
     block = max(64, head_block(head_dim), head_block(value_dim))
     if dtype == torch.float32:
-        if dot_precision(dtype) == "ieee":
-            return _IEEE[kernel][block]
-        block, load = 2 * block, "heavy"  # TF32 tiles are as large as 16-bit ones of twice the head size
+        return (_IEEE if dot_precision(dtype) == "ieee" else _TF32)[kernel][block]
     architecture = _architecture(target)
-    if architecture is None or block > 256:
+    if architecture is None:
         return _SMALL
     by_load = _HALF[architecture][kernel][block]
     return by_load[min(_LOADS.index(load), len(by_load) - 1)]

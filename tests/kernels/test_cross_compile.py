@@ -15,17 +15,12 @@ from tests.kernels.cross_compile import SHARED_MEMORY
 
 ROOT = Path(__file__).parents[2]
 
-PLAIN = {"causal": True}
-MASKED = {"causal": True, "mask": True, "bias": True, "padding": True}
-HEAVY = {**MASKED, "dropout": True, "weights": True}
-
-# The head sizes that have configurations of their own, each with the most that can be asked of one.
-CASES = [
-    *({"dtype": "bfloat16", "head_dim": d, **PLAIN, "passes": ["fwd", "bwd"]} for d in (64, 128, 256)),
-    *({"dtype": "bfloat16", "head_dim": d, **MASKED, "passes": ["fwd", "bwd", "weights"]} for d in (64, 128, 256)),
-    {"dtype": "bfloat16", "head_dim": 128, **HEAVY},
-    {"dtype": "float32", "head_dim": 128, **MASKED},
-]
+# What a tile of scores carries beside itself; the last asks for all there is.
+LOADS = {
+    "plain": {"causal": True},
+    "masked": {"causal": True, "mask": True, "bias": True, "padding": True},
+    "heavy": {"causal": True, "mask": True, "bias": True, "padding": True, "dropout": True, "weights": True},
+}
 
 
 def compile_for(target: str, cases: list[dict]) -> list[dict]:
@@ -40,19 +35,25 @@ def compile_for(target: str, cases: list[dict]) -> list[dict]:
 
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:120", "hip:gfx942"])
-@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(v) for v in c.values() if not isinstance(v, list)))
-def test_kernels_compile_without_spills(target, case):
-    rows = compile_for(target, [case])
-    assert rows
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_configuration_compiles_without_spills(target, head_dim, dtype):
+    loads = ["plain", "masked", "heavy"] if dtype == "bfloat16" else ["heavy"]  # float32 has one tile for all three
+    cases = [{"dtype": dtype, "head_dim": head_dim, **LOADS[load]} for load in loads]
+    cases = [{**case, "passes": ["fwd", "bwd", *["weights"] * ("dropout" in case)]} for case in cases]
+    rows = compile_for(target, cases)
+    assert {"_attention_fwd_kernel", "_attention_bwd_dkdv_kernel", "_attention_bwd_dq_kernel"} <= {
+        row["kernel"] for row in rows
+    }
     for row in rows:
         what = f"{row['kernel']} for {target}: {row}"
         assert row["shared"] <= SHARED_MEMORY[target], what
         if not row["careful"]:  # the careful pass runs where NaN came out, and may be slow
             assert row["spilled"] == 0, what
-        if "delta_kernel" not in row["kernel"] or "weights" in row["kernel"]:
+        if row["kernel"] != "_delta_kernel":
             assert row["products"] > 0, what
-        if case["dtype"] != "float32" and "tensor_core_products" in row and "_attention_" in row["kernel"]:
-            assert row["tensor_core_products"] > 0, what
+            if dtype != "float32" and target.startswith("cuda"):
+                assert row["tensor_core_products"] > 0, what
 
 
 def test_run_time_values_do_not_recompile():
