@@ -141,6 +141,13 @@ _IEEE: dict[Kernel, dict[int, Config]] = {
     "dq": {64: _C(16, 16, 4, 1), 128: _C(16, 16, 4, 1), 256: _C(16, 16, 8, 1)},
     "weights": {64: _C(32, 32, 4, 1), 128: _C(16, 16, 4, 1), 256: _C(16, 16, 8, 1)},
 }
+# AMD's matrix cores take float32 as it is.
+_GFX9_FLOAT: dict[Kernel, dict[int, Config]] = {
+    "forward": {64: _C(32, 32, 8, 1), 128: _C(32, 32, 4, 1), 256: _C(32, 32, 4, 1)},
+    "dkdv": {64: _C(32, 32, 4, 1), 128: _C(16, 32, 4, 1), 256: _C(16, 32, 4, 1)},
+    "dq": {64: _C(32, 32, 4, 1), 128: _C(32, 32, 4, 1), 256: _C(16, 16, 4, 1)},
+    "weights": {64: _C(64, 64, 8, 1), 128: _C(32, 32, 4, 1), 256: _C(32, 32, 4, 1)},
+}
 # float32 on tensor cores (TF32): twice the bytes of 16-bit tiles. The same on every NVIDIA architecture.
 _TF32: dict[Kernel, dict[int, Config]] = {
     "forward": {64: _C(64, 32, 8, 1), 128: _C(32, 32, 8, 1), 256: _C(32, 16, 8, 1)},
@@ -180,9 +187,10 @@ def _config(
     if target.backend == "interpreter":
         return _INTERPRETED[kernel]
     block = max(64, head_block(head_dim), head_block(value_dim))
-    if dtype == torch.float32:
-        return (_IEEE if dot_precision(dtype) == "ieee" else _TF32)[kernel][block]
     architecture = _architecture(target)
+    if dtype == torch.float32:
+        by_precision = _IEEE if dot_precision(dtype) == "ieee" else _TF32
+        return (_GFX9_FLOAT if architecture == "gfx9" else by_precision)[kernel][block]
     if architecture is None:
         return _SMALL
     by_load = _HALF[architecture][kernel][block]

@@ -15,6 +15,8 @@ from tests.kernels.cross_compile import SHARED_MEMORY
 
 ROOT = Path(__file__).parents[2]
 
+TARGETS = ["cuda:80", "cuda:90", "cuda:120", "hip:gfx942"]
+FLOAT = ["cuda:90", "hip:gfx942"]  # the tiles of float32 are the same on every NVIDIA architecture
 # What a tile of scores carries beside itself; the last asks for all there is.
 LOADS = {
     "plain": {"causal": True},
@@ -34,9 +36,8 @@ def compile_for(target: str, cases: list[dict]) -> list[dict]:
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:120", "hip:gfx942"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("dtype", "target"), [*(("bfloat16", t) for t in TARGETS), *(("float32", t) for t in FLOAT)])
 def test_every_configuration_compiles_without_spills(target, head_dim, dtype):
     loads = ["plain", "masked", "heavy"] if dtype == "bfloat16" else ["heavy"]  # float32 has one tile for all three
     cases = [{"dtype": dtype, "head_dim": head_dim, **LOADS[load]} for load in loads]

@@ -158,7 +158,7 @@ def test_environment_sets_the_default_backend(name):
 
 
 def test_environment_backend_refuses_by_name():
-    code = "import fastattn, torch; q = torch.ones(1, 1, 3, 4); attend(q, q, q)"
+    code = "import fastattn, torch; q = torch.ones(1, 1, 3, 4); fastattn.attention(q, q, q)"
     result = in_a_process(code, FASTATTN_BACKEND="triton", TRITON_INTERPRET="0")
     assert result.returncode != 0
     assert "NotImplementedError: the triton backend refuses this call" in result.stderr

@@ -147,7 +147,11 @@ def test_attention_nan_in_a_value_reaches_only_the_rows_that_see_it(kind, device
     clean = attend(query, key, value, **arguments, backend="triton")
     rows = sees[0, 0, :, 0].to(device)
     assert output[:, :, rows].isnan().all()
-    assert torch.equal(output[:, :, ~rows], clean[:, :, ~rows])
+    # the careful pass has tiles of its own, and so other roundings
+    truth, peer = (attend(*(t.to(dtype) for t in (query, key, value)), **arguments, backend="torch")
+                   for dtype in (torch.float64, torch.float32))  # fmt: skip
+    assert_within_budget(output[:, :, ~rows], truth=truth[:, :, ~rows], peer=peer[:, :, ~rows], name="output")
+    assert_within_budget(clean, truth=truth, peer=peer, name="output of clean values")
 
 
 def test_attention_very_negative_additive_masks_keep_their_order(backend, device, seed):
