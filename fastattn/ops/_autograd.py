@@ -19,7 +19,7 @@ from fastattn.ops._call import AttentionCall
 from fastattn.reference import attention as reference
 
 _DEVICES = ("cpu", "cuda", "xpu")
-_OPTIONS = "SymInt? diagonal, float scale, float dropout_p, str weights, str backend"
+_OPTIONS = "SymInt? diagonal, float scale, float dropout_p, str weights, str backend, bool keeps_statistics"
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? key_padding_mask, "
     "Tensor? dropout_state"
@@ -51,6 +51,7 @@ class Options(NamedTuple):
     dropout_p: float
     weights: str
     backend: str
+    keeps_statistics: bool = True  # False lets a backend leave out LSE and statistics (they are then NaN)
 
 
 class Inputs(NamedTuple):
@@ -206,10 +207,10 @@ class Attention(torch.autograd.Function):
 
     @staticmethod  # spelled out because torch.compile counts the parameters
     def forward(query, key, value, bias, mask, key_padding_mask, dropout_state,  # type: ignore[no-untyped-def]
-                diagonal, scale, dropout_p, weights, backend):  # fmt: skip
+                diagonal, scale, dropout_p, weights, backend, keeps_statistics):  # fmt: skip
         return torch.ops.fastattn.attention_forward(
             query, key, value, bias, mask, key_padding_mask, dropout_state,
-            diagonal, scale, dropout_p, weights, backend,
+            diagonal, scale, dropout_p, weights, backend, keeps_statistics,
         )  # fmt: skip
 
     @staticmethod
@@ -230,7 +231,7 @@ class Attention(torch.autograd.Function):
         d_query, d_key, d_value, d_bias = _attention_backward()(
             d_output, d_lse, d_weights, output, statistics, needs_d_bias, *tensors, *ctx.options
         )
-        return d_query, d_key, d_value, d_bias if needs_d_bias else None, *(None,) * 8
+        return d_query, d_key, d_value, d_bias if needs_d_bias else None, *(None,) * 9
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -248,11 +249,11 @@ class AttentionBackward(torch.autograd.Function):
     @staticmethod
     def forward(d_output, d_lse, d_weights, output, statistics, needs_d_bias,  # type: ignore[no-untyped-def]
                 query, key, value, bias, mask, key_padding_mask, dropout_state,
-                diagonal, scale, dropout_p, weights, backend):  # fmt: skip
+                diagonal, scale, dropout_p, weights, backend, keeps_statistics):  # fmt: skip
         return torch.ops.fastattn.attention_backward(
             d_output, d_lse, d_weights, output, statistics, needs_d_bias,
             query, key, value, bias, mask, key_padding_mask, dropout_state,
-            diagonal, scale, dropout_p, weights, backend,
+            diagonal, scale, dropout_p, weights, backend, keeps_statistics,
         )  # fmt: skip
 
     @staticmethod
@@ -277,7 +278,7 @@ class AttentionBackward(torch.autograd.Function):
         pulled = iter(pullback(grads[:outputs]))
         by_primal = [next(pulled) if p else None for p in present]
         # Output and LSE get none: the formula already differentiates them through query, key and value.
-        return *by_primal[:3], None, None, None, *by_primal[3:], *(None,) * 8
+        return *by_primal[:3], None, None, None, *by_primal[3:], *(None,) * 9
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -385,5 +386,6 @@ def apply(
         call.dropout_p,
         call.weights,
         backend,
+        call.return_lse or torch.is_grad_enabled(),
     )
     return output, None if call.weights == "none" else weights, lse if call.return_lse else None

@@ -77,17 +77,24 @@ def _is_small(call: AttentionCall) -> bool:
 def _formula(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor, bool]:
     """Output and weights by the textbook, and whether to trust them: rows that see nothing, and NaN or inf in what is
     hidden, show in the sum and are left to the blocks."""
-    mask = _merged_mask(call)
-    scores = torch.matmul(call.query * call.scale, call.key.mT)
-    if mask is not None:
+    mask, shape = _merged_mask(call), call.query.shape[:3]
+    # flat, because a product of 4-D tensors is the same product under six more nodes of autograd
+    query, key, value = (t.flatten(0, 1) for t in (call.query * call.scale, call.key, call.value))
+    if mask is None:
+        scores = torch.bmm(query, key.mT)
+    else:
         if mask.dtype == torch.bool:  # added, not filled in: filling takes as long as a product
-            mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, NEGATIVE_INFINITY)
-        scores = scores.add_(mask)
+            mask = torch.where(mask, 0.0, NEGATIVE_INFINITY).to(query.dtype)
+        if mask.shape[:2] == (1, 1):
+            scores = torch.baddbmm(mask[0], query, key.mT)
+        else:
+            scores = (torch.bmm(query, key.mT).view(*shape, -1) + mask).flatten(0, 1)
     weights = torch.softmax(scores, dim=-1)
     if keep is not None:
-        weights = weights * keep * (1.0 / (1.0 - call.dropout_p) if call.dropout_p < 1.0 else 0.0)
-    output = torch.matmul(weights, call.value)
-    trusted = mask is None or math.isfinite((output.detach().sum() + call.key.detach().sum()).item())
+        weights = weights * keep.flatten(0, 1) * (1.0 / (1.0 - call.dropout_p) if call.dropout_p < 1.0 else 0.0)
+    output = torch.bmm(weights, value).view(*shape, -1)
+    weights = weights.view(*shape, -1)
+    trusted = mask is None or math.isfinite(output.detach().sum().item() + call.key.detach().sum().item())
     return output, weights.mean(dim=1) if call.weights == "average" else weights, trusted
 
 

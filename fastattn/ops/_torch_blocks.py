@@ -9,6 +9,7 @@ as bytes, which torch reduces and converts five to ten times faster.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -193,26 +194,28 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, T
     heads, kv_heads = query.shape[1], call.key.shape[1]
     keep_scale = _keep_scale(options)
     output = empty_in_order_of(query, (*query.shape[:3], call.value.shape[3]))
-    lse = query.new_empty(query.shape[:3], dtype=statistics)
+    lse = query.new_full(query.shape[:3], math.nan, dtype=statistics)
     weights = query.new_empty(weights_shape(query, call.key, options.weights))
     if call.hides or not call.key.shape[2]:  # the blocks leave out what nobody sees
-        output.zero_(), lse.fill_(NEGATIVE_INFINITY), weights.zero_()
+        output.zero_(), weights.zero_()
+        lse.fill_(NEGATIVE_INFINITY)
 
     for batch in _batches(call):
         keys, values = (_heads_as_rows(t[batch], kv_heads) for t in (call.key, call.value))
         for block in _blocks(call, batch):
             queries = _heads_as_rows(query[batch, :, block.rows], kv_heads) * options.scale
             scores = _scores(queries, keys, block, call)
-            top = scores.amax(dim=-1, keepdim=True)
             p = torch.softmax(scores, dim=-1)
-            peak = p.amax(dim=-1, keepdim=True)
+            top = scores.amax(dim=-1, keepdim=True) if call.hides or options.keeps_statistics else scores[..., :1]
             if call.hides:
                 empty = top == NEGATIVE_INFINITY
                 if bool(empty.any()):
                     p.masked_fill_(empty, 0)
-                    peak.masked_fill_(empty, 1)
-            # exp(top - lse) is the row's largest weight
-            lse[batch, :, block.rows] = (top.to(statistics) - peak.to(statistics).log()).squeeze(-1)
+            if options.keeps_statistics:
+                # exp(top - lse) is the row's largest weight, or 0 in a row that sees nothing
+                peak = p.amax(dim=-1, keepdim=True)
+                block_lse = top.to(statistics) - peak.to(statistics).where(peak > 0, 1).log()
+                lse[batch, :, block.rows] = block_lse.squeeze(-1)
 
             p = _dropped(p, inputs, block)
             rows_out = torch.bmm(p.view(*queries.shape[:2], -1), values[:, block.keys])

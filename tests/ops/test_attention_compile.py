@@ -62,7 +62,7 @@ def test_operators_pass_opcheck(name, backend, device):
     torch.manual_seed(0)
     state = dropout_state(call, backend) if call.dropout_p else None
     inputs = (*call[:3], call.bias, call.mask, call.key_padding_mask, state)
-    options = (call.diagonal, call.scale, call.dropout_p, call.weights, backend)
+    options = (call.diagonal, call.scale, call.dropout_p, call.weights, backend, True)
     torch.library.opcheck(torch.ops.fastattn.attention_forward.default, (*inputs, *options))
     output, lse, weights, statistics = torch.ops.fastattn.attention_forward(*inputs, *options)
     needs_d_bias = call.bias is not None and backend == "torch"

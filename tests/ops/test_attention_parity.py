@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastattn.ops import _torch_blocks
 from fastattn.testing import assert_within_budget
 from tests.ops.attention_cases import (
     AXES,
@@ -94,6 +95,13 @@ def test_attention_grad_matches_reference(feature, case, backend, device):
 @pytest.mark.parametrize(("feature", "case"), named(PAIRS))
 def test_attention_grad_of_pairs_matches_reference(feature, case, backend, device):
     check(feature, case, backend, device)
+
+
+@pytest.mark.parametrize(("feature", "case"), named(PAIRS))
+def test_attention_in_small_blocks_matches_reference(feature, case, device, monkeypatch):
+    """The torch backend cuts large calls into blocks of rows; here every call is large."""
+    monkeypatch.setattr(_torch_blocks, "BLOCK_ELEMENTS", 512)
+    check(f"{feature}, in small blocks", case, "torch", device)
 
 
 def test_attention_grad_of_random_combinations_matches_reference(sampled, backend, device):
