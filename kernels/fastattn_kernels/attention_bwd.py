@@ -29,7 +29,7 @@ from fastattn_kernels.attention_config import (
 from fastattn_kernels.attention_problem import Problem, WeightsGradient
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "seqlen_q"])
 def _delta_kernel(
     out_ptr, do_ptr, dlse_ptr, delta_ptr,
     stride_ob, stride_oh, stride_om, stride_od,

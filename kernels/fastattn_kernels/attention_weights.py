@@ -140,7 +140,7 @@ def _attention_weights_delta_kernel(
     tl.store(delta_ptr + rows_of + row, delta, mask=row < seqlen_q)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k"])
 def _dropout_keep_kernel(
     keep_ptr, seed_ptr, seqlen_q, seqlen_k, dropout_p, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):

@@ -130,7 +130,7 @@ def _cuobjdump(*arguments: str) -> str:
 
 
 def launch_all(case: dict[str, Any], passes: tuple[str, ...]) -> None:
-    """Launch every attention kernel for ``case``: dtype, head_dim, value_dim, and which rules apply."""
+    """Launch every attention kernel for ``case``: dtype, head sizes, the rules that apply, and whether carefully."""
     from fastattn_kernels import attention_bwd, attention_fwd, attention_weights
     from fastattn_kernels.attention_problem import Problem, WeightsGradient
 
@@ -140,7 +140,14 @@ def launch_all(case: dict[str, Any], passes: tuple[str, ...]) -> None:
     query = torch.empty(batch, heads, length, head_dim, dtype=dtype)
     key = torch.empty(batch, kv_heads, keys, head_dim, dtype=dtype)
     value = torch.empty(batch, kv_heads, keys, value_dim, dtype=dtype)
-    problem = Problem(
+
+    class OncePerLaunch(Problem):
+        """Without the careful launch, which takes as long to compile as all else."""
+
+        def masks_pairs(self) -> bool:
+            return False
+
+    problem = (Problem if case.get("careful") else OncePerLaunch)(
         query,
         key,
         value,
