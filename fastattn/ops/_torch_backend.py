@@ -86,7 +86,7 @@ def _formula(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor, 
         if mask.dtype == torch.bool:  # added, not filled in: filling takes as long as a product
             mask = torch.where(mask, 0.0, NEGATIVE_INFINITY).to(query.dtype)
         if mask.shape[:2] == (1, 1):
-            scores = torch.baddbmm(mask[0], query, key.mT)
+            scores = torch.baddbmm(mask.squeeze(0), query, key.mT)
         else:
             scores = (torch.bmm(query, key.mT).view(*shape, -1) + mask).flatten(0, 1)
     weights = torch.softmax(scores, dim=-1)

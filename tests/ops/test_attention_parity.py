@@ -22,10 +22,12 @@ from tests.pairwise import pairwise
 
 pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("poisoned")]
 
-RANDOM_CASES = 24
+RANDOM_CASES = 16
 
 # Every level of every axis, alone: the rest is plain, and there are two batch entries where that tells.
 BATCHED = ("mask", "padding", "layout")
+# What float16 does with sizes, float32 and bfloat16 have shown; the pairs still mix them.
+SIZES = ("value", "seqlen_q", "seqlen_k", "head_dim")
 
 
 def alone(axis, level, dtype):
@@ -38,7 +40,7 @@ ALONE = [("plain", Case(dtype=dtype)) for dtype in DTYPES] + [
     for dtype in DTYPES
     for axis in AXES
     for level in AXES[axis]
-    if axis != "dtype" and level != getattr(Case(), axis)
+    if axis != "dtype" and level != getattr(Case(), axis) and not (dtype == "fp16" and axis in SIZES)
 ]
 # In Triton's interpreter the random numbers of dropout cost more than all the rest: they meet one long axis at a time.
 PAIRS = [
