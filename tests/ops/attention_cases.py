@@ -232,11 +232,12 @@ def kept_weights(call, state, backend):
 def allowances(problem, keep):
     """What attention in linear memory may lose beyond eager PyTorch, in absolute numbers, by the result's name.
 
-    It keeps two things of a row: the LSE, in float32, and the output, in the inputs' dtype. So a weight is
-    ``exp(score - lse)``, with the absolute error of score and LSE for a relative one, and the mean of a row of ``dP``
-    is ``sum(output * d_output)``, with roundings that ``dP`` has not got. In eager PyTorch both differences are exact
-    where they cancel (a row that sees one key has the weight 1 and the gradient 0), so the peer's error says nothing of
-    them. Elsewhere they are small beside it: over many keys a row's error spreads out.
+    It keeps two things of a row: the softmax statistics, in float32, and the output, in the inputs' dtype. So a weight
+    is ``exp(score - maximum) / sum`` of a score computed again, in another tile and with other roundings, and has the
+    absolute error of the two scores for a relative one; and the mean of a row of ``dP`` is ``sum(output * d_output)``,
+    with roundings that ``dP`` has not got. In eager PyTorch both differences are exact where they cancel (a row that
+    sees one key has the weight 1 and the gradient 0), so the peer's error says nothing of them. Elsewhere they are
+    small beside it: over many keys a row's error spreads out.
     """
     case, dtype = problem.case, problem.query.dtype
     query, key, value, d_output = (t.double() for t in (problem.query, problem.key, problem.value, problem.d_output))
