@@ -92,6 +92,12 @@ def check_key_padding_mask(key_padding_mask: Tensor, key: Tensor) -> None:
         raise ValueError(f"key_padding_mask has shape {_shape(key_padding_mask)}: expected [batch, keys] = {expected}")
 
 
+def check_number(name: str, value: object) -> None:
+    """Raise unless ``value`` is a Python number, or torch.compile's symbol for one."""
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}={value!r}: expected a number, got {type(value).__name__}")
+
+
 def make_call(
     query: Tensor,
     key: Tensor,
@@ -117,12 +123,17 @@ def make_call(
         check_key_padding_mask(key_padding_mask, key)
     if causal_alignment not in ("top_left", "bottom_right"):
         raise ValueError(f"causal_alignment={causal_alignment!r}: expected 'top_left' or 'bottom_right'")
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal={is_causal!r}: expected True or False (causal_alignment says which diagonal)")
+    check_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p={dropout_p}: expected a probability between 0 and 1")
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
-    elif not math.isfinite(scale):
-        raise ValueError(f"scale={scale}: expected a finite number or None")
+    else:
+        check_number("scale", scale)
+        if not math.isfinite(scale):
+            raise ValueError(f"scale={scale}: expected a finite number or None")
 
     diagonal = None
     if is_causal:

@@ -72,6 +72,9 @@ def bad_calls(device):
         ("dropout_negative", {"dropout_p": -0.1}, ValueError, ["dropout_p", "-0.1", "between 0 and 1"]),
         ("dropout_above_one", {"dropout_p": 1.5}, ValueError, ["dropout_p", "1.5", "between 0 and 1"]),
         ("dropout_nan", {"dropout_p": float("nan")}, ValueError, ["dropout_p", "nan", "between 0 and 1"]),
+        ("dropout_text", {"dropout_p": "half"}, TypeError, ["dropout_p", "half", "number"]),
+        ("scale_text", {"scale": "big"}, TypeError, ["scale", "big", "number"]),
+        ("causal_text", {"is_causal": "top_left"}, TypeError, ["is_causal", "top_left", "True or False"]),
         ("scale_inf", {"scale": float("inf")}, ValueError, ["scale", "inf", "finite"]),
         ("backend", {"backend": "cuda"}, ValueError, ["backend", "'cuda'", "'auto'", "'triton'", "'torch'"]),
     ]  # fmt: skip
