@@ -1,8 +1,8 @@
 """Block sizes, warps and stages for every attention kernel, and the heuristics that choose them.
 
-Nothing here has been timed on a GPU yet. The tables hold, for each architecture, the largest tile that compiles without
-register spills and inside the shared memory (tests/kernels holds them to it), in the order of preference that the model
-of docs/performance.md gives. Pass a :class:`Config` to a launcher to try another.
+Nothing here has been timed on a GPU yet. The tables hold, for each architecture, the largest tile found that compiles
+without register spills and inside the shared memory; tests/kernels holds all of them to it but the TF32 ones. Pass a
+:class:`Config` to a launcher to try another.
 """
 
 import dataclasses
