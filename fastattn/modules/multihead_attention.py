@@ -172,11 +172,13 @@ class MultiheadAttention(nn.MultiheadAttention):
             q,
             k,
             v,
-            *masks,
-            0 if is_causal else None,
-            1.0 / math.sqrt(self.embed_dim // self.num_heads),
-            self._dropout_p(need_weights) if self.training else 0.0,
-            ("average" if average_attn_weights else "heads") if need_weights else "none",
+            bias=masks.bias,
+            mask=masks.mask,
+            key_padding_mask=masks.key_padding_mask,
+            upper=0 if is_causal else None,
+            scale=1.0 / math.sqrt(self.embed_dim // self.num_heads),
+            dropout_p=self._dropout_p(need_weights) if self.training else 0.0,
+            weights=("average" if average_attn_weights else "heads") if need_weights else "none",
         )
         attended, weights, _ = run(call, self.backend)
 

@@ -19,13 +19,30 @@ class AttentionCall(NamedTuple):
     key: Tensor  # [B, Hk, S, D]
     value: Tensor  # [B, Hk, S, Dv]
     bias: Tensor | None = None  # [B | 1, H | 1, L | 1, S | 1], floating
+    alibi_slopes: Tensor | None = None  # [B | 1, H], floating
+    sinks: Tensor | None = None  # [B | 1, H], floating
     mask: Tensor | None = None  # [B | 1, H | 1, L | 1, S | 1], boolean
     key_padding_mask: Tensor | None = None  # [B, S], boolean
-    diagonal: int | None = None
+    query_documents: Tensor | None = None  # [B | 1, L], int32
+    key_documents: Tensor | None = None  # [B | 1, S], int32
+    prefix: Tensor | None = None  # [B | 1], int32
+    lower: int | None = None
+    upper: int | None = None
+    shift: int = 0
+    softcap: float | None = None
     scale: float = 1.0
     dropout_p: float = 0.0
     weights: Weights = "none"
     return_lse: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Does ``F.scaled_dot_product_attention`` have words for all that is asked of the scores?"""
+        beyond = (
+            self.alibi_slopes, self.sinks, self.query_documents, self.key_documents, self.prefix, self.lower,
+            self.softcap,
+        )  # fmt: skip
+        return all(argument is None for argument in beyond)
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
@@ -92,6 +109,94 @@ def check_key_padding_mask(key_padding_mask: Tensor, key: Tensor) -> None:
         raise ValueError(f"key_padding_mask has shape {_shape(key_padding_mask)}: expected [batch, keys] = {expected}")
 
 
+def check_document_ids(
+    document_ids: Tensor | tuple[Tensor, Tensor], query: Tensor, key: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the ids of queries and of keys as int32 ``[B | 1, length]``, or raise."""
+    if isinstance(document_ids, Tensor):
+        if query.shape[2] != key.shape[2]:
+            raise ValueError(
+                f"document_ids is one tensor for {query.shape[2]} queries and {key.shape[2]} keys: expected a pair "
+                "(query ids [batch, queries], key ids [batch, keys]) where the two lengths differ"
+            )
+        document_ids = (document_ids, document_ids)
+    elif not isinstance(document_ids, tuple) or len(document_ids) != 2:
+        what = f"{len(document_ids)} items" if isinstance(document_ids, (tuple, list)) else "neither"
+        raise TypeError(
+            f"document_ids: expected a torch.Tensor or a pair of them, got {type(document_ids).__name__} ({what})"
+        )
+    found = []
+    for of, ids, tensor in zip(("queries", "keys"), document_ids, (query, key)):
+        check_tensor(f"document_ids of {of}", ids, query, [("batch", tensor.shape[0]), (of, tensor.shape[2])])
+        check_integer(f"document_ids of {of}", ids)
+        found.append(ids.to(torch.int32))
+    return found[0], found[1]
+
+
+def check_prefix(prefix: int | Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Return the prefix as int32 ``[B | 1]``, or raise."""
+    if isinstance(prefix, Tensor):
+        check_tensor("prefix", prefix, query, [("batch", query.shape[0])])
+        check_integer("prefix", prefix)
+        return prefix.to(torch.int32)
+    if not is_integer(prefix):
+        raise TypeError(f"prefix={prefix!r}: expected an int, an integer tensor [batch] or None")
+    if prefix < 0:
+        raise ValueError(f"prefix={prefix}: expected a number of keys, 0 or more")
+    return torch.full((1,), prefix, dtype=torch.int32, device=key.device)
+
+
+def check_per_head(name: str, tensor: Tensor, query: Tensor, *, per_batch: bool) -> Tensor:
+    """Return floating ``[H]``, or ``[B, H]`` where that is accepted, as ``[B | 1, H]``, or raise."""
+    batch, heads = query.shape[:2]
+    axes = [("heads", heads)]
+    if per_batch and isinstance(tensor, Tensor) and tensor.dim() == 2:
+        axes = [("batch", batch), *axes]
+    check_tensor(name, tensor, query, axes, "[heads] or [batch, heads]" if per_batch else "")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} is {tensor.dtype}: expected a floating dtype")
+    return tensor if tensor.dim() == 2 else tensor[None]
+
+
+def check_tensor(name: str, tensor: Tensor, query: Tensor, axes: list[tuple[str, int]], accepted: str = "") -> None:
+    """Raise unless ``tensor`` is a tensor with these named axes on the query's device. A batch of 1 broadcasts."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(tensor).__name__}")
+    fits = tensor.dim() == len(axes) and all(
+        have == want or (axis == "batch" and have == 1) for have, (axis, want) in zip(tensor.shape, axes)
+    )
+    if not fits:
+        names, sizes = ", ".join(axis for axis, _ in axes), tuple(size for _, size in axes)
+        raise ValueError(f"{name} has shape {_shape(tensor)}: expected {accepted or f'[{names}]'}, here {sizes}")
+    if tensor.device != query.device:
+        raise ValueError(f"{name} is on {tensor.device} but query is on {query.device}: expected one device")
+
+
+def check_integer(name: str, tensor: Tensor) -> None:
+    """Raise unless ``tensor`` holds integers."""
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} is {tensor.dtype}: expected an integer dtype")
+
+
+def is_integer(value: object) -> bool:
+    """Is ``value`` a Python integer, or torch.compile's symbol for one?"""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def check_window(window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
+    """Return how many keys may be seen to the left and to the right, None where all of them, or raise."""
+    if window is None:
+        return None, None
+    if not isinstance(window, tuple) or len(window) != 2:
+        raise TypeError(f"window={window!r}: expected a pair (left, right) or None")
+    for side in window:
+        if side is not None and not is_integer(side):
+            raise TypeError(f"window={window!r}: expected ints, or None for a side without a limit")
+        if side is not None and side < 0:
+            raise ValueError(f"window={window!r}: expected 0 or more keys on each side, or None for no limit")
+    return window
+
+
 def check_number(name: str, value: object) -> None:
     """Raise unless ``value`` is a Python number, or torch.compile's symbol for one."""
     if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
@@ -107,6 +212,12 @@ def make_call(
     key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
     causal_alignment: Alignment = "top_left",
+    window: tuple[int | None, int | None] | None = None,
+    prefix: int | Tensor | None = None,
+    document_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     need_weights: bool = False,
@@ -125,6 +236,20 @@ def make_call(
         raise ValueError(f"causal_alignment={causal_alignment!r}: expected 'top_left' or 'bottom_right'")
     if not isinstance(is_causal, bool):
         raise TypeError(f"is_causal={is_causal!r}: expected True or False (causal_alignment says which diagonal)")
+    left, right = check_window(window)
+    if prefix is not None:
+        prefix = check_prefix(prefix, query, key)
+    query_documents = key_documents = None
+    if document_ids is not None:
+        query_documents, key_documents = check_document_ids(document_ids, query, key)
+    if alibi_slopes is not None:
+        alibi_slopes = check_per_head("alibi_slopes", alibi_slopes, query, per_batch=True)
+    if sinks is not None:
+        sinks = check_per_head("sinks", sinks, query, per_batch=False)
+    if softcap is not None:
+        check_number("softcap", softcap)
+        if not 0.0 < softcap < math.inf:
+            raise ValueError(f"softcap={softcap}: expected a finite number above 0, or None")
     check_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p={dropout_p}: expected a probability between 0 and 1")
@@ -135,23 +260,38 @@ def make_call(
         if not math.isfinite(scale):
             raise ValueError(f"scale={scale}: expected a finite number or None")
 
-    diagonal = None
     if is_causal:
-        diagonal = 0 if causal_alignment == "top_left" else key.shape[2] - query.shape[2]
+        right = 0
+    lower = upper = None
+    shift = 0
+    if left is not None or right is not None or alibi_slopes is not None:
+        shift = 0 if causal_alignment == "top_left" else key.shape[2] - query.shape[2]
+        lower = None if left is None else shift - left
+        upper = None if right is None else shift + right
+    if lower is None and upper is None:
+        prefix = None  # every key is visible anyway
     device_type = query.device.type
     if query.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     return AttentionCall(
-        query,
-        key,
-        value,
-        bias,
-        mask,
-        key_padding_mask,
-        diagonal,
-        float(scale),
-        float(dropout_p),
-        ("average" if average_attn_weights else "heads") if need_weights else "none",
-        return_lse,
+        query=query,
+        key=key,
+        value=value,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        mask=mask,
+        key_padding_mask=key_padding_mask,
+        query_documents=query_documents,
+        key_documents=key_documents,
+        prefix=prefix,
+        lower=lower,
+        upper=upper,
+        shift=shift,
+        softcap=None if softcap is None else float(softcap),
+        scale=float(scale),
+        dropout_p=float(dropout_p),
+        weights=("average" if average_attn_weights else "heads") if need_weights else "none",
+        return_lse=return_lse,
     )

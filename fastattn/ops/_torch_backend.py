@@ -25,7 +25,8 @@ def describe(call: AttentionCall) -> str:
         return "F.scaled_dot_product_attention"
     if _is_small(call):
         return "the formula in plain torch (weights are asked for, and the scores fit one block)"
-    return "plain torch in blocks of rows (weights or LSE are asked for)"
+    why = "weights or LSE are asked for" if call.is_plain else "F.scaled_dot_product_attention has not all of its terms"
+    return f"plain torch in blocks of rows ({why})"
 
 
 def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -57,7 +58,7 @@ def is_eager_on_cpu(tensor: Tensor) -> bool:
 
 
 def _sdpa_can(call: AttentionCall) -> bool:
-    return call.weights == "none" and not call.return_lse
+    return call.weights == "none" and not call.return_lse and call.is_plain
 
 
 # ------------------------------------------------------------------------------------------------------ small calls
@@ -68,6 +69,7 @@ def _is_small(call: AttentionCall) -> bool:
     query, key = call.query, call.key
     return (
         not call.return_lse
+        and call.is_plain
         and query.shape[1] == key.shape[1]
         and 0 < query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] <= _torch_blocks.BLOCK_ELEMENTS
         and is_eager_on_cpu(query)
@@ -112,7 +114,7 @@ def _sdpa(call: AttentionCall) -> Tensor:
         value,
         attn_mask=mask,
         dropout_p=call.dropout_p,
-        is_causal=call.diagonal is not None and mask is None,
+        is_causal=call.upper is not None and mask is None,
         scale=call.scale,
         # A branch, and not the comparison: under torch.jit.trace that is a tensor, in a dynamic graph a SymBool.
         **({"enable_gqa": True} if call.query.shape[1] != call.key.shape[1] else {}),
@@ -121,9 +123,9 @@ def _sdpa(call: AttentionCall) -> Tensor:
 
 def _without_keys_past_the_diagonal(call: AttentionCall) -> AttentionCall:
     """Cut off the keys that no query may see: less work, and their NaN and inf are out of the way."""
-    if call.diagonal is None or call.query.shape[2] == call.key.shape[2]:
+    if call.upper is None or call.query.shape[2] == call.key.shape[2]:
         return call
-    stop = max(0, call.query.shape[2] + call.diagonal)
+    stop = max(0, call.query.shape[2] + call.upper)
     if stop >= call.key.shape[2]:
         return call
     bias, mask = (t if t is None or t.shape[3] == 1 else t[..., :stop] for t in (call.bias, call.mask))
@@ -159,8 +161,8 @@ def _merged_mask(call: AttentionCall) -> Tensor | None:
         unpadded = ~padding[:, None, None, :]
         visible = unpadded if visible is None else visible & unpadded
     alone = visible is None and call.bias is None
-    if call.diagonal is not None and not (alone and call.diagonal == 0 and _sdpa_can(call)):
-        below = visibility(query.shape[2], key.shape[2], diagonal=call.diagonal, device=query.device)
+    if call.upper is not None and not (alone and call.upper == 0 and _sdpa_can(call)):
+        below = visibility(query.shape[2], key.shape[2], upper=call.upper, device=query.device)
         visible = below if visible is None else visible & below
     if call.bias is None:
         return visible

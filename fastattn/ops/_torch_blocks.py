@@ -1,10 +1,11 @@
 """Attention in plain torch, a block of rows at a time, so that the [B, H, L, S] intermediates are never whole.
 
-The torch backend's answer where ``F.scaled_dot_product_attention`` has none: weights, the LSE, and their gradients.
-On a CPU the matrix products bound it, and the rest is arranged to stay small beside them: query heads that share a key
-head are rows of one product; keys that no row of a block may see are left out of it, so that a causal call does about
-half the work; what hides the other keys is added, since filling it in takes as long as a product; and booleans are read
-as bytes, which torch reduces and converts five to ten times faster.
+The torch backend's answer where ``F.scaled_dot_product_attention`` has none: weights, the LSE, windows, documents,
+ALiBi, softcap, sinks, and the gradients of all of them. On a CPU the matrix products bound it, and the rest is arranged
+to stay small beside them: query heads that share a key head are rows of one product; keys that no row of a block may
+see are left out of it, so that a causal call does about half the work and one with a window about the window's; what
+hides the other keys is added, since filling it in takes as long as a product; and booleans are read as bytes, which
+torch reduces and converts five to ten times faster.
 """
 
 from __future__ import annotations
@@ -16,114 +17,188 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.ops._autograd import Inputs, Options, empty_in_order_of, statistics_dtype, weights_shape
-from fastattn.reference import visibility
+from fastattn.ops._contract import Inputs, Options, empty_in_order_of, statistics_dtype, weights_shape
+from fastattn.reference import distances, visibility
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
 # Elements of one block of scores. 2^20 float32 (4 MiB) stay in the outer caches between the products.
 BLOCK_ELEMENTS = 1 << 20
+# Rows of a block that are worth a call of their own, however narrow the window.
+_LEAST_ROWS = 64
+
+# Which axes of a tensor follow the blocks: batch entries, rows or keys.
+Axes = tuple[str | None, ...]
+SCORES: Axes = ("batch", None, "rows", "keys")
+OF_ROWS: Axes = ("batch", None, "rows")
+INPUT_AXES = Inputs(
+    query=OF_ROWS,
+    key=("batch", None, "keys"),
+    value=("batch", None, "keys"),
+    bias=SCORES,
+    alibi_slopes=("batch",),
+    sinks=("batch",),
+    mask=SCORES,
+    key_padding_mask=("batch", "keys"),
+    query_documents=("batch", "rows"),
+    key_documents=("batch", "keys"),
+    prefix=("batch",),
+    dropout_state=SCORES,
+)  # type: ignore[arg-type]
 
 
-class _Block(NamedTuple):
+# ------------------------------------------------------------------------------------------------- cutting into blocks
+
+
+class Block(NamedTuple):
     """Some rows of some batch entries, and the keys that they may see at most."""
 
     batch: slice
     rows: slice
     keys: slice
 
-    def of_scores(self, tensor: Tensor) -> Tensor:
-        """This block of a tensor ``[B | 1, H | 1, L | 1, S | 1]``; broadcast axes stay."""
-        batch, _, rows, keys = tensor.shape
-        if batch != 1:
-            tensor = tensor[self.batch]
-        if rows != 1:
-            tensor = tensor[:, :, self.rows]
-        return tensor if keys == 1 else tensor[..., self.keys]
+    def index(self, tensor: Tensor, axes: Axes) -> tuple[slice, ...]:
+        """Where this block lies in a tensor; axes of size 1 broadcast and stay."""
+        return tuple(
+            slice(None) if axis is None or size == 1 else getattr(self, axis) for axis, size in zip(axes, tensor.shape)
+        )
+
+    def of(self, tensor: Tensor, axes: Axes) -> Tensor:
+        """This block of a tensor."""
+        return tensor[self.index(tensor, axes)]
+
+    def cut(self, inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
+        """The call that this block is by itself. A dropout state has to be the kept weights."""
+        tensors = Inputs(*(t if t is None else self.of(t, axes) for t, axes in zip(inputs, INPUT_AXES)))
+        row, key = self.rows.start, self.keys.start
+        if tensors.prefix is not None and key:
+            tensors = tensors._replace(prefix=tensors.prefix - key)
+        return tensors, options._replace(
+            lower=None if options.lower is None else options.lower + row - key,
+            upper=None if options.upper is None else options.upper + row - key,
+            shift=options.shift + row - key,
+        )
 
 
-class _Call(NamedTuple):
-    """What every block of a call reads."""
-
-    query: Tensor
-    key: Tensor  # what nobody may see is zero, here and in value: 0 * NaN would be NaN
-    value: Tensor
-    bias: Tensor | None
-    visible: tuple[Tensor, ...]  # boolean, each broadcasting to the scores; a key is seen where all of them say so
-    diagonal: int | None
-    finite: bool  # hiding by adding -inf is safe: no score is NaN or inf
-
-    @property
-    def hides(self) -> bool:
-        """May there be keys that a row does not see?"""
-        return self.bias is not None or bool(self.visible) or self.diagonal is not None
-
-
-def _prepare(inputs: Inputs, options: Options) -> _Call:
-    query, key, value = inputs.query, inputs.key, inputs.value
-    visible = () if inputs.mask is None else (inputs.mask,)
-    if inputs.key_padding_mask is not None:
-        visible += (~inputs.key_padding_mask[:, None, None, :],)
-    call = _Call(query, key, value, inputs.bias, visible, options.diagonal, finite=True)
-    if not call.hides or bool(torch.isfinite(query.sum() + key.sum() + value.sum())):
-        return call
-    seen = _seen_by_somebody(inputs, options)
-    return call._replace(key=torch.where(seen, key, 0), value=torch.where(seen, value, 0), finite=False)
-
-
-def _seen_by_somebody(inputs: Inputs, options: Options) -> Tensor:
-    """Boolean ``[B | 1, Hk | 1, S, 1]``."""
-    query, key = inputs.query, inputs.key
-    visible = visibility(
-        query.shape[2],
-        key.shape[2],
-        diagonal=options.diagonal,
-        mask=inputs.mask,
-        key_padding_mask=inputs.key_padding_mask,
-        device=key.device,
-    )
-    if inputs.bias is not None:
-        visible = visible & (inputs.bias != NEGATIVE_INFINITY)
-    seen = visible.any(dim=-2)  # [B | 1, H | 1, S]
-    if seen.shape[1] not in (1, key.shape[1]):
-        seen = seen.unflatten(1, (key.shape[1], -1)).any(dim=2)
-    return seen[..., None]
-
-
-# ------------------------------------------------------------------------------------------------- cutting into blocks
-
-
-def _batches(call: _Call) -> Iterator[slice]:
+def batches(inputs: Inputs, options: Options) -> Iterator[slice]:
     """Whole batch entries together while they fit a block, else one at a time."""
-    batch, heads, length = call.query.shape[:3]
-    elements = heads * length * call.key.shape[2]
+    batch, heads, length = inputs.query.shape[:3]
+    elements = heads * length * _span(inputs, options)[1]
     if elements:
         entries = max(1, BLOCK_ELEMENTS // elements)
         yield from (slice(b, min(b + entries, batch)) for b in range(0, batch, entries))
 
 
-def _blocks(call: _Call, batch: slice) -> Iterator[_Block]:
-    """The blocks of some batch entries, without those whose rows see nothing."""
-    heads, length = call.query.shape[1:3]
-    seqlen_k = call.key.shape[2]
-    rows = max(1, min(length, BLOCK_ELEMENTS // (heads * seqlen_k)))
-    for i in range(0, length, rows):
-        block = _Block(batch, slice(i, min(i + rows, length)), slice(0, seqlen_k))
-        stop = _last_key_seen(call, block)
-        if stop > 0:
-            yield block._replace(keys=slice(0, stop))
+def blocks(inputs: Inputs, options: Options, batch: slice, *, looks: bool, skips: bool = True) -> Iterator[Block]:
+    """The blocks of some batch entries.
+
+    If ``looks``, masks, documents and prefixes are read for the keys to leave out, not the band alone. A block whose
+    rows see nothing is left out, or, unless it ``skips``, has one key that is hidden from them.
+    """
+    heads, length = inputs.query.shape[1:3]
+    most_rows, keys = _span(inputs, options)
+    rows = max(1, min(length, most_rows, BLOCK_ELEMENTS // (heads * keys)))
+    for row in range(0, length, rows):
+        block = Block(batch, slice(row, min(row + rows, length)), slice(0, inputs.key.shape[2]))
+        block = block._replace(keys=_keys_of_band(inputs, options, block, looks))
+        if looks and block.keys.start < block.keys.stop:
+            block = block._replace(keys=_keys_of_masks(inputs, options, block))
+        if block.keys.start < block.keys.stop:
+            yield block
+        elif not skips:
+            yield block._replace(keys=slice(0, 1))
 
 
-def _last_key_seen(call: _Call, block: _Block) -> int:
-    """One past the last key that some row of the block may see."""
-    stop = block.keys.stop
-    if call.diagonal is not None:
-        stop = min(stop, block.rows.stop + call.diagonal)
-    for visible in call.visible if call.query.device.type == "cpu" else ():  # elsewhere asking costs a synchronisation
-        visible = block.of_scores(visible)
+def _span(inputs: Inputs, options: Options) -> tuple[int, int]:
+    """How many rows a block has at most, and how many keys then."""
+    length, keys = inputs.query.shape[2], inputs.key.shape[2]
+    if options.lower is None or options.upper is None or inputs.prefix is not None:
+        return length, keys
+    width = max(_LEAST_ROWS, options.upper - options.lower + 1)
+    return width, min(keys, 2 * width)  # as many rows as the band is wide: half of the block is in it
+
+
+def _keys_of_band(inputs: Inputs, options: Options, block: Block, looks: bool) -> slice:
+    """From the first to the last key that band and prefix let some row of the block see."""
+    start, stop = 0, block.keys.stop
+    if options.lower is not None and inputs.prefix is None:
+        start = max(start, block.rows.start + options.lower)
+    if options.upper is not None:
+        stop = block.rows.stop + options.upper
+        if inputs.prefix is not None:
+            stop = max(stop, int(inputs.prefix.max())) if looks else block.keys.stop
+    return slice(start, min(stop, block.keys.stop))
+
+
+def _keys_of_masks(inputs: Inputs, options: Options, block: Block) -> slice:
+    """From the first to the last of the block's keys that every mask lets some row of it see."""
+    start, stop = block.keys.start, block.keys.stop
+    for visible in _masks(block.cut(inputs, options)[0]):
         if visible.shape[3] != 1:
             seen = visible.view(torch.uint8).amax((0, 1, 2)).nonzero()
-            stop = min(stop, int(seen[-1]) + 1 if len(seen) else 0)
-    return stop
+            if not len(seen):
+                return slice(0, 0)
+            start, stop = max(start, block.keys.start + int(seen[0])), min(stop, block.keys.start + int(seen[-1]) + 1)
+    return slice(start, stop)
+
+
+def _masks(inputs: Inputs) -> Iterator[Tensor]:
+    """Boolean tensors that broadcast to the scores; a key is seen where all of them say so."""
+    if inputs.mask is not None:
+        yield inputs.mask
+    if inputs.key_padding_mask is not None:
+        yield ~inputs.key_padding_mask[:, None, None, :]
+    if inputs.query_documents is not None and inputs.key_documents is not None:
+        yield inputs.query_documents[:, None, :, None] == inputs.key_documents[:, None, None, :]
+
+
+# -------------------------------------------------------------------------------------------------- what nobody may see
+
+
+def _hides(inputs: Inputs, options: Options) -> bool:
+    """May there be keys that a row does not see?"""
+    hiding = (inputs.bias, inputs.mask, inputs.key_padding_mask, inputs.query_documents, options.lower, options.upper)
+    return any(argument is not None for argument in hiding)
+
+
+def _prepare(inputs: Inputs, options: Options) -> tuple[Inputs, bool]:
+    """The inputs without NaN and inf that nobody sees (0 * NaN would be NaN), and whether no score is NaN or inf, so
+    that keys may be hidden by adding -inf."""
+    query, key, value = inputs.query, inputs.key, inputs.value
+    if not _hides(inputs, options) or bool(torch.isfinite(query.sum() + key.sum() + value.sum())):
+        return inputs, True
+    seen = _seen_by_somebody(inputs, options)
+    return inputs._replace(key=torch.where(seen, key, 0), value=torch.where(seen, value, 0)), False
+
+
+def _seen_by_somebody(inputs: Inputs, options: Options) -> Tensor:
+    """Boolean ``[B | 1, Hk | 1, S, 1]``."""
+    (batch, heads, length), (kv_heads, keys) = inputs.query.shape[:3], inputs.key.shape[1:3]
+    seen = torch.zeros(1, 1, keys, dtype=torch.bool, device=inputs.key.device)
+    rows = max(1, BLOCK_ELEMENTS // max(1, batch * heads * keys))
+    for row in range(0, length, rows):
+        block = Block(slice(0, batch), slice(row, min(row + rows, length)), slice(0, keys))
+        own, rules = block.cut(inputs._replace(dropout_state=None), options)
+        visible = visibility(
+            own.query.shape[2],
+            keys,
+            lower=rules.lower,
+            upper=rules.upper,
+            prefix=own.prefix,
+            mask=own.mask,
+            key_padding_mask=own.key_padding_mask,
+            query_documents=own.query_documents,
+            key_documents=own.key_documents,
+            device=seen.device,
+        )
+        if own.bias is not None:
+            visible = visible & (own.bias != NEGATIVE_INFINITY)
+        seen = seen | visible.any(dim=-2)  # [B | 1, H | 1, S]
+    if seen.shape[1] not in (1, kv_heads):
+        seen = seen.unflatten(1, (kv_heads, -1)).any(dim=2)
+    return seen[..., None]
+
+
+# ----------------------------------------------------------------------------------------------------- one block's work
 
 
 def _heads_as_rows(tensor: Tensor, kv_heads: int) -> Tensor:
@@ -137,27 +212,47 @@ def _computable(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.float16 and tensor.device.type == "cpu" else tensor
 
 
-# ----------------------------------------------------------------------------------------------------- one block's work
+def _products(queries: Tensor, keys: Tensor, own: Inputs, options: Options) -> Tensor:
+    """Capped products ``[b, H, n, s]``; ``queries`` are scaled already."""
+    scores = torch.bmm(queries, keys.mT).view(*own.query.shape[:3], -1)
+    if options.softcap is not None:
+        scores.div_(options.softcap).tanh_().mul_(options.softcap)
+    return scores
 
 
-def _scores(queries: Tensor, keys: Tensor, block: _Block, call: _Call) -> Tensor:
-    """``[b, H, n, s]``, ``-inf`` where the row may not see the key; ``queries`` are scaled already."""
-    scores = torch.bmm(queries, keys[:, block.keys].mT)
-    rows = block.rows.stop - block.rows.start
-    scores = scores.view(block.batch.stop - block.batch.start, -1, rows, block.keys.stop)
-    if call.bias is not None:
-        bias = block.of_scores(call.bias)
-        scores.add_(bias)
-        if not call.finite:
-            scores.masked_fill_(bias == NEGATIVE_INFINITY, NEGATIVE_INFINITY)
-    if call.diagonal is not None:
-        first = max(0, block.rows.start + call.diagonal + 1)  # the first key that the first row may not see
-        if first < block.keys.stop:
-            hidden_after = call.diagonal + block.rows.start - first
-            above = torch.ones(rows, block.keys.stop - first, dtype=torch.bool, device=scores.device)
-            _hide(scores[..., first:], above.tril_(hidden_after), call.finite)
-    for visible in call.visible:
-        _hide(scores, block.of_scores(visible), call.finite)
+def _distances(scores: Tensor, options: Options) -> Tensor:
+    """``[n, s]``, in the dtype of the scores."""
+    return distances(scores.shape[2], scores.shape[3], options.shift, scores.device).to(scores.dtype)
+
+
+def _masked(scores: Tensor, own: Inputs, options: Options, finite: bool) -> Tensor:
+    """The scores, in place, with what is added to them, and ``-inf`` where the row may not see the key."""
+    if own.bias is not None:
+        scores.add_(own.bias)
+        if not finite:
+            scores.masked_fill_(own.bias == NEGATIVE_INFINITY, NEGATIVE_INFINITY)
+    if own.alibi_slopes is not None:
+        slopes = own.alibi_slopes[..., None, None].to(scores.dtype)
+        scores.addcmul_(slopes, _distances(scores, options), value=-1)
+    rows, keys = scores.shape[2:]
+    if options.upper is not None:
+        start = max(0, options.upper + 1)  # the first key that the first row may not see
+        if start < keys:
+            seen = visibility(
+                rows,
+                keys - start,
+                upper=options.upper - start,
+                prefix=None if own.prefix is None else own.prefix - start,
+                device=scores.device,
+            )
+            _hide(scores[..., start:], seen, finite)
+    if options.lower is not None:
+        stop = min(keys, rows - 1 + options.lower)  # one past the last key that the last row may not see
+        if stop > 0:
+            seen = visibility(rows, stop, lower=options.lower, prefix=own.prefix, device=scores.device)
+            _hide(scores[..., :stop], seen, finite)
+    for visible in _masks(own):
+        _hide(scores, visible, finite)
     return scores
 
 
@@ -170,15 +265,28 @@ def _hide(scores: Tensor, visible: Tensor, finite: bool) -> None:
         scores.masked_fill_(~visible, NEGATIVE_INFINITY)
 
 
-def _dropped(weights: Tensor, inputs: Inputs, block: _Block) -> Tensor:
+def _softmax(scores: Tensor, empty: Tensor | None) -> Tensor:
+    """Over the keys; 0 in the rows that are ``empty``."""
+    p = torch.softmax(scores, dim=-1)
+    return p.masked_fill_(empty, 0) if empty is not None and bool(empty.any()) else p
+
+
+def _keys_share(top: Tensor, peak: Tensor, sinks: Tensor, dtype: torch.dtype) -> Tensor:
+    """How much of each row's denominator is the keys', ``[b, H, n, 1]``, from the row's largest score and weight."""
+    sink = (sinks[..., None, None].to(dtype) - top.to(dtype)).exp() * peak.to(dtype)  # relative to the keys' sum
+    return sink.nan_to_num_(nan=0.0, posinf=math.inf).add_(1).reciprocal_()  # NaN: the row sees nothing
+
+
+def _dropped(weights: Tensor, own: Inputs) -> Tensor:
     """The weights that dropout keeps, not yet scaled up."""
-    if inputs.dropout_state is None:
-        return weights
-    return weights * block.of_scores(inputs.dropout_state).view(torch.uint8)
+    return weights if own.dropout_state is None else weights * own.dropout_state.view(torch.uint8)
 
 
 def _keep_scale(options: Options) -> float:
     return 1.0 / (1.0 - options.dropout_p) if options.dropout_p < 1.0 else 0.0
+
+
+# -------------------------------------------------------------------------------------------------------- the operators
 
 
 def dropout_keep(inputs: Inputs, options: Options) -> Tensor:
@@ -189,35 +297,36 @@ def dropout_keep(inputs: Inputs, options: Options) -> Tensor:
 
 def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(output, lse, weights, the LSE again)``; the contract of ``fastattn::attention_forward``."""
-    call = _prepare(inputs, options)
-    query, statistics = call.query, statistics_dtype(call.query.dtype)
-    heads, kv_heads = query.shape[1], call.key.shape[1]
-    keep_scale = _keep_scale(options)
-    output = empty_in_order_of(query, (*query.shape[:3], call.value.shape[3]))
+    inputs, finite = _prepare(inputs, options)
+    query, sinks, statistics = inputs.query, inputs.sinks, statistics_dtype(inputs.query.dtype)
+    heads, kv_heads = query.shape[1], inputs.key.shape[1]
+    hides, looks, keep_scale = _hides(inputs, options), query.device.type == "cpu", _keep_scale(options)
+    output = empty_in_order_of(query, (*query.shape[:3], inputs.value.shape[3]))
     lse = query.new_full(query.shape[:3], math.nan, dtype=statistics)
-    weights = query.new_empty(weights_shape(query, call.key, options.weights))
-    if call.hides or not call.key.shape[2]:  # the blocks leave out what nobody sees
+    weights = query.new_empty(weights_shape(query, inputs.key, options.weights))
+    if hides or not inputs.key.shape[2]:  # the blocks leave out what nobody sees
         output.zero_(), weights.zero_()
-        lse.fill_(NEGATIVE_INFINITY)
+        lse.copy_(sinks[..., None]) if sinks is not None else lse.fill_(NEGATIVE_INFINITY)
 
-    for batch in _batches(call):
-        keys, values = (_heads_as_rows(t[batch], kv_heads) for t in (call.key, call.value))
-        for block in _blocks(call, batch):
-            queries = _heads_as_rows(query[batch, :, block.rows], kv_heads) * options.scale
-            scores = _scores(queries, keys, block, call)
-            p = torch.softmax(scores, dim=-1)
-            top = scores.amax(dim=-1, keepdim=True) if call.hides or options.keeps_statistics else scores[..., :1]
-            if call.hides:
-                empty = top == NEGATIVE_INFINITY
-                if bool(empty.any()):
-                    p.masked_fill_(empty, 0)
-            if options.keeps_statistics:
+    for batch in batches(inputs, options):
+        keys, values = (_heads_as_rows(t[batch], kv_heads) for t in (inputs.key, inputs.value))
+        for block in blocks(inputs, options, batch, looks=looks):
+            own, rules = block.cut(inputs, options)
+            queries = _heads_as_rows(own.query, kv_heads) * options.scale
+            scores = _masked(_products(queries, keys[:, block.keys], own, rules), own, rules, finite)
+            measured = options.keeps_statistics or sinks is not None
+            top = scores.amax(dim=-1, keepdim=True) if hides or measured else scores[..., :1]
+            p = _softmax(scores, top == NEGATIVE_INFINITY if hides else None)
+            if measured:
                 # exp(top - lse) is the row's largest weight, or 0 in a row that sees nothing
                 peak = p.amax(dim=-1, keepdim=True)
                 block_lse = top.to(statistics) - peak.to(statistics).where(peak > 0, 1).log()
+                if own.sinks is not None:
+                    block_lse = torch.logaddexp(block_lse, own.sinks[..., None, None].to(statistics))
+                    p.mul_(_keys_share(top, peak, own.sinks, statistics))
                 lse[batch, :, block.rows] = block_lse.squeeze(-1)
 
-            p = _dropped(p, inputs, block)
+            p = _dropped(p, own)
             rows_out = torch.bmm(p.view(*queries.shape[:2], -1), values[:, block.keys])
             if inputs.dropout_state is not None:
                 rows_out *= keep_scale
@@ -233,58 +342,83 @@ def backward(
     gradients: tuple[Tensor, Tensor | None, Tensor | None],
     output: Tensor,
     lse: Tensor,
-    needs_d_bias: bool,
+    needs: tuple[bool, bool, bool],
     inputs: Inputs,
     options: Options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(dq, dk, dv, dbias or empty)``; the contract of ``fastattn::attention_backward``."""
-    call = _prepare(inputs, options)
+) -> tuple[Tensor, ...]:
+    """``(dq, dk, dv, d_bias, d_slopes, d_sinks)``; the contract of ``fastattn::attention_backward``."""
+    inputs, finite = _prepare(inputs, options)
     d_output, d_lse, d_weights = gradients
-    query, statistics = call.query, statistics_dtype(call.query.dtype)
-    heads, kv_heads = query.shape[1], call.key.shape[1]
-    keep_scale = _keep_scale(options)
+    query, sinks, statistics = inputs.query, inputs.sinks, statistics_dtype(inputs.query.dtype)
+    heads, kv_heads = query.shape[1], inputs.key.shape[1]
+    hides, looks, keep_scale = _hides(inputs, options), query.device.type == "cpu", _keep_scale(options)
     d_query, d_key, d_value = (empty_in_order_of(t, tuple(t.shape)) for t in inputs[:3])
-    if call.hides or not (d_query.numel() and d_key.numel()):
+    if hides or not (d_query.numel() and d_key.numel()):
         d_query.zero_(), d_key.zero_(), d_value.zero_()
-    d_bias = query.new_empty(0)
-    if needs_d_bias and call.bias is not None:
-        d_bias = torch.zeros_like(call.bias, dtype=torch.promote_types(call.bias.dtype, statistics))
+    d_bias, d_slopes, d_sinks = (
+        torch.zeros_like(t, dtype=torch.promote_types(t.dtype, statistics)) if needed and t is not None else None
+        for t, needed in zip((inputs.bias, inputs.alibi_slopes, sinks), needs)
+    )
+    # what a row's sink takes from its keys: the mean of dP under the weights
+    means = None if d_sinks is None else torch.zeros_like(lse)
     # The average's gradient reaches every head, divided; and dropout scales what reaches a kept weight.
     d_weights_scale = keep_scale / heads if options.weights == "average" else keep_scale
     if d_weights is not None and options.weights == "average":
         d_weights = d_weights[:, None]
 
-    for batch in _batches(call):
-        keys, values = (_heads_as_rows(t[batch], kv_heads) for t in (call.key, call.value))
+    for batch in batches(inputs, options):
+        keys, values = (_heads_as_rows(t[batch], kv_heads) for t in (inputs.key, inputs.value))
         d_keys, d_values = (torch.zeros_like(t, dtype=statistics) for t in (keys, values))
-        for block in _blocks(call, batch):
-            queries = _heads_as_rows(query[batch, :, block.rows], kv_heads) * options.scale
+        for block in blocks(inputs, options, batch, looks=looks):
+            own, rules = block.cut(inputs, options)
+            queries = _heads_as_rows(own.query, kv_heads) * options.scale
             d_rows = _heads_as_rows(d_output[batch, :, block.rows], kv_heads)
             if inputs.dropout_state is not None:
                 d_rows = d_rows * keep_scale
-            p = torch.softmax(_scores(queries, keys, block, call), dim=-1)
-            if call.hides:
-                empty = lse[batch, :, block.rows, None] == NEGATIVE_INFINITY
-                if bool(empty.any()):
-                    p.masked_fill_(empty, 0)
+            scores = _products(queries, keys[:, block.keys], own, rules)
+            cap_slope = None if options.softcap is None else 1 - (scores / options.softcap).square_()
+            scores = _masked(scores, own, rules, finite)
+            if own.sinks is None:
+                p = _softmax(scores, lse[batch, :, block.rows, None] == NEGATIVE_INFINITY if hides else None)
+            else:
+                top = scores.amax(dim=-1, keepdim=True)
+                p = _softmax(scores, top == NEGATIVE_INFINITY if hides else None)
+                p.mul_(_keys_share(top, p.amax(dim=-1, keepdim=True), own.sinks, statistics))
             flat = (*queries.shape[:2], p.shape[3])
-            _add_product(d_values[:, block.keys], _dropped(p, inputs, block).view(flat).mT, d_rows)
+            _add_product(d_values[:, block.keys], _dropped(p, own).view(flat).mT, d_rows)
 
             dp = torch.bmm(d_rows, values[:, block.keys].mT).view(p.shape)
             if d_weights is not None:
-                dp.add_(block.of_scores(d_weights), alpha=d_weights_scale)
-            ds = torch._softmax_backward_data(_dropped(dp, inputs, block), p, -1, p.dtype)
+                dp.add_(block.of(d_weights, SCORES), alpha=d_weights_scale)
+            dp = _dropped(dp, own)
+            if means is not None:
+                means[batch, :, block.rows] = torch.linalg.vecdot(p, dp).to(statistics)
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
             if d_lse is not None:
                 ds.addcmul_(p, d_lse[batch, :, block.rows, None].to(p.dtype))
-            if needs_d_bias:
-                d_bias_block = block.of_scores(d_bias)
+            if d_bias is not None:
+                d_bias_block = block.of(d_bias, SCORES)
                 d_bias_block += ds.sum_to_size(d_bias_block.shape)
+            if d_slopes is not None:
+                d_slopes_block = block.of(d_slopes, ("batch",))
+                by_head = (ds.flatten(2) @ _distances(ds, rules).flatten()).to(d_slopes.dtype)
+                d_slopes_block -= by_head.sum_to_size(d_slopes_block.shape)
+            if cap_slope is not None:
+                ds.mul_(cap_slope)
             ds = ds.view(flat)
             d_rows = torch.bmm(ds, keys[:, block.keys]).mul_(options.scale)
             d_query[batch, :, block.rows] = d_rows.view(*p.shape[:3], -1)
             _add_product(d_keys[:, block.keys], ds.mT, queries)
         d_key[batch], d_value[batch] = d_keys.view(d_key[batch].shape), d_values.view(d_value[batch].shape)
-    return d_query, d_key, d_value, d_bias.to(call.bias.dtype) if needs_d_bias and call.bias is not None else d_bias
+
+    if d_sinks is not None and sinks is not None and means is not None:
+        weight = (sinks[..., None].to(lse.dtype) - lse).exp().nan_to_num_(nan=0.0)  # NaN: no key and no sink
+        d_sinks += (weight * ((0 if d_lse is None else d_lse) - means)).sum(dim=-1).sum_to_size(d_sinks.shape)
+    optional = (
+        query.new_empty(0) if gradient is None or t is None else gradient.to(t.dtype)
+        for gradient, t in zip((d_bias, d_slopes, d_sinks), (inputs.bias, inputs.alibi_slopes, sinks))
+    )
+    return d_query, d_key, d_value, *optional
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

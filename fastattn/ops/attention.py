@@ -18,6 +18,12 @@ def attention(
     key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
     causal_alignment: Alignment = "top_left",
+    window: tuple[int | None, int | None] | None = None,
+    prefix: int | Tensor | None = None,
+    document_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     need_weights: bool = False,
@@ -29,7 +35,7 @@ def attention(
 
     The words and their meanings are those of ``F.scaled_dot_product_attention`` (``attn_mask``: True = may attend) and,
     for the arguments it does not have, of ``nn.MultiheadAttention`` (``key_padding_mask``: True = padding).
-    All masks combine: a key is seen where every one of them allows it.
+    All masks combine: a key is seen where every one of them allows it. Every argument combines with every other.
 
     Args:
         query: ``[B, H, L, D]``, float16, bfloat16, float32 or float64; any strides, read as it lies.
@@ -39,7 +45,20 @@ def attention(
             broadcastable to ``[B, H, L, S]``; never expanded.
         key_padding_mask: boolean ``[B, S]``, True = padding.
         is_causal: query ``i`` sees keys ``j <= i`` (``top_left``) or ``j <= i + S - L`` (``bottom_right``).
-        causal_alignment: ``"top_left"``, as in torch, or ``"bottom_right"``, as decoding needs.
+        causal_alignment: where query ``i`` stands among the keys, for causality, windows and ALiBi: at key ``i``
+            (``"top_left"``, as in torch), or at key ``i + S - L`` (``"bottom_right"``, as decoding needs).
+        window: ``(left, right)``: query ``i``, standing at key ``p``, sees keys ``p - left`` to ``p + right``; None for
+            a side without a limit.
+        prefix: this many keys, the first ones, are visible to every query in spite of causality and window; an int, or
+            an integer tensor ``[B]``.
+        document_ids: integers (of 32 bits) ``[B, L]``, or, where ``L`` is not ``S``, a pair of them: of queries
+            ``[B, L]`` and of keys ``[B, S]``. A query sees keys of its own document alone. A batch of 1 broadcasts.
+        alibi_slopes: floating ``[H]`` or ``[B, H]``: ``-slope * |p - j|`` is added to the scores of a query that
+            stands at key ``p`` (arXiv:2108.12409). Differentiable.
+        softcap: scaled scores become ``softcap * tanh(scores / softcap)`` before anything is added to them
+            (arXiv:2408.00118).
+        sinks: floating ``[H]``: one more score in every row's softmax, unscaled and without a value
+            (arXiv:2309.17453). Differentiable; ``-inf`` is none.
         scale: multiplies the scores before softmax; default ``1/sqrt(D)``.
         dropout_p: probability of dropping a weight. Applied whenever it is not 0: pass 0 in evaluation.
         need_weights: also return the weights, after dropout, differentiable.
@@ -51,7 +70,7 @@ def attention(
     Returns:
         The output ``[B, H, L, Dv]`` in ``query.dtype``, or a tuple of it, then the weights (``[B, L, S]`` averaged,
         ``[B, H, L, S]`` not) if asked for, then the LSE (``[B, H, L]``, at least float32) if asked for. A row that may
-        see no key is zero, its LSE is ``-inf``, and its gradients are zero.
+        see no key is zero, its LSE is ``-inf`` or its head's sink, and its gradients are zero.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -66,6 +85,12 @@ def attention(
         key_padding_mask=key_padding_mask,
         is_causal=is_causal,
         causal_alignment=causal_alignment,
+        window=window,
+        prefix=prefix,
+        document_ids=document_ids,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        sinks=sinks,
         scale=scale,
         dropout_p=dropout_p,
         need_weights=need_weights,

@@ -16,16 +16,20 @@ class AttentionResult(NamedTuple):
 
     output: Tensor  # [B, H, L, Dv]
     weights: Tensor  # [B, H, L, S], after dropout
-    lse: Tensor  # [B, H, L], natural log; -inf for a row that may see nothing
+    lse: Tensor  # [B, H, L], natural log, sinks included; -inf for a row that may see nothing and has no sink
 
 
 def visibility(
     seqlen_q: int,
     seqlen_k: int,
     *,
-    diagonal: int | None = None,
+    lower: int | None = None,
+    upper: int | None = None,
+    prefix: Tensor | None = None,
     mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
+    query_documents: Tensor | None = None,
+    key_documents: Tensor | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
     """Boolean ``[B | 1, H | 1, L, S]``: may query ``i`` see key ``j``?
@@ -33,20 +37,36 @@ def visibility(
     Args:
         seqlen_q: ``L``.
         seqlen_k: ``S``.
-        diagonal: query ``i`` sees keys ``j <= i + diagonal`` (the word of ``torch.tril``); None: every key.
+        lower: query ``i`` sees keys ``j >= i + lower`` (the word of ``torch.triu``); None: from the first.
+        upper: query ``i`` sees keys ``j <= i + upper`` (the word of ``torch.tril``); None: to the last.
+        prefix: integer ``[B | 1]``: so many keys, the first ones, are seen in spite of ``lower`` and ``upper``.
         mask: boolean, broadcastable to ``[B, H, L, S]``, True where the key may be seen.
         key_padding_mask: boolean ``[B, S]``, True where the key is padding that nobody may see.
+        query_documents: integer ``[B | 1, L]``, with ``key_documents``: a query sees keys of its own document.
+        key_documents: integer ``[B | 1, S]``.
         device: where to build it.
     """
     visible = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=device)
-    if diagonal is not None:
-        visible = visible.tril(diagonal)
+    if lower is not None:
+        visible = visible.triu(lower)
+    if upper is not None:
+        visible = visible.tril(upper)
     visible = visible[None, None]
+    if prefix is not None:
+        visible = visible | (torch.arange(seqlen_k, device=device) < prefix[:, None, None, None])
     if mask is not None:
         visible = visible & mask
     if key_padding_mask is not None:
         visible = visible & ~key_padding_mask[:, None, None, :]
+    if query_documents is not None and key_documents is not None:
+        visible = visible & (query_documents[:, None, :, None] == key_documents[:, None, None, :])
     return visible
+
+
+def distances(seqlen_q: int, seqlen_k: int, shift: int, device: torch.device | None = None) -> Tensor:
+    """Integer ``[L, S]``: how far key ``j`` is from query ``i``, which stands at key position ``i + shift``."""
+    positions = torch.arange(seqlen_q, device=device) + shift
+    return (positions[:, None] - torch.arange(seqlen_k, device=device)).abs()
 
 
 def attention(
@@ -55,9 +75,17 @@ def attention(
     value: Tensor,
     *,
     bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
-    diagonal: int | None = None,
+    query_documents: Tensor | None = None,
+    key_documents: Tensor | None = None,
+    prefix: Tensor | None = None,
+    lower: int | None = None,
+    upper: int | None = None,
+    shift: int = 0,
+    softcap: float | None = None,
     scale: float | None = None,
     dropout_keep: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -69,16 +97,25 @@ def attention(
         key: ``[B, Hk, S, D]``; ``Hk`` divides ``H``, and query head ``h`` reads head ``h // (H // Hk)``.
         value: ``[B, Hk, S, Dv]``.
         bias: added to the scaled scores, broadcastable to ``[B, H, L, S]``; ``-inf`` forbids.
-        mask: boolean, broadcastable to ``[B, H, L, S]``, True where the key may be seen.
-        key_padding_mask: boolean ``[B, S]``, True where the key is padding.
-        diagonal: query ``i`` sees keys ``j <= i + diagonal``; None: every key.
+        alibi_slopes: ``[B | 1, H]``: ``-slope * |i + shift - j|`` is added to the scores (arXiv:2108.12409).
+        sinks: ``[B | 1, H]``: a score of its own in every row's softmax, without a value (arXiv:2309.17453).
+        mask: as in :func:`visibility`, and so are ``key_padding_mask``, ``query_documents``, ``key_documents``,
+            ``prefix``, ``lower`` and ``upper``.
+        key_padding_mask: boolean ``[B, S]``.
+        query_documents: integer ``[B | 1, L]``.
+        key_documents: integer ``[B | 1, S]``.
+        prefix: integer ``[B | 1]``.
+        lower: the first key that query ``i`` sees is ``i + lower``.
+        upper: the last key that query ``i`` sees is ``i + upper``.
+        shift: query ``i`` stands at key position ``i + shift``.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` before anything is added (arXiv:2408.00118).
         scale: multiplies the scores; default ``1/sqrt(D)``.
         dropout_keep: boolean ``[B, H, L, S]``: the weights that dropout keeps; None: all.
         dropout_p: what the kept weights are divided by, as ``1 - dropout_p``.
 
     Returns:
-        :class:`AttentionResult`. A row that may see nothing is zero, its LSE is ``-inf``, its gradients are zero.
-        A key that no query may see takes no part, whatever it and its value hold (NaN and inf too).
+        :class:`AttentionResult`. A row that may see nothing is zero, its LSE is its sink or ``-inf``, its gradients
+        are zero. A key that no query may see takes no part, whatever it and its value hold (NaN and inf too).
     """
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     groups = query.shape[1] // key.shape[1] if key.shape[1] else 1
@@ -87,9 +124,13 @@ def attention(
     visible = visibility(
         query.shape[-2],
         key.shape[-2],
-        diagonal=diagonal,
+        lower=lower,
+        upper=upper,
+        prefix=prefix,
         mask=mask,
         key_padding_mask=key_padding_mask,
+        query_documents=query_documents,
+        key_documents=key_documents,
         device=query.device,
     )
     if bias is not None:
@@ -98,14 +139,23 @@ def attention(
     key, value = (torch.where(seen_by_somebody, t, 0) for t in (key, value))
 
     scores = scale * (query @ key.mT)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
-        scores = scores + torch.where(visible, bias, 0)
+        scores = scores + torch.where(visible, bias, 0).to(scores.dtype)
+    if alibi_slopes is not None:
+        distance = distances(query.shape[-2], key.shape[-2], shift, query.device)
+        scores = scores - (alibi_slopes[..., None, None] * distance).to(scores.dtype)
     scores = torch.where(visible, scores, NEGATIVE_INFINITY)
 
-    row_sees_something = visible.any(dim=-1, keepdim=True)
-    scores = torch.where(row_sees_something, scores, 0)  # softmax of an empty row is NaN, and so is its gradient
-    weights = torch.where(row_sees_something, scores.softmax(dim=-1), 0)
-    lse = torch.where(row_sees_something, scores.logsumexp(dim=-1, keepdim=True), NEGATIVE_INFINITY)
+    row_has_terms = visible.any(dim=-1, keepdim=True)
+    if sinks is not None:
+        column = sinks[..., None, None].to(scores.dtype).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], dim=-1)
+        row_has_terms = row_has_terms | (column != NEGATIVE_INFINITY)
+    scores = torch.where(row_has_terms, scores, 0)  # softmax of an empty row is NaN, and so is its gradient
+    weights = torch.where(row_has_terms, scores.softmax(dim=-1), 0)[..., : key.shape[-2]]
+    lse = torch.where(row_has_terms, scores.logsumexp(dim=-1, keepdim=True), NEGATIVE_INFINITY)
 
     if dropout_keep is not None:
         weights = weights * dropout_keep * (1 / (1 - dropout_p) if dropout_p < 1 else 0)

@@ -9,6 +9,7 @@ import torch
 import fastattn
 from fastattn.ops import _autograd
 from fastattn.ops._call import make_call
+from fastattn.ops._contract import implementation
 from fastattn.reference import attention as reference
 from fastattn.testing import attention_inputs, attention_mask, key_padding_mask, random_tensor
 
@@ -202,7 +203,7 @@ def run_reference(problem, keep, dtype, *, bias_gradient=False):
         bias=mask.to(dtype) if problem.is_additive else None,
         mask=None if problem.is_additive else mask,
         key_padding_mask=problem.key_padding_mask,
-        diagonal=diagonal,
+        upper=diagonal,
         dropout_keep=keep,
         dropout_p=case.dropout,
     )
@@ -224,9 +225,7 @@ def dropout_state(call, backend):
 
 def kept_weights(call, state, backend):
     """Boolean ``[B, H, L, S]``: the weights that this state keeps."""
-    inputs = _autograd.Inputs(call.query, call.key, call.value, call.bias, call.mask, call.key_padding_mask, state)
-    options = _autograd.Options(call.diagonal, call.scale, call.dropout_p, call.weights, backend)
-    return _autograd._implementation(backend).dropout_keep(inputs, options)
+    return implementation(backend).dropout_keep(*_autograd.operands(call, state, backend))
 
 
 def allowances(problem, keep):
@@ -252,7 +251,7 @@ def allowances(problem, keep):
         bias=problem.attn_mask.double() if additive else None,
         mask=None if additive else problem.attn_mask,
         key_padding_mask=problem.key_padding_mask,
-        diagonal={"none": None, "top_left": 0, "bottom_right": case.seqlen_k - case.seqlen_q}[case.causal],
+        upper={"none": None, "top_left": 0, "bottom_right": case.seqlen_k - case.seqlen_q}[case.causal],
     )
     key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     weights, output = found.weights, (found.weights * kept) @ value

@@ -61,13 +61,12 @@ def test_operators_pass_opcheck(name, backend, device):
     call = make_call(*(t.detach() for t in leaves), **arguments)
     torch.manual_seed(0)
     state = dropout_state(call, backend) if call.dropout_p else None
-    inputs = (*call[:3], call.bias, call.mask, call.key_padding_mask, state)
-    options = (call.diagonal, call.scale, call.dropout_p, call.weights, backend, True)
+    inputs, options = _autograd.operands(call, state, backend)
     torch.library.opcheck(torch.ops.fastattn.attention_forward.default, (*inputs, *options))
     output, lse, weights, statistics = torch.ops.fastattn.attention_forward(*inputs, *options)
-    needs_d_bias = call.bias is not None and backend == "torch"
+    needs = [t is not None for t in (call.bias, call.alibi_slopes, call.sinks)]
     d_weights = None if call.weights == "none" else torch.ones_like(weights)
-    gradients = (torch.ones_like(output), torch.ones_like(lse), d_weights, output, statistics, needs_d_bias)
+    gradients = (torch.ones_like(output), torch.ones_like(lse), d_weights, output, statistics, *needs)
     torch.library.opcheck(torch.ops.fastattn.attention_backward.default, (*gradients, *inputs, *options))
 
 

@@ -85,7 +85,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "lse": {"return_lse": True},
     "dropout": {"dropout_p": 0.5},
     "float64": {"dtype": torch.float64},
-    "large_head": {"size": 300},
+    "large_head": {"size": 600},
     "bias_with_gradient": {"bias": True},
 }
 
@@ -117,10 +117,10 @@ def test_explain_agrees_with_what_runs(name, backend, device, ran):
 
 
 def test_explain_gives_every_reason_at_once(device):
-    query = torch.zeros(1, 1, 4, 300, dtype=torch.float64, device=device)
+    query = torch.zeros(1, 1, 4, 600, dtype=torch.float64, device=device)
     reasons = fastattn.explain(query, query, query).refusals["triton"]
     assert sum("float64" in r for r in reasons) == 1
-    assert sum("300" in r for r in reasons) == 2
+    assert sum("600" in r for r in reasons) == 2
 
 
 def test_auto_says_once_that_it_fell_back(device, caplog, monkeypatch):

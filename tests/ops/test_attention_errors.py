@@ -115,11 +115,11 @@ def test_attention_bad_argument_raises_before_anything_runs(name, device, monkey
 
 def test_triton_refuses_a_head_size_with_its_limit(device):
     pytest.importorskip("triton", reason="triton is not installed")
-    query = torch.zeros(1, 1, 4, 257, device=device)
-    with pytest.raises(NotImplementedError, match=r"triton.*head_dim=257.*1 to 256"):
+    query = torch.zeros(1, 1, 4, 513, device=device)
+    with pytest.raises(NotImplementedError, match=r"triton.*head_dim=513.*1 to 512"):
         attend(query, query, query, backend="triton")
-    value = torch.zeros(1, 1, 4, 300, device=device)
-    with pytest.raises(NotImplementedError, match=r"value head_dim=300.*1 to 256"):
+    value = torch.zeros(1, 1, 4, 600, device=device)
+    with pytest.raises(NotImplementedError, match=r"value head_dim=600.*1 to 512"):
         attend(query[..., :8], query[..., :8], value, backend="triton")
 
 

@@ -73,7 +73,7 @@ def both(arguments):
             value,
             mask=mask,
             key_padding_mask=padding,
-            diagonal=0 if arguments.get("is_causal") else None,
+            upper=0 if arguments.get("is_causal") else None,
         )
         return found.output, found.lse
 

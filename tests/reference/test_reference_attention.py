@@ -48,7 +48,7 @@ def test_reference_is_attention_row_by_row(masks, diagonal, kv_heads):
     bias = attention_mask(B, H, L, S, dtype=torch.float64, seed=2) if "bias" in masks else None
     mask = attention_mask(B, H, L, S, broadcast="head", seed=2) if "bool" in masks else None
     padding = key_padding_mask(B, S, seed=3) if "padding" in masks else None
-    found = attention(query, key, value, bias=bias, mask=mask, key_padding_mask=padding, diagonal=diagonal)
+    found = attention(query, key, value, bias=bias, mask=mask, key_padding_mask=padding, upper=diagonal)
     output, lse = row_by_row(query, key, value, bias=bias, mask=mask, padding=padding, diagonal=diagonal)
     torch.testing.assert_close(found.output, output, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.lse, lse, rtol=1e-12, atol=1e-12)
@@ -59,7 +59,7 @@ def test_reference_and_its_gradients_are_those_of_sdpa(is_causal):
     leaves = [t.requires_grad_() for t in inputs()]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         expected = F.scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], is_causal=is_causal)
-    found = attention(*leaves, diagonal=0 if is_causal else None).output
+    found = attention(*leaves, upper=0 if is_causal else None).output
     torch.testing.assert_close(found, expected)
     d_output = random_tensor(*found.shape, seed=4, dtype=torch.float64)
     for a, e in zip(torch.autograd.grad(found, leaves, d_output), torch.autograd.grad(expected, leaves, d_output)):
@@ -105,10 +105,10 @@ def test_reference_ignores_what_nobody_sees():
 
 def test_visibility_of_each_mask_and_of_all():
     assert visibility(3, 4).all()
-    assert visibility(3, 4, diagonal=0).int().tolist() == [[[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]]]]
-    assert visibility(3, 4, diagonal=1).int().tolist() == [[[[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]]]
-    assert visibility(2, 1, diagonal=-1).int().tolist() == [[[[0], [1]]]]
+    assert visibility(3, 4, upper=0).int().tolist() == [[[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]]]]
+    assert visibility(3, 4, upper=1).int().tolist() == [[[[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]]]
+    assert visibility(2, 1, upper=-1).int().tolist() == [[[[0], [1]]]]
     padding = torch.tensor([[False, True], [True, True]])
     assert visibility(1, 2, key_padding_mask=padding).int().tolist() == [[[[1, 0]]], [[[0, 0]]]]
     mask = torch.tensor([[True, False], [True, True]])
-    assert visibility(2, 2, mask=mask, diagonal=0).int().tolist() == [[[[1, 0], [1, 1]]]]
+    assert visibility(2, 2, mask=mask, upper=0).int().tolist() == [[[[1, 0], [1, 1]]]]
