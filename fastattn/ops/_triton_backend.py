@@ -11,7 +11,7 @@ from torch import Tensor
 from fastattn.ops import _autograd
 from fastattn.ops._call import AttentionCall
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -34,11 +34,9 @@ def refusals(call: AttentionCall) -> list[str]:
     for name, tensor in (("head_dim", call.query), ("value head_dim", call.value)):
         if not 1 <= tensor.shape[3] <= MAX_HEAD_DIM:
             reasons.append(f"{name}={tensor.shape[3]}: it takes 1 to {MAX_HEAD_DIM}")
-    if call.bias is not None:
-        if call.bias.dtype == torch.float64:
-            reasons.append("attn_mask is torch.float64: it takes float16, bfloat16 and float32")
-        if call.bias.requires_grad and torch.is_grad_enabled():
-            reasons.append("attn_mask requires a gradient: it has none for an additive mask yet")
+    for name, tensor in (("attn_mask", call.bias), ("alibi_slopes", call.alibi_slopes), ("sinks", call.sinks)):
+        if tensor is not None and tensor.dtype not in DTYPES:
+            reasons.append(f"{name} is {tensor.dtype}: it takes float16, bfloat16 and float32")
     return reasons
 
 

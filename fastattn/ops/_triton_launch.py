@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from fastattn.ops._autograd import Inputs, Options, empty_in_order_of, statistics_shape, weights_shape
+from fastattn.ops._contract import Inputs, Options, empty_in_order_of, statistics_shape, weights_shape
+from fastattn_kernels.attention_bias_bwd import launch_attention_bias_bwd
 from fastattn_kernels.attention_bwd import launch_attention_bwd, launch_attention_delta
 from fastattn_kernels.attention_fwd import launch_attention_fwd
 from fastattn_kernels.attention_problem import Problem, WeightsGradient
@@ -14,6 +17,7 @@ from fastattn_kernels.attention_weights import (
     launch_attention_weights_delta,
     launch_dropout_keep,
 )
+from fastattn_kernels.tile_map import tile_map_for
 
 
 def _problem(inputs: Inputs, options: Options) -> Problem:
@@ -23,9 +27,17 @@ def _problem(inputs: Inputs, options: Options) -> Problem:
         value=inputs.value,
         scale=options.scale,
         bias=inputs.bias,
+        slopes=inputs.alibi_slopes,
+        sinks=inputs.sinks,
         mask=inputs.mask,
         key_padding_mask=inputs.key_padding_mask,
-        diagonal=options.diagonal,
+        query_documents=inputs.query_documents,
+        key_documents=inputs.key_documents,
+        prefix=inputs.prefix,
+        lower=options.lower,
+        upper=options.upper,
+        shift=options.shift,
+        softcap=options.softcap,
         seed=inputs.dropout_state,
         dropout_p=options.dropout_p,
     )
@@ -39,7 +51,7 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, T
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     weights = query.new_empty(weights_shape(query, key, options.weights))
     statistics = query.new_empty(statistics_shape(query, "triton"), dtype=torch.float32)
-    launch_attention_fwd(problem, output, lse, statistics)
+    launch_attention_fwd(problem, output, lse, statistics, tile_map_for(problem))
     if options.weights != "none":
         launch_attention_weights(problem, statistics, weights, average=options.weights == "average")
     return output, lse, weights, statistics
@@ -49,13 +61,13 @@ def backward(
     gradients: tuple[Tensor, Tensor | None, Tensor | None],
     output: Tensor,
     statistics: Tensor,
-    needs_d_bias: bool,
+    needs: tuple[bool, bool, bool],
     inputs: Inputs,
     options: Options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(dq, dk, dv, empty)``; the contract of ``fastattn::attention_backward``."""
-    if needs_d_bias:
-        raise NotImplementedError("the triton backend has no gradient for an additive mask yet")
+) -> tuple[Tensor, ...]:
+    """The gradients of query, key, value, bias, slopes and sinks, the last three empty where ``needs`` does not ask for
+    them; the contract of ``fastattn::attention_backward``."""
+    needs_bias, needs_slopes, needs_sinks = needs
     d_output, d_lse, d_weights_tensor = gradients
     problem = _problem(inputs, options)
     delta = launch_attention_delta(output, d_output, d_lse)
@@ -64,8 +76,21 @@ def backward(
         d_weights = WeightsGradient(d_weights_tensor, inputs.query.shape[1])
         launch_attention_weights_delta(problem, statistics, d_weights, delta)
     d_query, d_key, d_value = (empty_in_order_of(t, tuple(t.shape)) for t in (inputs.query, inputs.key, inputs.value))
-    launch_attention_bwd(problem, d_output, statistics, delta, d_weights, d_query, d_key, d_value)
-    return d_query, d_key, d_value, d_output.new_empty(0)
+    d_bias, d_slopes, d_sinks = (d_output.new_empty(0) for _ in range(3))
+    of_rows = torch.zeros_like(delta) if needs_slopes else None
+    launch_attention_bwd(
+        problem, d_output, statistics, delta, d_weights, d_query, d_key, d_value, of_rows, tile_map_for(problem)
+    )
+    if needs_bias:
+        d_bias = launch_attention_bias_bwd(problem, d_output, statistics, delta, d_weights)
+    if of_rows is not None and inputs.alibi_slopes is not None:
+        d_slopes = of_rows.sum(2).sum_to_size(inputs.alibi_slopes.shape).to(inputs.alibi_slopes.dtype)
+    if needs_sinks and inputs.sinks is not None:
+        # a sink's value is zero, so that of its dS = P (dP - delta) the second term is all there is
+        row_max, inverse_sum = statistics.unbind(2)
+        of_sinks = torch.exp2(inputs.sinks[:, :, None].float() * math.log2(math.e) - row_max) * inverse_sum
+        d_sinks = -(of_sinks * delta).sum(2).sum_to_size(inputs.sinks.shape).to(inputs.sinks.dtype)
+    return d_query, d_key, d_value, d_bias, d_slopes, d_sinks
 
 
 def dropout_keep(inputs: Inputs, options: Options) -> Tensor:

@@ -41,3 +41,11 @@ def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     if tensor.device.type == "cuda":
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
+
+
+@functools.lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs of a kernel run at once, at least; a guess where the device does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 4 if interpreting() else 64

@@ -1,4 +1,8 @@
-"""Tiles in and out of memory, and the product that keeps masked-out NaN and inf where they are."""
+"""Tiles in and out of memory, and the product that keeps masked-out NaN and inf where they are.
+
+A tensor ``[B, H, length, size]`` comes as (pointer, strides of batch, head, row, column), one head of it as (pointer,
+stride of row, stride of column).
+"""
 
 import triton
 import triton.language as tl
@@ -7,22 +11,29 @@ from fastattn_kernels._masking import INFINITY
 
 
 @triton.jit
-def tile_pointers(base_ptr, row_start, stride_row, stride_col, ROWS: tl.constexpr, COLS: tl.constexpr):
+def head_of(tensor, batch, head):
+    """The matrix of one head."""
+    ptr, stride_b, stride_h, stride_m, stride_d = tensor
+    return ptr + batch * stride_b + head * stride_h, stride_m, stride_d
+
+
+@triton.jit
+def tile_pointers(matrix, row_start, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Pointers ``[ROWS, COLS]`` of the tile that starts at ``row_start``. All offsets are 64 bits wide: a long
     sequence of wide rows, or a far-apart stride, passes 2^31 elements."""
+    ptr, stride_row, stride_col = matrix
     row_offsets = tl.arange(0, ROWS).to(tl.int64) * stride_row
     col_offsets = tl.arange(0, COLS).to(tl.int64) * stride_col
-    start_ptr = base_ptr + tl.cast(row_start, tl.int64) * stride_row
+    start_ptr = ptr + tl.cast(row_start, tl.int64) * stride_row
     return start_ptr + row_offsets[:, None] + col_offsets[None, :]
 
 
 @triton.jit
 def load_tile(
-    base_ptr, row_start, row_end, stride_row, stride_col,
-    ROWS: tl.constexpr, COLS: tl.constexpr, USED_COLS: tl.constexpr, BOUND: tl.constexpr,
-):  # fmt: skip
+    matrix, row_start, row_end, ROWS: tl.constexpr, COLS: tl.constexpr, USED_COLS: tl.constexpr, BOUND: tl.constexpr
+):
     """A ``[ROWS, COLS]`` tile; zero in columns from USED_COLS on and, if BOUND, in rows from ``row_end`` on."""
-    ptrs = tile_pointers(base_ptr, row_start, stride_row, stride_col, ROWS, COLS)
+    ptrs = tile_pointers(matrix, row_start, ROWS, COLS)
     rows = row_start + tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
     if BOUND:
@@ -40,15 +51,14 @@ def load_tile(
 
 @triton.jit
 def store_tile(
-    base_ptr, row_start, row_end, stride_row, stride_col, tile,
-    ROWS: tl.constexpr, COLS: tl.constexpr, USED_COLS: tl.constexpr,
+    matrix, row_start, row_end, tile, ROWS: tl.constexpr, COLS: tl.constexpr, USED_COLS: tl.constexpr
 ):  # fmt: skip
     """Store a ``[ROWS, COLS]`` tile up to ``row_end`` and USED_COLS, rounded to the destination's dtype."""
-    ptrs = tile_pointers(base_ptr, row_start, stride_row, stride_col, ROWS, COLS)
+    ptrs = tile_pointers(matrix, row_start, ROWS, COLS)
     rows = row_start + tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
     inside = (rows < row_end)[:, None] & (cols < USED_COLS)[None, :]
-    tl.store(ptrs, tile.to(base_ptr.dtype.element_ty), mask=inside)
+    tl.store(ptrs, tile.to(matrix[0].dtype.element_ty), mask=inside)
 
 
 @triton.jit

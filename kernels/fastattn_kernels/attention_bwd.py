@@ -9,16 +9,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn_kernels._device import device_guard
-from fastattn_kernels._masking import (
-    INFINITY,
-    LOG2_E,
-    dropout_factor,
-    key_range,
-    load_dropout,
-    masked_scores,
-    row_range,
-)
-from fastattn_kernels._tiles import any_not_finite, load_statistics, load_tile, store_tile, weighted_sum
+from fastattn_kernels._dropout import dropout_factor
+from fastattn_kernels._masking import INFINITY, LOG2_E, capped, capped_slope, distance, masked_scores
+from fastattn_kernels._tiles import any_not_finite, head_of, load_statistics, load_tile, store_tile, weighted_sum
+from fastattn_kernels._visits import count_visits, key_edges, row_edges, visited_tile
 from fastattn_kernels.attention_config import (
     BackwardConfig,
     backward_config,
@@ -26,16 +20,13 @@ from fastattn_kernels.attention_config import (
     dot_precision,
     head_block,
 )
-from fastattn_kernels.attention_problem import Problem, WeightsGradient
+from fastattn_kernels.attention_problem import Problem, WeightsGradient, strided
+from fastattn_kernels.tile_map import TileMap
 
 
 @triton.jit(do_not_specialize=["heads", "seqlen_q"])
 def _delta_kernel(
-    out_ptr, do_ptr, dlse_ptr, delta_ptr,
-    stride_ob, stride_oh, stride_om, stride_od,
-    stride_gb, stride_gh, stride_gm, stride_gd,
-    stride_lb, stride_lh, stride_lm,
-    heads, seqlen_q,
+    out, d_out, d_lse, delta_ptr, heads, seqlen_q,
     VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """``delta = rowsum(dO * O) - dLSE``: the mean that softmax's gradient subtracts."""
@@ -44,86 +35,96 @@ def _delta_kernel(
     row_start = tl.program_id(0) % tiles * BLOCK_M
     batch = (batch_head // heads).to(tl.int64)
     head = (batch_head % heads).to(tl.int64)
-    out_ptr += batch * stride_ob + head * stride_oh
-    do_ptr += batch * stride_gb + head * stride_gh
-    out = load_tile(out_ptr, row_start, seqlen_q, stride_om, stride_od, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
-    do = load_tile(do_ptr, row_start, seqlen_q, stride_gm, stride_gd, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
-    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-    rows = row_start + tl.arange(0, BLOCK_M)
-    if dlse_ptr is not None:
-        dlse_ptr += batch * stride_lb + head * stride_lh
-        dlse = tl.load(dlse_ptr + rows.to(tl.int64) * stride_lm, mask=rows < seqlen_q, other=0.0)
-        delta -= dlse.to(tl.float32)
-    tl.store(delta_ptr + batch_head.to(tl.int64) * seqlen_q + rows, delta, mask=rows < seqlen_q)
+    o = load_tile(head_of(out, batch, head), row_start, seqlen_q, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
+    do = load_tile(head_of(d_out, batch, head), row_start, seqlen_q, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    row = row_start + tl.arange(0, BLOCK_M)
+    if d_lse is not None:
+        d_lse_ptr, stride_lb, stride_lh, stride_lm = d_lse
+        ptrs = d_lse_ptr + batch * stride_lb + head * stride_lh + row.to(tl.int64) * stride_lm
+        delta -= tl.load(ptrs, mask=row < seqlen_q, other=0.0).to(tl.float32)
+    tl.store(delta_ptr + batch_head.to(tl.int64) * seqlen_q + row, delta, mask=row < seqlen_q)
 
 
 @triton.jit
-def load_weights_gradient(d_weights, rows, cols, rules):
+def load_weights_gradient(d_weights, rows, cols, at, sizes):
     """A tile of the gradient of the returned weights, as the share of this head."""
-    dw_ptr, stride_m, stride_n, share = d_weights
-    inside = (rows < rules[0]) & (cols < rules[1])
-    ptrs = dw_ptr + rows.to(tl.int64) * stride_m + cols.to(tl.int64) * stride_n
-    return tl.load(ptrs, mask=inside, other=0.0).to(tl.float32) * share
+    d_weights_ptr, strides, share = d_weights
+    stride_b, stride_h, stride_m, stride_n = strides
+    ptrs = d_weights_ptr + at[0] * stride_b + at[1] * stride_h + rows.to(tl.int64) * stride_m
+    inside = (rows < sizes[0]) & (cols < sizes[1])
+    return tl.load(ptrs + cols.to(tl.int64) * stride_n, mask=inside, other=0.0).to(tl.float32) * share
 
 
 @triton.jit
-def probabilities(
-    qk, row_max, inverse_sum, unit, rows, cols, rules, BOUND: tl.constexpr, CROSSING: tl.constexpr
-):  # fmt: skip
-    """P of a tile in either orientation; the rows' statistics broadcast against it."""
-    scores = masked_scores(qk, unit, rows, cols, rules, BOUND, CROSSING)
+def bent_scores(qk, unit, rules):
+    """Scores in base 2, softcapped, before anything is added to them."""
+    scores = qk * unit
+    if rules[6] is not None:
+        scores = capped(scores, rules[6])
+    return scores
+
+
+@triton.jit
+def probabilities(scores, row_max, inverse_sum, rows, cols, at, sizes, rules, PARTIAL: tl.constexpr):
+    """P of a tile of :func:`bent_scores`, in either orientation; the rows' statistics broadcast against it."""
+    scores = masked_scores(scores, rows, cols, at, sizes, rules, PARTIAL)
     p = tl.exp2(scores - row_max) * inverse_sum
-    if BOUND or CROSSING or rules[3][0] is not None or rules[4][0] is not None or rules[5][0] is not None:
+    if PARTIAL or rules[1] is not None:
         p = tl.where(scores == -INFINITY, 0.0, p)  # the statistics of a row may be NaN
     return p
 
 
 @triton.jit
-def _score_gradient(p, factor, dp, delta, rows, cols, rules, d_weights, BOUND: tl.constexpr, CROSSING: tl.constexpr):
+def score_gradient(p, factor, dp, delta, rows, cols, at, sizes, rules, d_weights, PARTIAL: tl.constexpr):
     """dS of a tile, from P, the factor that dropout puts on it (or None), dO V^T and delta."""
     if d_weights is not None:
-        dp += load_weights_gradient(d_weights, rows, cols, rules)
+        dp += load_weights_gradient(d_weights, rows, cols, at, sizes)
     if factor is not None:
         dp = tl.where(factor == 0.0, 0.0, dp * factor)
     ds = p * (dp - delta)
-    if BOUND or CROSSING or rules[3][0] is not None or rules[4][0] is not None or rules[5][0] is not None:
+    if PARTIAL or rules[1] is not None:
         ds = tl.where(p == 0.0, 0.0, ds)  # what dP is of a masked-out value may be NaN or inf, and 0 * NaN is NaN
     return ds
 
 
 @triton.jit
+def _through_softcap(ds, scores, softcap):
+    """The gradient of the scores before the softcap."""
+    if softcap is not None:
+        ds = tl.where(ds == 0.0, 0.0, ds * capped_slope(scores, softcap))  # 0 * NaN again
+    return ds
+
+
+@triton.jit
 def _grad_of_keys(
-    dk, dv, k, v, unit, queries, gradients, statistics_ptr, delta_ptr, begin, end, cols, batch, kv_head, heads, group,
-    seqlen_q, seqlen_k, diagonal, mask, bias, padding, dropout, weights_gradient,
+    dk, dv, k, v, unit, query, d_out, statistics_ptr, delta_ptr, cols, batch, kv_head, heads, group, sizes, rules,
+    dropout, d_weights, visits, edges, tiles,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    CROSSING: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
+    PARTIAL: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to dK and dV what the query rows ``begin .. end`` of all heads of the group give, head after head.
+    """Add to dK and dV what the tiles of rows that see these keys whole (if PARTIAL: in part) give, head after head.
 
     One loop over heads and rows: nothing is summed between programs, and two nested loops would spill (96 bytes more on
     sm_90 at head size 128). Tiles are transposed, ``[N, M]``, so that P and dS are left operands in registers.
     """
-    q_ptr, stride_qh, stride_qm, stride_qd = queries
-    do_ptr, stride_gh, stride_gm, stride_gd = gradients
-    # without masks, keys past the end only reach rows of dK and dV that are not stored
-    BOUND: tl.constexpr = mask[0] is not None or bias[0] is not None or padding[0] is not None
-    steps = tl.cdiv(end - begin, BLOCK_M)
-    for step in tl.range(0, group * steps):
-        member = step // steps
-        start = begin + (step - member * steps) * BLOCK_M
+    seqlen_q = sizes[0]
+    for step in tl.range(0, group * visits):
+        member = step // visits
+        tile = visited_tile(step - member * visits, edges, tiles, tl.cdiv(seqlen_q, BLOCK_M), PARTIAL)
+        start = tile * BLOCK_M
         head = kv_head * group + member
-        rules = (seqlen_q, seqlen_k, diagonal, mask, bias, padding, batch, head)
+        at = (batch, head)
+        batch_head = batch * heads + head
         row = start + tl.arange(0, BLOCK_M)
         rows = row[None, :]
-        head_q, head_do = q_ptr + head * stride_qh, do_ptr + head * stride_gh
-        q = load_tile(head_q, start, seqlen_q, stride_qm, stride_qd, BLOCK_M, BLOCK_D, HEAD_DIM, True)
-        do = load_tile(head_do, start, seqlen_q, stride_gm, stride_gd, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
-        batch_head = batch * heads + head
+        q = load_tile(head_of(query, batch, head), start, seqlen_q, BLOCK_M, BLOCK_D, HEAD_DIM, True)
+        do = load_tile(head_of(d_out, batch, head), start, seqlen_q, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
         row_max, inverse_sum = load_statistics(statistics_ptr + 2 * batch_head * seqlen_q, row, seqlen_q)
         delta = tl.load(delta_ptr + batch_head * seqlen_q + row, mask=row < seqlen_q, other=0.0)
-        qk = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        p = probabilities(qk, row_max[None, :], inverse_sum[None, :], unit, rows, cols, rules, BOUND, CROSSING)
+        scores = bent_scores(tl.dot(k, tl.trans(q), input_precision=PRECISION), unit, rules)
+        p = probabilities(scores, row_max[None, :], inverse_sum[None, :], rows, cols, at, sizes, rules, PARTIAL)
         factor = None
         dropped = p
         if dropout is not None:
@@ -131,173 +132,143 @@ def _grad_of_keys(
             dropped = p * factor
         dv = weighted_sum(dropped.to(do.dtype), do, dv, CAREFUL, PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        d_weights = None
-        if weights_gradient is not None:
-            dw_ptr, stride_wh, stride_wm, stride_wn, share = weights_gradient
-            d_weights = (dw_ptr + head * stride_wh, stride_wm, stride_wn, share)
-        ds = _score_gradient(p, factor, dp, delta[None, :], rows, cols, rules, d_weights, BOUND, CROSSING)
-        dk = weighted_sum(ds.to(q.dtype), q, dk, CAREFUL, PRECISION)
+        ds = score_gradient(p, factor, dp, delta[None, :], rows, cols, at, sizes, rules, d_weights, PARTIAL)
+        dk = weighted_sum(_through_softcap(ds, scores, rules[6]).to(q.dtype), q, dk, CAREFUL, PRECISION)
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "diagonal", "heads", "group"])
+@triton.jit(do_not_specialize=["heads", "group", "seqlen_q", "seqlen_k", "lower", "upper", "shift"])
 def _attention_bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, statistics_ptr, delta_ptr, dk_ptr, dv_ptr, seed_ptr,
-    stride_qb, stride_qh, stride_qm, stride_qd,
-    stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_vb, stride_vh, stride_vn, stride_vd,
-    stride_gb, stride_gh, stride_gm, stride_gd,
-    stride_dkb, stride_dkh, stride_dkn, stride_dkd,
-    stride_dvb, stride_dvh, stride_dvn, stride_dvd,
-    dw_ptr, stride_wb, stride_wh, stride_wm, stride_wn, share,
-    mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
-    bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
-    padding_ptr, stride_padding_b, stride_padding_n,
-    heads, group, seqlen_q, seqlen_k, diagonal, scale, dropout_p,
+    query, key, value, d_out, statistics_ptr, delta_ptr, d_key, d_value, rules, dropout, d_weights, tile_lists,
+    heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one BLOCK_N tile of keys, from all query rows that see it. CAREFUL: only if they are not finite."""
-    tiles = tl.cdiv(seqlen_k, BLOCK_N)
+    tiles_n = tl.cdiv(seqlen_k, BLOCK_N)
     kv_heads = heads // group
-    batch_head = tl.program_id(0) // tiles
-    col_start = tl.program_id(0) % tiles * BLOCK_N  # under a diagonal the first keys are seen most: longest first
+    batch_head = tl.program_id(0) // tiles_n
+    col_tile = tl.program_id(0) % tiles_n  # under a diagonal the first keys are seen most: longest first
+    col_start = col_tile * BLOCK_N
     batch = (batch_head // kv_heads).to(tl.int64)
     kv_head = (batch_head % kv_heads).to(tl.int64)
-    cols = col_start + tl.arange(0, BLOCK_N)[:, None]
-    dropout = None
-    if seed_ptr is not None:
-        dropout = load_dropout(seed_ptr, dropout_p)
-    dk_ptr += batch * stride_dkb + kv_head * stride_dkh
-    dv_ptr += batch * stride_dvb + kv_head * stride_dvh
+    d_key = head_of(d_key, batch, kv_head)
+    d_value = head_of(d_value, batch, kv_head)
     if CAREFUL:
-        stored_dk = load_tile(dk_ptr, col_start, seqlen_k, stride_dkn, stride_dkd, BLOCK_N, BLOCK_D, HEAD_DIM, True)
-        stored_dv = load_tile(dv_ptr, col_start, seqlen_k, stride_dvn, stride_dvd, BLOCK_N, BLOCK_DV, VALUE_DIM, True)
+        stored_dk = load_tile(d_key, col_start, seqlen_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)
+        stored_dv = load_tile(d_value, col_start, seqlen_k, BLOCK_N, BLOCK_DV, VALUE_DIM, True)
         if not (any_not_finite(stored_dk) | any_not_finite(stored_dv)):
             return
-    k_ptr += batch * stride_kb + kv_head * stride_kh
-    v_ptr += batch * stride_vb + kv_head * stride_vh
-    k = load_tile(k_ptr, col_start, seqlen_k, stride_kn, stride_kd, BLOCK_N, BLOCK_D, HEAD_DIM, True)
-    v = load_tile(v_ptr, col_start, seqlen_k, stride_vn, stride_vd, BLOCK_N, BLOCK_DV, VALUE_DIM, True)
+    cols = col_start + tl.arange(0, BLOCK_N)[:, None]
+    sizes = (seqlen_q, seqlen_k, lower, upper, shift)
+    k = load_tile(head_of(key, batch, kv_head), col_start, seqlen_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)
+    v = load_tile(head_of(value, batch, kv_head), col_start, seqlen_k, BLOCK_N, BLOCK_DV, VALUE_DIM, True)
     unit = scale * LOG2_E
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    queries = (q_ptr + batch * stride_qb, stride_qh, stride_qm, stride_qd)
-    gradients = (do_ptr + batch * stride_gb, stride_gh, stride_gm, stride_gd)
-    weights_gradient = None
-    if dw_ptr is not None:
-        weights_gradient = (dw_ptr + batch * stride_wb, stride_wh, stride_wm, stride_wn, share)
-    mask = (mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n)
-    bias = (bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n)
-    padding = (padding_ptr, stride_padding_b, stride_padding_n)
-    begin, full_begin = row_range(col_start, seqlen_q, diagonal, BLOCK_M, BLOCK_N)
-    if diagonal is not None:
-        dk, dv = _grad_of_keys(
-            dk, dv, k, v, unit, queries, gradients, statistics_ptr, delta_ptr, begin, full_begin, cols,
-            batch, kv_head, heads, group, seqlen_q, seqlen_k, diagonal, mask, bias, padding, dropout, weights_gradient,
-            BLOCK_M, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, True, CAREFUL, PRECISION,
-        )  # fmt: skip
+    tiles = None
+    if tile_lists is not None:
+        lists_ptr, stride_lb, stride_lh, stride_lt, _ = tile_lists
+        tiles = lists_ptr + batch * stride_lb + kv_head * stride_lh + col_tile * stride_lt
+    edges = row_edges(col_start, (batch, kv_head), sizes, rules, BLOCK_M, BLOCK_N)
+    full, partial = count_visits(edges, tiles)
     dk, dv = _grad_of_keys(
-        dk, dv, k, v, unit, queries, gradients, statistics_ptr, delta_ptr, full_begin, seqlen_q, cols,
-        batch, kv_head, heads, group, seqlen_q, seqlen_k, diagonal, mask, bias, padding, dropout, weights_gradient,
+        dk, dv, k, v, unit, query, d_out, statistics_ptr, delta_ptr, cols, batch, kv_head, heads, group, sizes, rules,
+        dropout, d_weights, partial, edges, tiles,
+        BLOCK_M, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, True, CAREFUL, PRECISION,
+    )  # fmt: skip
+    dk, dv = _grad_of_keys(
+        dk, dv, k, v, unit, query, d_out, statistics_ptr, delta_ptr, cols, batch, kv_head, heads, group, sizes, rules,
+        dropout, d_weights, full, edges, tiles,
         BLOCK_M, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, False, CAREFUL, PRECISION,
     )  # fmt: skip
-    store_tile(dk_ptr, col_start, seqlen_k, stride_dkn, stride_dkd, dk * scale, BLOCK_N, BLOCK_D, HEAD_DIM)
-    store_tile(dv_ptr, col_start, seqlen_k, stride_dvn, stride_dvd, dv, BLOCK_N, BLOCK_DV, VALUE_DIM)
+    store_tile(d_key, col_start, seqlen_k, dk * scale, BLOCK_N, BLOCK_D, HEAD_DIM)
+    store_tile(d_value, col_start, seqlen_k, dv, BLOCK_N, BLOCK_DV, VALUE_DIM)
 
 
 @triton.jit
 def _grad_of_queries(
-    dq, q, do, row_max, inverse_sum, delta, unit, keys, values, begin, end, rows, batch_head, rules, dropout, d_weights,
+    dq, d_slope, q, do, row_max, inverse_sum, delta, unit, key, value, rows, at, batch_head, sizes, rules, dropout,
+    d_weights, visits, edges, tiles,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, SLOPES: tl.constexpr,
     PARTIAL: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to dQ what keys ``begin .. end`` give. PARTIAL: tiles may cross the diagonal or the last key."""
-    k_ptr, stride_kn, stride_kd = keys
-    v_ptr, stride_vn, stride_vd = values
-    seqlen_k = rules[1]
-    for start in tl.range(begin, end, BLOCK_N):
+    """Add to dQ, and if SLOPES to the gradient of the rows' ALiBi slope, what the tiles of keys that are seen whole (if
+    PARTIAL: in part) give."""
+    seqlen_k = sizes[1]
+    for position in tl.range(0, visits):
+        start = visited_tile(position, edges, tiles, tl.cdiv(seqlen_k, BLOCK_N), PARTIAL) * BLOCK_N
         cols = start + tl.arange(0, BLOCK_N)[None, :]
-        k = load_tile(k_ptr, start, seqlen_k, stride_kn, stride_kd, BLOCK_N, BLOCK_D, HEAD_DIM, PARTIAL)
-        v = load_tile(v_ptr, start, seqlen_k, stride_vn, stride_vd, BLOCK_N, BLOCK_DV, VALUE_DIM, PARTIAL)
-        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        p = probabilities(qk, row_max[:, None], inverse_sum[:, None], unit, rows, cols, rules, PARTIAL, PARTIAL)
+        k = load_tile(key, start, seqlen_k, BLOCK_N, BLOCK_D, HEAD_DIM, PARTIAL)
+        v = load_tile(value, start, seqlen_k, BLOCK_N, BLOCK_DV, VALUE_DIM, PARTIAL)
+        scores = bent_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), unit, rules)
+        p = probabilities(scores, row_max[:, None], inverse_sum[:, None], rows, cols, at, sizes, rules, PARTIAL)
         factor = None
         if dropout is not None:
             factor = dropout_factor(rows, cols, batch_head, dropout)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        ds = _score_gradient(p, factor, dp, delta[:, None], rows, cols, rules, d_weights, PARTIAL, PARTIAL)
-        dq = weighted_sum(ds.to(k.dtype), k, dq, CAREFUL, PRECISION)
-    return dq
+        ds = score_gradient(p, factor, dp, delta[:, None], rows, cols, at, sizes, rules, d_weights, PARTIAL)
+        if SLOPES:
+            d_slope -= tl.sum(ds * distance(rows, cols, sizes[4]), 1)
+        dq = weighted_sum(_through_softcap(ds, scores, rules[6]).to(k.dtype), k, dq, CAREFUL, PRECISION)
+    return dq, d_slope
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "diagonal", "heads", "group"])
+@triton.jit(do_not_specialize=["heads", "group", "seqlen_q", "seqlen_k", "lower", "upper", "shift"])
 def _attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, statistics_ptr, delta_ptr, dq_ptr, seed_ptr,
-    stride_qb, stride_qh, stride_qm, stride_qd,
-    stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_vb, stride_vh, stride_vn, stride_vd,
-    stride_gb, stride_gh, stride_gm, stride_gd,
-    stride_dqb, stride_dqh, stride_dqm, stride_dqd,
-    dw_ptr, stride_wb, stride_wh, stride_wm, stride_wn, share,
-    mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
-    bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
-    padding_ptr, stride_padding_b, stride_padding_n,
-    heads, group, seqlen_q, seqlen_k, diagonal, scale, dropout_p,
+    query, key, value, d_out, statistics_ptr, delta_ptr, d_query, d_slopes_ptr, rules, dropout, d_weights, tile_lists,
+    heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """dQ of one BLOCK_M tile of rows, from all keys that it sees. CAREFUL: only if it is not finite."""
-    tiles = tl.cdiv(seqlen_q, BLOCK_M)
-    batch_head = tl.program_id(0) // tiles
-    row_start = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M  # longest first, as in the forward
+    tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
+    batch_head = tl.program_id(0) // tiles_m
+    row_tile = tiles_m - 1 - tl.program_id(0) % tiles_m  # longest first, as in the forward
+    row_start = row_tile * BLOCK_M
     batch = (batch_head // heads).to(tl.int64)
     head = (batch_head % heads).to(tl.int64)
-    dq_ptr += batch * stride_dqb + head * stride_dqh
+    d_query = head_of(d_query, batch, head)
     if CAREFUL:
-        stored = load_tile(dq_ptr, row_start, seqlen_q, stride_dqm, stride_dqd, BLOCK_M, BLOCK_D, HEAD_DIM, True)
-        if not any_not_finite(stored):
+        if not any_not_finite(load_tile(d_query, row_start, seqlen_q, BLOCK_M, BLOCK_D, HEAD_DIM, True)):
             return
-    rules = (
-        seqlen_q, seqlen_k, diagonal,
-        (mask_ptr, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n),
-        (bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n),
-        (padding_ptr, stride_padding_b, stride_padding_n),
-        batch, head,
-    )  # fmt: skip
-    dropout = None
-    if seed_ptr is not None:
-        dropout = load_dropout(seed_ptr, dropout_p)
-    d_weights = None
-    if dw_ptr is not None:
-        d_weights = (dw_ptr + batch * stride_wb + head * stride_wh, stride_wm, stride_wn, share)
-    keys = (k_ptr + batch * stride_kb + head // group * stride_kh, stride_kn, stride_kd)
-    values = (v_ptr + batch * stride_vb + head // group * stride_vh, stride_vn, stride_vd)
-    q_ptr += batch * stride_qb + head * stride_qh
-    do_ptr += batch * stride_gb + head * stride_gh
+    at = (batch, head)
+    sizes = (seqlen_q, seqlen_k, lower, upper, shift)
+    key = head_of(key, batch, head // group)
+    value = head_of(value, batch, head // group)
     row = row_start + tl.arange(0, BLOCK_M)
-    q = load_tile(q_ptr, row_start, seqlen_q, stride_qm, stride_qd, BLOCK_M, BLOCK_D, HEAD_DIM, True)
-    do = load_tile(do_ptr, row_start, seqlen_q, stride_gm, stride_gd, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
+    rows = row[:, None]
+    q = load_tile(head_of(query, batch, head), row_start, seqlen_q, BLOCK_M, BLOCK_D, HEAD_DIM, True)
+    do = load_tile(head_of(d_out, batch, head), row_start, seqlen_q, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
     rows_of = batch_head.to(tl.int64) * seqlen_q
     row_max, inverse_sum = load_statistics(statistics_ptr + 2 * rows_of, row, seqlen_q)
     delta = tl.load(delta_ptr + rows_of + row, mask=row < seqlen_q, other=0.0)
     unit = scale * LOG2_E
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    full_end, end = key_range(row_start, seqlen_k, diagonal, BLOCK_M, BLOCK_N)
-    dq = _grad_of_queries(
-        dq, q, do, row_max, inverse_sum, delta, unit, keys, values, 0, full_end, row[:, None], batch_head,
-        rules, dropout, d_weights,
-        BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, False, CAREFUL, PRECISION,
+    d_slope = tl.zeros([BLOCK_M], tl.float32)
+    tiles = None
+    if tile_lists is not None:
+        lists_ptr, stride_lb, stride_lh, stride_lt, _ = tile_lists
+        tiles = lists_ptr + batch * stride_lb + head * stride_lh + row_tile * stride_lt
+    edges = key_edges(row_start, at, sizes, rules, BLOCK_M, BLOCK_N)
+    full, partial = count_visits(edges, tiles)
+    SLOPES: tl.constexpr = d_slopes_ptr is not None
+    dq, d_slope = _grad_of_queries(
+        dq, d_slope, q, do, row_max, inverse_sum, delta, unit, key, value, rows, at, batch_head, sizes, rules, dropout,
+        d_weights, full, edges, tiles,
+        BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, SLOPES, False, CAREFUL, PRECISION,
     )  # fmt: skip
-    dq = _grad_of_queries(
-        dq, q, do, row_max, inverse_sum, delta, unit, keys, values, full_end, end, row[:, None], batch_head,
-        rules, dropout, d_weights,
-        BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, True, CAREFUL, PRECISION,
+    dq, d_slope = _grad_of_queries(
+        dq, d_slope, q, do, row_max, inverse_sum, delta, unit, key, value, rows, at, batch_head, sizes, rules, dropout,
+        d_weights, partial, edges, tiles,
+        BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, SLOPES, True, CAREFUL, PRECISION,
     )  # fmt: skip
-    store_tile(dq_ptr, row_start, seqlen_q, stride_dqm, stride_dqd, dq * scale, BLOCK_M, BLOCK_D, HEAD_DIM)
+    store_tile(d_query, row_start, seqlen_q, dq * scale, BLOCK_M, BLOCK_D, HEAD_DIM)
+    if SLOPES:
+        tl.store(d_slopes_ptr + rows_of + row, d_slope, mask=row < seqlen_q)
 
 
 def launch_attention_delta(out: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
@@ -309,9 +280,8 @@ def launch_attention_delta(out: Tensor, d_out: Tensor, d_lse: Tensor | None) -> 
     block_m = 64
     with device_guard(out):
         _delta_kernel[(triton.cdiv(seqlen_q, block_m) * batch * heads,)](
-            out, d_out, d_lse, delta,
-            *out.stride(), *d_out.stride(), *((0, 0, 0) if d_lse is None else d_lse.stride()),
-            heads, seqlen_q, VALUE_DIM=value_dim, BLOCK_DV=head_block(value_dim), BLOCK_M=block_m,
+            strided(out), strided(d_out), strided(d_lse), delta, heads, seqlen_q,
+            VALUE_DIM=value_dim, BLOCK_DV=head_block(value_dim), BLOCK_M=block_m,
         )  # fmt: skip
     return delta
 
@@ -325,14 +295,18 @@ def launch_attention_bwd(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    d_slopes: Tensor | None = None,
+    tile_map: TileMap | None = None,
     config: BackwardConfig | None = None,
 ) -> None:
-    """Write dQ, dK and dV (any strides) from the forward's statistics and delta."""
+    """Write dQ, dK and dV (any strides) from the forward's statistics and delta; and into ``d_slopes``, ``[B, H, L]``
+    contiguous float32, the gradient of its ALiBi slope that each row gives."""
     query, key, value = problem.query, problem.key, problem.value
     batch, heads, seqlen_q, head_dim = query.shape
     kv_heads, seqlen_k, value_dim = key.shape[1], key.shape[2], value.shape[3]
-    weights_arguments = (None, 0, 0, 0, 0, 1.0) if d_weights is None else d_weights.arguments()
-    numbers = (heads, heads // max(kv_heads, 1), seqlen_q, seqlen_k, problem.diagonal, problem.scale, problem.dropout_p)
+    inputs = strided(query), strided(key), strided(value), strided(d_out), statistics, delta
+    rules = problem.rules(), problem.dropout(), None if d_weights is None else d_weights.argument()
+    numbers = (*problem.sizes(), problem.scale)
     sizes = {
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
@@ -344,18 +318,15 @@ def launch_attention_bwd(
     careful_tiles = BackwardConfig(careful_config(query.dtype), careful_config(query.dtype))
     for careful in (False, True) if problem.masks_pairs() else (False,):
         tiles = careful_tiles if careful else config
+        lists = None if careful else tile_map
         with device_guard(query):
             if dk.numel() or dv.numel():
                 _attention_bwd_dkdv_kernel[(triton.cdiv(seqlen_k, tiles.dkdv.block_n) * batch * kv_heads,)](
-                    query, key, value, d_out, statistics, delta, dk, dv, problem.seed,
-                    *query.stride(), *key.stride(), *value.stride(), *d_out.stride(), *dk.stride(), *dv.stride(),
-                    *weights_arguments, *problem.rule_arguments(), *numbers, **sizes,
-                    CAREFUL=careful, **tiles.dkdv.launch_options(),
+                    *inputs, strided(dk), strided(dv), *rules, strided(lists and lists.of_keys(tiles.dkdv)), *numbers,
+                    **sizes, CAREFUL=careful, **tiles.dkdv.launch_options(),
                 )  # fmt: skip
             if dq.numel():
                 _attention_bwd_dq_kernel[(triton.cdiv(seqlen_q, tiles.dq.block_m) * batch * heads,)](
-                    query, key, value, d_out, statistics, delta, dq, problem.seed,
-                    *query.stride(), *key.stride(), *value.stride(), *d_out.stride(), *dq.stride(),
-                    *weights_arguments, *problem.rule_arguments(), *numbers, **sizes,
-                    CAREFUL=careful, **tiles.dq.launch_options(),
+                    *inputs, strided(dq), d_slopes, *rules, strided(lists and lists.of_rows(tiles.dq)), *numbers,
+                    **sizes, CAREFUL=careful, **tiles.dq.launch_options(),
                 )  # fmt: skip

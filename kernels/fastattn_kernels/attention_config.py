@@ -13,7 +13,7 @@ from triton import next_power_of_2
 
 from fastattn_kernels._device import Target, target_of
 
-Kernel = Literal["forward", "dkdv", "dq", "weights"]
+Kernel = Literal["forward", "dkdv", "dq", "bias", "weights"]
 # What a tile of scores carries beside itself, which is what fills the registers: nothing (the diagonal is free), masks
 # and biases, or random numbers and the gradient of returned weights as well.
 Load = Literal["plain", "masked", "heavy"]
@@ -160,6 +160,7 @@ _INTERPRETED: dict[Kernel, Config] = {
     "forward": _C(64, 32, 4, 1),
     "dkdv": _C(32, 64, 4, 1),
     "dq": _C(64, 32, 4, 1),
+    "bias": _C(64, 64, 4, 1),
     "weights": _C(64, 64, 4, 1),
 }
 _SMALL = _C(32, 32, 4, 1)
@@ -220,3 +221,10 @@ def weights_config(device: torch.device, dtype: torch.dtype, head_dim: int) -> C
 def careful_config(dtype: torch.dtype) -> Config:
     """The tile of the careful pass, which runs only where NaN or inf came out: it may spill, but fits anywhere."""
     return _SMALL if dtype != torch.float32 else _C(16, 16, 4, 1)
+
+
+def bias_config(
+    device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int, load: Load = "heavy"
+) -> Config:
+    """The tile of the kernel that computes the gradient of a bias."""
+    return _config("bias", device, dtype, head_dim, value_dim, load)

@@ -1,4 +1,4 @@
-"""What every attention kernel is told: the tensors and numbers of one call, masks as strides."""
+"""What every attention kernel is told: the tensors and numbers of one call, as pointers with strides."""
 
 import dataclasses
 
@@ -7,10 +7,22 @@ from torch import Tensor
 
 from fastattn_kernels.attention_config import Load
 
+# A pointer and its strides, or None: a tuple of kernel arguments.
+Argument = tuple[object, ...] | None
 
-def _broadcast_strides(tensor: Tensor) -> tuple[int, ...]:
-    """Strides with 0 on the axes of size 1: they broadcast, and nothing is expanded."""
-    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride()))
+
+def strided(tensor: Tensor | None) -> Argument:
+    """The tensor and its strides, 0 on the axes of size 1: those broadcast, and nothing is expanded."""
+    if tensor is None:
+        return None
+    strides = (0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return (tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor, *strides)
+
+
+def _as_tile(tensor: Tensor | None) -> Argument:
+    """:func:`strided` of ``[B | 1, H | 1, L | 1, S | 1]``, the strides as a tuple of their own."""
+    argument = strided(tensor)
+    return None if argument is None else (argument[0], argument[1:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +33,19 @@ class Problem:
         query: ``[B, H, L, D]``, float16, bfloat16 or float32, any strides; so are the next two.
         key: ``[B, Hk, S, D]``.
         value: ``[B, Hk, S, Dv]``.
-        scale: multiplies the scores.
-        bias: ``[B | 1, H | 1, L | 1, S | 1]``, floating, added to the scaled scores.
+        scale: multiplies the products of queries and keys.
+        bias: ``[B | 1, H | 1, L | 1, S | 1]``, floating, added to the scores.
+        slopes: ``[B | 1, H]``, floating: ``-slope * |i + shift - j|`` is added to the scores (ALiBi).
+        sinks: ``[B | 1, H]``, floating: the logit of a key without a value that every row sees.
         mask: ``[B | 1, H | 1, L | 1, S | 1]``, boolean, True = may see.
-        key_padding_mask: ``[B, S]``, boolean, True = padding.
-        diagonal: query ``i`` sees keys ``j <= i + diagonal``; None: every key.
+        key_padding_mask: ``[B | 1, S]``, boolean, True = padding.
+        query_documents: ``[B | 1, L]``, integer; a query sees only keys of its own document.
+        key_documents: ``[B | 1, S]``.
+        prefix: ``[B | 1]``, integer: so many first keys are seen whatever ``lower`` and ``upper`` say.
+        lower: query ``i`` sees keys ``j >= i + lower``; None: no such bound.
+        upper: query ``i`` sees keys ``j <= i + upper``; None: no such bound.
+        shift: query ``i`` stands at key position ``i + shift``.
+        softcap: scores become ``softcap * tanh(score / softcap)`` before anything is added; None: they stay.
         seed: int64 ``[2]`` on the device, seed and offset of the dropout; None: no dropout.
         dropout_p: the probability of dropping a weight.
     """
@@ -35,11 +55,25 @@ class Problem:
     value: Tensor
     scale: float
     bias: Tensor | None = None
+    slopes: Tensor | None = None
+    sinks: Tensor | None = None
     mask: Tensor | None = None
     key_padding_mask: Tensor | None = None
-    diagonal: int | None = None
+    query_documents: Tensor | None = None
+    key_documents: Tensor | None = None
+    prefix: Tensor | None = None
+    lower: int | None = None
+    upper: int | None = None
+    shift: int = 0
+    softcap: float | None = None
     seed: Tensor | None = None
     dropout_p: float = 0.0
+
+    @property
+    def masks(self) -> list[Tensor]:
+        """The tensors that hide keys, and that only looking tells of."""
+        candidates = (self.mask, self.key_padding_mask, self.query_documents, self.key_documents)
+        return [tensor for tensor in candidates if tensor is not None]
 
     def masks_pairs(self) -> bool:
         """Whether some query may see a key that another one, or nobody, may not.
@@ -48,28 +82,36 @@ class Problem:
         again, with 0 * NaN = 0, the tiles that are not finite. It exits at once where all are: a few microseconds,
         against a second, register-hungry loop in every kernel.
         """
-        ruled = self.mask is not None or self.bias is not None or self.key_padding_mask is not None
-        return ruled or (self.diagonal is not None and self.query.shape[2] > 1)
+        bounded = self.lower is not None or self.upper is not None
+        return bool(self.masks) or self.bias is not None or (bounded and self.query.shape[2] > 1)
 
     def load(self, d_weights: "WeightsGradient | None" = None) -> Load:
         """What a tile of scores carries beside itself."""
-        if self.seed is not None or d_weights is not None:
+        if self.seed is not None or d_weights is not None or self.softcap is not None:
             return "heavy"
-        masked = self.mask is not None or self.bias is not None or self.key_padding_mask is not None
-        return "masked" if masked else "plain"
+        added = (self.bias, self.slopes, self.prefix, self.lower)
+        return "masked" if self.masks or any(rule is not None for rule in added) else "plain"
 
-    def rule_arguments(self) -> tuple[object, ...]:
-        """The arguments ``mask_ptr .. stride_padding_n`` that every kernel takes in this order."""
-        arguments: list[object] = []
-        for tensor, axes in ((self.mask, 4), (self.bias, 4)):
-            arguments += [None] + [0] * axes if tensor is None else [_as_bytes(tensor), *_broadcast_strides(tensor)]
+    def rules(self) -> tuple[object, ...]:
+        """The kernel argument ``rules``; ``_masking`` tells what is in it."""
         padding = self.key_padding_mask
-        arguments += [None, 0, 0] if padding is None else [_as_bytes(padding), *padding.stride()]
-        return tuple(arguments)
+        documents = None
+        if self.query_documents is not None:
+            documents = (*(strided(self.query_documents) or ()), *(strided(self.key_documents) or ()))
+        return (
+            _as_tile(self.mask), _as_tile(self.bias), strided(padding), documents, strided(self.prefix),
+            strided(self.slopes), self.softcap,
+        )  # fmt: skip
 
+    def sizes(self) -> tuple[int | None, ...]:
+        """The kernel arguments ``heads, group, seqlen_q, seqlen_k, lower, upper, shift``."""
+        heads, kv_heads = self.query.shape[1], self.key.shape[1]
+        lengths = self.query.shape[2], self.key.shape[2]
+        return heads, heads // max(kv_heads, 1), *lengths, self.lower, self.upper, self.shift
 
-def _as_bytes(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+    def dropout(self) -> Argument:
+        """The kernel argument ``dropout``."""
+        return None if self.seed is None else (self.seed, self.dropout_p)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +126,9 @@ class WeightsGradient:
     tensor: Tensor
     heads: int
 
-    def arguments(self) -> tuple[object, ...]:
-        """The kernel arguments ``dw_ptr .. share``: averaged weights have head stride 0 and give each head 1 / H."""
+    def argument(self) -> Argument:
+        """The kernel argument ``d_weights``: averaged weights have head stride 0 and give each head 1 / H."""
         strides = self.tensor.stride()
         if self.tensor.dim() == 3:
-            return self.tensor, strides[0], 0, *strides[1:], 1.0 / self.heads
-        return self.tensor, *strides, 1.0
+            return self.tensor, (strides[0], 0, *strides[1:]), 1.0 / self.heads
+        return self.tensor, strides, 1.0

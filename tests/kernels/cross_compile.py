@@ -130,9 +130,10 @@ def _cuobjdump(*arguments: str) -> str:
 
 
 def launch_all(case: dict[str, Any], passes: tuple[str, ...]) -> None:
-    """Launch every attention kernel for ``case``: dtype, head sizes, the rules that apply, and whether carefully."""
-    from fastattn_kernels import attention_bwd, attention_fwd, attention_weights
+    """Launch every attention kernel for ``case``: dtype, head sizes, the features that it names, whether carefully."""
+    from fastattn_kernels import attention_bias_bwd, attention_bwd, attention_fwd, attention_weights
     from fastattn_kernels.attention_problem import Problem, WeightsGradient
+    from fastattn_kernels.tile_map import tile_map_for
 
     dtype = getattr(torch, case["dtype"])
     batch, heads, kv_heads, length, keys = 2, 4, 2, case.get("length", 128), case.get("keys", 256)
@@ -147,28 +148,43 @@ def launch_all(case: dict[str, Any], passes: tuple[str, ...]) -> None:
         def masks_pairs(self) -> bool:
             return False
 
+    def only(feature: str, value: Any) -> Any:
+        return value if case.get(feature) else None
+
     problem = (Problem if case.get("careful") else OncePerLaunch)(
         query,
         key,
         value,
         scale=0.1,
-        bias=torch.empty(1, heads, length, keys, dtype=dtype) if case.get("bias") else None,
-        mask=torch.ones(batch, 1, length, keys, dtype=torch.bool) if case.get("mask") else None,
-        key_padding_mask=torch.zeros(batch, keys, dtype=torch.bool) if case.get("padding") else None,
-        diagonal=keys - length if case.get("causal") else None,
-        seed=torch.zeros(2, dtype=torch.int64) if case.get("dropout") else None,
+        bias=only("bias", torch.empty(1, heads, length, keys, dtype=dtype)),
+        slopes=only("slopes", torch.empty(1, heads)),
+        sinks=only("sinks", torch.empty(1, heads)),
+        mask=only("mask", torch.ones(batch, 1, length, keys, dtype=torch.bool)),
+        key_padding_mask=only("padding", torch.zeros(batch, keys, dtype=torch.bool)),
+        query_documents=only("documents", torch.zeros(batch, length, dtype=torch.int32)),
+        key_documents=only("documents", torch.zeros(batch, keys, dtype=torch.int32)),
+        prefix=only("prefix", torch.zeros(batch, dtype=torch.int32)),
+        lower=only("window", keys - length - 100),
+        upper=only("causal", keys - length),
+        shift=keys - length,
+        softcap=only("softcap", 30.0),
+        seed=only("dropout", torch.zeros(2, dtype=torch.int64)),
         dropout_p=0.1 if case.get("dropout") else 0.0,
     )
     output = torch.empty(batch, heads, length, value_dim, dtype=dtype)
     lse, statistics = torch.empty(batch, heads, length), torch.empty(batch, heads, 2, length)
     d_weights = WeightsGradient(torch.empty(batch, length, keys, dtype=dtype), heads) if case.get("weights") else None
     if "fwd" in passes:
-        attention_fwd.launch_attention_fwd(problem, output, lse, statistics)
+        attention_fwd.launch_attention_fwd(problem, output, lse, statistics, tile_map_for(problem))
     if "bwd" in passes:
         delta = attention_bwd.launch_attention_delta(output, output, None)
+        d_slopes = only("slopes", torch.zeros(batch, heads, length))
+        gradients = query.clone(), key.clone(), value.clone(), d_slopes
         attention_bwd.launch_attention_bwd(
-            problem, output, statistics, delta, d_weights, query.clone(), key.clone(), value.clone()
+            problem, output, statistics, delta, d_weights, *gradients, tile_map_for(problem)
         )
+    if "bias" in passes:
+        attention_bias_bwd.launch_attention_bias_bwd(problem, output, statistics, lse, d_weights)
     if "weights" in passes:
         weights = torch.empty(batch, length, keys, dtype=dtype)
         attention_weights.launch_attention_weights(problem, statistics, weights, average=True)
@@ -183,7 +199,7 @@ def main() -> None:
     rows = []
     for case in cases:
         compiled.kernels.clear()
-        launch_all(case, tuple(case.get("passes", ("fwd", "bwd", "weights"))))
+        launch_all(case, tuple(case.get("passes", ("fwd", "bwd", "bias", "weights"))))
         rows += [{**resources(kernel, target), "case": case} for kernel in compiled.kernels]
     json.dump(rows, sys.stdout)
 
