@@ -14,7 +14,7 @@ from torch import Tensor
 from fastattn_kernels._device import device_guard
 from fastattn_kernels._masking import visible
 from fastattn_kernels.attention_config import Config
-from fastattn_kernels.attention_problem import Problem, strided
+from fastattn_kernels.attention_problem import Problem
 
 GRANULE = 64
 # A tile map costs two launches in each direction: fewer granules than this are quicker visited one and all.
@@ -110,8 +110,8 @@ class TileMap:
         return self._lists(lengths, (config.block_m, config.block_n), own_is_rows=True, heads_per_list=1)
 
     def of_keys(self, config: Config) -> Tensor:
-        """int32 ``[B | 1, Hk | 1, tiles of keys, 2 + tiles of rows]``: for every tile of keys the tiles of rows that see
-        it, in any head of the group."""
+        """int32 ``[B | 1, Hk | 1, tiles of keys, 2 + tiles of rows]``: for every tile of keys the tiles of rows that, in
+        any head of the group, see it."""
         lengths = self._problem.key.shape[2], self._problem.query.shape[2]
         group = self._problem.query.shape[1] // self._problem.key.shape[1] if self.granules.shape[1] > 1 else 1
         return self._lists(lengths, (config.block_n, config.block_m), own_is_rows=False, heads_per_list=group)
