@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,9 @@ def describe(call: AttentionCall) -> str:
 def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(output, weights or None, lse or None)``."""
     if _sdpa_can(call):
-        return _sdpa(call), None, None
+        if call.dropout_p == 0.0 and _is_transformed_on_cpu(call.query):
+            return _autograd.apply(call, None, "torch")
+        return _twice_differentiable(_sdpa(call)), None, None
     keep = None
     if call.dropout_p > 0.0:
         # Drawn whole, as nn.MultiheadAttention draws it, so that one seed gives the same dropout in both.
@@ -50,11 +53,13 @@ def is_eager_on_cpu(tensor: Tensor) -> bool:
     return (
         tensor.device.type == "cpu"
         and type(tensor) is Tensor
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._len_torch_dispatch_stack()
+        and not _is_traced()
         and not torch._C._are_functorch_transforms_active()
     )
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or bool(torch._C._len_torch_dispatch_stack())
 
 
 def _sdpa_can(call: AttentionCall) -> bool:
@@ -119,6 +124,57 @@ def _sdpa(call: AttentionCall) -> Tensor:
         # A branch, and not the comparison: under torch.jit.trace that is a tensor, in a dynamic graph a SymBool.
         **({"enable_gqa": True} if call.query.shape[1] != call.key.shape[1] else {}),
     )
+
+
+def _is_transformed_on_cpu(tensor: Tensor) -> bool:
+    """Is this a call under ``torch.func`` or in forward mode, for which SDPA's CPU kernel has no rules?"""
+    return (
+        tensor.device.type == "cpu"
+        and not _is_traced()
+        and (torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0)
+    )
+
+
+def _twice_differentiable(output: Tensor) -> Tensor:
+    """``output`` of SDPA, whose gradient, where it came from the CPU kernel, has a gradient too.
+
+    torch has none for that kernel's backward. A hook costs a training step 10 to 20 microseconds; a Function of our own
+    in the kernel's place costs 30.
+    """
+    if output.device.type == "cpu" and not _is_traced():
+        node = output.grad_fn
+        if node is not None and node.name() == "ScaledDotProductFlashAttentionForCpuBackward0":
+            node.register_hook(_differentiable_gradients)
+    return output
+
+
+def _differentiable_gradients(
+    d_inputs: tuple[Tensor | None, ...], d_outputs: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...] | None:
+    """In the place of the CPU kernel's gradients, those of our operators, where somebody may differentiate them."""
+    if not torch.is_grad_enabled() or d_outputs[0] is None:
+        return None
+    node: Any = torch._C._current_autograd_node()
+    query, key, value, bias = _saved_tensors(node)
+    call = AttentionCall(
+        *(t.view_as(t) for t in (query, key, value)),  # one tensor may be all three, or made from another
+        bias=bias,
+        upper=0 if node._saved_is_causal else None,
+        scale=1.0 / math.sqrt(query.shape[-1]) if node._saved_scale is None else node._saved_scale,
+    )
+    wanted = [i for i, d_input in enumerate(d_inputs) if d_input is not None]
+    output, _, _ = _autograd.apply(call, None, "torch")
+    found = iter(torch.autograd.grad(output, [call[i] for i in wanted], d_outputs[0], create_graph=True))
+    return tuple(next(found) if i in wanted else None for i in range(len(d_inputs)))
+
+
+def _saved_tensors(node: Any) -> list[Tensor]:
+    """What SDPA's node saved, read in a backward pass of its own: checkpointing unpacks a tensor once a pass."""
+    names, found = ("query", "key", "value", "attn_mask"), []
+    leaf = torch.zeros((), requires_grad=True)
+    leaf.register_hook(lambda _: found.extend(getattr(node, f"_saved_{name}") for name in names))
+    torch.autograd.grad(leaf * 1, leaf)
+    return found
 
 
 def _without_keys_past_the_diagonal(call: AttentionCall) -> AttentionCall:
