@@ -99,6 +99,26 @@ def weighted_sum(weights, x, acc, CAREFUL: tl.constexpr, PRECISION: tl.constexpr
 
 
 @triton.jit
+def product(
+    a, a_matrix, a_start, a_end, b, b_matrix, b_start, b_end,
+    ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr, USED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``a @ b^T`` of tiles ``[ROWS, BLOCK]`` and ``[COLS, BLOCK]``. Wide ones are read again, in halves: whole, they
+    would fill the registers as operands."""
+    if BLOCK > 256:
+        result = tl.zeros([ROWS, COLS], tl.float32)
+        for half in tl.static_range(2):
+            a_half = a_matrix[0] + half * (BLOCK // 2) * a_matrix[2], a_matrix[1], a_matrix[2]
+            b_half = b_matrix[0] + half * (BLOCK // 2) * b_matrix[2], b_matrix[1], b_matrix[2]
+            left = load_tile(a_half, a_start, a_end, ROWS, BLOCK // 2, USED - half * (BLOCK // 2), True)
+            right = load_tile(b_half, b_start, b_end, COLS, BLOCK // 2, USED - half * (BLOCK // 2), True)
+            result = tl.dot(left, tl.trans(right), result, input_precision=PRECISION)
+    else:
+        result = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    return result
+
+
+@triton.jit
 def any_not_finite(tile):
     """Whether a 2-D tile holds NaN or inf, as a scalar."""
     return tl.max(tl.max(tl.where(tl.abs(tile) < INFINITY, 0, 1), axis=1), axis=0) > 0

@@ -71,6 +71,13 @@ def row_edges(col_start, at, sizes, rules, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
 
 
 @triton.jit
+def list_of(tile_lists, lists_per_batch, lists_per_head, at, tile, tiles, others):
+    """Pointer to the list of one of ``tiles`` of rows (or keys), which holds two counts and then up to ``others``.
+    There are as many lists as the masks tell apart: the per... is 0 where they do not."""
+    return tile_lists + ((at[0] * lists_per_batch + at[1] * lists_per_head) * tiles + tile) * (2 + others)
+
+
+@triton.jit
 def count_visits(edges, tiles):
     """How many tiles are seen whole, and how many in part."""
     if tiles is not None:

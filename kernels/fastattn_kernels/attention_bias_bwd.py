@@ -13,17 +13,16 @@ from torch import Tensor
 from fastattn_kernels._device import device_guard, multiprocessors
 from fastattn_kernels._dropout import dropout_factor
 from fastattn_kernels._masking import LOG2_E
-from fastattn_kernels._tiles import head_of, load_statistics, load_tile
+from fastattn_kernels._tiles import head_of, load_statistics, load_tile, product
 from fastattn_kernels._visits import key_edges
 from fastattn_kernels.attention_bwd import bent_scores, probabilities, score_gradient
 from fastattn_kernels.attention_config import Config, bias_config, dot_precision, head_block
-from fastattn_kernels.attention_problem import Problem, WeightsGradient, strided
+from fastattn_kernels.attention_problem import RUN_TIME, Problem, WeightsGradient, strided
 
 
 @triton.jit(
-    do_not_specialize=["heads", "group", "seqlen_q", "seqlen_k", "lower", "upper", "shift", "steps", "shares",
-                       "own_heads", "own_m", "own_n", "sum_heads", "sum_m", "sum_n"]
-)  # fmt: skip
+    do_not_specialize=[*RUN_TIME, "steps", "shares", "own_heads", "own_m", "own_n", "sum_heads", "sum_m", "sum_n"]
+)
 def _attention_bias_bwd_kernel(
     query, key, value, d_out, statistics_ptr, delta_ptr, d_bias, rules, dropout, d_weights,
     heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
@@ -55,18 +54,27 @@ def _attention_bias_bwd_kernel(
             rows = row[:, None]
             cols = col_start + tl.arange(0, BLOCK_N)[None, :]
             batch_head = batch * heads + head
-            q = load_tile(head_of(query, batch, head), row_start, seqlen_q, BLOCK_M, BLOCK_D, HEAD_DIM, True)
-            do = load_tile(head_of(d_out, batch, head), row_start, seqlen_q, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
-            k = load_tile(head_of(key, batch, head // group), col_start, seqlen_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)
-            v = load_tile(head_of(value, batch, head // group), col_start, seqlen_k, BLOCK_N, BLOCK_DV, VALUE_DIM, True)
+            head_q, head_k = head_of(query, batch, head), head_of(key, batch, head // group)
+            head_do, head_v = head_of(d_out, batch, head), head_of(value, batch, head // group)
+            q = load_tile(head_q, row_start, seqlen_q, BLOCK_M, BLOCK_D, HEAD_DIM, True)
+            k = load_tile(head_k, col_start, seqlen_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)
+            do = load_tile(head_do, row_start, seqlen_q, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
+            v = load_tile(head_v, col_start, seqlen_k, BLOCK_N, BLOCK_DV, VALUE_DIM, True)
             row_max, inverse_sum = load_statistics(statistics_ptr + 2 * batch_head * seqlen_q, row, seqlen_q)
             delta = tl.load(delta_ptr + batch_head * seqlen_q + row, mask=row < seqlen_q, other=0.0)
-            scores = bent_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale * LOG2_E, rules)
+            qk = product(
+                q, head_q, row_start, seqlen_q, k, head_k, col_start, seqlen_k, BLOCK_M, BLOCK_N, BLOCK_D, HEAD_DIM,
+                PRECISION,
+            )  # fmt: skip
+            scores = bent_scores(qk, scale * LOG2_E, rules)
             p = probabilities(scores, row_max[:, None], inverse_sum[:, None], rows, cols, at, sizes, rules, True)
             factor = None
             if dropout is not None:
                 factor = dropout_factor(rows, cols, batch_head.to(tl.int32), dropout)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            dp = product(
+                do, head_do, row_start, seqlen_q, v, head_v, col_start, seqlen_k, BLOCK_M, BLOCK_N, BLOCK_DV, VALUE_DIM,
+                PRECISION,
+            )  # fmt: skip
             total += score_gradient(p, factor, dp, delta[:, None], rows, cols, at, sizes, rules, d_weights, True)
 
     d_bias_ptr, strides = d_bias

@@ -11,8 +11,16 @@ from torch import Tensor
 from fastattn_kernels._device import device_guard
 from fastattn_kernels._dropout import dropout_factor
 from fastattn_kernels._masking import INFINITY, LOG2_E, capped, capped_slope, distance, masked_scores
-from fastattn_kernels._tiles import any_not_finite, head_of, load_statistics, load_tile, store_tile, weighted_sum
-from fastattn_kernels._visits import count_visits, key_edges, row_edges, visited_tile
+from fastattn_kernels._tiles import (
+    any_not_finite,
+    head_of,
+    load_statistics,
+    load_tile,
+    product,
+    store_tile,
+    weighted_sum,
+)
+from fastattn_kernels._visits import count_visits, key_edges, list_of, row_edges, visited_tile
 from fastattn_kernels.attention_config import (
     BackwardConfig,
     backward_config,
@@ -20,8 +28,8 @@ from fastattn_kernels.attention_config import (
     dot_precision,
     head_block,
 )
-from fastattn_kernels.attention_problem import Problem, WeightsGradient, strided
-from fastattn_kernels.tile_map import TileMap
+from fastattn_kernels.attention_problem import RUN_TIME, Problem, WeightsGradient, strided
+from fastattn_kernels.tile_map import TileMap, list_arguments
 
 
 @triton.jit(do_not_specialize=["heads", "seqlen_q"])
@@ -98,9 +106,9 @@ def _through_softcap(ds, scores, softcap):
 
 @triton.jit
 def _grad_of_keys(
-    dk, dv, k, v, unit, query, d_out, statistics_ptr, delta_ptr, cols, batch, kv_head, heads, group, sizes, rules,
-    dropout, d_weights, visits, edges, tiles,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    dk, dv, k, v, unit, query, key, value, d_out, statistics_ptr, delta_ptr, col_start, batch, kv_head, heads, group,
+    sizes, rules, dropout, d_weights, visits, edges, tiles,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     PARTIAL: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -109,7 +117,8 @@ def _grad_of_keys(
     One loop over heads and rows: nothing is summed between programs, and two nested loops would spill (96 bytes more on
     sm_90 at head size 128). Tiles are transposed, ``[N, M]``, so that P and dS are left operands in registers.
     """
-    seqlen_q = sizes[0]
+    seqlen_q, seqlen_k, _, _, _ = sizes
+    cols = col_start + tl.arange(0, BLOCK_N)[:, None]
     for step in tl.range(0, group * visits):
         member = step // visits
         tile = visited_tile(step - member * visits, edges, tiles, tl.cdiv(seqlen_q, BLOCK_M), PARTIAL)
@@ -119,11 +128,15 @@ def _grad_of_keys(
         batch_head = batch * heads + head
         row = start + tl.arange(0, BLOCK_M)
         rows = row[None, :]
-        q = load_tile(head_of(query, batch, head), start, seqlen_q, BLOCK_M, BLOCK_D, HEAD_DIM, True)
-        do = load_tile(head_of(d_out, batch, head), start, seqlen_q, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
+        head_q, head_do = head_of(query, batch, head), head_of(d_out, batch, head)
+        q = load_tile(head_q, start, seqlen_q, BLOCK_M, BLOCK_D, HEAD_DIM, True)
+        do = load_tile(head_do, start, seqlen_q, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
         row_max, inverse_sum = load_statistics(statistics_ptr + 2 * batch_head * seqlen_q, row, seqlen_q)
         delta = tl.load(delta_ptr + batch_head * seqlen_q + row, mask=row < seqlen_q, other=0.0)
-        scores = bent_scores(tl.dot(k, tl.trans(q), input_precision=PRECISION), unit, rules)
+        qk = product(
+            k, key, col_start, seqlen_k, q, head_q, start, seqlen_q, BLOCK_N, BLOCK_M, BLOCK_D, HEAD_DIM, PRECISION
+        )  # fmt: skip
+        scores = bent_scores(qk, unit, rules)
         p = probabilities(scores, row_max[None, :], inverse_sum[None, :], rows, cols, at, sizes, rules, PARTIAL)
         factor = None
         dropped = p
@@ -131,16 +144,19 @@ def _grad_of_keys(
             factor = dropout_factor(rows, cols, batch_head.to(tl.int32), dropout)
             dropped = p * factor
         dv = weighted_sum(dropped.to(do.dtype), do, dv, CAREFUL, PRECISION)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        dp = product(
+            v, value, col_start, seqlen_k, do, head_do, start, seqlen_q, BLOCK_N, BLOCK_M, BLOCK_DV, VALUE_DIM,
+            PRECISION,
+        )  # fmt: skip
         ds = score_gradient(p, factor, dp, delta[None, :], rows, cols, at, sizes, rules, d_weights, PARTIAL)
         dk = weighted_sum(_through_softcap(ds, scores, rules[6]).to(q.dtype), q, dk, CAREFUL, PRECISION)
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["heads", "group", "seqlen_q", "seqlen_k", "lower", "upper", "shift"])
+@triton.jit(do_not_specialize=RUN_TIME)
 def _attention_bwd_dkdv_kernel(
-    query, key, value, d_out, statistics_ptr, delta_ptr, d_key, d_value, rules, dropout, d_weights, tile_lists,
-    heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
+    query, key, value, d_out, statistics_ptr, delta_ptr, d_key, d_value, rules, dropout, d_weights,
+    tile_lists, lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
@@ -159,29 +175,30 @@ def _attention_bwd_dkdv_kernel(
         stored_dv = load_tile(d_value, col_start, seqlen_k, BLOCK_N, BLOCK_DV, VALUE_DIM, True)
         if not (any_not_finite(stored_dk) | any_not_finite(stored_dv)):
             return
-    cols = col_start + tl.arange(0, BLOCK_N)[:, None]
     sizes = (seqlen_q, seqlen_k, lower, upper, shift)
-    k = load_tile(head_of(key, batch, kv_head), col_start, seqlen_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)
-    v = load_tile(head_of(value, batch, kv_head), col_start, seqlen_k, BLOCK_N, BLOCK_DV, VALUE_DIM, True)
+    key = head_of(key, batch, kv_head)
+    value = head_of(value, batch, kv_head)
+    k = load_tile(key, col_start, seqlen_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)
+    v = load_tile(value, col_start, seqlen_k, BLOCK_N, BLOCK_DV, VALUE_DIM, True)
     unit = scale * LOG2_E
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     tiles = None
     if tile_lists is not None:
-        lists_ptr, stride_lb, stride_lh, stride_lt, _ = tile_lists
-        tiles = lists_ptr + batch * stride_lb + kv_head * stride_lh + col_tile * stride_lt
+        tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
+        tiles = list_of(tile_lists, lists_per_batch, lists_per_head, (batch, kv_head), col_tile, tiles_n, tiles_m)
     edges = row_edges(col_start, (batch, kv_head), sizes, rules, BLOCK_M, BLOCK_N)
     full, partial = count_visits(edges, tiles)
     dk, dv = _grad_of_keys(
-        dk, dv, k, v, unit, query, d_out, statistics_ptr, delta_ptr, cols, batch, kv_head, heads, group, sizes, rules,
-        dropout, d_weights, partial, edges, tiles,
-        BLOCK_M, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, True, CAREFUL, PRECISION,
+        dk, dv, k, v, unit, query, key, value, d_out, statistics_ptr, delta_ptr, col_start, batch, kv_head, heads,
+        group, sizes, rules, dropout, d_weights, partial, edges, tiles,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, True, CAREFUL, PRECISION,
     )  # fmt: skip
     dk, dv = _grad_of_keys(
-        dk, dv, k, v, unit, query, d_out, statistics_ptr, delta_ptr, cols, batch, kv_head, heads, group, sizes, rules,
-        dropout, d_weights, full, edges, tiles,
-        BLOCK_M, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, False, CAREFUL, PRECISION,
+        dk, dv, k, v, unit, query, key, value, d_out, statistics_ptr, delta_ptr, col_start, batch, kv_head, heads,
+        group, sizes, rules, dropout, d_weights, full, edges, tiles,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, False, CAREFUL, PRECISION,
     )  # fmt: skip
     store_tile(d_key, col_start, seqlen_k, dk * scale, BLOCK_N, BLOCK_D, HEAD_DIM)
     store_tile(d_value, col_start, seqlen_k, dv, BLOCK_N, BLOCK_DV, VALUE_DIM)
@@ -216,10 +233,10 @@ def _grad_of_queries(
     return dq, d_slope
 
 
-@triton.jit(do_not_specialize=["heads", "group", "seqlen_q", "seqlen_k", "lower", "upper", "shift"])
+@triton.jit(do_not_specialize=RUN_TIME)
 def _attention_bwd_dq_kernel(
-    query, key, value, d_out, statistics_ptr, delta_ptr, d_query, d_slopes_ptr, rules, dropout, d_weights, tile_lists,
-    heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
+    query, key, value, d_out, statistics_ptr, delta_ptr, d_query, d_slopes_ptr, rules, dropout, d_weights,
+    tile_lists, lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
@@ -251,8 +268,8 @@ def _attention_bwd_dq_kernel(
     d_slope = tl.zeros([BLOCK_M], tl.float32)
     tiles = None
     if tile_lists is not None:
-        lists_ptr, stride_lb, stride_lh, stride_lt, _ = tile_lists
-        tiles = lists_ptr + batch * stride_lb + head * stride_lh + row_tile * stride_lt
+        tiles_n = tl.cdiv(seqlen_k, BLOCK_N)
+        tiles = list_of(tile_lists, lists_per_batch, lists_per_head, at, row_tile, tiles_m, tiles_n)
     edges = key_edges(row_start, at, sizes, rules, BLOCK_M, BLOCK_N)
     full, partial = count_visits(edges, tiles)
     SLOPES: tl.constexpr = d_slopes_ptr is not None
@@ -322,11 +339,13 @@ def launch_attention_bwd(
         with device_guard(query):
             if dk.numel() or dv.numel():
                 _attention_bwd_dkdv_kernel[(triton.cdiv(seqlen_k, tiles.dkdv.block_n) * batch * kv_heads,)](
-                    *inputs, strided(dk), strided(dv), *rules, strided(lists and lists.of_keys(tiles.dkdv)), *numbers,
-                    **sizes, CAREFUL=careful, **tiles.dkdv.launch_options(),
+                    *inputs, strided(dk), strided(dv), *rules,
+                    *list_arguments(lists and lists.of_keys(tiles.dkdv)), *numbers, **sizes,
+                    CAREFUL=careful, **tiles.dkdv.launch_options(),
                 )  # fmt: skip
             if dq.numel():
                 _attention_bwd_dq_kernel[(triton.cdiv(seqlen_q, tiles.dq.block_m) * batch * heads,)](
-                    *inputs, strided(dq), d_slopes, *rules, strided(lists and lists.of_rows(tiles.dq)), *numbers,
-                    **sizes, CAREFUL=careful, **tiles.dq.launch_options(),
+                    *inputs, strided(dq), d_slopes, *rules,
+                    *list_arguments(lists and lists.of_rows(tiles.dq)), *numbers, **sizes,
+                    CAREFUL=careful, **tiles.dq.launch_options(),
                 )  # fmt: skip

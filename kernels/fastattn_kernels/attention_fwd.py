@@ -8,10 +8,10 @@ from fastattn_kernels._device import device_guard
 from fastattn_kernels._dropout import dropout_keep, dropout_scale
 from fastattn_kernels._masking import INFINITY, LN_2, LOG2_E, capped, masked_scores
 from fastattn_kernels._tiles import any_not_finite, head_of, load_tile, store_statistics, store_tile, weighted_sum
-from fastattn_kernels._visits import count_visits, key_edges, visited_tile
+from fastattn_kernels._visits import count_visits, key_edges, list_of, visited_tile
 from fastattn_kernels.attention_config import Config, careful_config, dot_precision, forward_config, head_block
-from fastattn_kernels.attention_problem import Problem, strided
-from fastattn_kernels.tile_map import TileMap
+from fastattn_kernels.attention_problem import RUN_TIME, Problem, strided
+from fastattn_kernels.tile_map import TileMap, list_arguments
 
 # The smallest normal float32: scores times this are 0, as a scale of 0 wants, yet -inf times it stays -inf.
 TINY = tl.constexpr(1.1754943508222875e-38)
@@ -58,10 +58,10 @@ def _attend_keys(
     return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["heads", "group", "seqlen_q", "seqlen_k", "lower", "upper", "shift"])
+@triton.jit(do_not_specialize=RUN_TIME)
 def _attention_fwd_kernel(
-    query, key, value, out, lse_ptr, statistics_ptr, rules, sinks, dropout, tile_lists,
-    heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
+    query, key, value, out, lse_ptr, statistics_ptr, rules, sinks, dropout,
+    tile_lists, lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
@@ -97,8 +97,8 @@ def _attention_fwd_kernel(
     row_sum = tl.where(row_max == -INFINITY, 0.0, 1.0)
     tiles = None
     if tile_lists is not None:
-        lists_ptr, stride_lb, stride_lh, stride_lt, _ = tile_lists
-        tiles = lists_ptr + batch * stride_lb + head * stride_lh + row_tile * stride_lt
+        tiles_n = tl.cdiv(seqlen_k, BLOCK_N)
+        tiles = list_of(tile_lists, lists_per_batch, lists_per_head, at, row_tile, tiles_m, tiles_n)
     edges = key_edges(row_start, at, sizes, rules, BLOCK_M, BLOCK_N)
     full, partial = count_visits(edges, tiles)
     acc, row_max, row_sum = _attend_keys(
@@ -143,7 +143,7 @@ def launch_attention_fwd(
         with device_guard(query):
             _attention_fwd_kernel[(triton.cdiv(seqlen_q, tile.block_m) * batch * heads,)](
                 strided(query), strided(key), strided(value), strided(out), lse, statistics,
-                problem.rules(), strided(problem.sinks), problem.dropout(), strided(lists),
+                problem.rules(), strided(problem.sinks), problem.dropout(), *list_arguments(lists),
                 *problem.sizes(), problem.scale,
                 HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=head_block(head_dim), BLOCK_DV=head_block(value_dim),
                 PRECISION=dot_precision(query.dtype), CAREFUL=careful, **tile.launch_options(),

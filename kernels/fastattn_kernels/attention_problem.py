@@ -7,6 +7,8 @@ from torch import Tensor
 
 from fastattn_kernels.attention_config import Load
 
+# The kernel arguments that Triton must not look at: a new length is no reason to compile again.
+RUN_TIME = ("heads", "group", "seqlen_q", "seqlen_k", "lower", "upper", "shift", "lists_per_batch", "lists_per_head")
 # A pointer and its strides, or None: a tuple of kernel arguments.
 Argument = tuple[object, ...] | None
 

@@ -16,7 +16,7 @@ from fastattn_kernels._tiles import head_of, load_statistics, load_tile
 from fastattn_kernels._visits import count_visits, key_edges, visited_tile
 from fastattn_kernels.attention_bwd import bent_scores, load_weights_gradient, probabilities
 from fastattn_kernels.attention_config import Config, dot_precision, head_block, weights_config
-from fastattn_kernels.attention_problem import Problem, WeightsGradient, strided
+from fastattn_kernels.attention_problem import RUN_TIME, Problem, WeightsGradient, strided
 
 
 @triton.jit
@@ -31,9 +31,7 @@ def _weights(
     return p
 
 
-@triton.jit(
-    do_not_specialize=["heads", "group", "seqlen_q", "seqlen_k", "lower", "upper", "shift", "heads_per_program"]
-)
+@triton.jit(do_not_specialize=[*RUN_TIME, "heads_per_program"])
 def _attention_weights_kernel(
     query, key, statistics_ptr, weights, rules, dropout,
     heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale, heads_per_program,
@@ -80,7 +78,7 @@ def _attention_weights_kernel(
     tl.store(ptrs, (total / heads_per_program).to(weights_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["heads", "group", "seqlen_q", "seqlen_k", "lower", "upper", "shift"])
+@triton.jit(do_not_specialize=RUN_TIME)
 def _attention_weights_delta_kernel(
     query, key, statistics_ptr, delta_ptr, rules, dropout, d_weights,
     heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastattn_kernels._device import device_guard
 from fastattn_kernels._masking import visible
 from fastattn_kernels.attention_config import Config
-from fastattn_kernels.attention_problem import Problem
+from fastattn_kernels.attention_problem import RUN_TIME, Problem
 
 GRANULE = 64
 # A tile map costs two launches in each direction: fewer granules than this are quicker visited one and all.
@@ -23,7 +23,7 @@ FEWEST_GRANULES = 6
 _CHUNK = 64
 
 
-@triton.jit(do_not_specialize=["heads", "group", "seqlen_q", "seqlen_k", "lower", "upper", "shift"])
+@triton.jit(do_not_specialize=[*RUN_TIME, "map_heads"])
 def _tile_map_kernel(
     map_ptr, rules, heads, group, seqlen_q, seqlen_k, lower, upper, shift, map_heads, GRANULE: tl.constexpr
 ):  # fmt: skip
@@ -41,11 +41,10 @@ def _tile_map_kernel(
     tl.store(map_ptr + pid, (some + every).to(tl.uint8))
 
 
-@triton.jit(do_not_specialize=["granules_own", "granules_other", "tiles_other", "map_heads", "heads_per_list"])
+@triton.jit(do_not_specialize=["own_granules", "other_granules", "tiles_own", "tiles_other", "heads_per_list"])
 def _tile_lists_kernel(
-    lists_ptr, map_ptr, stride_own, stride_other, granules_own, granules_other, tiles_own, tiles_other, map_heads,
-    heads_per_list, OWN: tl.constexpr, OTHER: tl.constexpr, GRANULE: tl.constexpr, OWN_IS_ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    lists_ptr, map_ptr, own_granules, other_granules, tiles_own, tiles_other, heads_per_list,
+    OWN: tl.constexpr, OTHER: tl.constexpr, GRANULE: tl.constexpr, OWN_IS_ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The list of one tile of OWN rows (or keys): counts of the tiles of OTHER keys (or rows) that are seen whole and
     in part, by any head that shares the list; the first from the front, the second from the back."""
@@ -61,17 +60,20 @@ def _tile_lists_kernel(
         most = tl.zeros([CHUNK], tl.int32)
         least = tl.full([CHUNK], 2, tl.int32)
         for head in tl.range(first_head, first_head + heads_per_list):
-            head_ptr = map_ptr + head * granules_own * granules_other
+            head_ptr = map_ptr + head * own_granules * other_granules
             for i in tl.static_range((OWN + GRANULE - 1) // GRANULE):
                 for j in tl.static_range((OTHER + GRANULE - 1) // GRANULE):
-                    ptrs = head_ptr + (own_granule + i) * stride_own + (other_granule + j) * stride_other
-                    inside = (own_granule + i < granules_own) & (other_granule + j < granules_other)
+                    if OWN_IS_ROWS:
+                        ptrs = head_ptr + (own_granule + i) * other_granules + other_granule + j
+                    else:
+                        ptrs = head_ptr + (other_granule + j) * own_granules + own_granule + i
+                    inside = (own_granule + i < own_granules) & (other_granule + j < other_granules)
                     state = tl.load(ptrs, mask=inside, other=0).to(tl.int32)
                     most = tl.maximum(most, state)
                     if OWN_IS_ROWS:  # past the last key nobody sees anything, past the last row nobody is
-                        least = tl.where(own_granule + i < granules_own, tl.minimum(least, state), least)
+                        least = tl.where(own_granule + i < own_granules, tl.minimum(least, state), least)
                     else:
-                        least = tl.where(other_granule + j < granules_other, tl.minimum(least, state), least)
+                        least = tl.where(other_granule + j < other_granules, tl.minimum(least, state), least)
         exists = tile < tiles_other
         whole = ((least == 2) & exists).to(tl.int32)
         in_part = ((most > 0) & (least < 2) & exists).to(tl.int32)
@@ -110,8 +112,8 @@ class TileMap:
         return self._lists(lengths, (config.block_m, config.block_n), own_is_rows=True, heads_per_list=1)
 
     def of_keys(self, config: Config) -> Tensor:
-        """int32 ``[B | 1, Hk | 1, tiles of keys, 2 + tiles of rows]``: for every tile of keys the tiles of rows that, in
-        any head of the group, see it."""
+        """int32 ``[B | 1, Hk | 1, tiles of keys, 2 + tiles of rows]``: for every tile of keys the tiles of rows that
+        see it, in any head of the group."""
         lengths = self._problem.key.shape[2], self._problem.query.shape[2]
         group = self._problem.query.shape[1] // self._problem.key.shape[1] if self.granules.shape[1] > 1 else 1
         return self._lists(lengths, (config.block_n, config.block_m), own_is_rows=False, heads_per_list=group)
@@ -123,12 +125,11 @@ class TileMap:
         tiles_own, tiles_other = (triton.cdiv(length, block) for length, block in zip(lengths, blocks))
         shape = (batch, heads // heads_per_list, tiles_own, 2 + tiles_other)
         lists = torch.empty(shape, dtype=torch.int32, device=self.granules.device)
-        own_axis = (granules_n, 1, granules_m, granules_n)
-        other_axis = (1, granules_n, granules_n, granules_m)
+        granules = (granules_m, granules_n) if own_is_rows else (granules_n, granules_m)
         with device_guard(self.granules):
             _tile_lists_kernel[(lists.numel() // lists.shape[3],)](
-                lists, self.granules, *(own_axis if own_is_rows else other_axis), tiles_own, tiles_other, heads,
-                heads_per_list, OWN=blocks[0], OTHER=blocks[1], GRANULE=GRANULE, OWN_IS_ROWS=own_is_rows, CHUNK=_CHUNK,
+                lists, self.granules, *granules, tiles_own, tiles_other, heads_per_list,
+                OWN=blocks[0], OTHER=blocks[1], GRANULE=GRANULE, OWN_IS_ROWS=own_is_rows, CHUNK=_CHUNK,
             )  # fmt: skip
         return lists
 
@@ -138,3 +139,11 @@ def tile_map_for(problem: Problem) -> TileMap | None:
     seqlen_q, seqlen_k = problem.query.shape[2], problem.key.shape[2]
     granules = triton.cdiv(seqlen_q, GRANULE) * triton.cdiv(seqlen_k, GRANULE)
     return TileMap(problem) if problem.masks and granules >= FEWEST_GRANULES else None
+
+
+def list_arguments(lists: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """The kernel arguments ``tile_lists, lists_per_batch, lists_per_head``."""
+    if lists is None:
+        return None, 0, 0
+    batch, heads = lists.shape[:2]
+    return lists, heads if batch > 1 else 0, 1 if heads > 1 else 0

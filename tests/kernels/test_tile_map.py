@@ -12,8 +12,8 @@ from tests.conftest import INTERPRETING
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastattn_kernels import attention_config, tile_map  # noqa: E402
-from fastattn_kernels.attention_problem import Problem  # noqa: E402
+from fastattn_kernels import attention_config, tile_map
+from fastattn_kernels.attention_problem import Problem
 
 B, H, HK, L, S, D = 2, 2, 1, 150, 270, 8
 
