@@ -12,6 +12,7 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from benchmarks.module import MEMORY_CASES
 from benchmarks.registry import Case, all_cases, families, quick_cases
 from benchmarks.report import HEADER, cells, print_table, write_json
 from benchmarks.runner import Row, run_case
+from benchmarks.tiles import SEQLEN, counts
 
 # The quick set on a busy machine: what is not reached by then is named and left out.
 _QUICK_SECONDS = 140.0
@@ -85,6 +87,16 @@ def _print_memory(rows: list[Row]) -> None:
     print_table("peak memory of one step, MiB", ("case", "variant", "MiB", "of the peer's"), lines)
 
 
+def _print_tiles(rows: list[dict[str, Any]]) -> None:
+    lines = [
+        (row["mask"], *(str(row[name]) for name in ("tiles", "whole", "in_part")),
+         f"{(row['whole'] + row['in_part']) / row['tiles']:.2f}")
+        for row in rows
+    ]  # fmt: skip
+    header = ("mask", "tiles", "visited whole", "visited in part", "of all")
+    print_table(f"tiles of scores that the kernels visit, L = S = {SEQLEN}", header, lines)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; its exit status is 1 where a result is wrong or a step failed."""
     options = _arguments(arguments)
@@ -109,6 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     seconds = options.seconds or (0.3 if options.quick else 2.0)
     known, rows, started = families(), [], time.monotonic()
     memory = _memory_rows() if on_cpu and not options.only else []
+    tiles = [] if options.only else counts()
     left_out: list[str] = []
     for index, case in enumerate(cases):
         elapsed = time.monotonic() - started
@@ -126,11 +139,13 @@ def main(arguments: list[str] | None = None) -> int:
         print_table(f"{family}, ratio to {known[family].peer}", HEADER, [cells(row) for row in shown])
     if memory:
         _print_memory(memory)
+    if tiles:
+        _print_tiles(tiles)
     if left_out:
         print(f"\nthe machine is too busy: {len(left_out)} cases left out: {', '.join(left_out)}")
     print(f"\n{len(rows)} rows in {time.monotonic() - started:.0f} s, load {load():.1f}")
     if options.json:
-        write_json(options.json, [*rows, *memory], facts, left_out=left_out)
+        write_json(options.json, [*rows, *memory], facts, left_out=left_out, tiles=tiles)
     return 1 if any(row.status in ("wrong", "error") for row in rows) else 0
 
 

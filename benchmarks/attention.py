@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
-from benchmarks.registry import Case, Family, Step, Variant, differentiated
+from benchmarks.registry import Case, Family, Mask, Step, Variant, differentiated
+from fastattn.ops._call import make_call
 from fastattn.reference import attention as reference
+from fastattn.reference import visibility
 
 # Above this many elements a variant that makes the L x S scores is not worth its minutes.
 _SMALL_SCORES = 1 << 30
@@ -26,19 +28,33 @@ def _inputs(case: Case, dtype: torch.dtype) -> list[Tensor]:
     return [case.draw(*shape, dtype=dtype, generator=generator).transpose(1, 2) for _ in range(4)]
 
 
-def _masks(case: Case, dtype: torch.dtype) -> dict[str, Any]:
-    """The keyword arguments of ``fastattn.attention`` that hide keys, in its words."""
-    generator = torch.Generator().manual_seed(case.seed + 2)
-    if case.mask == "causal":
-        return {"is_causal": True}
+def masks(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    """The keyword arguments of ``fastattn.attention`` that rule the scores, in its words."""
+    generator, seqlen = torch.Generator().manual_seed(case.seed + 2), case.seqlen
+    if case.mask == "none":
+        return {}
     if case.mask == "padding":
         return {"key_padding_mask": padding_mask(case)}
     if case.mask == "boolean":
-        visible = torch.rand(case.seqlen, case.seqlen, generator=generator) < 0.75
-        return {"attn_mask": visible.to(case.device)}
+        return {"attn_mask": (torch.rand(seqlen, seqlen, generator=generator) < 0.75).to(case.device)}
+    if case.mask == "sparse":  # a quarter of the blocks of 128 x 128, and the diagonal
+        blocks = -(-seqlen // 128)
+        seen = (torch.rand(blocks, blocks, generator=generator) < 0.25) | torch.eye(blocks, dtype=torch.bool)
+        seen = seen.repeat_interleave(128, 0).repeat_interleave(128, 1)[:seqlen, :seqlen]
+        return {"attn_mask": seen.contiguous().to(case.device)}
     if case.mask == "bias":
-        return {"attn_mask": case.draw(1, case.heads, case.seqlen, case.seqlen, dtype=dtype, generator=generator)}
-    return {}
+        return {"attn_mask": case.draw(1, case.heads, seqlen, seqlen, dtype=dtype, generator=generator)}
+    causal: dict[str, Any] = {"is_causal": True}
+    if case.mask == "documents":  # of unequal lengths, about eight to a sequence
+        ends = torch.rand(case.batch, seqlen, generator=generator) < 8 / seqlen
+        return causal | {"document_ids": ends.cumsum(1).int().to(case.device)}
+    if case.mask == "window":
+        return causal | {"window": (seqlen // 8, None)}
+    if case.mask == "alibi":
+        return causal | {"alibi_slopes": 2.0 ** (-8 * torch.arange(1, case.heads + 1, device=case.device) / case.heads)}
+    if case.mask == "softcap":
+        return causal | {"softcap": 30.0}
+    return causal
 
 
 def padding_mask(case: Case) -> Tensor:
@@ -53,23 +69,24 @@ def _step(function: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor], ca
 
 
 def _ours(case: Case, dtype: torch.dtype) -> Step:
-    function = functools.partial(fastattn.attention, need_weights=case.weights, **_masks(case, dtype))
+    function = functools.partial(fastattn.attention, need_weights=case.weights, **masks(case, dtype))
     return _step(lambda *qkv: _tuple(function(*qkv)), _inputs(case, dtype), case)
 
 
 def _naive(case: Case, dtype: torch.dtype) -> Step:
-    return _formula(case, _inputs(case, dtype), _masks(case, dtype))
+    return _formula(case, _inputs(case, dtype), masks(case, dtype))
 
 
 def _reference(case: Case, dtype: torch.dtype) -> Step:
     """The formula over what :func:`_first_head` leaves."""
-    masks = _masks(case, dtype)
-    attn_mask, padding = masks.get("attn_mask"), masks.get("key_padding_mask")
-    if not case.weights and attn_mask is not None and attn_mask.dim() == 4:
-        masks["attn_mask"] = attn_mask[:, :1]
-    if not case.weights and padding is not None:
-        masks["key_padding_mask"] = padding[:1]
-    return _formula(case, list(_first_head(case, tuple(_inputs(case, dtype)))), masks)
+    arguments = masks(case, dtype)
+    if not case.weights:
+        for name, tensor in arguments.items():
+            if name == "alibi_slopes":
+                arguments[name] = tensor[:1]
+            elif isinstance(tensor, Tensor) and (name != "attn_mask" or tensor.dim() == 4):
+                arguments[name] = tensor[:, :1] if name == "attn_mask" else tensor[:1]
+    return _formula(case, list(_first_head(case, tuple(_inputs(case, dtype)))), arguments)
 
 
 def _first_head(case: Case, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -80,14 +97,13 @@ def _first_head(case: Case, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return results if case.weights else tuple(t[:1, :1] for t in results)
 
 
-def _formula(case: Case, tensors: list[Tensor], masks: dict[str, Any]) -> Step:
-    attn_mask = masks.get("attn_mask")
-    names = {"key_padding_mask": masks.get("key_padding_mask"), "diagonal": 0 if masks.get("is_causal") else None}
-    if attn_mask is not None:
-        names["mask" if attn_mask.dtype == torch.bool else "bias"] = attn_mask
+def _formula(case: Case, tensors: list[Tensor], arguments: dict[str, Any]) -> Step:
+    call = make_call(*tensors[:3], **arguments)._asdict()
+    for name in ("query", "key", "value", "dropout_p", "weights", "return_lse"):
+        del call[name]
 
     def function(*qkv: Tensor) -> tuple[Tensor, ...]:
-        result = reference(*qkv, **names)
+        result = reference(*qkv, **call)
         return (result.output, result.weights.mean(dim=1)) if case.weights else (result.output,)
 
     return _step(function, tensors, case)
@@ -97,17 +113,35 @@ def _tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
+def _for_sdpa(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    """What rules the scores, as SDPA takes it: a mask made whole where it has no word for it."""
+    arguments, (query, key, value, _) = masks(case, dtype), _inputs(case, dtype)
+    if case.mask in ("none", "causal", "boolean", "sparse", "bias"):
+        return arguments
+    call = make_call(query, key, value, **arguments)
+    lengths = {"seqlen_q": case.seqlen, "seqlen_k": case.seqlen, "lower": call.lower, "upper": call.upper}
+    visible = visibility(
+        **lengths,
+        key_padding_mask=call.key_padding_mask,
+        query_documents=call.query_documents,
+        key_documents=call.key_documents,
+        device=query.device,
+    )
+    if call.alibi_slopes is None:
+        return {"attn_mask": visible}
+    positions = torch.arange(case.seqlen, device=query.device)
+    bias = -call.alibi_slopes[..., None, None] * (positions[:, None] - positions).abs()
+    return {"attn_mask": bias.masked_fill(~visible, float("-inf")).to(dtype)}
+
+
 def _sdpa(case: Case, dtype: torch.dtype, backend: SDPBackend | None = None) -> Step:
-    masks = _masks(case, dtype)
-    padding = masks.pop("key_padding_mask", None)
-    if padding is not None:
-        masks["attn_mask"] = ~padding[:, None, None, :]
+    arguments = _for_sdpa(case, dtype)
 
     def function(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         if backend is None:
-            return (F.scaled_dot_product_attention(query, key, value, **masks),)
+            return (F.scaled_dot_product_attention(query, key, value, **arguments),)
         with sdpa_kernel(backend):
-            return (F.scaled_dot_product_attention(query, key, value, **masks),)
+            return (F.scaled_dot_product_attention(query, key, value, **arguments),)
 
     return _step(function, _inputs(case, dtype), case)
 
@@ -115,33 +149,40 @@ def _sdpa(case: Case, dtype: torch.dtype, backend: SDPBackend | None = None) -> 
 def _flex(case: Case, dtype: torch.dtype) -> Step:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    masks = _masks(case, dtype)
-    block_mask = score_mod = None
-    if case.mask in ("causal", "padding", "boolean"):
-        hides: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-        if case.mask == "causal":
-            hides = lambda b, h, i, j: i >= j  # noqa: E731
-        elif case.mask == "padding":
-            visible = ~masks["key_padding_mask"]
-            hides = lambda b, h, i, j: visible[b, j]  # noqa: E731
-        else:
-            visible = masks["attn_mask"]
-            hides = lambda b, h, i, j: visible[i, j]  # noqa: E731
-        batch = case.batch if case.mask == "padding" else None
-        block_mask = create_block_mask(hides, batch, None, case.seqlen, case.seqlen, device=case.device)
-    elif case.mask == "bias":
-        bias = masks["attn_mask"]
-        score_mod = lambda score, b, h, i, j: score + bias[0, h, i, j]  # noqa: E731
+    arguments = masks(case, dtype)
+    mask, padding = arguments.get("attn_mask"), arguments.get("key_padding_mask")
+    documents, slopes = arguments.get("document_ids"), arguments.get("alibi_slopes")
+    hides: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+        "padding": lambda b, h, i, j: ~padding[b, j],
+        "boolean": lambda b, h, i, j: mask[i, j],
+        "sparse": lambda b, h, i, j: mask[i, j],
+        "documents": lambda b, h, i, j: (i >= j) & (documents[b, i] == documents[b, j]),
+        "window": lambda b, h, i, j: (i >= j) & (i - j <= case.seqlen // 8),
+        **dict.fromkeys(("causal", "alibi", "softcap"), lambda b, h, i, j: i >= j),
+    }
+    changes: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+        "bias": lambda score, b, h, i, j: score + mask[0, h, i, j],
+        "alibi": lambda score, b, h, i, j: score - slopes[h] * (i - j).abs(),
+        "softcap": lambda score, b, h, i, j: 30.0 * torch.tanh(score / 30.0),
+    }
+    block_mask = None
+    if case.mask in hides:
+        batch = case.batch if case.mask in ("padding", "documents") else None
+        block_mask = create_block_mask(hides[case.mask], batch, None, case.seqlen, case.seqlen, device=case.device)
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def function(*qkv: Tensor) -> tuple[Tensor, ...]:
-        return (compiled(*qkv, block_mask=block_mask, score_mod=score_mod),)
+        return (compiled(*qkv, block_mask=block_mask, score_mod=changes.get(case.mask)),)
 
     return _step(function, _inputs(case, dtype), case)
 
 
 def _no_weights(case: Case) -> str | None:
     return "returns no weights" if case.weights else None
+
+
+def _sdpa_has(case: Case) -> str | None:
+    return "SDPA has no softcap" if case.mask == "softcap" else _no_weights(case)
 
 
 def _only_small(case: Case) -> str | None:
@@ -153,8 +194,8 @@ def _sdpa_on_cuda(kind: str) -> Callable[[Case], str | None]:
     def applies(case: Case) -> str | None:
         if torch.device(case.device).type != "cuda":
             return f"SDPA's {kind} kernel is compared on CUDA only"
-        if case.weights:
-            return "returns no weights"
+        if (reason := _sdpa_has(case)) is not None:
+            return reason
         if kind != "math" and case.dtype == torch.float32:
             return "takes float16 and bfloat16 here"
         if kind == "flash" and case.mask not in ("none", "causal"):
@@ -178,7 +219,7 @@ FAMILY = Family(
     "attention",
     (
         Variant("fastattn", _ours),
-        Variant("sdpa", _sdpa, _no_weights),
+        Variant("sdpa", _sdpa, _sdpa_has),
         Variant("naive", _naive, _only_small),
         _sdpa_variant("flash", SDPBackend.FLASH_ATTENTION),
         _sdpa_variant("efficient", SDPBackend.EFFICIENT_ATTENTION),
@@ -200,6 +241,10 @@ def quick_cases() -> list[Case]:
         for shape in (small, larger)
         for backward in (False, True)
         for mask, weights in (("causal", False), ("causal", True))
+    ] + [
+        Case("attention", 1, 8, 1024, 64, backward=backward, mask=mask)
+        for backward in (False, True)
+        for mask in ("window", "documents")
     ]
 
 
@@ -208,6 +253,6 @@ def more_cases() -> list[Case]:
     return [
         Case("attention", 1, 8, 2048, 64, backward=backward, mask=mask, weights=weights)
         for backward in (False, True)
-        for mask in ("none", "causal", "padding", "boolean", "bias")
+        for mask in get_args(Mask)
         for weights in (False, True)
     ]

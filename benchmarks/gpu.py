@@ -57,8 +57,9 @@ def matrix() -> list[tuple[Case, tuple[str, ...]]]:
     for backward in (False, True):
         module = Case("module", 4, 16, 2048, 64, torch.bfloat16, backward, "none", True, "cuda")
         cases[module] = ("fastattn", "nn.MultiheadAttention")
-    for mask in ("padding", "boolean", "bias"):
-        add(2048, 128, mask, *_FAST, "flex")
+    masks: tuple[Mask, ...] = ("padding", "documents", "sparse", "bias", "window", "boolean", "alibi", "softcap")
+    for mask in masks:
+        add(4096, 128, mask, *_FAST, "flex")
     add(4096, 256, "causal", *_FAST)
     add(4096, 128, "none", *_FAST, dtype=torch.float16)
     add(4096, 64, "causal", *_FAST, dtype=torch.float16)

@@ -93,7 +93,7 @@ def _has_module(case: Case) -> str | None:
 
 
 def _masks_torch_has(case: Case) -> str | None:
-    return f"no {case.mask} mask in this family" if case.mask in ("boolean", "bias") else None
+    return None if case.mask in ("none", "padding", "causal") else f"no {case.mask} mask in this family"
 
 
 def _sdpa_applies(case: Case) -> str | None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 Step = Callable[[], tuple[Tensor, ...]]
-Mask = Literal["none", "causal", "padding", "boolean", "bias"]
+# What rules who sees whom, and what else touches the scores.
+Mask = Literal["none", "causal", "padding", "boolean", "sparse", "documents", "window", "bias", "alibi", "softcap"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Case:
     def attention_flops(self) -> float:
         """``4 B H L S D`` forward, 2.5 times that backward, halved for a causal call (the field's convention)."""
         forward = 4.0 * self.batch * self.heads * self.seqlen**2 * self.head_dim
-        return forward * (3.5 if self.backward else 1.0) * (0.5 if self.mask == "causal" else 1.0)
+        causal = self.mask in ("causal", "documents", "window", "alibi", "softcap")
+        return forward * (3.5 if self.backward else 1.0) * (0.5 if causal else 1.0)
 
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)

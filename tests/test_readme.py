@@ -11,30 +11,46 @@ import fastattn
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
-# What each row of the support matrix means, as calls: (query options, arguments of attention).
+DIFFERENTIABLE = {"requires_grad": True}
+
+# What each row of the support matrix means, as calls: (query options, arguments of attention). ``order`` says what is
+# done with a call beside running it.
 CALLS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "float16, bfloat16, float32": [({"dtype": d}, {}) for d in (torch.float16, torch.bfloat16, torch.float32)],
     "float64": [({"dtype": torch.float64}, {})],
-    "head size 1 to 256, value size apart": [({"head_dim": d, "value_dim": 24}, {}) for d in (1, 256)],
-    "head size above 256": [({"head_dim": 257}, {})],
+    "head size 1 to 512, value size apart": [({"head_dim": d, "value_dim": 24}, {}) for d in (1, 257, 512)],
+    "head size above 512": [({"head_dim": 513}, {})],
     "causal, top-left and bottom-right": [
         ({}, {"is_causal": True, "causal_alignment": alignment}) for alignment in ("top_left", "bottom_right")
+    ],
+    "sliding window, left and right": [({}, {"window": window}) for window in ((1, 0), (0, None), (None, 2))],
+    "prefix tokens that everybody sees": [
+        ({}, {"is_causal": True, "prefix": prefix}) for prefix in (2, torch.tensor([0, 4]))
     ],
     "boolean mask, any broadcast": [
         ({}, {"attn_mask": torch.ones(shape, dtype=torch.bool)}) for shape in ((3, 5), (2, 1, 1, 5), (1, 4, 3, 1))
     ],
-    "additive mask, any broadcast": [
-        ({}, {"attn_mask": torch.zeros(shape)}) for shape in ((3, 5), (2, 1, 1, 5), (1, 4, 3, 1))
-    ],
-    "gradient of an additive mask": [({}, {"attn_mask": torch.zeros(3, 5, requires_grad=True)})],
     "key padding": [({}, {"key_padding_mask": torch.zeros(2, 5, dtype=torch.bool)})],
+    "document ids": [({}, {"document_ids": (torch.zeros(2, 3).int(), torch.arange(5).expand(2, 5))})],
+    "additive mask, any broadcast, with gradient": [
+        ({}, {"attn_mask": torch.zeros(shape, requires_grad=True)}) for shape in ((3, 5), (2, 1, 1, 5), (1, 4, 3, 1))
+    ],
+    "ALiBi, with gradient of the slopes": [
+        ({}, {"alibi_slopes": torch.ones(shape, requires_grad=True)}) for shape in ((4,), (2, 4))
+    ],
+    "softcap": [({}, {"softcap": 5.0})],
+    "sinks, with gradient": [({}, {"sinks": torch.zeros(4, requires_grad=True)})],
     "grouped-query heads": [({"kv_heads": 2}, {}), ({"kv_heads": 1}, {})],
     "dropout": [({}, {"dropout_p": 0.5})],
     "averaged and per-head weights, with gradient": [
-        ({"requires_grad": True}, {"need_weights": True, "average_attn_weights": average}) for average in (True, False)
+        (DIFFERENTIABLE, {"need_weights": True, "average_attn_weights": average}) for average in (True, False)
     ],
-    "LSE, with gradient": [({"requires_grad": True}, {"return_lse": True})],
-    "second derivative, forward mode, vmap": [({"requires_grad": True}, {"return_lse": True})],
+    "LSE, with gradient": [(DIFFERENTIABLE, {"return_lse": True})],
+    "rows that may see nothing": [({}, {"attn_mask": torch.zeros(3, 5, dtype=torch.bool)})],
+    "second derivative": [(DIFFERENTIABLE, {"order": 2})],
+    "forward mode": [({}, {"order": "jvp"})],
+    "vmap, per-sample gradients": [({}, {"order": "vmap"})],
+    "bitwise deterministic backward": [(DIFFERENTIABLE, {"order": "twice"})],
 }
 
 
@@ -64,12 +80,41 @@ def test_readme_matrix_cell_is_true(feature, backend, device):
         key = torch.randn(2, options["kv_heads"], 5, options["head_dim"], **make)
         value = torch.randn(2, options["kv_heads"], 5, options["value_dim"], **make)
         arguments = {name: a.to(device) if isinstance(a, torch.Tensor) else a for name, a in arguments.items()}
+        order = arguments.pop("order", 1)
         runs = fastattn.explain(query, key, value, backend=backend, **arguments).backend == backend
         assert runs == (matrix()[feature][backend] == "yes")
         if runs:
-            result = fastattn.attention(query, key, value, backend=backend, **arguments)
-            for tensor in result if isinstance(result, tuple) else (result,):
-                assert tensor.isfinite().all()
+            results = derived((query, key, value), order, backend, arguments)
+            assert all(tensor.isfinite().all() for tensor in results)
+
+
+def derived(
+    qkv: tuple[torch.Tensor, ...], order: int | str, backend: str, arguments: dict[str, Any]
+) -> tuple[torch.Tensor, ...]:
+    """The call's results and, where anything requires it, its gradients; or what ``order`` names."""
+    leaves = [t for t in (*qkv, *arguments.values()) if isinstance(t, torch.Tensor) and t.requires_grad]
+
+    def attend(*qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        result: Any = fastattn.attention(*qkv, backend=backend, **arguments)  # type: ignore[arg-type]
+        return result if isinstance(result, tuple) else (result,)
+
+    def gradients(**options: bool) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad([t.square().sum() for t in attend(*qkv)], leaves, **options)
+
+    if order == "jvp":
+        return torch.func.jvp(attend, qkv, qkv)[1]
+    if order == "vmap":
+        per_sample = torch.func.grad(lambda *one: attend(*(t[None] for t in one))[0].sum(), argnums=(0, 1, 2))
+        return torch.func.vmap(per_sample)(*qkv)
+    results = attend(*qkv)
+    if not leaves:
+        return results
+    first = gradients(create_graph=order == 2)
+    if order == 2:
+        first += torch.autograd.grad([t.square().sum() for t in first], leaves)
+    if order == "twice":
+        assert all(torch.equal(a, b) for a, b in zip(first, gradients()))
+    return (*results, *first)
 
 
 def test_readme_code_runs():

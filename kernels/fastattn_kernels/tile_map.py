@@ -138,7 +138,8 @@ def tile_map_for(problem: Problem) -> TileMap | None:
     """The tile map of a problem, or None where arithmetic alone says which tiles to visit, or where there are few."""
     seqlen_q, seqlen_k = problem.query.shape[2], problem.key.shape[2]
     granules = triton.cdiv(seqlen_q, GRANULE) * triton.cdiv(seqlen_k, GRANULE)
-    return TileMap(problem) if problem.masks and granules >= FEWEST_GRANULES else None
+    worthwhile = problem.query.numel() > 0 and granules >= FEWEST_GRANULES
+    return TileMap(problem) if problem.masks and worthwhile else None
 
 
 def list_arguments(lists: Tensor | None) -> tuple[Tensor | None, int, int]:

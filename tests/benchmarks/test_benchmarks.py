@@ -3,15 +3,16 @@
 import dataclasses
 import json
 import math
+from typing import get_args
 
 import pytest
 import torch
 
 import fastattn
 from benchmarks import __main__ as command_line
-from benchmarks import gpu
+from benchmarks import gpu, tiles
 from benchmarks.accuracy import Gate
-from benchmarks.registry import Case, Variant, all_cases, families, quick_cases
+from benchmarks.registry import Case, Mask, Variant, all_cases, families, quick_cases
 from benchmarks.report import row_as_json, write_json
 from benchmarks.runner import run_case
 from benchmarks.timing import Spread, time_on_cpu
@@ -53,13 +54,23 @@ def test_variants_agree_with_float64(family):
     assert all((row.timing is not None) == (row.status == "ok") for row in rows)
 
 
-@pytest.mark.parametrize("mask", ["none", "causal", "padding", "boolean", "bias"])
-def test_attention_masks_agree_with_float64(mask):
-    case = Case("attention", 2, 2, 8, 4, backward=True, mask=mask, weights=True)
+@pytest.mark.parametrize("mask", get_args(Mask))
+@pytest.mark.parametrize("weights", [False, True], ids=["", "weights"])
+def test_attention_masks_agree_with_float64(mask, weights):
+    case = Case("attention", 2, 2, 20, 4, backward=True, mask=mask, weights=weights)
     rows = {row.variant: row for row in run_case(families()["attention"], case, seconds=0.0)}
     assert rows["fastattn"].status == rows["naive"].status == "ok", rows["fastattn"]
-    assert rows["sdpa"].status == "refused"
-    assert rows["sdpa"].reason
+    refuses = weights or mask == "softcap"
+    assert rows["sdpa"].status == ("refused" if refuses else "ok"), rows["sdpa"]
+    assert bool(rows["sdpa"].reason) == refuses
+
+
+def test_tiles_visited_are_counted():
+    """A causal call of 8 x 16 tiles: 2 i + 2 tiles of keys for the i-th tile of rows, the last two of them in part."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = tiles.count(Case("attention", 1, 1, 1024, 64, mask="causal", device=device))
+    assert found == {"mask": "causal", "tiles": 128, "whole": 56, "in_part": 16}
 
 
 def _family_with(build):
