@@ -27,6 +27,9 @@ def bad_calls(device):
     def mask(*shape, dtype=torch.bool):
         return zeros(*shape, dtype=dtype)
 
+    def ids(*shape, **options):
+        return zeros(*shape, dtype=torch.int64, **options)
+
     three = {"query": zeros(B, L, D)}
     return [
         ("query_list", {"query": [1.0]}, TypeError, ["query", "list", "torch.Tensor"]),
@@ -76,6 +79,36 @@ def bad_calls(device):
         ("scale_text", {"scale": "big"}, TypeError, ["scale", "big", "number"]),
         ("causal_text", {"is_causal": "top_left"}, TypeError, ["is_causal", "top_left", "True or False"]),
         ("scale_inf", {"scale": float("inf")}, ValueError, ["scale", "inf", "finite"]),
+        ("window_number", {"window": 3}, TypeError, ["window=3", "(left, right)"]),
+        ("window_three", {"window": (1, 2, 3)}, TypeError, ["window=(1, 2, 3)", "(left, right)"]),
+        ("window_float", {"window": (1.5, None)}, TypeError, ["window=(1.5, None)", "ints"]),
+        ("window_bool", {"window": (True, 0)}, TypeError, ["window=(True, 0)", "ints"]),
+        ("window_negative", {"window": (3, -1)}, ValueError, ["window=(3, -1)", "0 or more"]),
+        ("prefix_float", {"prefix": 2.0}, TypeError, ["prefix=2.0", "int"]),
+        ("prefix_negative", {"prefix": -1}, ValueError, ["prefix=-1", "0 or more"]),
+        ("prefix_floating", {"prefix": zeros(B)}, TypeError, ["prefix", "torch.float32", "integer"]),
+        ("prefix_shape", {"prefix": zeros(H, dtype=torch.int64)}, ValueError, ["prefix", "(4,)", "[batch]", "(2,)"]),
+        ("prefix_device", {"prefix": zeros(B, dtype=torch.int64, device="meta")}, ValueError, ["prefix", "meta"]),
+        ("documents_one", {"document_ids": ids(B, L)}, ValueError, ["document_ids", "5 queries", "7 keys", "pair"]),
+        ("documents_list", {"document_ids": [ids(B, L)]}, TypeError, ["document_ids", "list", "1 items", "pair"]),
+        ("documents_text", {"document_ids": "a"}, TypeError, ["document_ids", "str", "torch.Tensor"]),
+        ("documents_none", {"document_ids": (None, None)}, TypeError, ["document_ids of queries", "NoneType"]),
+        ("documents_swapped", {"document_ids": (ids(B, S), ids(B, L))}, ValueError, ["of queries", "(2, 7)"]),
+        ("documents_keys", {"document_ids": (ids(1, L), ids(3, S))}, ValueError, ["of keys", "(3, 7)"]),
+        ("documents_bool", {"document_ids": (mask(B, L), mask(B, S))}, TypeError, ["torch.bool", "integer"]),
+        ("documents_device", {"document_ids": (ids(B, L), ids(B, S, device="meta"))}, ValueError, ["of keys", "meta"]),
+        ("slopes_list", {"alibi_slopes": [0.5] * H}, TypeError, ["alibi_slopes", "list", "torch.Tensor"]),
+        ("slopes_int", {"alibi_slopes": ids(H)}, TypeError, ["alibi_slopes", "torch.int64", "floating"]),
+        ("slopes_shape", {"alibi_slopes": zeros(3, H)}, ValueError, ["(3, 4)", "[heads] or [batch, heads]"]),
+        ("slopes_device", {"alibi_slopes": zeros(H, device="meta")}, ValueError, ["alibi_slopes", "meta"]),
+        ("sinks_number", {"sinks": 0.0}, TypeError, ["sinks", "float", "torch.Tensor"]),
+        ("sinks_int", {"sinks": ids(H)}, TypeError, ["sinks", "torch.int64", "floating"]),
+        ("sinks_shape", {"sinks": zeros(B, H)}, ValueError, ["sinks", "(2, 4)", "[heads]", "(4,)"]),
+        ("sinks_device", {"sinks": zeros(H, device="meta")}, ValueError, ["sinks", "meta", "one device"]),
+        ("softcap_text", {"softcap": "30"}, TypeError, ["softcap", "'30'", "number"]),
+        ("softcap_zero", {"softcap": 0.0}, ValueError, ["softcap=0.0", "above 0"]),
+        ("softcap_inf", {"softcap": float("inf")}, ValueError, ["softcap=inf", "finite"]),
+        ("softcap_nan", {"softcap": float("nan")}, ValueError, ["softcap=nan", "finite"]),
         ("backend", {"backend": "cuda"}, ValueError, ["backend", "'cuda'", "'auto'", "'triton'", "'torch'"]),
     ]  # fmt: skip
 

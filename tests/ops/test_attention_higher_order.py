@@ -5,7 +5,11 @@ from typing import Any
 import pytest
 import torch
 from torch.func import grad, jvp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from fastattn.ops import _torch_blocks
+from fastattn.ops._call import make_call
 from fastattn.reference import attention as reference
 from fastattn.testing import attention_inputs, attention_mask, key_padding_mask, random_tensor
 from tests.ops.attention_cases import attend
@@ -24,36 +28,157 @@ def assert_close(actual, expected):
 # --------------------------------------------------------------------------------------------- float64, by differences
 
 CALLS: dict[str, dict[str, Any]] = {
+    "output": {},
+    "output_causal": {"is_causal": True},
     "plain": {"return_lse": True},
     "causal": {"is_causal": True, "return_lse": True},
     "average": {"need_weights": True},
     "heads": {"need_weights": True, "average_attn_weights": False, "return_lse": True},
+    "rules": {
+        "window": (0, 1),
+        "causal_alignment": "bottom_right",
+        "prefix": 1,
+        "document_ids": (torch.tensor([[0, 1]]), torch.tensor([[1, 0, 1]])),
+        "softcap": 1.5,
+        "need_weights": True,
+        "return_lse": True,
+    },
+}
+# What else has a gradient.
+LEAVES = {
+    "attn_mask": (1, 1, 2, 3),
+    "alibi_slopes": (1, 2),
+    "sinks": (2,),
 }
 
 
-def float64_function(name, device, bias):
+def float64_function(name, device, more):
     leaves = [*attention_inputs(1, 2, 2, 3, 2, dtype=torch.float64, device=device, seed=1)]
-    if bias:
-        leaves.append(random_tensor(1, 1, 2, 3, seed=5, dtype=torch.float64, device=device))
+    names = LEAVES if more else ()
+    leaves += [random_tensor(*LEAVES[n], seed=5 + i, dtype=torch.float64, device=device) for i, n in enumerate(names)]
+    arguments = dict(CALLS[name])
+    if "document_ids" in arguments:
+        arguments["document_ids"] = tuple(t.to(device) for t in arguments["document_ids"])
 
-    def function(query, key, value, attn_mask=None):
-        return attend(query, key, value, attn_mask=attn_mask, **CALLS[name], backend="torch")
+    def function(query, key, value, *others):
+        return attend(query, key, value, **dict(zip(names, others)), **arguments, backend="torch")
 
     return function, tuple(t.requires_grad_() for t in leaves)
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("name", CALLS)
-def test_attention_gradcheck(name, bias, device):
-    function, leaves = float64_function(name, device, bias)
-    assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True)
+def skip_sdpa_on_gpus(name, more, device):
+    if name.startswith("output") and not more and device.type != "cpu":
+        pytest.skip("F.scaled_dot_product_attention has no double backward or forward mode on GPUs")
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("more", [False, True], ids=["", "bias_slopes_sinks"])
 @pytest.mark.parametrize("name", CALLS)
-def test_attention_gradgradcheck(name, bias, device):
-    function, leaves = float64_function(name, device, bias)
+def test_attention_gradcheck(name, more, device):
+    skip_sdpa_on_gpus(name, more, device)
+    function, leaves = float64_function(name, device, more)
+    assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True, fast_mode=True)
+
+
+@pytest.mark.parametrize("more", [False, True], ids=["", "bias_slopes_sinks"])
+@pytest.mark.parametrize("name", CALLS)
+def test_attention_gradgradcheck(name, more, device):
+    skip_sdpa_on_gpus(name, more, device)
+    function, leaves = float64_function(name, device, more)
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+def test_attention_third_derivatives_gradcheck(device):
+    function, leaves = float64_function("rules", device, True)
+
+    def second(*tensors):
+        first = torch.autograd.grad(sum(t.square().sum() for t in function(*tensors)), tensors, create_graph=True)
+        return torch.autograd.grad(sum(t.square().sum() for t in first), tensors, create_graph=True)
+
+    assert torch.autograd.gradcheck(second, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("derived", [False, True], ids=["self_attention", "derived"])
+def test_plain_outputs_second_derivatives_of_one_tensor(derived, device):
+    """Keys and values that are the queries, or are made from them: no gradient is counted twice."""
+    skip_sdpa_on_gpus("output", False, device)
+    (query,) = attention_inputs(1, 2, 3, 3, 2, dtype=torch.float64, device=device, seed=1)[:1]
+
+    def function(x):
+        return attend(x, 2 * x, x.sin(), backend="torch") if derived else attend(x, x, x, backend="torch")
+
+    assert torch.autograd.gradgradcheck(function, query.requires_grad_(), fast_mode=True)
+
+
+def test_plain_output_second_derivatives_through_checkpointing(device):
+    """Checkpointing unpacks what was saved once a backward pass, and the hook has to unpack it as well."""
+    skip_sdpa_on_gpus("output", False, device)
+    leaves = [t.requires_grad_() for t in attention_inputs(1, 2, 3, 3, 2, dtype=torch.float64, device=device, seed=1)]
+
+    def function(*qkv):
+        def run(*tensors):
+            return attend(*(2 * t for t in tensors), backend="torch")
+
+        return torch.utils.checkpoint.checkpoint(run, *qkv, use_reentrant=False)
+
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ in blocks
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+BLOCKED: dict[str, dict[str, Any]] = {
+    "prefix": {"is_causal": True, "prefix": 2, "softcap": 1.5},
+    "window": {"window": (5, 3), "causal_alignment": "bottom_right"},
+}
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+def test_attention_derivatives_in_blocks(name, device, monkeypatch):
+    """All that is beyond the first order is exact over many blocks, and needs the memory of a few."""
+    batch, heads, length, keys, block = 2, 2, 16, 128, 1024
+    monkeypatch.setattr(_torch_blocks, "BLOCK_ELEMENTS", block)
+    leaves = attention_inputs(batch, heads, length, keys, 4, dtype=torch.float64, device=device, seed=1)
+    leaves += tuple(random_tensor(heads, seed=i, dtype=torch.float64, device=device) for i in (2, 3))
+    tangents = [random_tensor(*t.shape, seed=10 + i, dtype=t.dtype, device=device) for i, t in enumerate(leaves)]
+    arguments = BLOCKED[name]
+
+    def ours(query, key, value, slopes, sinks):
+        more = {**arguments, "alibi_slopes": slopes, "sinks": sinks, "return_lse": True}
+        return attend(query, key, value, **more, backend="torch")
+
+    def truth(query, key, value, slopes, sinks):
+        call = make_call(query, key, value, **arguments, alibi_slopes=slopes, sinks=sinks)
+        rules = {n: getattr(call, n) for n in ("alibi_slopes", "sinks", "prefix", "lower", "upper", "shift", "softcap")}
+        found = reference(query, key, value, **rules)
+        return found.output, found.lse
+
+    def derivatives(function):
+        def gradient(*tensors):
+            return grad(lambda *t: sum(r.square().sum() for r in function(*t)), argnums=(0, 1, 2, 3, 4))(*tensors)
+
+        first = jvp(function, leaves, tuple(tangents))[1]
+        forward_over_reverse = jvp(gradient, leaves, tuple(tangents))[1]
+        tensors = [t.detach().requires_grad_() for t in leaves]
+        return *first, *forward_over_reverse, *second_order(function, tensors)
+
+    with LargestTensor() as largest:
+        found = derivatives(ours)
+    for actual, expected in zip(found, derivatives(truth)):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    assert largest.elements <= 2 * block <= batch * heads * length * keys / 4
 
 
 # ------------------------------------------------------------------------------------ float32, against the reference
@@ -176,13 +301,48 @@ def test_attention_per_sample_gradients(weights, backend, device):
         assert_close(batched, torch.stack(single))
 
 
-def test_attention_per_sample_gradients_of_a_bias(device):
-    """On the backend that has one."""
-    query, key, value = inputs(torch.float32, device)
-    biases = random_tensor(3, 1, 1, L, S, seed=4, device=device)
+RULES: dict[str, Any] = {"is_causal": True, "causal_alignment": "bottom_right", "window": (2, None), "softcap": 2.0}
 
-    def loss(bias):
-        output, lse = attend(query, key, value, attn_mask=bias, return_lse=True, backend="torch")
-        return output.square().sum() + lse.sum()
 
-    assert_close(vmap(grad(loss))(biases), torch.stack([grad(loss)(bias) for bias in biases]))
+def of_samples(what, device):
+    """Three samples of one argument."""
+    return {
+        "attn_mask": random_tensor(3, 1, 1, L, S, seed=4, device=device),
+        "alibi_slopes": random_tensor(3, B, H, seed=5, device=device),
+        "sinks": random_tensor(3, H, seed=6, device=device),
+        "prefix": torch.tensor([[0, 1], [1, 2], [2, 0]], device=device),
+        "query_documents": random_tensor(3, 1, L, seed=7, device=device).gt(0).int(),
+    }[what]
+
+
+def with_argument(what, backend, device):
+    """A call as a function of one argument."""
+    qkv = inputs(torch.float32, device)
+    keys = torch.tensor([[0, 1, 0, 1, 1]], device=device)
+
+    def function(tensor, query=qkv[0]):
+        argument = {"document_ids": (tensor, keys)} if what == "query_documents" else {what: tensor}
+        return attend(query, *qkv[1:], **RULES, **argument, return_lse=True, backend=backend)
+
+    return function
+
+
+@pytest.mark.parametrize("what", ["alibi_slopes", "sinks", "prefix", "query_documents"])
+def test_attention_vmap_over_rules(what, backend, device):
+    function, samples = with_argument(what, backend, device), of_samples(what, device)
+    for batched, single in zip(vmap(function)(samples), zip(*(function(t) for t in samples))):
+        assert_close(batched, torch.stack(single))
+
+
+@pytest.mark.parametrize("what", ["attn_mask", "alibi_slopes", "sinks"])
+def test_attention_per_sample_gradients_of_what_is_added(what, backend, device):
+    """With one tensor a sample, and with one for all samples of another input."""
+    function, samples = with_argument(what, backend, device), of_samples(what, device)
+    queries = torch.stack([inputs(torch.float32, device)[0] * (i + 1) for i in range(3)])
+
+    def loss(tensor, *query):
+        return sum(torch.where(t.isfinite(), t, 0).square().sum() for t in function(tensor, *query))
+
+    assert_close(vmap(grad(loss))(samples), torch.stack([grad(loss)(t) for t in samples]))
+    shared = vmap(grad(loss), in_dims=(None, 0))(samples[0], queries)
+    assert_close(shared, torch.stack([grad(loss)(samples[0], q) for q in queries]))
