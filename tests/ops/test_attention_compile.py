@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import fastattn
 from fastattn.ops import _autograd
@@ -21,20 +22,33 @@ CALLS: dict[str, dict[str, Any]] = {
     "bias_heads_lse": {"masks": "bias", "need_weights": True, "average_attn_weights": False, "return_lse": True},
     "gqa_feature_map": {"kv_heads": 1, "layout": "feature_map", "return_lse": True},
     "dropout": {"dropout_p": 0.5, "return_lse": True},
+    "window_prefix": {"window": (2, 1), "prefix": 1, "causal_alignment": "bottom_right"},
+    "documents_softcap": {"documents": True, "softcap": 2.0, "need_weights": True},
+    "slopes_sinks": {"added": True, "is_causal": True, "return_lse": True},
 }
 
 
 def make_arguments(name, device):
-    """Leaves and keyword arguments of a call."""
+    """Leaves (query, key, value, and slopes and sinks where they are ``added``) and keyword arguments of a call."""
     arguments = dict(CALLS[name])
     layout, kv_heads = arguments.pop("layout", "dense"), arguments.pop("kv_heads", H)
     leaves = attention_inputs(B, H, L, S, D, kv_heads=kv_heads, device=device, layout=layout, seed=1)
+    if arguments.pop("added", False):
+        leaves += tuple(random_tensor(H, seed=i, device=device) for i in (4, 5))
+    if arguments.pop("documents", False):
+        arguments["document_ids"] = tuple(torch.arange(n, device=device).div(4).int()[None] for n in (L, S))
     masks = arguments.pop("masks", None)
     if masks:
         dtype = torch.bool if masks == "bool" else torch.float32
         arguments["attn_mask"] = attention_mask(B, H, L, S, dtype=dtype, broadcast="head", device=device, seed=2)
         arguments["key_padding_mask"] = key_padding_mask(B, S, device=device, seed=3)
     return [t.requires_grad_() for t in leaves], arguments
+
+
+def call_with(leaves, arguments, backend):
+    """The call whose leaves these are."""
+    added = dict(zip(("alibi_slopes", "sinks"), leaves[3:]))
+    return attend(*leaves[:3], **added, **arguments, backend=backend)
 
 
 def results_and_gradients(function, leaves):
@@ -58,7 +72,8 @@ def assert_same(actual, expected):
 def test_operators_pass_opcheck(name, backend, device):
     """Schema, fake implementation and autograd registration of both opaque operators, on real inputs."""
     leaves, arguments = make_arguments(name, device)
-    call = make_call(*(t.detach() for t in leaves), **arguments)
+    leaves = [t.detach() for t in leaves]
+    call = make_call(*leaves[:3], **dict(zip(("alibi_slopes", "sinks"), leaves[3:])), **arguments)
     torch.manual_seed(0)
     state = dropout_state(call, backend) if call.dropout_p else None
     inputs, options = _autograd.operands(call, state, backend)
@@ -91,29 +106,54 @@ def test_attention_compiles_without_graph_breaks(name, compiler, dynamic, backen
     torch._dynamo.reset()
     leaves, arguments = make_arguments(name, device)
 
-    def function(query, key, value):
-        found = attend(query * 1.5, key, value, **arguments, backend=backend)
+    def function(query, *others):
+        found = call_with((query * 1.5, *others), arguments, backend)
         return (found * 2,) if isinstance(found, torch.Tensor) else tuple(t * 2 for t in found)
 
     compiled = torch.compile(function, backend=compiler, fullgraph=True, dynamic=dynamic)
     assert_same(results_and_gradients(compiled, leaves), results_and_gradients(function, leaves))
 
 
-def test_attention_compiled_for_dynamic_lengths_compiles_once(backend, device):
+@pytest.mark.parametrize("how", ["dynamic", "mark_dynamic"])
+def test_attention_compiled_for_dynamic_lengths_compiles_once(how, backend, device):
     """A new length must not compile anew (flash-attention#2635, pytorch#136196)."""
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
-    function = torch.compile(
-        lambda q, k, v: attend(q, k, v, is_causal=True, return_lse=True, backend=backend),
-        backend=counter,
-        fullgraph=True,
-        dynamic=True,
-    )
-    for seqlen_q, seqlen_k in ((5, 7), (9, 11), (33, 20)):
-        inputs = attention_inputs(B, H, seqlen_q, seqlen_k, D, device=device)
-        expected = attend(*inputs, is_causal=True, return_lse=True, backend=backend)
-        assert_same(function(*inputs), expected)
-    assert counter.frame_count == 1
+    counter = CompileCounter()
+
+    def rules(query, key, value, slopes, sinks, query_documents, key_documents):
+        return attend(
+            query,
+            key,
+            value,
+            is_causal=True,
+            causal_alignment="bottom_right",
+            window=(4, None),
+            prefix=2,
+            document_ids=(query_documents, key_documents),
+            alibi_slopes=slopes,
+            softcap=3.0,
+            sinks=sinks,
+            return_lse=True,
+            backend=backend,
+        )
+
+    function = torch.compile(rules, backend=counter, fullgraph=True, dynamic=True if how == "dynamic" else None)
+    compiled = None
+    for i in range(10):
+        lengths = seqlen_q, seqlen_k = 5 + 3 * i, 40 - 2 * i
+        tensors = [
+            *attention_inputs(B, H, seqlen_q, seqlen_k, D, device=device),
+            *(random_tensor(H, seed=n, device=device) for n in (4, 5)),
+            *(torch.zeros(B, n, dtype=torch.int64, device=device) for n in lengths),
+        ]
+        if how == "mark_dynamic":
+            for index, axis in ((0, 2), (1, 2), (2, 2), (5, 1), (6, 1)):
+                torch._dynamo.mark_dynamic(tensors[index], axis)
+        found = function(*tensors)
+        if i % 4 == 0:
+            assert_same(found, rules(*tensors))
+        compiled = compiled or counter.frame_count
+    assert counter.frame_count == compiled
 
 
 def test_attention_compiled_inside_use_backend_follows_it(device):
@@ -154,6 +194,31 @@ def test_attention_exports_with_dynamic_lengths(strict, backend, device):
     for sizes in ((3, 5, 7), (2, 9, 12)):
         arguments = inputs(*sizes)
         assert_same(exported(*arguments), Module()(*arguments))
+
+
+def test_attention_compiles_ahead_of_time(device, tmp_path):
+    """AOTInductor: a package that runs without Python's tracing, at lengths that it was not compiled with."""
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("AOTInductor needs a C++ compiler: neither g++ nor clang++ is on the path")
+
+    class Module(torch.nn.Module):
+        def forward(self, query, key, value, slopes, sinks):
+            rules = {"is_causal": True, "causal_alignment": "bottom_right", "window": (3, None), "prefix": 1}
+            return attend(
+                query, key, value, **rules, alibi_slopes=slopes, sinks=sinks, return_lse=True, backend="torch"
+            )
+
+    def inputs(seqlen_q, seqlen_k):
+        tensors = attention_inputs(B, H, seqlen_q, seqlen_k, D, device=device)
+        return *tensors, *(random_tensor(H, seed=i, device=device) for i in (4, 5))
+
+    m, n = (torch.export.Dim(name, min=2, max=512) for name in ("m", "n"))
+    with torch.no_grad():
+        exported = torch.export.export(Module(), inputs(5, 7), dynamic_shapes=({2: m}, {2: n}, {2: n}, None, None))
+        path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "attention.pt2"))
+        loaded = torch._inductor.aoti_load_package(path)
+        for sizes in ((5, 7), (9, 12)):
+            assert_same(loaded(*inputs(*sizes)), Module()(*inputs(*sizes)))
 
 
 # ------------------------------------------------------------------------------------------ autocast and checkpointing
