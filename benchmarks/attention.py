@@ -150,8 +150,8 @@ def _flex(case: Case, dtype: torch.dtype) -> Step:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     arguments = masks(case, dtype)
-    mask, padding = arguments.get("attn_mask"), arguments.get("key_padding_mask")
-    documents, slopes = arguments.get("document_ids"), arguments.get("alibi_slopes")
+    names = ("attn_mask", "key_padding_mask", "document_ids", "alibi_slopes")
+    mask, padding, documents, slopes = (arguments.get(name, torch.empty(0)) for name in names)
     hides: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
         "padding": lambda b, h, i, j: ~padding[b, j],
         "boolean": lambda b, h, i, j: mask[i, j],

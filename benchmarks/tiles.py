@@ -26,7 +26,7 @@ def count(case: Case) -> dict[str, Any]:
     from fastattn.ops._call import make_call
     from fastattn_kernels.attention_config import Config
     from fastattn_kernels.attention_problem import Problem
-    from fastattn_kernels.tile_map import TileMap
+    from fastattn_kernels.attention_tile_map import TileMap
 
     query = torch.zeros(case.batch, case.heads, case.seqlen, case.head_dim, device=case.device)
     call = make_call(query, query, query, **masks(case, torch.float32))

@@ -98,7 +98,7 @@ def derived(
         result: Any = fastattn.attention(*qkv, backend=backend, **arguments)  # type: ignore[arg-type]
         return result if isinstance(result, tuple) else (result,)
 
-    def gradients(**options: bool) -> tuple[torch.Tensor, ...]:
+    def gradients(**options: Any) -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad([t.square().sum() for t in attend(*qkv)], leaves, **options)
 
     if order == "jvp":

@@ -17,7 +17,7 @@ from fastattn_kernels.attention_weights import (
     launch_attention_weights_delta,
     launch_dropout_keep,
 )
-from fastattn_kernels.tile_map import tile_map_for
+from fastattn_kernels.attention_tile_map import tile_map_for
 
 
 def _problem(inputs: Inputs, options: Options) -> Problem:

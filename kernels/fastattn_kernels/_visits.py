@@ -1,8 +1,8 @@
 """Which tiles a loop visits: first those that are seen whole, without any predicate, then those seen in part.
 
 Where lower, upper and prefix alone rule, arithmetic says it (``edges``). Where masks, padding or documents do,
-``tile_map`` has written a list for every tile of rows or of keys, and ``tiles`` points to it: the two counts, then the
-tiles seen whole from the front and the others from the back.
+``attention_tile_map`` has written a list for every tile of rows or of keys, and ``tiles`` points to it: the two counts,
+then the tiles seen whole from the front and the others from the back.
 """
 
 import triton

@@ -117,7 +117,7 @@ def launch_attention_bias_bwd(
     owned = [n // s for n, s in zip(whole, sums)]
     programs = owned[0] * owned[1] * owned[2] * owned[3]
     steps = sums[0] * sums[1] * sums[2] * sums[3]
-    shares = max(1, min(steps, 2 * multiprocessors(query.device) // programs))
+    shares = int(max(1, min(steps, 2 * multiprocessors(query.device) // programs)))
     partial = torch.empty(
         (shares, *bias.shape), dtype=bias.dtype if shares == 1 else torch.float32, device=query.device
     )

@@ -29,7 +29,7 @@ from fastattn_kernels.attention_config import (
     head_block,
 )
 from fastattn_kernels.attention_problem import RUN_TIME, Problem, WeightsGradient, strided
-from fastattn_kernels.tile_map import TileMap, list_arguments
+from fastattn_kernels.attention_tile_map import TileMap, list_arguments
 
 
 @triton.jit(do_not_specialize=["heads", "seqlen_q"])
@@ -332,9 +332,9 @@ def launch_attention_bwd(
         "PRECISION": dot_precision(query.dtype),
     }
     config = config or backward_config(query.device, query.dtype, head_dim, value_dim, problem.load(d_weights))
-    careful_tiles = BackwardConfig(careful_config(query.dtype), careful_config(query.dtype))
+    smallest = careful_config(query.dtype, head_dim, value_dim)
     for careful in (False, True) if problem.masks_pairs() else (False,):
-        tiles = careful_tiles if careful else config
+        tiles = BackwardConfig(smallest, smallest) if careful else config
         lists = None if careful else tile_map
         with device_guard(query):
             if dk.numel() or dv.numel():

@@ -6,7 +6,7 @@ without register spills and inside the shared memory; tests/kernels holds all of
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from triton import next_power_of_2
@@ -14,9 +14,9 @@ from triton import next_power_of_2
 from fastattn_kernels._device import Target, target_of
 
 Kernel = Literal["forward", "dkdv", "dq", "bias", "weights"]
-# What a tile of scores carries beside itself, which is what fills the registers: nothing (the diagonal is free), masks
-# and biases, or random numbers and the gradient of returned weights as well.
-Load = Literal["plain", "masked", "heavy"]
+# What a tile of scores carries beside itself, which is what fills the registers: nothing (the diagonal is free), what
+# hides keys, what is added to scores as well, or a softcap, random numbers and the gradient of returned weights too.
+Load = Literal["plain", "masked", "biased", "heavy"]
 
 
 class Config(NamedTuple):
@@ -57,103 +57,147 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed and torch.version.hip is None else "ieee"
 
 
-# architecture -> kernel -> columns of a head's tile -> (plain, masked, heavy). A blank after the first or second says
-# that the smaller loads compile with that tile too.
+# architecture -> kernel -> columns of a head's tile -> (plain, masked, biased, heavy); the last one given serves what
+# follows.
 _C = Config
 _HALF: dict[str, dict[Kernel, dict[int, tuple[Config, ...]]]] = {
     "sm_90": {
         "forward": {
-            64: (_C(128, 128, 8, 3), _C(128, 64, 8, 3)),
+            64: (_C(128, 128, 8, 3), _C(128, 128, 8, 2), _C(128, 64, 8, 3)),
             128: (_C(128, 128, 8, 2), _C(128, 64, 8, 3)),  # 8 warps: 4 would serialise wgmma (C7511)
-            256: (_C(64, 64, 8, 2), _C(64, 64, 8, 2), _C(64, 32, 8, 2)),
+            256: (_C(64, 64, 8, 2), _C(64, 64, 8, 2), _C(64, 64, 8, 2), _C(64, 32, 8, 2)),
+            512: (_C(32, 32, 8, 2),),
         },
         "dkdv": {
-            64: (_C(64, 128, 8, 2), _C(32, 128, 8, 2)),
-            128: (_C(32, 128, 8, 2), _C(32, 64, 8, 2), _C(32, 32, 8, 1)),
+            64: (_C(64, 128, 8, 2), _C(64, 128, 8, 2), _C(32, 128, 8, 2), _C(32, 64, 8, 1)),
+            128: (_C(32, 128, 8, 2), _C(32, 64, 8, 2), _C(32, 32, 8, 2), _C(32, 32, 8, 1)),
             256: (_C(32, 32, 8, 1),),
+            512: (_C(16, 32, 8, 1), _C(16, 32, 8, 1), _C(16, 16, 8, 2)),
         },
         "dq": {
-            64: (_C(128, 64, 8, 2), _C(128, 64, 8, 2), _C(64, 64, 8, 2)),
-            128: (_C(128, 64, 8, 2), _C(128, 64, 8, 2), _C(64, 64, 8, 2)),
-            256: (_C(64, 32, 8, 2), _C(32, 32, 8, 1), _C(32, 16, 8, 1)),
+            64: (_C(128, 64, 8, 2), _C(128, 64, 8, 2), _C(128, 64, 8, 2), _C(64, 32, 8, 2)),
+            128: (_C(128, 64, 8, 2), _C(128, 64, 8, 2), _C(128, 64, 8, 2), _C(64, 32, 8, 2)),
+            256: (_C(64, 32, 8, 2), _C(32, 32, 8, 1), _C(32, 32, 8, 1), _C(32, 16, 8, 1)),
+            512: (_C(32, 32, 8, 2), _C(32, 16, 8, 2), _C(32, 16, 8, 2), _C(16, 16, 8, 2)),
         },
-        "weights": {64: (_C(128, 64, 8, 2),), 128: (_C(128, 64, 8, 2),), 256: (_C(64, 64, 8, 1),)},
+        "bias": {64: (_C(64, 64, 8, 2),), 128: (_C(64, 64, 8, 2),), 256: (_C(64, 32, 8, 2),), 512: (_C(32, 16, 8, 2),)},
+        "weights": {
+            64: (_C(64, 64, 8, 2),),
+            128: (_C(64, 64, 8, 2),),
+            256: (_C(64, 64, 8, 1),),
+            512: (_C(32, 32, 8, 2),),
+        },
     },
     "sm_80": {
         "forward": {
             64: (_C(128, 128, 8, 3), _C(128, 64, 8, 3)),
             128: (_C(64, 64, 8, 2), _C(64, 32, 4, 2)),
             256: (_C(64, 32, 8, 2),),
-        },
-        "dkdv": {
-            64: (_C(64, 128, 8, 2), _C(32, 32, 4, 2)),
-            128: (_C(64, 64, 8, 2), _C(64, 64, 8, 2), _C(32, 32, 8, 1)),
-            256: (_C(32, 64, 8, 2), _C(32, 32, 8, 1), _C(16, 32, 8, 1)),
-        },
-        "dq": {
-            64: (_C(128, 64, 8, 2), _C(64, 32, 8, 2)),
-            128: (_C(64, 64, 8, 2), _C(64, 32, 8, 2)),
-            256: (_C(64, 32, 8, 2), _C(64, 32, 8, 2), _C(32, 32, 8, 1)),
-        },
-        "weights": {64: (_C(64, 64, 8, 1),), 128: (_C(64, 64, 8, 1),), 256: (_C(64, 64, 8, 1),)},
-    },
-    "sm_86": {
-        "forward": {
-            64: (_C(128, 128, 8, 2), _C(128, 64, 8, 2)),
-            128: (_C(128, 64, 8, 3), _C(64, 64, 8, 2), _C(32, 32, 4, 1)),
-            256: (_C(64, 32, 8, 2), _C(32, 32, 8, 1)),
+            512: (_C(32, 32, 8, 2),),
         },
         "dkdv": {
             64: (_C(32, 128, 8, 2), _C(32, 32, 4, 2)),
-            128: (_C(64, 64, 8, 2), _C(32, 32, 4, 2)),
-            256: (_C(32, 32, 8, 1), _C(16, 32, 8, 1), _C(16, 16, 8, 1)),
+            128: (_C(64, 64, 8, 2), _C(32, 64, 8, 1), _C(32, 64, 8, 1), _C(32, 32, 8, 1)),
+            256: (_C(32, 64, 8, 1), _C(32, 32, 8, 1), _C(32, 32, 8, 1), _C(16, 16, 8, 2)),
+            512: (_C(16, 32, 8, 2), _C(16, 16, 8, 2)),
         },
         "dq": {
-            64: (_C(128, 64, 8, 2), _C(64, 32, 8, 2), _C(32, 32, 8, 1)),
-            128: (_C(64, 64, 8, 2), _C(64, 32, 8, 2), _C(32, 32, 8, 1)),
-            256: (_C(32, 32, 8, 1), _C(32, 32, 8, 1), _C(32, 16, 8, 1)),
+            64: (_C(128, 64, 8, 2), _C(64, 32, 8, 2)),
+            128: (_C(64, 64, 8, 2), _C(64, 32, 8, 2), _C(64, 32, 8, 2), _C(32, 32, 8, 2)),
+            256: (_C(64, 32, 8, 2), _C(32, 32, 8, 2), _C(32, 32, 8, 2), _C(32, 32, 8, 1)),
+            512: (_C(32, 32, 8, 2), _C(32, 32, 8, 2), _C(32, 32, 8, 2), _C(16, 16, 8, 2)),
         },
-        "weights": {64: (_C(64, 64, 8, 1),), 128: (_C(64, 64, 8, 1),), 256: (_C(64, 64, 8, 1),)},
+        "bias": {64: (_C(64, 32, 8, 2),), 128: (_C(32, 32, 8, 2),), 256: (_C(32, 16, 8, 2),), 512: (_C(32, 16, 8, 2),)},
+        "weights": {
+            64: (_C(64, 64, 8, 1),),
+            128: (_C(64, 64, 8, 1),),
+            256: (_C(64, 64, 8, 1),),
+            512: (_C(32, 32, 8, 2),),
+        },
+    },
+    "sm_86": {
+        "forward": {
+            64: (_C(128, 64, 8, 2), _C(64, 64, 8, 2), _C(64, 64, 8, 2), _C(64, 64, 8, 1)),
+            128: (_C(128, 64, 8, 3), _C(64, 64, 8, 2), _C(64, 64, 8, 2), _C(32, 32, 4, 1)),
+            256: (_C(64, 32, 8, 2), _C(32, 32, 8, 1)),
+            512: (_C(32, 32, 8, 2), _C(32, 16, 8, 2)),
+        },
+        "dkdv": {
+            64: (_C(32, 128, 8, 2), _C(32, 32, 4, 2)),
+            128: (_C(64, 64, 8, 2), _C(32, 32, 8, 2)),
+            256: (_C(32, 32, 8, 1), _C(16, 32, 8, 1), _C(16, 32, 8, 1), _C(16, 16, 8, 1)),
+            512: (_C(16, 16, 8, 2),),
+        },
+        "dq": {
+            64: (_C(128, 64, 8, 2), _C(64, 32, 8, 2), _C(64, 32, 8, 2), _C(32, 32, 8, 1)),
+            128: (_C(64, 64, 8, 2), _C(32, 32, 8, 2), _C(32, 32, 8, 2), _C(32, 32, 8, 1)),
+            256: (_C(32, 32, 8, 1), _C(32, 32, 8, 1), _C(32, 32, 8, 1), _C(32, 16, 8, 1)),
+            512: (_C(32, 16, 8, 2), _C(16, 16, 4, 2), _C(16, 16, 4, 2), _C(16, 16, 8, 2)),
+        },
+        "bias": {64: (_C(64, 32, 8, 2),), 128: (_C(32, 32, 8, 2),), 256: (_C(32, 16, 8, 2),), 512: (_C(32, 16, 8, 2),)},
+        "weights": {
+            64: (_C(64, 64, 8, 1),),
+            128: (_C(64, 64, 8, 1),),
+            256: (_C(64, 64, 8, 1),),
+            512: (_C(32, 32, 8, 2),),
+        },
     },
     "gfx9": {
         "forward": {
-            64: (_C(128, 64, 4, 1),),
+            64: (_C(128, 64, 4, 1), _C(128, 64, 4, 1), _C(128, 64, 4, 1), _C(64, 64, 4, 1)),
             128: (_C(128, 64, 4, 1),),
-            256: (_C(128, 64, 4, 1), _C(64, 64, 4, 1), _C(64, 32, 4, 1)),
+            256: (_C(128, 64, 4, 1), _C(64, 64, 4, 1), _C(64, 64, 4, 1), _C(64, 32, 4, 1)),
+            512: (_C(32, 32, 4, 1),),
         },
         "dkdv": {
-            64: (_C(64, 64, 4, 1), _C(64, 64, 4, 1), _C(32, 64, 4, 1)),
-            128: (_C(64, 64, 4, 1), _C(32, 64, 4, 1), _C(32, 32, 4, 1)),
+            64: (_C(64, 64, 4, 1), _C(32, 128, 4, 1), _C(32, 128, 4, 1), _C(32, 64, 4, 1)),
+            128: (_C(32, 128, 4, 1), _C(32, 64, 4, 1), _C(32, 64, 4, 1), _C(32, 32, 4, 1)),
             256: (_C(16, 32, 4, 1), _C(16, 16, 4, 1)),
+            512: (_C(16, 32, 4, 1), _C(16, 32, 4, 1), _C(16, 32, 4, 1), _C(16, 16, 4, 1)),
         },
         "dq": {
-            64: (_C(128, 64, 8, 1), _C(128, 64, 8, 1), _C(64, 64, 4, 1)),
-            128: (_C(64, 64, 4, 1), _C(64, 64, 4, 1), _C(64, 32, 4, 1)),
-            256: (_C(64, 32, 4, 1), _C(64, 32, 4, 1), _C(32, 32, 4, 1)),
+            64: (_C(128, 64, 8, 1), _C(128, 64, 4, 1), _C(128, 64, 4, 1), _C(64, 64, 4, 1)),
+            128: (_C(64, 64, 4, 1), _C(64, 64, 4, 1), _C(64, 64, 4, 1), _C(32, 32, 4, 1)),
+            256: (_C(64, 32, 4, 1), _C(32, 32, 4, 1)),
+            512: (_C(32, 16, 4, 1),),
         },
-        "weights": {64: (_C(64, 64, 4, 1),), 128: (_C(64, 64, 4, 1),), 256: (_C(64, 64, 4, 1),)},
+        "bias": {
+            64: (_C(128, 64, 8, 1),),
+            128: (_C(128, 64, 8, 1),),
+            256: (_C(64, 64, 4, 1),),
+            512: (_C(32, 32, 4, 1),),
+        },
+        "weights": {
+            64: (_C(64, 64, 4, 1),),
+            128: (_C(64, 64, 4, 1),),
+            256: (_C(64, 64, 4, 1),),
+            512: (_C(32, 32, 4, 1),),
+        },
     },
 }
 # float32 by multiply-adds: every thread holds whole rows of its operands, so that only small tiles fit.
 _IEEE: dict[Kernel, dict[int, Config]] = {
-    "forward": {64: _C(32, 32, 8, 1), 128: _C(16, 16, 4, 1), 256: _C(16, 16, 4, 1)},
-    "dkdv": {64: _C(16, 32, 8, 1), 128: _C(16, 16, 8, 1), 256: _C(16, 16, 8, 1)},
-    "dq": {64: _C(16, 16, 4, 1), 128: _C(16, 16, 4, 1), 256: _C(16, 16, 8, 1)},
-    "weights": {64: _C(32, 32, 4, 1), 128: _C(16, 16, 4, 1), 256: _C(16, 16, 8, 1)},
+    "forward": {64: _C(32, 32, 8, 1), 128: _C(16, 16, 4, 1), 256: _C(16, 16, 4, 1), 512: _C(16, 16, 8, 1)},
+    "dkdv": {64: _C(16, 16, 8, 1), 128: _C(16, 16, 8, 1), 256: _C(16, 16, 8, 1), 512: _C(16, 16, 8, 1)},
+    "dq": {64: _C(16, 16, 8, 1), 128: _C(16, 16, 8, 1), 256: _C(16, 16, 8, 1), 512: _C(16, 16, 8, 1)},
+    "bias": {64: _C(16, 16, 8, 1), 128: _C(16, 16, 8, 1), 256: _C(16, 16, 8, 1), 512: _C(16, 16, 8, 1)},
+    "weights": {64: _C(16, 16, 8, 1), 128: _C(16, 16, 8, 1), 256: _C(16, 16, 8, 1), 512: _C(16, 16, 8, 1)},
 }
 # AMD's matrix cores take float32 as it is.
 _GFX9_FLOAT: dict[Kernel, dict[int, Config]] = {
-    "forward": {64: _C(32, 32, 8, 1), 128: _C(32, 32, 4, 1), 256: _C(32, 32, 4, 1)},
-    "dkdv": {64: _C(32, 32, 4, 1), 128: _C(16, 32, 4, 1), 256: _C(16, 32, 4, 1)},
-    "dq": {64: _C(32, 32, 4, 1), 128: _C(32, 32, 4, 1), 256: _C(16, 16, 4, 1)},
-    "weights": {64: _C(64, 64, 8, 1), 128: _C(32, 32, 4, 1), 256: _C(32, 32, 4, 1)},
+    "forward": {64: _C(16, 16, 8, 1), 128: _C(16, 16, 8, 1), 256: _C(16, 16, 8, 1), 512: _C(16, 16, 8, 1)},
+    "dkdv": {64: _C(16, 16, 8, 1), 128: _C(16, 16, 8, 1), 256: _C(16, 16, 8, 1), 512: _C(16, 16, 8, 1)},
+    "dq": {64: _C(16, 16, 8, 1), 128: _C(16, 16, 8, 1), 256: _C(16, 16, 8, 1), 512: _C(16, 16, 8, 1)},
+    "bias": {64: _C(16, 16, 8, 1), 128: _C(16, 16, 8, 1), 256: _C(16, 16, 8, 1), 512: _C(16, 16, 8, 1)},
+    "weights": {64: _C(16, 16, 8, 1), 128: _C(16, 16, 8, 1), 256: _C(16, 16, 8, 1), 512: _C(16, 16, 8, 1)},
 }
 # float32 on tensor cores (TF32): twice the bytes of 16-bit tiles. The same on every NVIDIA architecture.
 _TF32: dict[Kernel, dict[int, Config]] = {
-    "forward": {64: _C(64, 32, 8, 1), 128: _C(32, 32, 8, 1), 256: _C(32, 16, 8, 1)},
-    "dkdv": {64: _C(32, 32, 8, 1), 128: _C(16, 32, 8, 1), 256: _C(16, 16, 4, 1)},
-    "dq": {64: _C(32, 32, 8, 1), 128: _C(32, 16, 8, 1), 256: _C(16, 16, 8, 1)},
-    "weights": {64: _C(64, 32, 8, 1), 128: _C(32, 32, 8, 1), 256: _C(32, 32, 8, 1)},
+    "forward": {64: _C(64, 32, 8, 1), 128: _C(32, 32, 8, 1), 256: _C(32, 16, 8, 1), 512: _C(16, 16, 8, 1)},
+    "dkdv": {64: _C(32, 32, 8, 1), 128: _C(16, 32, 8, 1), 256: _C(16, 16, 4, 1), 512: _C(16, 16, 8, 1)},
+    "dq": {64: _C(32, 32, 8, 1), 128: _C(32, 16, 8, 1), 256: _C(16, 16, 8, 1), 512: _C(16, 16, 8, 1)},
+    "bias": {64: _C(32, 32, 8, 1), 128: _C(32, 16, 8, 1), 256: _C(16, 16, 8, 1), 512: _C(16, 16, 8, 1)},
+    "weights": {64: _C(64, 32, 8, 1), 128: _C(32, 32, 8, 1), 256: _C(32, 32, 8, 1), 512: _C(16, 16, 8, 1)},
 }
 # The interpreter has no registers; its tiles are small and unequal, so that short sequences exercise every range.
 _INTERPRETED: dict[Kernel, Config] = {
@@ -163,8 +207,8 @@ _INTERPRETED: dict[Kernel, Config] = {
     "bias": _C(64, 64, 4, 1),
     "weights": _C(64, 64, 4, 1),
 }
-_SMALL = _C(32, 32, 4, 1)
-_LOADS: tuple[Load, ...] = ("plain", "masked", "heavy")
+_SMALL, _SMALLEST = _C(32, 32, 4, 1), _C(16, 16, 4, 1)
+_LOADS: tuple[Load, ...] = get_args(Load)
 
 
 def _architecture(target: Target) -> str | None:
@@ -193,7 +237,7 @@ def _config(
         by_precision = _IEEE if dot_precision(dtype) == "ieee" else _TF32
         return (_GFX9_FLOAT if architecture == "gfx9" else by_precision)[kernel][block]
     if architecture is None:
-        return _SMALL
+        return _SMALL if block <= 256 else _SMALLEST
     by_load = _HALF[architecture][kernel][block]
     return by_load[min(_LOADS.index(load), len(by_load) - 1)]
 
@@ -213,18 +257,19 @@ def backward_config(
     return BackwardConfig(dkdv=_config("dkdv", *arguments), dq=_config("dq", *arguments))
 
 
-def weights_config(device: torch.device, dtype: torch.dtype, head_dim: int) -> Config:
-    """The tile of the kernels that write the weights or pull their gradient back."""
-    return _config("weights", device, dtype, head_dim, head_dim, "heavy")
-
-
-def careful_config(dtype: torch.dtype) -> Config:
-    """The tile of the careful pass, which runs only where NaN or inf came out: it may spill, but fits anywhere."""
-    return _SMALL if dtype != torch.float32 else _C(16, 16, 4, 1)
-
-
 def bias_config(
     device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int, load: Load = "heavy"
 ) -> Config:
     """The tile of the kernel that computes the gradient of a bias."""
     return _config("bias", device, dtype, head_dim, value_dim, load)
+
+
+def weights_config(device: torch.device, dtype: torch.dtype, head_dim: int) -> Config:
+    """The tile of the kernels that write the weights or pull their gradient back."""
+    return _config("weights", device, dtype, head_dim, head_dim, "heavy")
+
+
+def careful_config(dtype: torch.dtype, head_dim: int, value_dim: int) -> Config:
+    """The tile of the careful pass, which runs only where NaN or inf came out: it may spill, but fits anywhere."""
+    wide = max(head_block(head_dim), head_block(value_dim)) > 256
+    return _SMALLEST if wide or dtype == torch.float32 else _SMALL

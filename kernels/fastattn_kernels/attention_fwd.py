@@ -11,7 +11,7 @@ from fastattn_kernels._tiles import any_not_finite, head_of, load_tile, store_st
 from fastattn_kernels._visits import count_visits, key_edges, list_of, visited_tile
 from fastattn_kernels.attention_config import Config, careful_config, dot_precision, forward_config, head_block
 from fastattn_kernels.attention_problem import RUN_TIME, Problem, strided
-from fastattn_kernels.tile_map import TileMap, list_arguments
+from fastattn_kernels.attention_tile_map import TileMap, list_arguments
 
 # The smallest normal float32: scores times this are 0, as a scale of 0 wants, yet -inf times it stays -inf.
 TINY = tl.constexpr(1.1754943508222875e-38)
@@ -138,7 +138,7 @@ def launch_attention_fwd(
     value_dim = value.shape[3]
     config = config or forward_config(query.device, query.dtype, head_dim, value_dim, problem.load())
     for careful in (False, True) if problem.masks_pairs() else (False,):
-        tile = careful_config(query.dtype) if careful else config
+        tile = careful_config(query.dtype, head_dim, value_dim) if careful else config
         lists = tile_map.of_rows(tile) if tile_map is not None and not careful else None
         with device_guard(query):
             _attention_fwd_kernel[(triton.cdiv(seqlen_q, tile.block_m) * batch * heads,)](

@@ -91,8 +91,10 @@ class Problem:
         """What a tile of scores carries beside itself."""
         if self.seed is not None or d_weights is not None or self.softcap is not None:
             return "heavy"
-        added = (self.bias, self.slopes, self.prefix, self.lower)
-        return "masked" if self.masks or any(rule is not None for rule in added) else "plain"
+        if self.bias is not None or self.slopes is not None:
+            return "biased"
+        hides = self.masks or self.prefix is not None or self.lower is not None
+        return "masked" if hides else "plain"
 
     def rules(self) -> tuple[object, ...]:
         """The kernel argument ``rules``; ``_masking`` tells what is in it."""

@@ -99,7 +99,7 @@ class TileMap:
         prefix = [] if problem.prefix is None else [problem.prefix]
         map_batch = batch if any(tensor.shape[0] > 1 for tensor in (*problem.masks, *prefix)) else 1
         map_heads = heads if problem.mask is not None and problem.mask.shape[1] > 1 else 1
-        shape = (map_batch, map_heads, triton.cdiv(seqlen_q, GRANULE), triton.cdiv(seqlen_k, GRANULE))
+        shape = (map_batch, map_heads, int(triton.cdiv(seqlen_q, GRANULE)), int(triton.cdiv(seqlen_k, GRANULE)))
         self.granules = torch.empty(shape, dtype=torch.uint8, device=problem.query.device)
         with device_guard(problem.query):
             _tile_map_kernel[(self.granules.numel(),)](
@@ -122,7 +122,7 @@ class TileMap:
         self, lengths: tuple[int, int], blocks: tuple[int, int], *, own_is_rows: bool, heads_per_list: int
     ) -> Tensor:
         batch, heads, granules_m, granules_n = self.granules.shape
-        tiles_own, tiles_other = (triton.cdiv(length, block) for length, block in zip(lengths, blocks))
+        tiles_own, tiles_other = (int(triton.cdiv(length, block)) for length, block in zip(lengths, blocks))
         shape = (batch, heads // heads_per_list, tiles_own, 2 + tiles_other)
         lists = torch.empty(shape, dtype=torch.int32, device=self.granules.device)
         granules = (granules_m, granules_n) if own_is_rows else (granules_n, granules_m)

@@ -129,11 +129,24 @@ def _cuobjdump(*arguments: str) -> str:
     return subprocess.run([_NVIDIA_TOOLS / "cuobjdump", *arguments], capture_output=True, text=True, check=True).stdout
 
 
+def tiles_of(case: dict[str, Any], load: Any) -> dict[str, Any]:
+    """The tiles that a case's kernels have under a load."""
+    from fastattn_kernels import attention_config as config
+
+    arguments = torch.device("cpu"), getattr(torch, case["dtype"]), case["head_dim"], case["head_dim"], load
+    backward = config.backward_config(*arguments)
+    return {"fwd": config.forward_config(*arguments), "dkdv": backward.dkdv, "dq": backward.dq}
+
+
 def launch_all(case: dict[str, Any], passes: tuple[str, ...]) -> None:
-    """Launch every attention kernel for ``case``: dtype, head sizes, the features that it names, whether carefully."""
+    """Launch attention kernels for ``case``: dtype, head sizes, the features that it names, whether carefully.
+
+    The passes are fwd, dkdv, dq, bias and weights; with ``unless_under`` those are left out whose tile that heavier
+    load has too.
+    """
     from fastattn_kernels import attention_bias_bwd, attention_bwd, attention_fwd, attention_weights
     from fastattn_kernels.attention_problem import Problem, WeightsGradient
-    from fastattn_kernels.tile_map import tile_map_for
+    from fastattn_kernels.attention_tile_map import tile_map_for
 
     dtype = getattr(torch, case["dtype"])
     batch, heads, kv_heads, length, keys = 2, 4, 2, case.get("length", 128), case.get("keys", 256)
@@ -174,15 +187,20 @@ def launch_all(case: dict[str, Any], passes: tuple[str, ...]) -> None:
     output = torch.empty(batch, heads, length, value_dim, dtype=dtype)
     lse, statistics = torch.empty(batch, heads, length), torch.empty(batch, heads, 2, length)
     d_weights = WeightsGradient(torch.empty(batch, length, keys, dtype=dtype), heads) if case.get("weights") else None
+    if "unless_under" in case:
+        tiles, heavier = tiles_of(case, problem.load(d_weights)), tiles_of(case, case["unless_under"])
+        passes = tuple(p for p in passes if p not in tiles or tiles[p] != heavier[p])
     if "fwd" in passes:
         attention_fwd.launch_attention_fwd(problem, output, lse, statistics, tile_map_for(problem))
-    if "bwd" in passes:
-        delta = attention_bwd.launch_attention_delta(output, output, None)
-        d_slopes = only("slopes", torch.zeros(batch, heads, length))
-        gradients = query.clone(), key.clone(), value.clone(), d_slopes
-        attention_bwd.launch_attention_bwd(
-            problem, output, statistics, delta, d_weights, *gradients, tile_map_for(problem)
-        )
+    for name in ("dkdv", "dq"):
+        if name in passes:
+            delta = attention_bwd.launch_attention_delta(output, output, None)
+            nothing = query[:0]
+            d_query, d_key, d_value = (nothing, key, value) if name == "dkdv" else (query, nothing, nothing)
+            attention_bwd.launch_attention_bwd(
+                problem, output, statistics, delta, d_weights, d_query, d_key, d_value,
+                only("slopes", torch.zeros(batch, heads, length)), tile_map_for(problem),
+            )  # fmt: skip
     if "bias" in passes:
         attention_bias_bwd.launch_attention_bias_bwd(problem, output, statistics, lse, d_weights)
     if "weights" in passes:
@@ -199,7 +217,7 @@ def main() -> None:
     rows = []
     for case in cases:
         compiled.kernels.clear()
-        launch_all(case, tuple(case.get("passes", ("fwd", "bwd", "bias", "weights"))))
+        launch_all(case, tuple(case.get("passes", ("fwd", "dkdv", "dq", "bias", "weights"))))
         rows += [{**resources(kernel, target), "case": case} for kernel in compiled.kernels]
     json.dump(rows, sys.stdout)
 

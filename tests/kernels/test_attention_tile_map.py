@@ -1,5 +1,7 @@
 """Tile maps say what every pair of a tile says, and the kernels visit exactly the tiles that they list."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,7 +14,8 @@ from tests.conftest import INTERPRETING
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastattn_kernels import attention_config, tile_map
+from fastattn_kernels import attention_config
+from fastattn_kernels import attention_tile_map as tile_map
 from fastattn_kernels.attention_problem import Problem
 
 B, H, HK, L, S, D = 2, 2, 1, 150, 270, 8
@@ -33,7 +36,7 @@ def blocks(seed=0, batch=1, heads=1):
     return seen
 
 
-CASES = {
+CASES: dict[str, Any] = {
     "blocks": lambda: {"attn_mask": blocks()},
     "blocks_of_every_head": lambda: {"attn_mask": blocks(heads=H)},
     "blocks_of_every_sequence": lambda: {"attn_mask": blocks(batch=B), "is_causal": True},
@@ -47,10 +50,10 @@ CASES = {
 }
 
 
-def problem_of(arguments, device):
+def problem_of(arguments, device) -> Any:
     query, key, value = attention_inputs(B, H, L, S, D, kv_heads=HK, device=device)
-    arguments = {name: _on(device, value) for name, value in arguments.items()}
-    call = make_call(query, key, value, **arguments)._asdict()
+    arguments: dict[str, Any] = {name: _on(device, value) for name, value in arguments.items()}
+    call: dict[str, Any] = make_call(query, key, value, **arguments)._asdict()
     names = {"alibi_slopes": "slopes"}
     left_out = ("dropout_p", "weights", "return_lse")
     problem = Problem(**{names.get(name, name): value for name, value in call.items() if name not in left_out})
@@ -59,7 +62,7 @@ def problem_of(arguments, device):
     return problem, arguments, seen.expand(B, H, L, S)
 
 
-def _on(device, value):
+def _on(device, value) -> Any:
     if isinstance(value, tuple):
         return tuple(_on(device, v) for v in value)
     return value.to(device) if isinstance(value, torch.Tensor) else value
@@ -129,7 +132,7 @@ def products(monkeypatch):
 
 
 # What arithmetic alone finds, without a map.
-BANDS = {
+BANDS: dict[str, Any] = {
     "causal": {"is_causal": True},
     "narrow_window": {"window": (20, 5)},
     "wide_window": {"window": (150, 70), "causal_alignment": "bottom_right"},
@@ -149,7 +152,7 @@ def test_attention_visits_only_tiles_that_are_seen(case, products, device):
     problem, arguments, seen = problem_of(CASES[case]() if case in CASES else BANDS[case], device)
     tiles = {kernel: attention_config._INTERPRETED[kernel] for kernel in ("forward", "dq", "dkdv")}
     leaves = [t.requires_grad_() for t in (problem.query, problem.key, problem.value)]
-    output = fastattn.attention(*leaves, **arguments, backend="triton")
+    output: Any = fastattn.attention(*leaves, **arguments, backend="triton")
     torch.autograd.grad(output, leaves, torch.ones_like(output))
 
     granule = tile_map.GRANULE

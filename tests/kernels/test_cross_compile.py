@@ -3,6 +3,7 @@
 Each target has a process of its own, because triton decides at import whether it interprets.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -40,9 +41,13 @@ def compile_for(target: str, cases: list[dict]) -> list[dict]:
 @pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
 @pytest.mark.parametrize(("dtype", "target"), [*(("bfloat16", t) for t in TARGETS), *(("float32", t) for t in FLOAT)])
 def test_every_configuration_compiles_without_spills(target, head_dim, dtype):
-    loads = list(LOADS) if dtype == "bfloat16" else ["heavy"]  # float32 has one tile for all of them
-    cases = [{"dtype": dtype, "head_dim": head_dim, **LOADS[load]} for load in loads]
-    cases = [{**case, "passes": ["fwd", "bwd", *["bias", "weights"] * ("dropout" in case)]} for case in cases]
+    """Every tile under the heaviest load that has it."""
+    shared, loads = {"dtype": dtype, "head_dim": head_dim}, list(LOADS)
+    # the careful pass takes the most shared memory where there is the least of it
+    careful = head_dim == 512 and target in ("cuda:120", "hip:gfx942")
+    cases: list[dict] = [{**shared, **LOADS["heavy"], "careful": careful}]
+    for load, heavier in itertools.pairwise(loads):
+        cases.append({**shared, **LOADS[load], "unless_under": heavier, "passes": ["fwd", "dkdv", "dq"]})
     rows = compile_for(target, cases)
     assert {"_attention_fwd_kernel", "_attention_bwd_dkdv_kernel", "_attention_bwd_dq_kernel"} <= {
         row["kernel"] for row in rows
