@@ -84,6 +84,8 @@ CALLS: dict[str, dict[str, Any]] = {
     "weights": {"need_weights": True},
     "lse": {"return_lse": True},
     "dropout": {"dropout_p": 0.5},
+    "window": {"window": (2, 1)},
+    "documents": {"document_ids": torch.tensor([[0, 0, 1, 1, 1]]), "softcap": 2.0},
     "float64": {"dtype": torch.float64},
     "large_head": {"size": 600},
     "bias_with_gradient": {"bias": True},
