@@ -1,13 +1,14 @@
-# make test | bench | parity | lint: each makes .venv once and works on a fresh machine, GPU or not.
+# make test | bench | parity | fuzz | lint: each makes .venv once and works on a fresh machine, GPU or not.
 # make gpu: installs nothing, uses the python3 on the path, which has to hold torch and triton.
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= benchmarks/results
+SECONDS ?= 60
 STAMP  := $(VENV)/.installed
 
-.PHONY: test bench parity lint gpu clean
+.PHONY: test bench parity fuzz lint gpu clean
 
 test: lint
 	$(BIN)/python -m pytest -n auto --dist worksteal
@@ -17,6 +18,9 @@ bench: $(STAMP)
 
 parity: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal -m parity --error-table
+
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.ops.fuzz --seconds $(SECONDS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -26,13 +26,17 @@ __all__ = [
     "Error",
     "ErrorRecord",
     "Layout",
+    "alibi_slopes",
     "assert_within_budget",
     "attention_inputs",
     "attention_mask",
+    "attention_sinks",
+    "document_ids",
     "error_rows",
     "error_table",
     "key_padding_mask",
     "measure_error",
+    "prefix_lengths",
     "random_tensor",
     "record_errors",
     "ulp",
@@ -135,6 +139,7 @@ def attention_mask(
     dtype: torch.dtype = torch.bool,
     broadcast: Broadcast = "none",
     hidden: float = 0.25,
+    block: int = 1,
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Tensor:
@@ -148,6 +153,7 @@ def attention_mask(
         dtype: ``torch.bool`` (True = may attend), or floating: normal numbers to add, ``-inf`` where it hides.
         broadcast: the axis of size 1 (``batch_head``: both of them, as a 2-D ``[L, S]`` mask).
         hidden: the probability of hiding a pair. Rows that may see nothing come up, with ``key`` most of all.
+        block: hide whole blocks of ``block x block`` pairs, as block-sparse attention does, instead of single pairs.
         device: where it lies; the values do not depend on it.
         seed: of the random numbers.
     """
@@ -158,7 +164,11 @@ def attention_mask(
     if broadcast == "batch_head":
         shape = shape[2:]
     generator = torch.Generator().manual_seed(seed)
-    hides = torch.rand(shape, generator=generator) < hidden
+    coarse = [*shape[:-2], *(-(-size // block) for size in shape[-2:])]
+    hides = torch.rand(coarse, generator=generator) < hidden
+    if block > 1:
+        for axis in (-2, -1):
+            hides = hides.repeat_interleave(block, dim=axis).narrow(axis, 0, shape[axis])
     if dtype == torch.bool:
         return ~hides.to(device)
     bias = torch.randn(shape, generator=generator).masked_fill(hides, -math.inf)
@@ -173,6 +183,58 @@ def key_padding_mask(
     low = min(minimum, seqlen_k)
     lengths = torch.randint(low, seqlen_k + 1, (batch, 1), generator=generator)
     return (torch.arange(seqlen_k) >= lengths).to(device)
+
+
+def document_ids(
+    batch: int,
+    length: int,
+    *,
+    shortest: int = 1,
+    longest: int = 100,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Tensor:
+    """Random ``[B, length]`` document ids, as packing leaves them: document 0, 1, 2, ... one behind the other.
+
+    Args:
+        batch: ``B``.
+        length: of the packed sequence.
+        shortest: the fewest tokens of a document (the last one is cut off).
+        longest: the most tokens of a document.
+        device: where they lie; the values do not depend on it.
+        seed: of the random numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(shortest, longest + 1, (batch, length), generator=generator).cumsum(dim=1)
+    positions = torch.arange(length).expand(batch, length).contiguous()
+    return torch.searchsorted(starts, positions, right=True).to(device=device, dtype=torch.int32)
+
+
+def prefix_lengths(batch: int, seqlen_k: int, *, device: torch.device | str = "cpu", seed: int = 0) -> Tensor:
+    """A random ``[B]`` tensor of prefixes, each of 0 to ``seqlen_k`` keys."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, seqlen_k + 1, (batch,), generator=generator).to(device=device, dtype=torch.int32)
+
+
+def alibi_slopes(
+    heads: int,
+    *,
+    batch: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Tensor:
+    """Random ALiBi slopes ``[H]``, or ``[B, H]``, of the magnitudes of arXiv:2108.12409: 2 to the power -8 to -1."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (heads,) if batch is None else (batch, heads)
+    return torch.exp2(-1 - 7 * torch.rand(shape, generator=generator)).to(device=device, dtype=dtype)
+
+
+def attention_sinks(
+    heads: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
+) -> Tensor:
+    """Random sinks ``[H]``, some of the size of a row's largest scores: normal around 1, of standard deviation 2."""
+    return (1 + 2 * random_tensor(heads, seed=seed)).to(device=device, dtype=dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------- errors

@@ -1,4 +1,4 @@
-"""Devices, seeds and the error table. Imported before any test, and so before triton and fastattn."""
+"""Devices, seeds, the error table, the feature pairs that were met. Imported before any test, triton and fastattn."""
 
 import contextlib
 import json
@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # `auto` then runs the kernels on the CPU
 
 from fastattn import testing  # noqa: E402
+from tests import pairwise  # noqa: E402
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
@@ -57,7 +58,7 @@ def pytest_report_header(config):
     return f"fastattn: seed {config.seed} (--seed {config.seed} repeats it), device {where}, interpreter {INTERPRETING}"
 
 
-# ------------------------------------------------------------------------------------------ the error table, by xdist
+# ---------------------------------------------------------------------- the error table and feature pairs, by xdist
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -68,6 +69,7 @@ def pytest_configure_node(node):
 def pytest_sessionfinish(session):
     if WORKER:
         session.config.workeroutput["fastattn_errors"] = [tuple(record) for record in session.config.error_records]
+        session.config.workeroutput["fastattn_met"] = pairwise.met
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -75,11 +77,18 @@ def pytest_testnodedown(node, error):
     if not error:
         records = node.workeroutput.get("fastattn_errors", [])
         node.config.error_records.extend(testing.ErrorRecord(*record) for record in records)
+        pairwise.met.extend(node.workeroutput.get("fastattn_met", []))
 
 
 def pytest_terminal_summary(terminalreporter, config):
     records = config.error_records
     terminalreporter.write_line(f"seed {config.seed}")
+    if pairwise.met and not WORKER:
+        from tests.ops.attention_cases import AXES
+
+        for backend in sorted({backend for backend, _ in pairwise.met}):
+            sentence = pairwise.coverage(AXES, (case for of, case in pairwise.met if of == backend))
+            terminalreporter.write_line(f"feature pairs of attention on {backend}: {sentence}")
     if config.getoption("--error-table"):
         terminalreporter.section("errors against float64")
         terminalreporter.write_line(testing.error_table(records))

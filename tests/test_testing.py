@@ -6,8 +6,18 @@ import pytest
 import torch
 
 from fastattn import testing
-from fastattn.testing import LAYOUTS, assert_within_budget, attention_inputs, attention_mask, key_padding_mask
-from tests.pairwise import pairwise
+from fastattn.testing import (
+    LAYOUTS,
+    alibi_slopes,
+    assert_within_budget,
+    attention_inputs,
+    attention_mask,
+    attention_sinks,
+    document_ids,
+    key_padding_mask,
+    prefix_lengths,
+)
+from tests.pairwise import coverage, pairwise
 
 TRUTH = torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=torch.float64)
 EPS = torch.finfo(torch.float32).eps
@@ -165,6 +175,41 @@ def test_masks_hide_something_and_broadcast():
     assert (padding[:, 1:] >= padding[:, :-1]).all()
 
 
+def test_masks_hide_whole_blocks():
+    mask = attention_mask(2, 4, 97, 130, block=64, hidden=0.5)
+    assert mask.shape == (2, 4, 97, 130)
+    for rows in mask.split(64, dim=2):
+        for block in rows.split(64, dim=3):
+            assert torch.equal(block, block[:, :, :1, :1].expand_as(block))
+    assert mask.any() and not mask.all()
+    bias = attention_mask(2, 4, 97, 130, dtype=torch.float32, broadcast="batch_head", block=40)
+    assert torch.equal(bias[:40, :40].isinf(), bias[0, 0].isinf().expand(40, 40))
+
+
+def test_document_ids_count_runs_of_their_lengths():
+    ids = document_ids(3, 1000, shortest=20, longest=50, seed=3)
+    assert ids.shape == (3, 1000)
+    assert torch.equal(ids, document_ids(3, 1000, shortest=20, longest=50, seed=3))
+    for entry in ids:
+        names, lengths = entry.unique_consecutive(return_counts=True)
+        assert names.tolist() == list(range(len(names)))
+        assert lengths[:-1].min() >= 20 and lengths.max() <= 50
+    assert not torch.equal(ids[0], ids[1])
+
+
+def test_prefixes_slopes_and_sinks_have_their_shapes_and_repeat():
+    prefixes = prefix_lengths(200, 7)
+    assert prefixes.shape == (200,)
+    assert set(prefixes.tolist()) == set(range(8))
+    assert alibi_slopes(4).shape == attention_sinks(4).shape == (4,)
+    slopes = alibi_slopes(4, batch=50, dtype=torch.float16)
+    assert slopes.shape == (50, 4)
+    assert slopes.dtype == attention_sinks(4, dtype=torch.float16).dtype == torch.float16
+    assert slopes.min() >= 2**-8 and slopes.max() <= 0.5
+    assert torch.equal(attention_sinks(4, seed=1), attention_sinks(4, seed=1))
+    assert not torch.equal(attention_sinks(4, seed=1), attention_sinks(4, seed=2))
+
+
 # ------------------------------------------------------------------------------------------------- what the tests use
 
 
@@ -183,6 +228,15 @@ def test_pairwise_covers_every_pair_and_little_more():
 def test_pairwise_leaves_out_what_makes_no_sense():
     cases = pairwise({"a": [0, 1], "b": [0, 1], "c": [0, 1]}, allowed=lambda case: not (case["a"] and case["b"]))
     assert {(case["a"], case["b"]) for case in cases} == {(0, 0), (0, 1), (1, 0)}
+
+
+def test_coverage_counts_pairs_and_names_what_is_missing():
+    axes = {"a": [0, 1], "b": ["x", "y"], "c": [None, 2.0]}
+    assert coverage(axes, pairwise(axes)) == "12 of 12 met"
+    cases = [{"a": 0, "b": "x", "c": None}, {"a": 0, "b": "x", "c": 2.0}, {"a": 5, "b": "y", "c": None}]
+    sentence = coverage(axes, cases)
+    assert sentence.startswith("6 of 12 met; not met: a 0 with b y, ")
+    assert coverage(axes, []).endswith(" and 4 more")
 
 
 @pytest.mark.usefixtures("poisoned")
