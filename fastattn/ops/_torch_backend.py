@@ -162,10 +162,10 @@ def _differentiable_gradients(
         upper=0 if node._saved_is_causal else None,
         scale=1.0 / math.sqrt(query.shape[-1]) if node._saved_scale is None else node._saved_scale,
     )
-    wanted = [i for i, d_input in enumerate(d_inputs) if d_input is not None]
+    wanted = [t for t, d_input in zip((call.query, call.key, call.value, bias), d_inputs) if d_input is not None]
     output, _, _ = _autograd.apply(call, None, "torch")
-    found = iter(torch.autograd.grad(output, [call[i] for i in wanted], d_outputs[0], create_graph=True))
-    return tuple(next(found) if i in wanted else None for i in range(len(d_inputs)))
+    found = iter(torch.autograd.grad([output], wanted, [d_outputs[0]], create_graph=True))
+    return tuple(None if d_input is None else next(found) for d_input in d_inputs)
 
 
 def _saved_tensors(node: Any) -> list[Tensor]:

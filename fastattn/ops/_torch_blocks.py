@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,20 +30,21 @@ _LEAST_ROWS = 64
 Axes = tuple[str | None, ...]
 SCORES: Axes = ("batch", None, "rows", "keys")
 OF_ROWS: Axes = ("batch", None, "rows")
-INPUT_AXES = Inputs(
-    query=OF_ROWS,
-    key=("batch", None, "keys"),
-    value=("batch", None, "keys"),
-    bias=SCORES,
-    alibi_slopes=("batch",),
-    sinks=("batch",),
-    mask=SCORES,
-    key_padding_mask=("batch", "keys"),
-    query_documents=("batch", "rows"),
-    key_documents=("batch", "keys"),
-    prefix=("batch",),
-    dropout_state=SCORES,
-)  # type: ignore[arg-type]
+_AXES_BY_NAME: dict[str, Axes] = {
+    "query": OF_ROWS,
+    "key": ("batch", None, "keys"),
+    "value": ("batch", None, "keys"),
+    "bias": SCORES,
+    "alibi_slopes": ("batch",),
+    "sinks": ("batch",),
+    "mask": SCORES,
+    "key_padding_mask": ("batch", "keys"),
+    "query_documents": ("batch", "rows"),
+    "key_documents": ("batch", "keys"),
+    "prefix": ("batch",),
+    "dropout_state": SCORES,
+}
+INPUT_AXES = tuple(_AXES_BY_NAME[name] for name in Inputs._fields)
 
 
 # ------------------------------------------------------------------------------------------------- cutting into blocks
@@ -56,7 +57,7 @@ class Block(NamedTuple):
     rows: slice
     keys: slice
 
-    def index(self, tensor: Tensor, axes: Axes) -> tuple[slice, ...]:
+    def place_in(self, tensor: Tensor, axes: Axes) -> tuple[slice, ...]:
         """Where this block lies in a tensor; axes of size 1 broadcast and stay."""
         return tuple(
             slice(None) if axis is None or size == 1 else getattr(self, axis) for axis, size in zip(axes, tensor.shape)
@@ -64,11 +65,12 @@ class Block(NamedTuple):
 
     def of(self, tensor: Tensor, axes: Axes) -> Tensor:
         """This block of a tensor."""
-        return tensor[self.index(tensor, axes)]
+        return tensor[self.place_in(tensor, axes)]
 
     def cut(self, inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
         """The call that this block is by itself. A dropout state has to be the kept weights."""
-        tensors = Inputs(*(t if t is None else self.of(t, axes) for t, axes in zip(inputs, INPUT_AXES)))
+        own: list[Any] = [t if t is None else self.of(t, axes) for t, axes in zip(inputs, INPUT_AXES)]
+        tensors = Inputs(*own)
         row, key = self.rows.start, self.keys.start
         if tensors.prefix is not None and key:
             tensors = tensors._replace(prefix=tensors.prefix - key)
@@ -212,12 +214,14 @@ def _computable(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.float16 and tensor.device.type == "cpu" else tensor
 
 
-def _products(queries: Tensor, keys: Tensor, own: Inputs, options: Options) -> Tensor:
-    """Capped products ``[b, H, n, s]``; ``queries`` are scaled already."""
+def _products(queries: Tensor, keys: Tensor, own: Inputs, options: Options) -> tuple[Tensor, Tensor | None]:
+    """Capped products ``[b, H, n, s]``, and the hyperbolic tangent that capped them or None, from which its slope has
+    one rounding less than from the product; ``queries`` are scaled already."""
     scores = torch.bmm(queries, keys.mT).view(*own.query.shape[:3], -1)
-    if options.softcap is not None:
-        scores.div_(options.softcap).tanh_().mul_(options.softcap)
-    return scores
+    if options.softcap is None:
+        return scores, None
+    bent = scores.div_(options.softcap).tanh_()
+    return bent * options.softcap, bent
 
 
 def _distances(scores: Tensor, options: Options) -> Tensor:
@@ -313,7 +317,8 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, T
         for block in blocks(inputs, options, batch, looks=looks):
             own, rules = block.cut(inputs, options)
             queries = _heads_as_rows(own.query, kv_heads) * options.scale
-            scores = _masked(_products(queries, keys[:, block.keys], own, rules), own, rules, finite)
+            scores, _ = _products(queries, keys[:, block.keys], own, rules)
+            scores = _masked(scores, own, rules, finite)
             measured = options.keeps_statistics or sinks is not None
             top = scores.amax(dim=-1, keepdim=True) if hides or measured else scores[..., :1]
             p = _softmax(scores, top == NEGATIVE_INFINITY if hides else None)
@@ -375,8 +380,7 @@ def backward(
             d_rows = _heads_as_rows(d_output[batch, :, block.rows], kv_heads)
             if inputs.dropout_state is not None:
                 d_rows = d_rows * keep_scale
-            scores = _products(queries, keys[:, block.keys], own, rules)
-            cap_slope = None if options.softcap is None else 1 - (scores / options.softcap).square_()
+            scores, bent = _products(queries, keys[:, block.keys], own, rules)
             scores = _masked(scores, own, rules, finite)
             if own.sinks is None:
                 p = _softmax(scores, lse[batch, :, block.rows, None] == NEGATIVE_INFINITY if hides else None)
@@ -403,8 +407,8 @@ def backward(
                 d_slopes_block = block.of(d_slopes, ("batch",))
                 by_head = (ds.flatten(2) @ _distances(ds, rules).flatten()).to(d_slopes.dtype)
                 d_slopes_block -= by_head.sum_to_size(d_slopes_block.shape)
-            if cap_slope is not None:
-                ds.mul_(cap_slope)
+            if bent is not None:
+                ds = torch.ops.aten.tanh_backward(ds, bent)
             ds = ds.view(flat)
             d_rows = torch.bmm(ds, keys[:, block.keys]).mul_(options.scale)
             d_query[batch, :, block.rows] = d_rows.view(*p.shape[:3], -1)

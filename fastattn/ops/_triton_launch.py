@@ -12,12 +12,12 @@ from fastattn_kernels.attention_bias_bwd import launch_attention_bias_bwd
 from fastattn_kernels.attention_bwd import launch_attention_bwd, launch_attention_delta
 from fastattn_kernels.attention_fwd import launch_attention_fwd
 from fastattn_kernels.attention_problem import Problem, WeightsGradient
+from fastattn_kernels.attention_tile_map import tile_map_for
 from fastattn_kernels.attention_weights import (
     launch_attention_weights,
     launch_attention_weights_delta,
     launch_dropout_keep,
 )
-from fastattn_kernels.attention_tile_map import tile_map_for
 
 
 def _problem(inputs: Inputs, options: Options) -> Problem:

@@ -41,7 +41,7 @@ MASKS = {
 _BROADCAST: dict[str, Any] = {"full": "none", "2d": "batch_head", "blocks": "none", "ragged": "head"}
 _BLOCK = {"blocks": 64, "ragged": 40}
 # The shortest and the longest document: about a tile each, from a token up, and shorter than any tile.
-DOCUMENTS = {"none": (), "self": (40, 100), "cross": (1, 60), "shared": (5, 30)}
+DOCUMENTS: dict[str, Any] = {"none": (), "self": (40, 100), "cross": (1, 60), "shared": (5, 30)}
 
 # The plainest level first.
 AXES: dict[str, list[Any]] = {
@@ -195,7 +195,7 @@ def make_problem(case, device, seed):
     if case.padding:
         padding = key_padding_mask(batch, keys, device=device, seed=seed + 2)
     if case.alibi != "none":
-        wide = {"batch": batch, "dtype": torch.float32} if case.alibi == "batch" else {"dtype": dtype}
+        wide: dict[str, Any] = {"batch": batch, "dtype": torch.float32} if case.alibi == "batch" else {"dtype": dtype}
         slopes = alibi_slopes(heads, **wide, device=device, seed=seed + 6)
     if case.sinks != "none":
         own = dtype if case.sinks == "own" else torch.float32

@@ -73,7 +73,8 @@ def test_operators_pass_opcheck(name, backend, device):
     """Schema, fake implementation and autograd registration of both opaque operators, on real inputs."""
     leaves, arguments = make_arguments(name, device)
     leaves = [t.detach() for t in leaves]
-    call = make_call(*leaves[:3], **dict(zip(("alibi_slopes", "sinks"), leaves[3:])), **arguments)
+    arguments |= dict(zip(("alibi_slopes", "sinks"), leaves[3:]))
+    call = make_call(*leaves[:3], **arguments)
     torch.manual_seed(0)
     state = dropout_state(call, backend) if call.dropout_p else None
     inputs, options = _autograd.operands(call, state, backend)

@@ -91,8 +91,8 @@ def test_attention_third_derivatives_gradcheck(device):
     function, leaves = float64_function("rules", device, True)
 
     def second(*tensors):
-        first = torch.autograd.grad(sum(t.square().sum() for t in function(*tensors)), tensors, create_graph=True)
-        return torch.autograd.grad(sum(t.square().sum() for t in first), tensors, create_graph=True)
+        first = torch.autograd.grad([t.square().sum() for t in function(*tensors)], tensors, create_graph=True)
+        return torch.autograd.grad([t.square().sum() for t in first], tensors, create_graph=True)
 
     assert torch.autograd.gradcheck(second, leaves, fast_mode=True)
 
@@ -131,8 +131,8 @@ class LargestTensor(TorchDispatchMode):
 
     elements = 0
 
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        result = operator(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())

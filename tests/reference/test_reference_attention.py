@@ -1,6 +1,7 @@
 """The reference against PyTorch's math path, and against attention written once more, row by row."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_reference_is_attention_row_by_row(masks, diagonal, kv_heads):
 
 
 # What rules the scores beyond masks, each with everything else and alone.
-RULES = {
+RULES: dict[str, dict[str, Any]] = {
     "window": {"lower": -2, "upper": 1},
     "window_bottom_right": {"lower": S - L - 1, "upper": S - L},
     "left_window": {"lower": -1},
