@@ -102,16 +102,20 @@ def weighted_sum(weights, x, acc, CAREFUL: tl.constexpr, PRECISION: tl.constexpr
 def product(
     a, a_matrix, a_start, a_end, b, b_matrix, b_start, b_end,
     ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr, USED: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE_FLOAT32: tl.constexpr = 128,
 ):  # fmt: skip
-    """``a @ b^T`` of tiles ``[ROWS, BLOCK]`` and ``[COLS, BLOCK]``. Wide ones are read again, in halves: whole, they
-    would fill the registers as operands."""
-    if BLOCK > 256:
+    """``a @ b^T`` of tiles ``[ROWS, BLOCK]`` and ``[COLS, BLOCK]``. Those wider than 256 (WHOLE_FLOAT32) are read again,
+    in strips: whole, they would fill the registers as operands, float32 ones most of all (multiply-adds want whole rows
+    in every thread)."""
+    IS_FLOAT32: tl.constexpr = a_matrix[0].dtype.element_ty == tl.float32
+    WIDTH: tl.constexpr = 64 if IS_FLOAT32 else 256
+    if BLOCK > (WHOLE_FLOAT32 if IS_FLOAT32 else 256):
         result = tl.zeros([ROWS, COLS], tl.float32)
-        for half in tl.static_range(2):
-            a_half = a_matrix[0] + half * (BLOCK // 2) * a_matrix[2], a_matrix[1], a_matrix[2]
-            b_half = b_matrix[0] + half * (BLOCK // 2) * b_matrix[2], b_matrix[1], b_matrix[2]
-            left = load_tile(a_half, a_start, a_end, ROWS, BLOCK // 2, USED - half * (BLOCK // 2), True)
-            right = load_tile(b_half, b_start, b_end, COLS, BLOCK // 2, USED - half * (BLOCK // 2), True)
+        for strip in tl.static_range(BLOCK // WIDTH):
+            a_strip = a_matrix[0] + strip * WIDTH * a_matrix[2], a_matrix[1], a_matrix[2]
+            b_strip = b_matrix[0] + strip * WIDTH * b_matrix[2], b_matrix[1], b_matrix[2]
+            left = load_tile(a_strip, a_start, a_end, ROWS, WIDTH, USED - strip * WIDTH, True)
+            right = load_tile(b_strip, b_start, b_end, COLS, WIDTH, USED - strip * WIDTH, True)
             result = tl.dot(left, tl.trans(right), result, input_precision=PRECISION)
     else:
         result = tl.dot(a, tl.trans(b), input_precision=PRECISION)

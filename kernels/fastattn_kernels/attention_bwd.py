@@ -134,7 +134,8 @@ def _grad_of_keys(
         row_max, inverse_sum = load_statistics(statistics_ptr + 2 * batch_head * seqlen_q, row, seqlen_q)
         delta = tl.load(delta_ptr + batch_head * seqlen_q + row, mask=row < seqlen_q, other=0.0)
         qk = product(
-            k, key, col_start, seqlen_k, q, head_q, start, seqlen_q, BLOCK_N, BLOCK_M, BLOCK_D, HEAD_DIM, PRECISION
+            k, key, col_start, seqlen_k, q, head_q, start, seqlen_q, BLOCK_N, BLOCK_M, BLOCK_D, HEAD_DIM, PRECISION,
+            256,  # strips of keys would stay in registers, since the loop does not change them
         )  # fmt: skip
         scores = bent_scores(qk, unit, rules)
         p = probabilities(scores, row_max[None, :], inverse_sum[None, :], rows, cols, at, sizes, rules, PARTIAL)
@@ -146,7 +147,7 @@ def _grad_of_keys(
         dv = weighted_sum(dropped.to(do.dtype), do, dv, CAREFUL, PRECISION)
         dp = product(
             v, value, col_start, seqlen_k, do, head_do, start, seqlen_q, BLOCK_N, BLOCK_M, BLOCK_DV, VALUE_DIM,
-            PRECISION,
+            PRECISION, 256,
         )  # fmt: skip
         ds = score_gradient(p, factor, dp, delta[None, :], rows, cols, at, sizes, rules, d_weights, PARTIAL)
         dk = weighted_sum(_through_softcap(ds, scores, rules[6]).to(q.dtype), q, dk, CAREFUL, PRECISION)
@@ -206,29 +207,35 @@ def _attention_bwd_dkdv_kernel(
 
 @triton.jit
 def _grad_of_queries(
-    dq, d_slope, q, do, row_max, inverse_sum, delta, unit, key, value, rows, at, batch_head, sizes, rules, dropout,
-    d_weights, visits, edges, tiles,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    dq, d_slope, q, do, row_max, inverse_sum, delta, unit, query, d_out, key, value, row_start, at, batch_head, sizes,
+    rules, dropout, d_weights, visits, edges, tiles,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, SLOPES: tl.constexpr,
     PARTIAL: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add to dQ, and if SLOPES to the gradient of the rows' ALiBi slope, what the tiles of keys that are seen whole (if
     PARTIAL: in part) give."""
-    seqlen_k = sizes[1]
+    seqlen_q, seqlen_k, _, _, shift = sizes
+    rows = row_start + tl.arange(0, BLOCK_M)[:, None]
     for position in tl.range(0, visits):
         start = visited_tile(position, edges, tiles, tl.cdiv(seqlen_k, BLOCK_N), PARTIAL) * BLOCK_N
         cols = start + tl.arange(0, BLOCK_N)[None, :]
         k = load_tile(key, start, seqlen_k, BLOCK_N, BLOCK_D, HEAD_DIM, PARTIAL)
         v = load_tile(value, start, seqlen_k, BLOCK_N, BLOCK_DV, VALUE_DIM, PARTIAL)
-        scores = bent_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), unit, rules)
+        qk = product(
+            q, query, row_start, seqlen_q, k, key, start, seqlen_k, BLOCK_M, BLOCK_N, BLOCK_D, HEAD_DIM, PRECISION
+        )  # fmt: skip
+        scores = bent_scores(qk, unit, rules)
         p = probabilities(scores, row_max[:, None], inverse_sum[:, None], rows, cols, at, sizes, rules, PARTIAL)
         factor = None
         if dropout is not None:
             factor = dropout_factor(rows, cols, batch_head, dropout)
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        dp = product(
+            do, d_out, row_start, seqlen_q, v, value, start, seqlen_k, BLOCK_M, BLOCK_N, BLOCK_DV, VALUE_DIM, PRECISION
+        )  # fmt: skip
         ds = score_gradient(p, factor, dp, delta[:, None], rows, cols, at, sizes, rules, d_weights, PARTIAL)
         if SLOPES:
-            d_slope -= tl.sum(ds * distance(rows, cols, sizes[4]), 1)
+            d_slope -= tl.sum(ds * distance(rows, cols, shift), 1)
         dq = weighted_sum(_through_softcap(ds, scores, rules[6]).to(k.dtype), k, dq, CAREFUL, PRECISION)
     return dq, d_slope
 
@@ -255,10 +262,11 @@ def _attention_bwd_dq_kernel(
     sizes = (seqlen_q, seqlen_k, lower, upper, shift)
     key = head_of(key, batch, head // group)
     value = head_of(value, batch, head // group)
+    query = head_of(query, batch, head)
+    d_out = head_of(d_out, batch, head)
     row = row_start + tl.arange(0, BLOCK_M)
-    rows = row[:, None]
-    q = load_tile(head_of(query, batch, head), row_start, seqlen_q, BLOCK_M, BLOCK_D, HEAD_DIM, True)
-    do = load_tile(head_of(d_out, batch, head), row_start, seqlen_q, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
+    q = load_tile(query, row_start, seqlen_q, BLOCK_M, BLOCK_D, HEAD_DIM, True)
+    do = load_tile(d_out, row_start, seqlen_q, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
     rows_of = batch_head.to(tl.int64) * seqlen_q
     row_max, inverse_sum = load_statistics(statistics_ptr + 2 * rows_of, row, seqlen_q)
     delta = tl.load(delta_ptr + rows_of + row, mask=row < seqlen_q, other=0.0)
@@ -274,14 +282,14 @@ def _attention_bwd_dq_kernel(
     full, partial = count_visits(edges, tiles)
     SLOPES: tl.constexpr = d_slopes_ptr is not None
     dq, d_slope = _grad_of_queries(
-        dq, d_slope, q, do, row_max, inverse_sum, delta, unit, key, value, rows, at, batch_head, sizes, rules, dropout,
-        d_weights, full, edges, tiles,
-        BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, SLOPES, False, CAREFUL, PRECISION,
+        dq, d_slope, q, do, row_max, inverse_sum, delta, unit, query, d_out, key, value, row_start, at, batch_head,
+        sizes, rules, dropout, d_weights, full, edges, tiles,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, SLOPES, False, CAREFUL, PRECISION,
     )  # fmt: skip
     dq, d_slope = _grad_of_queries(
-        dq, d_slope, q, do, row_max, inverse_sum, delta, unit, key, value, rows, at, batch_head, sizes, rules, dropout,
-        d_weights, partial, edges, tiles,
-        BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, SLOPES, True, CAREFUL, PRECISION,
+        dq, d_slope, q, do, row_max, inverse_sum, delta, unit, query, d_out, key, value, row_start, at, batch_head,
+        sizes, rules, dropout, d_weights, partial, edges, tiles,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, SLOPES, True, CAREFUL, PRECISION,
     )  # fmt: skip
     store_tile(d_query, row_start, seqlen_q, dq * scale, BLOCK_M, BLOCK_D, HEAD_DIM)
     if SLOPES:
