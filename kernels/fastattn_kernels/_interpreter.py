@@ -2,7 +2,8 @@
 
 The interpreter keeps bfloat16 as 16-bit integers and computes on those: products and sums of bfloat16 tiles are
 garbage, and float32 is truncated to bfloat16 instead of rounded. 3.6.0 with NumPy 2.4 also fails on run-time loop
-bounds.
+bounds. And the interpreter rebinds Triton's whole language at every call of a device function, which takes half of the
+time: once a launch is enough.
 Installed once, only while interpreting; compiled kernels never come here.
 """
 
@@ -75,6 +76,28 @@ def _repair_index(patch_tensor: Any) -> Any:
     return repaired
 
 
+def _repair_patch(patch_lang: Any) -> Any:
+    bound: set[frozenset[int]] = set()  # which modules the launch that runs has rebound so far
+
+    def repaired(fn: Any) -> Any:
+        modules = frozenset(id(value) for value in fn.__globals__.values() if value is tl or value is tl.core)
+        if modules in bound:
+            return None  # a device function, whose caller leaves the result alone
+        scope = patch_lang(fn)
+        if hasattr(scope, "restore"):
+            bound.add(modules)
+            restore = scope.restore
+
+            def restoring() -> None:
+                restore()
+                bound.clear()
+
+            scope.restore = restoring
+        return scope
+
+    return repaired
+
+
 def repair() -> None:
     """Install the repairs; calling it again changes nothing."""
     builder: Any = interpreter.InterpreterBuilder
@@ -85,4 +108,5 @@ def repair() -> None:
     builder.create_dot = _repair_dot(builder.create_dot)
     builder.cast_impl = _repair_cast(builder.cast_impl)
     interpreter._patch_lang_tensor = _repair_index(interpreter._patch_lang_tensor)  # type: ignore[attr-defined]
+    interpreter._patch_lang = _repair_patch(interpreter._patch_lang)  # type: ignore[attr-defined]
     builder._fastattn_repaired = True
