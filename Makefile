@@ -1,4 +1,4 @@
-# make test | bench | parity | fuzz | lint: each makes .venv once and works on a fresh machine, GPU or not.
+# make test | bench | parity | resources | fuzz | lint: each makes .venv once and works on a fresh machine, GPU or not.
 # make gpu: installs nothing, uses the python3 on the path, which has to hold torch and triton.
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ OUT    ?= benchmarks/results
 SECONDS ?= 60
 STAMP  := $(VENV)/.installed
 
-.PHONY: test bench parity fuzz lint gpu clean
+.PHONY: test bench parity resources fuzz lint gpu clean
 
 test: lint
 	$(BIN)/python -m pytest -n auto --dist worksteal
@@ -18,6 +18,9 @@ bench: $(STAMP)
 
 parity: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal -m parity --error-table
+
+resources: $(STAMP)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "resources or not resources" tests/kernels
 
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.ops.fuzz --seconds $(SECONDS)

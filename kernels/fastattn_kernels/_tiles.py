@@ -104,12 +104,15 @@ def product(
     ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr, USED: tl.constexpr, PRECISION: tl.constexpr,
     WHOLE_FLOAT32: tl.constexpr = 128,
 ):  # fmt: skip
-    """``a @ b^T`` of tiles ``[ROWS, BLOCK]`` and ``[COLS, BLOCK]``. Those wider than 256 (WHOLE_FLOAT32) are read again,
-    in strips: whole, they would fill the registers as operands, float32 ones most of all (multiply-adds want whole rows
-    in every thread)."""
+    """``a @ b^T`` of tiles ``[ROWS, BLOCK]`` and ``[COLS, BLOCK]``.
+
+    Those wider than 256 (float32: WHOLE_FLOAT32) are read again, in strips: whole, they would fill the registers as
+    operands, float32 ones most of all, since multiply-adds want whole rows in every thread.
+    """
     IS_FLOAT32: tl.constexpr = a_matrix[0].dtype.element_ty == tl.float32
     WIDTH: tl.constexpr = 64 if IS_FLOAT32 else 256
-    if BLOCK > (WHOLE_FLOAT32 if IS_FLOAT32 else 256):
+    WHOLE: tl.constexpr = WHOLE_FLOAT32 if IS_FLOAT32 else 256
+    if BLOCK > WHOLE:
         result = tl.zeros([ROWS, COLS], tl.float32)
         for strip in tl.static_range(BLOCK // WIDTH):
             a_strip = a_matrix[0] + strip * WIDTH * a_matrix[2], a_matrix[1], a_matrix[2]
