@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,11 +40,20 @@ def count(case: Case) -> dict[str, Any]:
 
 
 def counts() -> list[dict[str, Any]]:
-    """:func:`count` of every mask, in a process of its own: only there may Triton interpret."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0" if torch.cuda.is_available() else "1"}
+    """:func:`count` of every mask, in a process of its own: only there may Triton interpret.
+
+    Raises:
+        RuntimeError: the process failed, as it does without triton; the message holds its last words.
+    """
+    root = Path(__file__).parents[1]
+    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
+    interpret = "0" if torch.cuda.is_available() else "1"
+    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": interpret}
     command = [sys.executable, "-m", "benchmarks.tiles"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    return json.loads(result.stdout) if result.returncode == 0 else []
+    if result.returncode:
+        raise RuntimeError(f"tiles could not be counted: {result.stderr.strip()[-300:]}")
+    return json.loads(result.stdout)
 
 
 if __name__ == "__main__":

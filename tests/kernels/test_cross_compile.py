@@ -87,7 +87,8 @@ def test_every_configuration_compiles_without_spills(dtype, target, head_dim):
 def test_run_time_values_do_not_recompile(load):
     """Lengths that are multiples of nothing share each kernel; under masks, those that are worth a tile map."""
     lengths = ((97, 130), (1, 3), (33, 1), (511, 1023), (130, 97)) if load == "plain" else ((197, 331), (511, 1023))
-    shared = {**LOADS[load], "dtype": "bfloat16", "head_dim": 64, "careful": load == "plain"}
+    passes = ["fwd", "dkdv", "dq", *["bias", "weights"] * (load == "heavy")]
+    shared = {**LOADS[load], "dtype": "bfloat16", "head_dim": 64, "careful": load == "plain", "passes": passes}
     cases = [{**shared, "length": length, "keys": keys} for length, keys in lengths]
     rows = compile_for("cuda:90", cases)
     compiled = {}
