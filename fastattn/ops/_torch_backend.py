@@ -113,14 +113,16 @@ def _sdpa(call: AttentionCall) -> Tensor:
     key, value, mask = call.key, call.value, _merged_mask(call)
     if mask is not None and not _is_known_finite(key, value):
         key, value = _without_unseen(key, value, mask)
+    # torch's CPU kernel scales what it has hidden: -inf * 0 is NaN
+    query, scale = (call.query * 0.0, 1.0) if call.scale == 0.0 else (call.query, call.scale)
     return F.scaled_dot_product_attention(
-        call.query,
+        query,
         key,
         value,
         attn_mask=mask,
         dropout_p=call.dropout_p,
         is_causal=call.upper is not None and mask is None,
-        scale=call.scale,
+        scale=scale,
         # A branch, and not the comparison: under torch.jit.trace that is a tensor, in a dynamic graph a SymBool.
         **({"enable_gqa": True} if call.query.shape[1] != call.key.shape[1] else {}),
     )
