@@ -31,14 +31,14 @@ attend: Any = fastattn.attention
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What a mask is, and along which axis it broadcasts; `wide` is float32 whatever the query is; `blocks` hides whole
-# tiles of 64 x 64, `ragged` blocks that do not fit tiles.
+# tiles of 64 x 64, `ragged` blocks that do not fit tiles; `scalar` has one number a head.
 MASKS = {
     "none": None,
     **{f"bool-{b}": ("bool", b) for b in ("full", "batch", "head", "query", "key", "2d", "blocks")},
-    **{f"additive-{b}": ("additive", b) for b in ("full", "batch", "head", "query", "key", "2d", "ragged")},
+    **{f"additive-{b}": ("additive", b) for b in ("full", "batch", "head", "query", "key", "2d", "ragged", "scalar")},
     "additive-wide": ("wide", "head"),
 }
-_BROADCAST: dict[str, Any] = {"full": "none", "2d": "batch_head", "blocks": "none", "ragged": "head"}
+_BROADCAST: dict[str, Any] = {"full": "none", "2d": "batch_head", "blocks": "none", "ragged": "head", "scalar": "batch"}
 _BLOCK = {"blocks": 64, "ragged": 40}
 # The shortest and the longest document: about a tile each, from a token up, and shorter than any tile.
 DOCUMENTS: dict[str, Any] = {"none": (), "self": (40, 100), "cross": (1, 60), "shared": (5, 30)}
@@ -135,10 +135,11 @@ class Case:
         return (bounded or self.prefix == "none") and (bounded or self.alibi != "none" or self.alignment == "top_left")
 
     @property
-    def tiles(self):
-        """About how many tiles of scores a kernel visits, those that draw random numbers counted by their cost."""
+    def cost(self):
+        """About how many tiles of scores a kernel visits, in tiles of head size 64 without dropout. In Triton's
+        interpreter each takes about 30 ms, all passes together."""
         tiles = self.batch * self.heads[0] * -(-self.seqlen_q // 64) * -(-self.seqlen_k // 32)
-        return tiles * (4 if self.dropout else 1)
+        return tiles * (32 + self.head_dim) / 96 * (4 if self.dropout else 1)
 
     @property
     def band(self):
@@ -192,6 +193,8 @@ def make_problem(case, device, seed):
             batch, heads, length, keys, dtype={"bool": torch.bool, "additive": dtype, "wide": torch.float32}[kind[0]],
             broadcast=_BROADCAST.get(kind[1], kind[1]), block=_BLOCK.get(kind[1], 1), device=device, seed=seed + 1,
         )  # fmt: skip
+        if kind[1] == "scalar":
+            mask = mask[:, :, :1, :1]
     if case.padding:
         padding = key_padding_mask(batch, keys, device=device, seed=seed + 2)
     if case.alibi != "none":
@@ -427,12 +430,17 @@ def allowances(problem, keep):
     weights_squared = (weights * kept).square() * (1 + squared + top_squared)
     means_squared = (weights * d_weights_squared).sum(dim=-1, keepdim=True) + d_lse.square()
     d_scores_squared = weights.square() * (1 + squared + top_squared) * (d_weights_squared + means_squared)
+    d_products_squared = d_scores_squared * bend.square()
+    if case.softcap is not None:  # the bend is 1 - t^2, of a rounded t
+        d_products_squared = d_products_squared + (2 * (1 - bend) * weights).square() * (
+            d_weights_squared + means_squared
+        )
     eager = {  # squared
         "output": weights_squared @ value.square(),
         "weights": weights_squared,
         "lse": top_squared,
-        "d_query": scale**2 * d_scores_squared @ key.square(),
-        "d_key": scale**2 * d_scores_squared.mT @ query.square(),
+        "d_query": scale**2 * d_products_squared @ key.square(),
+        "d_key": scale**2 * d_products_squared.mT @ query.square(),
         "d_value": weights_squared.mT @ d_output.square(),
         "d_attn_mask": d_scores_squared,
         "d_alibi_slopes": d_scores_squared * distance.square(),

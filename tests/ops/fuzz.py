@@ -20,8 +20,8 @@ if not torch.cuda.is_available():
 from tests.ops.attention_cases import AXES, Case, check
 
 BACKENDS = ("torch", "triton")
-# Tiles of scores that a case visits at most: two seconds each 40 in Triton's interpreter.
-MOST_TILES = 60
+# What a case costs at most: about two seconds in Triton's interpreter.
+MOST_COST = 60
 HEADS = [*AXES["heads"], (6, 2), (4, 1), (3, 3)]
 
 
@@ -52,7 +52,7 @@ def draw(seed):
         if levels["softcap"] is not None:
             levels["softcap"] = round(rng.uniform(0.5, 50), 2)
         case = Case(**levels, seed=seed)
-        if case.makes_sense and case.tiles <= MOST_TILES:
+        if case.makes_sense and case.cost <= MOST_COST:
             return case
 
 

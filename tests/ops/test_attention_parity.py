@@ -13,8 +13,8 @@ from tests.pairwise import pairwise
 pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("poisoned")]
 
 RANDOM_CASES = 16
-# Tiles of scores that a case visits at most: in Triton's interpreter each costs 50 ms, all passes together.
-MOST_TILES = 40
+# What a case costs at most, in Triton's interpreter; and one of a single head, so that the largest sizes may meet.
+MOST_COST, MOST_COST_OF_ONE = 26, 52
 
 # Every level of every axis, alone: the rest is plain, and there are two batch entries where that tells.
 BATCHED = ("mask", "padding", "layout")
@@ -25,10 +25,15 @@ NEEDED: dict[str, dict[str, Any]] = {
     "documents": {"seqlen_q": 130, "batch": 2},
     "alibi": {"batch": 2},
 }
+# Masks that hide whole tiles want several; the others, and layouts, are content with one row of tiles.
+BLOCKS = ("bool-blocks", "additive-ragged")
 # Levels that one head shows as well as two.
 ONE_HEAD = ("causal", "alignment", "window", "prefix", "documents", "softcap", "scale", "dropout", "value", "head_dim")
 # What float16 does with sizes and visibility, float32 and bfloat16 have shown; the pairs still mix them.
-NOT_IN_FP16 = ("value", "seqlen_q", "seqlen_k", "head_dim", "window", "prefix", "documents", "scale", "alignment")
+NOT_IN_FP16 = (
+    "value", "seqlen_q", "seqlen_k", "head_dim", "layout", "mask",
+    "window", "prefix", "documents", "scale", "alignment",
+)  # fmt: skip
 # What bfloat16 does with visibility, float32 has.
 NOT_IN_BF16 = ("window", "scale", "prefix")
 
@@ -36,6 +41,7 @@ NOT_IN_BF16 = ("window", "scale", "prefix")
 def alone(axis, level, dtype):
     levels: dict[str, Any] = {"dtype": dtype, "batch": 1 + (axis in BATCHED), **NEEDED.get(axis, {})}
     levels |= {"heads": (1, 1)} if axis in ONE_HEAD else {}
+    levels |= {"seqlen_q": 50} if axis == "layout" or (axis == "mask" and level not in BLOCKS) else {}
     levels[axis] = level
     return f"{axis} {level}", Case(**levels)
 
@@ -51,13 +57,24 @@ ALONE = [("plain", Case(dtype=dtype)) for dtype in DTYPES] + [
 
 def allowed(levels):
     case = Case(**levels)
-    return case.makes_sense and case.tiles <= MOST_TILES
+    single = case.batch == case.heads[0] == 1
+    return case.makes_sense and case.cost <= (MOST_COST_OF_ONE if single else MOST_COST)
 
 
 PAIRS = [("pairs of features", Case(**levels)) for levels in pairwise(AXES, allowed)]
 
-# What other cases have found, with what it was.
-FOUND: dict[str, Case] = {}
+# What once was wrong, by what it was.
+FOUND = {
+    # The torch backend took the softcap's slope, 1 - t^2, from the capped score: three roundings of bfloat16 too many
+    # where t is near 1, and gradients seven times as far off as eager PyTorch's.
+    "slope_of_scores_at_the_softcap": Case(
+        dtype="bf16", causal=True, alignment="bottom_right", window=(0, 0), prefix="tensor", documents="cross",
+        mask="bool-query", padding=True, alibi="head", softcap=1.5, sinks="wide", scale=-0.2, heads=(1, 1), dropout=0.3,
+        outputs="heads", layout="every_other", value="larger", seqlen_q=3, seqlen_k=257, head_dim=59,
+    ),
+    # F.scaled_dot_product_attention on CPUs multiplies what is_causal has hidden by the scale: -inf * 0 is NaN.
+    "causal_scores_scaled_by_zero": Case(causal=True, scale=0.0, heads=(4, 2), seqlen_q=6, seqlen_k=204, head_dim=53),
+}  # fmt: skip
 
 
 def random_cases(seed):
@@ -66,7 +83,7 @@ def random_cases(seed):
     cases = []
     while len(cases) < RANDOM_CASES:
         case = Case(**{axis: rng.choice(levels) for axis, levels in AXES.items()})
-        if case.makes_sense and case.tiles <= 2 * MOST_TILES:
+        if case.makes_sense and case.cost <= MOST_COST_OF_ONE:
             cases.append(("random combinations", dataclasses.replace(case, seed=seed)))
     return cases
 
@@ -94,7 +111,7 @@ def test_attention_grad_of_pairs_matches_reference(feature, case, backend, devic
 @pytest.mark.parametrize(("feature", "case"), named(PAIRS))
 def test_attention_in_small_blocks_matches_reference(feature, case, device, monkeypatch):
     """The torch backend cuts large calls into blocks of rows; here every call is large."""
-    monkeypatch.setattr(_torch_blocks, "BLOCK_ELEMENTS", 512)
+    monkeypatch.setattr(_torch_blocks, "BLOCK_ELEMENTS", 2048)
     check(f"{feature}, in small blocks", case, "torch", device)
 
 

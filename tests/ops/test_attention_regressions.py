@@ -1,35 +1,46 @@
 """Faults that other attention kernels had, each told in its docstring, so that these do not have them."""
 
 import inspect
+import math
+from typing import Any
 
 import pytest
 import torch
 
+from fastattn.ops import _torch_blocks
 from fastattn.reference import attention as reference
-from fastattn.testing import assert_within_budget, attention_inputs, attention_mask, random_tensor
+from fastattn.testing import (
+    alibi_slopes,
+    assert_within_budget,
+    attention_inputs,
+    attention_mask,
+    attention_sinks,
+    document_ids,
+    random_tensor,
+)
 from tests.ops.attention_cases import attend
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def check(query, key, value, backend, bias):
-    """Output, LSE and gradients under an additive mask, against the reference."""
+    """Output, LSE and gradients, those of the additive mask among them, against the reference."""
     d_output = random_tensor(*query.shape[:3], value.shape[3], seed=99, dtype=query.dtype, device=query.device)
 
     def run(attend, dtype):
-        leaves = [t.detach().to(dtype).requires_grad_() for t in (query, key, value)]
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (query, key, value, bias)]
         output, lse = attend(*leaves)
         return (output, lse, *torch.autograd.grad(output, leaves, d_output.to(dtype)))
 
-    def ours(*leaves):
-        return attend(*leaves, attn_mask=bias, return_lse=True, backend=backend)
+    def ours(query, key, value, bias):
+        return attend(query, key, value, attn_mask=bias, return_lse=True, backend=backend)
 
-    def plain(*leaves):
-        found = reference(*leaves, bias=bias.to(leaves[0].dtype))
+    def plain(query, key, value, bias):
+        found = reference(query, key, value, bias=bias)
         return found.output, found.lse
 
     actual, truth, peer = run(ours, query.dtype), run(plain, torch.float64), run(plain, query.dtype)
-    names = ("output", "lse", "d_query", "d_key", "d_value")
+    names = ("output", "lse", "d_query", "d_key", "d_value", "d_bias")
     for name, found, exact, eager in zip(names, actual, truth, peer):
         assert_within_budget(found, truth=exact, peer=eager, name=name)
 
@@ -121,17 +132,205 @@ def test_attention_mask_of_any_alignment(dtype, offset, backend, device, seed):
         assert torch.equal(output, expected)
 
 
-def test_attention_is_deterministic(backend, device, seed):
-    """Two runs, bitwise the same, without asking for it; ``deterministic=True`` that is not: flash-attention#2244."""
+DETERMINISM: dict[str, dict[str, Any]] = {
+    "documents_alibi_and_a_bias_of_keys": {"documents": True, "alibi": True, "bias": (None, 1, 1, None)},
+    "window_softcap_and_a_bias_of_heads": {"window": (30, 4), "softcap": 5.0, "bias": (1, None, None, None)},
+}
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["default", "use_deterministic_algorithms"])
+@pytest.mark.parametrize("name", DETERMINISM)
+def test_attention_is_deterministic(name, strict, backend, device, seed, monkeypatch):
+    """Fifty runs, bitwise the same, without asking for it; ``deterministic=True`` that is not: flash-attention#2244.
+
+    Everything that is added up over programs or blocks at once: dK and dV over the heads of a group, and the gradients
+    of the bias, the slopes and the sinks.
+    """
+    runs, batch, heads, length, keys = 50, 2, 4, 700, 1000
+    if device.type == "cpu":
+        # so small that the interpreter can run it fifty times, and yet with lists of tiles
+        batch, heads, length, keys = 1, 2, 70, 40
+        if backend == "triton":
+            from fastattn_kernels import attention_tile_map
+
+            monkeypatch.setattr(attention_tile_map, "FEWEST_GRANULES", 1)
+            if strict or name != next(iter(DETERMINISM)):
+                runs = 3  # on a CPU these say little more than the first
+    chosen = dict(DETERMINISM[name])
+    drawn = attention_inputs(
+        batch, heads, length, keys, 16, kv_heads=heads // 2, dtype=torch.bfloat16, device=device, seed=seed
+    )
+    leaves = dict(zip(("query", "key", "value"), drawn), sinks=attention_sinks(heads, device=device))
+    shape = [own or size for own, size in zip(chosen.pop("bias"), (batch, heads, length, keys))]
+    leaves["attn_mask"] = random_tensor(*shape, seed=seed, device=device)
+    if chosen.pop("alibi", False):
+        leaves["alibi_slopes"] = alibi_slopes(heads, device=device)
+    if chosen.pop("documents", False):
+        ids = (document_ids(batch, n, longest=50, device=device, seed=seed) for n in (length, keys))
+        chosen["document_ids"] = tuple(ids)
 
     def run():
-        leaves = attention_inputs(2, 4, 97, 70, 16, kv_heads=2, dtype=torch.bfloat16, device=device, seed=seed)
-        leaves = [t.requires_grad_() for t in leaves]
-        results = attend(*leaves, need_weights=True, return_lse=True, backend=backend)
-        return *results, *torch.autograd.grad([r.sum() for r in results], leaves)
+        own = {name: t.detach().requires_grad_() for name, t in leaves.items()}
+        results = attend(**own, **chosen, return_lse=True, backend=backend)
+        return *results, *torch.autograd.grad([r.nan_to_num(neginf=0).sum() for r in results], list(own.values()))
 
-    for first, second in zip(run(), run()):
-        assert torch.equal(first, second)
+    torch.use_deterministic_algorithms(strict)
+    try:
+        first = run()
+        for _ in range(runs - 1):
+            assert all(map(torch.equal, run(), first))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 33, 70), (2, 1, 33, 70), (33, 70), (1, 2, 1, 70), (70,)], ids=str)
+def test_attention_grad_of_a_bias_is_there_in_its_shape(shape, backend, device, seed):
+    """A learned bias without a gradient, or with none where it broadcasts (flash-attention#342, #1219, pytorch#145208).
+
+    In the forward it broadcasts, so in the backward it is summed: to its own shape, every axis.
+    """
+    query, key, value = attention_inputs(2, 2, 33, 70, 16, device=device, seed=seed)
+    check(query, key, value, backend, random_tensor(*shape, seed=seed + 1, device=device))
+
+
+def test_attention_grad_reaches_a_table_of_relative_positions(backend, device, seed):
+    """Biases gathered from a learned table, as T5's: what FlexAttention could not differentiate (pytorch#145208)."""
+    query, key, value = attention_inputs(2, 2, 33, 70, 16, device=device, seed=seed)
+    table = random_tensor(2, 33 + 70, seed=seed + 1, device=device)
+    place = torch.arange(33, device=device)[:, None] - torch.arange(70, device=device) + 69
+    d_output = random_tensor(2, 2, 33, 16, seed=seed + 2, device=device)
+
+    def gradient(dtype, own):
+        leaf = table.to(dtype).requires_grad_()
+        qkv = [t.to(dtype) for t in (query, key, value)]
+        bias = leaf[None, :, place]
+        output = attend(*qkv, attn_mask=bias, backend=backend) if own else reference(*qkv, bias=bias).output
+        return torch.autograd.grad(output, leaf, d_output.to(dtype))[0]
+
+    assert_within_budget(
+        gradient(torch.float32, True),
+        truth=gradient(torch.float64, False),
+        peer=gradient(torch.float32, False),
+        name="d_table",
+    )
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["alone", "with_a_bias"])
+def test_attention_grad_of_sinks_is_there(bias, backend, device, seed):
+    """Learnable sinks whose gradient was never computed (flash-attention#1973): a column of scores without a value."""
+    query, key, value = attention_inputs(2, 2, 33, 70, 16, device=device, seed=seed)
+    sinks = attention_sinks(2, device=device, seed=seed)
+    added = random_tensor(1, 2, 33, 70, seed=seed + 1, device=device) if bias else torch.zeros(1, device=device)
+    d_output = random_tensor(2, 2, 33, 16, seed=seed + 2, device=device)
+
+    def column(query, key, value, sinks):
+        """The sink as a key that is zero, with the sink for a bias and a value of zero."""
+        key, value = (torch.nn.functional.pad(t, (0, 0, 1, 0)) for t in (key, value))
+        extra = sinks[None, :, None, None].expand(1, 2, 33, 1)
+        return attend(
+            query, key, value, attn_mask=torch.cat([extra, added.expand(1, 2, 33, 70)], dim=3), backend=backend
+        )
+
+    def own(query, key, value, sinks):
+        return attend(query, key, value, sinks=sinks, attn_mask=added if bias else None, backend=backend)
+
+    found, expected = (
+        (output := function(*(leaves := [t.detach().requires_grad_() for t in (query, key, value, sinks)])),
+         *torch.autograd.grad(output, leaves, d_output))
+        for function in (own, column)
+    )  # fmt: skip
+    for actual, wanted in zip(found, expected):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_grad_of_tiles_that_a_mask_spells(backend, device, seed):
+    """A block-sparse mask that spells causality is ``is_causal``, in the gradients too (flash-attention#2623).
+
+    Its forward was exact while its backward visited other tiles than the map said, silently, at head size 64.
+    """
+    qkv = attention_inputs(1, 2, 197, 197, 64, kv_heads=1, device=device, seed=seed)
+    d_output = random_tensor(1, 2, 197, 64, seed=seed + 1, device=device)
+    causal = torch.ones(197, 197, dtype=torch.bool, device=device).tril()
+
+    def run(**arguments):
+        leaves = [t.detach().requires_grad_() for t in qkv]
+        output = attend(*leaves, **arguments, backend=backend)
+        return output, *torch.autograd.grad(output, leaves, d_output)
+
+    for spelled, ruled in zip(run(attn_mask=causal), run(is_causal=True)):
+        torch.testing.assert_close(spelled, ruled, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_masks_of_every_kind_combine(backend, device, seed):
+    """Arbitrary and padding masks, refused or ignored by others (flash-attention#352, #1179, #1898, #17), all at once:
+    what each kind says is what one boolean mask of them all says."""
+    qkv = attention_inputs(2, 2, 33, 70, 16, device=device, seed=seed)
+    d_output = random_tensor(2, 2, 33, 16, seed=seed + 1, device=device)
+    mask = attention_mask(2, 2, 33, 70, device=device, seed=seed)
+    padding = torch.arange(70, device=device) >= torch.tensor([[61], [55]], device=device)
+    rows, keys = torch.arange(33, device=device)[:, None], torch.arange(70, device=device)
+    ids = tuple(document_ids(2, n, shortest=15, longest=30, device=device, seed=seed) for n in (33, 70))
+    near = (keys <= rows + 37 + 2) & (keys >= rows + 37 - 20) | (keys < 9)
+    together = mask & ~padding[:, None, None] & near & (ids[0][:, None, :, None] == ids[1][:, None, None])
+    assert together.any()
+
+    def run(**arguments):
+        leaves = [t.detach().requires_grad_() for t in qkv]
+        output = attend(*leaves, **arguments, backend=backend)
+        return output, *torch.autograd.grad(output, leaves, d_output)
+
+    apart = run(
+        attn_mask=mask, key_padding_mask=padding, document_ids=ids, window=(20, 2), prefix=9,
+        causal_alignment="bottom_right",
+    )  # fmt: skip
+    for found, expected in zip(apart, run(attn_mask=together)):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["expanded", "transposed", "sliced"])
+def test_attention_grad_of_output_gradients_that_lie_apart(how, backend, device, seed):
+    """An output's gradient that is not contiguous was read as if it were (flash-attention#355)."""
+    leaves = [t.requires_grad_() for t in attention_inputs(2, 2, 33, 70, 16, device=device, seed=seed)]
+    output = attend(*leaves, backend=backend)
+    d_output = {
+        "expanded": torch.ones((), device=device).expand(2, 2, 33, 16),
+        "transposed": random_tensor(16, 33, 2, 2, seed=seed, device=device).permute(2, 3, 1, 0),
+        "sliced": random_tensor(2, 2, 33, 33, seed=seed, device=device)[..., 1::2],
+    }[how]
+    found = torch.autograd.grad(output, leaves, d_output, retain_graph=True)
+    for actual, expected in zip(found, torch.autograd.grad(output, leaves, d_output.contiguous())):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_grad_of_inputs_of_a_thousand(backend, device):
+    """Constant inputs of 1000 gave NaN gradients in float32 (pytorch#125674): rows whose scores are all alike attend
+    evenly, and scores have no gradient. (The LSE is asked for because the torch backend then computes itself: on CPUs
+    ``F.scaled_dot_product_attention`` is 8 % off here, its float32 LSE of 8e6 being too coarse.)"""
+    leaves = [torch.full((1, 2, 50, 64), 1000.0, device=device, requires_grad=True) for _ in range(3)]
+    output, _ = attend(*leaves, return_lse=True, backend=backend)
+    torch.testing.assert_close(output, leaves[2].detach(), rtol=1e-5, atol=0)
+    d_query, d_key, d_value = torch.autograd.grad(output, leaves, torch.ones_like(output))
+    torch.testing.assert_close(d_value, torch.ones_like(d_value), rtol=1e-5, atol=0)
+    # of the scores' gradient, 64e3 - 64e3, float32 leaves an ulp, and the products with keys of 1000 enlarge it
+    ulp = 64e3 * torch.finfo(torch.float32).eps
+    for gradient in (d_query, d_key):
+        assert gradient.abs().max() <= 4 * ulp * 1000 / math.sqrt(64) * 2
+
+
+def test_attention_averaged_weights_need_no_memory_per_head(backend, device, seed, monkeypatch):
+    """Weights that are averaged over heads, at the price of all heads' (pytorch#98505, RT-DETR#680): nothing of their
+    size is allocated, neither in the forward nor in the backward."""
+    if device.type != "cpu":
+        pytest.skip("counts the allocations of CPU tensors; the same code runs on a GPU")
+    monkeypatch.setattr(_torch_blocks, "BLOCK_ELEMENTS", 64 * 64)
+    leaves = attention_inputs(1, 8, 64, 64, 8, device=device, seed=seed)
+    leaves = [t.requires_grad_() for t in leaves]
+    with torch.profiler.profile(profile_memory=True) as profile:
+        results = attend(*leaves, need_weights=True, return_lse=True, backend=backend)
+        torch.autograd.grad([r.sum() for r in results], leaves)
+    trace: Any = profile.profiler
+    largest = max(e.nbytes() for e in trace.kineto_results.events() if e.name() == "[memory]")
+    assert 64 * 64 * 4 <= largest < 8 * 64 * 64 * 4 / 2  # the averaged weights themselves, and far from all heads'
 
 
 def test_attention_leaves_its_inputs_alone(backend, device, seed):
