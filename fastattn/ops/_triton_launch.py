@@ -21,6 +21,7 @@ from fastattn_kernels.attention_weights import (
 
 
 def _problem(inputs: Inputs, options: Options) -> Problem:
+    lower, upper = options.lower, options.upper
     return Problem(
         query=inputs.query,
         key=inputs.key,
@@ -34,8 +35,9 @@ def _problem(inputs: Inputs, options: Options) -> Problem:
         query_documents=inputs.query_documents,
         key_documents=inputs.key_documents,
         prefix=inputs.prefix,
-        lower=options.lower,
-        upper=options.upper,
+        # the kernels add a row's index to these, in 32 bits; further out they rule nothing
+        lower=None if lower is None else max(lower, -inputs.query.shape[2]),
+        upper=None if upper is None else min(upper, inputs.key.shape[2]),
         shift=options.shift,
         softcap=options.softcap,
         seed=inputs.dropout_state,

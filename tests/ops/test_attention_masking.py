@@ -273,3 +273,14 @@ def test_attention_very_negative_additive_masks_keep_their_order(backend, device
     truth = value.double().mean(dim=2, keepdim=True).expand(B, H, L, D)
     peer = reference(query, key, value, bias=bias).output
     assert_within_budget(output, truth=truth, peer=peer, name="output")
+
+
+@pytest.mark.parametrize("far", [2**31 - 1, 2**40])
+def test_attention_windows_and_prefixes_of_any_size(far, backend, device, seed):
+    """Bounds beyond 32 bits hide nothing, and do not wrap around."""
+    query, key, value = attention_inputs(1, 1, L, S, D, device=device, seed=seed)
+    expected = attend(query, key, value, backend=backend)
+    torch.testing.assert_close(attend(query, key, value, window=(far, far), backend=backend), expected)
+    torch.testing.assert_close(attend(query, key, value, is_causal=True, prefix=far, backend=backend), expected)
+    causal = attend(query, key, value, is_causal=True, backend=backend)
+    torch.testing.assert_close(attend(query, key, value, window=(far, 0), backend=backend), causal)
