@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import math
 import os
 import random
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -37,6 +39,7 @@ def pytest_addoption(parser):
     group.addoption("--seed", type=int, default=None, help="of the random sample; default: random, and printed")
     group.addoption("--error-table", action="store_true", help="end with errors against float64, ours beside eager's")
     group.addoption("--error-table-json", metavar="FILE", help="write the error table to FILE")
+    group.addoption("--budget", type=float, metavar="SECONDS", help="skip what has not begun by then")
 
 
 def pytest_configure(config):
@@ -45,8 +48,14 @@ def pytest_configure(config):
     else:
         given = config.getoption("--seed")
         config.seed = random.SystemRandom().randrange(10**6) if given is None else given
+    config.deadline = time.monotonic() + (config.getoption("--budget") or math.inf)
     config.error_recording = contextlib.ExitStack()
     config.error_records = config.error_recording.enter_context(testing.record_errors())
+
+
+def pytest_runtest_setup(item):
+    if time.monotonic() > item.config.deadline:
+        pytest.skip("the time given with --budget is spent")
 
 
 def pytest_unconfigure(config):
@@ -100,6 +109,7 @@ def pytest_terminal_summary(terminalreporter, config):
             "torch": torch.__version__,
             "seed": config.seed,
             "passed": len(terminalreporter.stats.get("passed", [])),
+            "skipped": len(terminalreporter.stats.get("skipped", [])),
             "failed": len(terminalreporter.stats.get("failed", [])) + len(terminalreporter.stats.get("error", [])),
             "rows": testing.error_rows(records),
         }

@@ -113,8 +113,9 @@ def _sdpa(call: AttentionCall) -> Tensor:
     key, value, mask = call.key, call.value, _merged_mask(call)
     if mask is not None and not _is_known_finite(key, value):
         key, value = _without_unseen(key, value, mask)
-    # torch's CPU kernel scales what it has hidden: -inf * 0 is NaN
-    query, scale = (call.query * 0.0, 1.0) if call.scale == 0.0 else (call.query, call.scale)
+    query, scale = call.query, call.scale
+    if scale <= 0.0:  # torch's CPU kernel scales what it has hidden: -inf * 0 is NaN, and -inf * -1 everything
+        query, scale = (-query, -scale) if scale < 0.0 else (query * 0.0, 1.0)
     return F.scaled_dot_product_attention(
         query,
         key,

@@ -351,7 +351,7 @@ def allowances(problem, keep):
 
     And where a result has few elements, as the gradients of slopes and sinks have, the peer's error is a sample of few:
     it strays from what eager roundings lose on average by one part in ``sqrt(2 n)``. Three such parts are allowed. No
-    result is a larger sample than the weights from which it comes.
+    result is a larger sample than the different weights from which it comes.
     """
     case, dtype = problem.case, problem.query.dtype
     leaves = {name: leaf.detach().double() for name, leaf in problem.leaves.items()}
@@ -395,16 +395,16 @@ def allowances(problem, keep):
     d_weights, d_weights_squared = d_weights * kept, d_weights_squared * kept * kept
     d_lse = torch.zeros(()) if problem.d_lse is None else problem.d_lse.double().abs()[..., None]
 
-    relative = weights * (scores + top)
+    relative = weights * (1 + scores + top)  # 1: the roundings of the exponential and of the sum that it goes into
     means = (weights * d_weights).sum(dim=-1, keepdim=True) + d_lse
-    d_scores = (weights + relative) * (d_weights + means)
+    d_scores = relative * (d_weights + means)
     d_products = d_scores * bend
     if case.softcap is not None:
         d_products = d_products + 3 * weights * (d_weights + means)  # the error of the bend, which is not relative
     float32 = {
         "output": (relative * kept) @ value.abs(),
         "weights": relative * kept,
-        "lse": top,
+        "lse": 1 + top,
         "d_query": scale * d_products @ key.abs(),
         "d_key": scale * d_products.mT @ query.abs(),
         "d_value": (relative * kept).mT @ d_output.abs(),
@@ -438,7 +438,7 @@ def allowances(problem, keep):
     eager = {  # squared
         "output": weights_squared @ value.square(),
         "weights": weights_squared,
-        "lse": top_squared,
+        "lse": 1 + top_squared,
         "d_query": scale**2 * d_products_squared @ key.square(),
         "d_key": scale**2 * d_products_squared.mT @ query.square(),
         "d_value": weights_squared.mT @ d_output.square(),
@@ -459,7 +459,7 @@ def allowances(problem, keep):
 
     sizes = {"output": problem.d_output, "weights": problem.d_weights, "lse": problem.d_lse}
     sizes |= {f"d_{name}": leaf for name, leaf in leaves.items()}
-    pairs = max(1, int(visible.sum()))
+    pairs = max(1, weights[visible].round(decimals=12).unique().numel())
     result = {}
     for name, size in sizes.items():
         if size is not None:

@@ -74,6 +74,8 @@ FOUND = {
     ),
     # F.scaled_dot_product_attention on CPUs multiplies what is_causal has hidden by the scale: -inf * 0 is NaN.
     "causal_scores_scaled_by_zero": Case(causal=True, scale=0.0, heads=(4, 2), seqlen_q=6, seqlen_k=204, head_dim=53),
+    # And by a negative scale: inf.
+    "causal_scores_scaled_by_less_than_zero": Case(causal=True, scale=-0.2, batch=2, seqlen_q=4, seqlen_k=4),
 }  # fmt: skip
 
 
