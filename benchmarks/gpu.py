@@ -80,7 +80,7 @@ def dry_matrix() -> Iterator[tuple[Case, tuple[str, ...]]]:
 def run_parity(out: Path, seconds: float) -> dict[str, Any]:
     """The parity tests in a process of their own; what became of them."""
     root = Path(__file__).parent.parent
-    # torch's own backend has nothing to prove here. The kernels take all of the time, nearly all of it compilation: what
+    # torch's own backend has nothing to prove here. The kernels take all of the time, most of it compilation: what
     # has not begun in time is skipped, so that the table of the rest is written.
     command = [sys.executable, "-m", "pytest", "-q", "-m", "parity", "-k", "triton", "tests/ops"]
     command += ["--budget", str(max(10.0, seconds - 45.0))]
