@@ -102,7 +102,7 @@ def weighted_sum(weights, x, acc, CAREFUL: tl.constexpr, PRECISION: tl.constexpr
 def product(
     a, a_matrix, a_start, a_end, b, b_matrix, b_start, b_end,
     ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr, USED: tl.constexpr, PRECISION: tl.constexpr,
-    WHOLE_FLOAT32: tl.constexpr = tl.constexpr(128),
+    WHOLE_FLOAT32: tl.constexpr,
 ):  # fmt: skip
     """``a @ b^T`` of tiles ``[ROWS, BLOCK]`` and ``[COLS, BLOCK]``.
 

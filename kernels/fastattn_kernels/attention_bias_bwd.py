@@ -64,7 +64,7 @@ def _attention_bias_bwd_kernel(
             delta = tl.load(delta_ptr + batch_head * seqlen_q + row, mask=row < seqlen_q, other=0.0)
             qk = product(
                 q, head_q, row_start, seqlen_q, k, head_k, col_start, seqlen_k, BLOCK_M, BLOCK_N, BLOCK_D, HEAD_DIM,
-                PRECISION,
+                PRECISION, 128,
             )  # fmt: skip
             scores = bent_scores(qk, scale * LOG2_E, rules)
             p = probabilities(scores, row_max[:, None], inverse_sum[:, None], rows, cols, at, sizes, rules, True)
@@ -73,7 +73,7 @@ def _attention_bias_bwd_kernel(
                 factor = dropout_factor(rows, cols, batch_head.to(tl.int32), dropout)
             dp = product(
                 do, head_do, row_start, seqlen_q, v, head_v, col_start, seqlen_k, BLOCK_M, BLOCK_N, BLOCK_DV, VALUE_DIM,
-                PRECISION,
+                PRECISION, 128,
             )  # fmt: skip
             total += score_gradient(p, factor, dp, delta[:, None], rows, cols, at, sizes, rules, d_weights, True)
 

@@ -223,7 +223,7 @@ def _grad_of_queries(
         k = load_tile(key, start, seqlen_k, BLOCK_N, BLOCK_D, HEAD_DIM, PARTIAL)
         v = load_tile(value, start, seqlen_k, BLOCK_N, BLOCK_DV, VALUE_DIM, PARTIAL)
         qk = product(
-            q, query, row_start, seqlen_q, k, key, start, seqlen_k, BLOCK_M, BLOCK_N, BLOCK_D, HEAD_DIM, PRECISION
+            q, query, row_start, seqlen_q, k, key, start, seqlen_k, BLOCK_M, BLOCK_N, BLOCK_D, HEAD_DIM, PRECISION, 128
         )  # fmt: skip
         scores = bent_scores(qk, unit, rules)
         p = probabilities(scores, row_max[:, None], inverse_sum[:, None], rows, cols, at, sizes, rules, PARTIAL)
@@ -231,7 +231,8 @@ def _grad_of_queries(
         if dropout is not None:
             factor = dropout_factor(rows, cols, batch_head, dropout)
         dp = product(
-            do, d_out, row_start, seqlen_q, v, value, start, seqlen_k, BLOCK_M, BLOCK_N, BLOCK_DV, VALUE_DIM, PRECISION
+            do, d_out, row_start, seqlen_q, v, value, start, seqlen_k, BLOCK_M, BLOCK_N, BLOCK_DV, VALUE_DIM,
+            PRECISION, 128,
         )  # fmt: skip
         ds = score_gradient(p, factor, dp, delta[:, None], rows, cols, at, sizes, rules, d_weights, PARTIAL)
         if SLOPES:
