@@ -154,8 +154,8 @@ def test_attention_is_deterministic(name, strict, backend, device, seed, monkeyp
             from fastattn_kernels import attention_tile_map
 
             monkeypatch.setattr(attention_tile_map, "FEWEST_GRANULES", 1)
-            if strict or name != next(iter(DETERMINISM)):
-                runs = 3  # on a CPU these say little more than the first
+        if strict or name != next(iter(DETERMINISM)):
+            runs = 3  # on a CPU these say little more than the first
     chosen = dict(DETERMINISM[name])
     drawn = attention_inputs(
         batch, heads, length, keys, 16, kv_heads=heads // 2, dtype=torch.bfloat16, device=device, seed=seed
