@@ -351,7 +351,8 @@ def allowances(problem, keep):
 
     And where a result has few elements, as the gradients of slopes and sinks have, the peer's error is a sample of few:
     it strays from what eager roundings lose on average by one part in ``sqrt(2 n)``. Three such parts are allowed. No
-    result is a larger sample than the different weights from which it comes.
+    result is a larger sample than the different weights whose errors make it, and few make it where rows attend
+    sharply: their participation number, ``sum(e)^2 / sum(e^2)`` of the squared errors, says how many.
     """
     case, dtype = problem.case, problem.query.dtype
     leaves = {name: leaf.detach().double() for name, leaf in problem.leaves.items()}
@@ -459,7 +460,9 @@ def allowances(problem, keep):
 
     sizes = {"output": problem.d_output, "weights": problem.d_weights, "lse": problem.d_lse}
     sizes |= {f"d_{name}": leaf for name, leaf in leaves.items()}
-    pairs = max(1, weights[visible].round(decimals=12).unique().numel())
+    energy = weights_squared.double()
+    different = weights[visible].round(decimals=12).unique().numel()
+    pairs = max(1.0, min(different, (energy.sum().square() / energy.square().sum()).nan_to_num(1.0).item()))
     result = {}
     for name, size in sizes.items():
         if size is not None:

@@ -65,13 +65,6 @@ PAIRS = [("pairs of features", Case(**levels)) for levels in pairwise(AXES, allo
 
 # What once was wrong, by what it was.
 FOUND = {
-    # The torch backend took the softcap's slope, 1 - t^2, from the capped score: three roundings of bfloat16 too many
-    # where t is near 1, and gradients seven times as far off as eager PyTorch's.
-    "slope_of_scores_at_the_softcap": Case(
-        dtype="bf16", causal=True, alignment="bottom_right", window=(0, 0), prefix="tensor", documents="cross",
-        mask="bool-query", padding=True, alibi="head", softcap=1.5, sinks="wide", scale=-0.2, heads=(1, 1), dropout=0.3,
-        outputs="heads", layout="every_other", value="larger", seqlen_q=3, seqlen_k=257, head_dim=59,
-    ),
     # F.scaled_dot_product_attention on CPUs multiplies what is_causal has hidden by the scale: -inf * 0 is NaN.
     "causal_scores_scaled_by_zero": Case(causal=True, scale=0.0, heads=(4, 2), seqlen_q=6, seqlen_k=204, head_dim=53),
     # And by a negative scale: inf.
