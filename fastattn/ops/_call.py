@@ -23,8 +23,8 @@ class AttentionCall(NamedTuple):
     sinks: Tensor | None = None  # [B | 1, H], floating
     mask: Tensor | None = None  # [B | 1, H | 1, L | 1, S | 1], boolean
     key_padding_mask: Tensor | None = None  # [B, S], boolean
-    query_documents: Tensor | None = None  # [B | 1, L], int32
-    key_documents: Tensor | None = None  # [B | 1, S], int32
+    query_documents: Tensor | None = None  # [B | 1, L], int32 or int64
+    key_documents: Tensor | None = None  # [B | 1, S], int32 or int64
     prefix: Tensor | None = None  # [B | 1], int32
     lower: int | None = None
     upper: int | None = None
@@ -112,7 +112,7 @@ def check_key_padding_mask(key_padding_mask: Tensor, key: Tensor) -> None:
 def check_document_ids(
     document_ids: Tensor | tuple[Tensor, Tensor], query: Tensor, key: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the ids of queries and of keys as int32 ``[B | 1, length]``, or raise."""
+    """Return the ids of queries and of keys as int32 or int64 ``[B | 1, length]``, or raise."""
     if isinstance(document_ids, Tensor):
         if query.shape[2] != key.shape[2]:
             raise ValueError(
@@ -129,7 +129,7 @@ def check_document_ids(
     for of, ids, tensor in zip(("queries", "keys"), document_ids, (query, key)):
         check_tensor(f"document_ids of {of}", ids, query, [("batch", tensor.shape[0]), (of, tensor.shape[2])])
         check_integer(f"document_ids of {of}", ids)
-        found.append(ids.to(torch.int32))
+        found.append(ids if ids.dtype in (torch.int32, torch.int64) else ids.to(torch.int32))
     return found[0], found[1]
 
 
@@ -138,7 +138,7 @@ def check_prefix(prefix: int | Tensor, query: Tensor, key: Tensor) -> Tensor:
     if isinstance(prefix, Tensor):
         check_tensor("prefix", prefix, query, [("batch", query.shape[0])])
         check_integer("prefix", prefix)
-        return prefix.clamp(0, 2**31 - 1).to(torch.int32)
+        return prefix.to(torch.int64).clamp(0, 2**31 - 1).to(torch.int32)
     if not is_integer(prefix):
         raise TypeError(f"prefix={prefix!r}: expected an int, an integer tensor [batch] or None")
     if prefix < 0:

@@ -39,7 +39,9 @@ class Options(NamedTuple):
     dropout_p: float
     weights: str
     backend: str
-    keeps_statistics: bool = True  # False lets a backend leave out LSE and statistics (they are then NaN)
+    keeps_statistics: bool = (
+        True  # False lets a backend leave out LSE and statistics (what they hold is then unspecified)
+    )
 
 
 INPUTS, OPTIONS = len(Inputs._fields), len(Options._fields)

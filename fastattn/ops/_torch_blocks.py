@@ -225,8 +225,9 @@ def _products(queries: Tensor, keys: Tensor, own: Inputs, options: Options) -> t
 
 
 def _distances(scores: Tensor, options: Options) -> Tensor:
-    """``[n, s]``, in the dtype of the scores."""
-    return distances(scores.shape[2], scores.shape[3], options.shift, scores.device).to(scores.dtype)
+    """``[n, s]``, in float32 or better: float16 ends at 65504."""
+    dtype = statistics_dtype(scores.dtype)
+    return distances(scores.shape[2], scores.shape[3], options.shift, scores.device).to(dtype)
 
 
 def _masked(scores: Tensor, own: Inputs, options: Options, finite: bool) -> Tensor:
@@ -236,8 +237,7 @@ def _masked(scores: Tensor, own: Inputs, options: Options, finite: bool) -> Tens
         if not finite:
             scores.masked_fill_(own.bias == NEGATIVE_INFINITY, NEGATIVE_INFINITY)
     if own.alibi_slopes is not None:
-        slopes = own.alibi_slopes[..., None, None].to(scores.dtype)
-        scores.addcmul_(slopes, _distances(scores, options), value=-1)
+        scores.sub_(own.alibi_slopes[..., None, None] * _distances(scores, options))
     rows, keys = scores.shape[2:]
     if options.upper is not None:
         start = max(0, options.upper + 1)  # the first key that the first row may not see
@@ -361,13 +361,13 @@ def backward(
     if hides or not (d_query.numel() and d_key.numel()):
         d_query.zero_(), d_key.zero_(), d_value.zero_()
     d_bias, d_slopes, d_sinks = (
-        torch.zeros_like(t, dtype=torch.promote_types(t.dtype, statistics)) if needed and t is not None else None
+        t.new_zeros(t.shape, dtype=torch.promote_types(t.dtype, statistics)) if needed and t is not None else None
         for t, needed in zip((inputs.bias, inputs.alibi_slopes, sinks), needs)
     )
     # what a row's sink takes from its keys: the mean of dP under the weights
     means = None if d_sinks is None else torch.zeros_like(lse)
     # The average's gradient reaches every head, divided; and dropout scales what reaches a kept weight.
-    d_weights_scale = keep_scale / heads if options.weights == "average" else keep_scale
+    d_weights_scale = keep_scale / max(heads, 1) if options.weights == "average" else keep_scale
     if d_weights is not None and options.weights == "average":
         d_weights = d_weights[:, None]
 
@@ -405,7 +405,7 @@ def backward(
                 d_bias_block += ds.sum_to_size(d_bias_block.shape)
             if d_slopes is not None:
                 d_slopes_block = block.of(d_slopes, ("batch",))
-                by_head = (ds.flatten(2) @ _distances(ds, rules).flatten()).to(d_slopes.dtype)
+                by_head = (ds * _distances(ds, rules)).sum(dim=-1).sum(dim=-1).to(d_slopes.dtype)
                 d_slopes_block -= by_head.sum_to_size(d_slopes_block.shape)
             if bent is not None:
                 ds = torch.ops.aten.tanh_backward(ds, bent)

@@ -51,7 +51,7 @@ def attention(
             a side without a limit.
         prefix: this many keys, the first ones, are visible to every query in spite of causality and window; an int, or
             an integer tensor ``[B]``.
-        document_ids: integers (of 32 bits) ``[B, L]``, or, where ``L`` is not ``S``, a pair of them: of queries
+        document_ids: integers ``[B, L]``, or, where ``L`` is not ``S``, a pair of them: of queries
             ``[B, L]`` and of keys ``[B, S]``. A query sees keys of its own document alone. A batch of 1 broadcasts.
         alibi_slopes: floating ``[H]`` or ``[B, H]``: ``-slope * |p - j|`` is added to the scores of a query that
             stands at key ``p`` (arXiv:2108.12409). Differentiable.

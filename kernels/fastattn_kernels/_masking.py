@@ -49,11 +49,13 @@ def visible(rows, cols, at, sizes, rules):
         seen = seen & (tl.load(mask_ptr + _offsets(strides, at, rows, cols), mask=inside, other=0) != 0)
     if padding is not None:
         padding_ptr, stride_b, stride_n = padding
-        seen = seen & (tl.load(padding_ptr + at[0] * stride_b + cols * stride_n, mask=inside, other=1) == 0)
+        seen = seen & (
+            tl.load(padding_ptr + at[0] * stride_b + cols.to(tl.int64) * stride_n, mask=inside, other=1) == 0
+        )
     if documents is not None:
         query_ptr, stride_qb, stride_qm, key_ptr, stride_kb, stride_kn = documents
-        of_rows = tl.load(query_ptr + at[0] * stride_qb + rows * stride_qm)
-        of_cols = tl.load(key_ptr + at[0] * stride_kb + cols * stride_kn, mask=inside, other=0)
+        of_rows = tl.load(query_ptr + at[0] * stride_qb + rows.to(tl.int64) * stride_qm)
+        of_cols = tl.load(key_ptr + at[0] * stride_kb + cols.to(tl.int64) * stride_kn, mask=inside, other=0)
         seen = seen & (of_rows == of_cols)
     return seen
 

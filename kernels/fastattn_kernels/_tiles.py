@@ -115,8 +115,8 @@ def product(
     if BLOCK > WHOLE:
         result = tl.zeros([ROWS, COLS], tl.float32)
         for strip in tl.static_range(BLOCK // WIDTH):
-            a_strip = a_matrix[0] + strip * WIDTH * a_matrix[2], a_matrix[1], a_matrix[2]
-            b_strip = b_matrix[0] + strip * WIDTH * b_matrix[2], b_matrix[1], b_matrix[2]
+            a_strip = a_matrix[0] + tl.cast(a_matrix[2], tl.int64) * (strip * WIDTH), a_matrix[1], a_matrix[2]
+            b_strip = b_matrix[0] + tl.cast(b_matrix[2], tl.int64) * (strip * WIDTH), b_matrix[1], b_matrix[2]
             left = load_tile(a_strip, a_start, a_end, ROWS, WIDTH, USED - strip * WIDTH, True)
             right = load_tile(b_strip, b_start, b_end, COLS, WIDTH, USED - strip * WIDTH, True)
             result = tl.dot(left, tl.trans(right), result, input_precision=PRECISION)

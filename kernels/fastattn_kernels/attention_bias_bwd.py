@@ -108,7 +108,7 @@ def launch_attention_bias_bwd(
     batch, heads, seqlen_q, head_dim = query.shape
     seqlen_k, value_dim = value.shape[2:]
     if delta.numel() == 0 or seqlen_k == 0:
-        return torch.zeros_like(bias)
+        return bias.new_zeros(bias.shape)
     load = problem.load(d_weights)
     config = config or bias_config(query.device, query.dtype, head_dim, value_dim, load)
     whole = (batch, heads, triton.cdiv(seqlen_q, config.block_m), triton.cdiv(seqlen_k, config.block_n))

@@ -84,8 +84,11 @@ class Problem:
         again, with 0 * NaN = 0, the tiles that are not finite. It exits at once where all are: a few microseconds,
         against a second, register-hungry loop in every kernel.
         """
-        bounded = self.lower is not None or self.upper is not None
-        return bool(self.masks) or self.bias is not None or (bounded and self.query.shape[2] > 1)
+        rows, last_key = self.query.shape[2], self.key.shape[2] - 1
+        # a single row that sees every key, as in decoding, hides none
+        below = self.lower is not None and (rows > 1 or self.lower > 0)
+        above = self.upper is not None and (rows > 1 or self.upper < last_key)
+        return bool(self.masks) or self.bias is not None or below or above
 
     def load(self, d_weights: "WeightsGradient | None" = None) -> Load:
         """What a tile of scores carries beside itself."""
@@ -134,5 +137,5 @@ class WeightsGradient:
         """The kernel argument ``d_weights``: averaged weights have head stride 0 and give each head 1 / H."""
         strides = self.tensor.stride()
         if self.tensor.dim() == 3:
-            return self.tensor, (strides[0], 0, *strides[1:]), 1.0 / self.heads
+            return self.tensor, (strides[0], 0, *strides[1:]), 1.0 / max(self.heads, 1)
         return self.tensor, strides, 1.0

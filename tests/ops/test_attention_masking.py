@@ -284,3 +284,37 @@ def test_attention_windows_and_prefixes_of_any_size(far, backend, device, seed):
     torch.testing.assert_close(attend(query, key, value, is_causal=True, prefix=far, backend=backend), expected)
     causal = attend(query, key, value, is_causal=True, backend=backend)
     torch.testing.assert_close(attend(query, key, value, window=(far, 0), backend=backend), causal)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"is_causal": True}, {"window": (None, 2)}, {"window": (2, 0), "causal_alignment": "bottom_right"}],
+    ids=str,
+)
+def test_attention_of_one_query_ignores_nan_in_hidden_keys(arguments, backend, device, seed):
+    """A single query, as in decoding with a window: its tile holds keys that it may not see."""
+    query, key, value = attention_inputs(1, 2, 1, 10, D, device=device, seed=seed)
+    spoiled = (torch.arange(10, device=device) == 5)[:, None]
+    d_output = random_tensor(1, 2, 1, D, seed=seed + 9, device=device)
+    clean, dirty = (
+        with_gradients(
+            (query, key.masked_fill(spoiled, x), value.masked_fill(spoiled, x)), backend, d_output, **arguments
+        )
+        for x in (0.0, math.nan)
+    )
+    for expected, found in zip(clean, dirty):
+        torch.testing.assert_close(found, expected)
+
+
+def test_attention_documents_are_told_apart_by_all_of_their_bits(backend, device):
+    value = torch.tensor([1.0, 5.0], device=device).view(1, 1, 2, 1)
+    ids = torch.tensor([[0, 2**32]], device=device)
+    assert torch.equal(attend(value, value, value, document_ids=ids, backend=backend), value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int64])
+def test_attention_prefix_of_any_integer_dtype(dtype, backend, device, seed):
+    query, key, value = attention_inputs(2, 1, L, S, D, device=device, seed=seed)
+    prefix = torch.tensor([3, 100], device=device)
+    found = attend(query, key, value, is_causal=True, prefix=prefix.to(dtype), backend=backend)
+    assert torch.equal(found, attend(query, key, value, is_causal=True, prefix=prefix.int(), backend=backend))
