@@ -93,11 +93,13 @@ def pytest_terminal_summary(terminalreporter, config):
     records = config.error_records
     terminalreporter.write_line(f"seed {config.seed}")
     if pairwise.met and not WORKER:
-        from tests.ops.attention_cases import AXES
+        from tests.ops import attention_cases, norm_cases
 
-        for backend in sorted({backend for backend, _ in pairwise.met}):
-            sentence = pairwise.coverage(AXES, (case for of, case in pairwise.met if of == backend))
-            terminalreporter.write_line(f"feature pairs of attention on {backend}: {sentence}")
+        axes = {"attention": attention_cases.AXES, "norm": norm_cases.AXES}
+        for key in sorted({(operation, backend) for operation, backend, _ in pairwise.met}):
+            operation, backend = key
+            sentence = pairwise.coverage(axes[operation], (case for *of, case in pairwise.met if tuple(of) == key))
+            terminalreporter.write_line(f"feature pairs of {operation} on {backend}: {sentence}")
     if config.getoption("--error-table"):
         terminalreporter.section("errors against float64")
         terminalreporter.write_line(testing.error_table(records))

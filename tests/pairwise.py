@@ -3,7 +3,8 @@
 import itertools
 import random
 
-# What the tests of this process have met: (backend, levels by axis), of plain values, so that processes exchange them.
+# What the tests of this process have met: (operation, backend, levels by axis), of plain values, which processes can
+# exchange.
 met = []
 
 

@@ -2,5 +2,16 @@
 
 from fastattn.ops._dispatch import Explanation, use_backend
 from fastattn.ops.attention import attention, explain, scaled_dot_product_attention
+from fastattn.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
-__all__ = ["Explanation", "attention", "explain", "scaled_dot_product_attention", "use_backend"]
+__all__ = [
+    "Explanation",
+    "add_layer_norm",
+    "add_rms_norm",
+    "attention",
+    "explain",
+    "layer_norm",
+    "rms_norm",
+    "scaled_dot_product_attention",
+    "use_backend",
+]

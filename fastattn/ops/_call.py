@@ -36,6 +36,11 @@ class AttentionCall(NamedTuple):
     return_lse: bool = False
 
     @property
+    def device(self) -> torch.device:
+        """Where the call's tensors lie."""
+        return self.query.device
+
+    @property
     def is_plain(self) -> bool:
         """Does ``F.scaled_dot_product_attention`` have words for all that is asked of the scores?"""
         beyond = (

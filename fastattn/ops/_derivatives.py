@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from fastattn.ops._contract import DIFFERENTIABLE, Inputs, Options, implementation, statistics_dtype, weights_shape
+from fastattn.ops._functional import Tensors, of, pushed_forward, vjp
 from fastattn.ops._torch_blocks import INPUT_AXES, OF_ROWS, SCORES, Axes, Block, batches, blocks
 from fastattn.reference import attention as reference
-
-Tensors = Sequence[Tensor | None]
 
 
 def forward_jvp(inputs: Inputs, options: Options, tangents: Tensors) -> list[Tensor]:
@@ -32,7 +31,7 @@ def forward_jvp(inputs: Inputs, options: Options, tangents: Tensors) -> list[Ten
         for block, own, rules in _each_block(inputs, options):
             primals = own[:DIFFERENTIABLE]
             given = _cut(block, tangents, INPUT_AXES)
-            yield block, _pushed_forward(lambda *t, own=own, rules=rules: _formula(own, rules, t), primals, given)
+            yield block, pushed_forward(lambda *t, own=own, rules=rules: _formula(own, rules, t), primals, given)
 
     return _assembled(pieces(), inputs.query, shapes, _result_axes(options))
 
@@ -46,7 +45,7 @@ def backward_jvp(gradients: Tensors, inputs: Inputs, options: Options, tangents:
     def pieces() -> Iterator[tuple[Block, Sequence[Tensor]]]:
         for block, own, rules in _each_block(inputs, options):
             first_order = _first_order(own, rules, present)
-            yield block, _pushed_forward(first_order, _cut(block, arguments, axes), _cut(block, tangents, axes))
+            yield block, pushed_forward(first_order, _cut(block, arguments, axes), _cut(block, tangents, axes))
 
     return _by_position(present, arguments[3:], axes[3:], pieces(), inputs.query)
 
@@ -62,8 +61,8 @@ def backward_vjp(
 
     def pieces() -> Iterator[tuple[Block, Sequence[Tensor]]]:
         for block, own, rules in _each_block(inputs, options):
-            function, primals = _of(wanted, _first_order(own, rules, computed), _cut(block, arguments, axes))
-            _, pullback = _vjp(function, *primals)
+            function, primals = of(wanted, _first_order(own, rules, computed), _cut(block, arguments, axes))
+            _, pullback = vjp(function, *primals)
             yield block, pullback(tuple(t for t in _cut(block, cotangents, axes[3:]) if t is not None))
 
     return _by_position(wanted, arguments, axes, pieces(), inputs.query)
@@ -111,42 +110,11 @@ def _first_order(inputs: Inputs, options: Options, computed: Sequence[bool]) -> 
 
     def function(*arguments: Tensor | None) -> tuple[Tensor, ...]:
         gradients, differentiable = arguments[:3], arguments[3:]
-        results, primals = _of(computed, lambda *t: _formula(inputs, options, t), differentiable)
-        values, pullback = _vjp(results, *primals)
+        results, primals = of(computed, lambda *t: _formula(inputs, options, t), differentiable)
+        values, pullback = vjp(results, *primals)
         return pullback(tuple(torch.zeros_like(v) if g is None else g.to(v.dtype) for g, v in zip(gradients, values)))
 
     return function
-
-
-def _pushed_forward(function: Callable[..., Any], primals: Tensors, tangents: Tensors) -> Sequence[Tensor]:
-    """The forward-mode derivative of ``function``, where arguments and tangents may be None.
-
-    A vjp of the vjp, which is linear in its cotangent: forward mode itself cannot be nested inside a Function's jvp.
-    """
-    of_tensors, given = _of([t is not None for t in primals], function, primals)
-    directions = [
-        torch.zeros_like(p) if t is None else t.to(p.dtype) for p, t in zip(primals, tangents) if p is not None
-    ]
-    values, pullback = _vjp(of_tensors, *given)
-    _, pushforward = _vjp(pullback, tuple(torch.zeros_like(v) for v in values))
-    return pushforward(tuple(directions))[0]
-
-
-def _of(
-    chosen: Sequence[bool], function: Callable[..., Any], arguments: Tensors
-) -> tuple[Callable[..., Any], list[Any]]:
-    """``function`` of the chosen arguments alone, and these; the others stay as they are."""
-
-    def of_chosen(*tensors: Tensor) -> Any:
-        remaining = iter(tensors)
-        return function(*(next(remaining) if c else a for c, a in zip(chosen, arguments)))
-
-    return of_chosen, [a for c, a in zip(chosen, arguments) if c]
-
-
-def _vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
-    values, pullback = torch.func.vjp(function, *primals)[:2]
-    return values, pullback
 
 
 # ---------------------------------------------------------------------------------------------------- all of the blocks

@@ -6,19 +6,18 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator
-from typing import Literal, get_args
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 
-from fastattn.ops import _torch_backend, _triton_backend
+from fastattn.ops import _availability, _torch_backend, _triton_backend
 from fastattn.ops._call import AttentionCall
 
 Backend = Literal["auto", "triton", "torch"]
 ENVIRONMENT_VARIABLE = "FASTATTN_BACKEND"
 
-# `auto` asks triton first where it runs at all. `torch` refuses nothing, so `auto` always ends with an answer.
-_BACKENDS = {"triton": _triton_backend, "torch": _torch_backend}
+_ATTENTION = {"triton": _triton_backend, "torch": _torch_backend}
 _logger = logging.getLogger("fastattn")
 
 
@@ -76,22 +75,29 @@ def default_for(device: torch.device, backend: str | None) -> str:
     wanted = _default_backend if backend is None else backend
     if wanted != "auto":
         return wanted
-    return "triton" if device.type in _triton_backend.DEVICES else "torch"
+    return "triton" if device.type in _availability.DEVICES else "torch"
 
 
-def choose(call: AttentionCall, backend: str | None) -> str:
-    """The backend's name for ``call``; raise NotImplementedError where the one asked for by name refuses."""
+class _Call(Protocol):
+    """What is asked of a call here."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+def choose(call: _Call, backend: str | None, triton_refusals: Callable[[Any], list[str]]) -> str:
+    """The backend's name for ``call``; raise NotImplementedError where the one asked for by name refuses.
+
+    ``auto`` asks triton first, where it runs at all. torch refuses nothing, so ``auto`` always ends with an answer.
+    """
     wanted = _default_backend if backend is None else _checked(backend, "backend")
-    if wanted != "auto":
-        reasons = _BACKENDS[wanted].refusals(call)
-        if reasons:
-            raise NotImplementedError(f"the {wanted} backend refuses this call: {'; '.join(reasons)}")
-        return wanted
-    if default_for(call.query.device, wanted) == "torch":
+    if wanted == "torch" or default_for(call.device, wanted) == "torch":
         return "torch"
-    reasons = _triton_backend.refusals(call)
+    reasons = triton_refusals(call)
     if not reasons:
         return "triton"
+    if wanted == "triton":
+        raise NotImplementedError(f"the triton backend refuses this call: {'; '.join(reasons)}")
     if not torch.compiler.is_compiling():
         _say_once(f"auto runs the torch backend, since triton refuses: {'; '.join(reasons)}")
     return "torch"
@@ -108,18 +114,18 @@ def _say_once(message: str) -> None:
 
 def explain_call(call: AttentionCall, backend: str | None) -> Explanation:
     """:func:`choose`, with its reasons instead of an exception."""
-    refusals = {name: tuple(candidate.refusals(call)) for name, candidate in _BACKENDS.items()}
+    refusals = {name: tuple(candidate.refusals(call)) for name, candidate in _ATTENTION.items()}
     refusals = {name: reasons for name, reasons in refusals.items() if reasons}
     try:
-        chosen = choose(call, backend)
+        chosen = choose(call, backend, _triton_backend.refusals)
     except NotImplementedError:
         return Explanation(None, "", refusals)
-    return Explanation(chosen, _BACKENDS[chosen].describe(call), refusals)
+    return Explanation(chosen, _ATTENTION[chosen].describe(call), refusals)
 
 
 def run(call: AttentionCall, backend: str | None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """``(output, weights or None, lse or None)`` of ``call`` on the backend that :func:`choose` names."""
     # A branch and not a table of modules: torch.compile follows it without guarding on module attributes.
-    if choose(call, backend) == "triton":
+    if choose(call, backend, _triton_backend.refusals) == "triton":
         return _triton_backend.run(call)
     return _torch_backend.run(call)

@@ -210,6 +210,43 @@ def launch_all(case: dict[str, Any], passes: tuple[str, ...]) -> None:
         attention_weights.launch_attention_weights_delta(problem, statistics, gradient, lse)
 
 
+def launch_norm(case: dict[str, Any]) -> None:
+    """Launch the norm kernels for ``case``: dtype, size, rows, kind ("layer" or "rms"), and the features it names
+    (residual, x_bias, row_scale, dropout, unit_offset, vectors: weight and bias; float32_residual)."""
+    from fastattn_kernels.residual_norm_bwd import launch_residual_norm_bwd
+    from fastattn_kernels.residual_norm_fwd import launch_residual_norm_fwd
+    from fastattn_kernels.residual_norm_problem import NormProblem
+
+    dtype, rows, size = getattr(torch, case["dtype"]), case.get("rows", 4096), case["size"]
+    residual_dtype = torch.float32 if case.get("float32_residual") else dtype
+
+    def only(feature: str, *shape: int, dtype: torch.dtype = dtype) -> Any:
+        return torch.empty(shape, dtype=dtype) if case.get(feature) else None
+
+    x, total = torch.empty(rows, size, dtype=dtype), torch.empty(rows, size, dtype=residual_dtype)
+    problem = NormProblem(
+        x,
+        only("residual", rows, size, dtype=residual_dtype),
+        only("vectors", size),
+        only("vectors", size),
+        only("x_bias", size),
+        only("row_scale", rows, 1, dtype=torch.float32),
+        is_rms=case.get("kind") == "rms",
+        unit_offset=bool(case.get("unit_offset")),
+        seed=only("dropout", 2, dtype=torch.int64),
+        dropout_p=0.1 if case.get("dropout") else 0.0,
+    )
+    added = any(case.get(feature) for feature in ("residual", "x_bias", "row_scale", "dropout"))
+    statistics = torch.empty(3, rows)
+    launch_residual_norm_fwd(problem, x, total if added else None, statistics, residual_dtype)
+    apart = case.get("row_scale") or case.get("dropout") or residual_dtype != dtype
+    vectors = (bool(case.get("vectors")), bool(case.get("vectors")), bool(case.get("x_bias")))
+    launch_residual_norm_bwd(
+        problem, x, total if added else None, total, statistics, total if apart else None, x, vectors,
+        bool(case.get("row_scale")), dtype,
+    )  # fmt: skip
+
+
 def main() -> None:
     """Compile every case given as JSON for the target and print one row a kernel."""
     target, cases = sys.argv[1], json.loads(sys.argv[2])
@@ -217,7 +254,10 @@ def main() -> None:
     rows = []
     for case in cases:
         compiled.kernels.clear()
-        launch_all(case, tuple(case.get("passes", ("fwd", "dkdv", "dq", "bias", "weights"))))
+        if "size" in case:
+            launch_norm(case)
+        else:
+            launch_all(case, tuple(case.get("passes", ("fwd", "dkdv", "dq", "bias", "weights"))))
         rows += [{**resources(kernel, target), "case": case} for kernel in compiled.kernels]
     json.dump(rows, sys.stdout)
 

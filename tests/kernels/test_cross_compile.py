@@ -38,6 +38,7 @@ def compile_for(target: str, cases: list[dict]) -> list[dict]:
     return json.loads(result.stdout)
 
 
+QUICK_NORMS = [("bfloat16", "cuda:90"), ("float32", "hip:gfx942")]
 # A few of every kind; `make resources` compiles all of them, which takes a quarter of an hour.
 QUICK = [
     *(("bfloat16", target, 128) for target in ("cuda:80", "cuda:90")),
@@ -81,6 +82,52 @@ def test_every_configuration_compiles_without_spills(dtype, target, head_dim):
             assert row["products"] > 0, what
             if dtype != "float32" and target.startswith("cuda"):
                 assert row["tensor_core_products"] > 0, what
+
+
+# Every way in which a row becomes tiles: many rows a tile, one, one in two parts, in several, and odd ones.
+NORM_SIZES = (64, 1000, 4096, 8192, 16384, 65536)
+NORM_FEATURES: dict[str, dict] = {
+    "layer": {"residual": True, "vectors": True},
+    "rms": {"residual": True, "vectors": True, "kind": "rms"},
+    "mixed": {"residual": True, "vectors": True, "float32_residual": True},
+}
+NORM_FEATURES["everything"] = {
+    **NORM_FEATURES["mixed"],
+    **dict.fromkeys(("x_bias", "row_scale", "dropout", "unit_offset"), True),
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "target"),
+    [
+        pytest.param(dtype, target, marks=() if (dtype, target) in QUICK_NORMS else pytest.mark.resources)
+        for dtype in ("bfloat16", "float32")
+        for target in TARGETS
+    ],
+)
+def test_every_norm_configuration_compiles_without_spills(dtype, target):
+    cases = [
+        {"dtype": dtype, "size": size, **features}
+        for size in NORM_SIZES
+        for features in NORM_FEATURES.values()
+        if dtype != "float32" or features is not NORM_FEATURES["mixed"]
+    ]
+    rows = compile_for(target, cases)
+    kernels = {"_residual_norm_fwd_kernel", "_residual_norm_bwd_kernel", "_row_means_kernel", "_sum_over_groups_kernel"}
+    assert kernels == {row["kernel"] for row in rows}
+    for row in rows:
+        what = f"{row['kernel']} for {target}: {row}"
+        assert row["shared"] <= SHARED_MEMORY[target], what
+        assert row["spilled"] == 0, what
+
+
+def test_run_time_rows_do_not_recompile_norms():
+    """Ten numbers of rows share each kernel; a size is the width of a tile, and may have its own."""
+    cases = [{"dtype": "bfloat16", "size": 1000, "rows": rows, **NORM_FEATURES["layer"]} for rows in (999, 4097, 70001)]
+    compiled: dict[str, set] = {}
+    for row in compile_for("cuda:90", cases):
+        compiled.setdefault(row["kernel"], set()).add(row["hash"])
+    assert {name: len(hashes) for name, hashes in compiled.items()} == dict.fromkeys(compiled, 1)
 
 
 @pytest.mark.parametrize("load", ["plain", "heavy"])

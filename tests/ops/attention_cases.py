@@ -333,7 +333,7 @@ def check(feature, case, backend, device):
             feature=feature,
             backend=backend,
         )
-    pairwise.met.append((backend, {axis: getattr(case, axis) for axis in AXES}))
+    pairwise.met.append(("attention", backend, {axis: getattr(case, axis) for axis in AXES}))
 
 
 # ------------------------------------------------------------------------------------------------------ the budgets

@@ -1,0 +1,116 @@
+"""Residual add and norm in plain torch: its own fused layer norm, and an analytic RMS norm where torch has none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastattn.ops._norm_call import NormCall
+from fastattn.ops._torch_backend import is_eager_on_cpu
+
+_HALF = (torch.float16, torch.bfloat16)
+# The widest row whose squares torch sums well enough in one pass; the error of that sum grows with the row.
+_SUMMED_AT_ONCE = 4096
+
+
+def run(call: NormCall) -> tuple[Tensor, Tensor]:
+    """``(output, new residual)``."""
+    if call.is_plain:
+        return _normalised(call, call.x), call.x
+    total = _total(call)
+    rounded = total if total.dtype is call.residual_dtype else total.to(call.residual_dtype)
+    return _normalised(call, rounded if call.round_residual else total), rounded
+
+
+def _total(call: NormCall) -> Tensor:
+    """``residual + dropout(x + x_bias) * row_scale``, rounded once: wider than its dtype where there are more steps."""
+    x, residual = call.x, call.residual
+    steps = (residual is not None) + (call.x_bias is not None) + (call.row_scale is not None) + (call.dropout_p > 0.0)
+    is_one_step = steps <= 1 and call.round_residual
+    if (
+        not is_one_step
+        or call.residual_dtype is not x.dtype
+        or (residual is not None and residual.dtype is not x.dtype)
+    ):
+        compute = torch.promote_types(torch.promote_types(x.dtype, call.residual_dtype), torch.float32)
+        x = x.to(compute if residual is None else torch.promote_types(compute, residual.dtype))
+    if call.x_bias is not None:
+        x = x + call.x_bias.to(x.dtype)
+    if call.dropout_p > 0.0:
+        x = F.dropout(x, call.dropout_p)
+    if call.row_scale is not None:
+        x = x * call.row_scale.to(x.dtype)[..., None]
+    return x if residual is None else residual + x
+
+
+def _normalised(call: NormCall, total: Tensor) -> Tensor:
+    weight, bias, dtype = call.weight, call.bias, total.dtype
+    same_dtype = call.out_dtype is dtype and all(t is None or t.dtype is dtype for t in (weight, bias))
+    if call.unit_offset or not same_dtype:  # torch's norms take and give one dtype
+        compute = torch.promote_types(dtype, torch.float32)
+        total = total.to(compute)
+        weight, bias = (None if t is None else t.to(compute) for t in (weight, bias))
+        if call.unit_offset and weight is not None:
+            weight = 1.0 + weight
+    elif dtype in _HALF and call.kind == "layer" and total.device.type == "cpu":
+        # with vectors in float32 torch keeps the statistics in float32 as well, else it rounds them to 16 bits
+        weight = torch.ones(total.shape[-1]) if weight is None else weight.float()
+        bias = torch.zeros(total.shape[-1]) if bias is None else bias.float()
+    if call.kind == "layer":
+        output = F.layer_norm(total, total.shape[-1:], weight, bias, call.eps)
+    else:
+        output = _rms_norm(total, weight, call.eps)
+        output = output if bias is None else output + bias
+    return output if output.dtype is call.out_dtype else output.to(call.out_dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------- RMS norm
+
+
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """``F.rms_norm``; on the CPU, where torch differentiates eight operations, with one backward."""
+    trains = torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad))
+    if not (trains and x.numel() and is_eager_on_cpu(x)) or torch.autograd.forward_ad._current_level >= 0:
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    if x.dtype in _HALF:
+        return _RMSNorm.apply(x.float(), None if weight is None else weight.float(), eps).to(x.dtype)
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """RMS norm of ``x`` ``[..., N]`` in float32 or float64."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        size = x.shape[-1]
+        if size <= _SUMMED_AT_ONCE:
+            mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(size)
+        else:
+            mean_square = x.square().mean(dim=-1, keepdim=True)
+        rstd = mean_square.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.eps = eps
+        output = x * rstd
+        return output if weight is None else output.mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (d_output,) = grads
+        x, weight, rstd = ctx.saved_tensors
+        wants_x, wants_weight, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # somebody may differentiate this again
+            wanted = [t for t, wants in ((x, wants_x), (weight, wants_weight)) if wants]
+            output = F.rms_norm(x, x.shape[-1:], weight, ctx.eps)
+            found = iter(torch.autograd.grad([output], wanted, [d_output], create_graph=True))
+            return next(found) if wants_x else None, next(found) if wants_weight else None, None
+        # torch's layer norm backward, told that the mean is zero, subtracts one thing too many: mean(d_output * weight)
+        d_x, d_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            d_output, x, x.shape[-1:], torch.zeros_like(rstd), rstd, weight, None, [wants_x, wants_weight, False]
+        )
+        if wants_x:
+            sums = d_output.sum(-1) if weight is None else torch.mv(d_output.reshape(-1, x.shape[-1]), weight)
+            d_x += sums.view(rstd.shape).mul_(rstd).div_(x.shape[-1])
+        return d_x, d_weight, None

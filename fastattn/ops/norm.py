@@ -1,0 +1,227 @@
+"""The public functions: layer norm and RMS norm, alone or fused with the residual add in front of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastattn.ops import _dispatch, _norm_torch, _norm_triton
+from fastattn.ops._norm_call import NormCall, make_call
+
+
+def _run(call: NormCall, backend: _dispatch.Backend | None) -> tuple[Tensor, Tensor]:
+    """``(output, new residual)`` of a call on the backend that is chosen."""
+    if _dispatch.choose(call, backend, _norm_triton.refusals) == "triton":
+        return _norm_triton.run(call)
+    return _norm_torch.run(call)
+
+
+def _fused(call: NormCall, shape: torch.Size, backend: _dispatch.Backend | None) -> Tensor | tuple[Tensor, Tensor]:
+    output, residual = _run(call, backend)
+    output = _as(output, shape)
+    return (output, _as(residual, shape)) if call.return_residual else output
+
+
+def _as(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """A view of this shape; the tensor itself where it has it, since a view takes as long as a small norm."""
+    return tensor if tensor.shape == shape else tensor.view(shape)
+
+
+def _sum_shape(x: Tensor, residual: Tensor | None) -> torch.Size:
+    return x.shape if residual is None or residual.shape == x.shape else torch.broadcast_shapes(x.shape, residual.shape)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    normalized_shape: int | Sequence[int] | None = None,
+    x_bias: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    unit_offset: bool = False,
+    dropout_p: float = 0.0,
+    round_residual: bool = True,
+    out_dtype: torch.dtype | None = None,
+    residual_dtype: torch.dtype | None = None,
+    return_residual: bool = False,
+    backend: _dispatch.Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``layer_norm(r)`` of ``r = residual + dropout(x + x_bias) * row_scale`` in one pass (arXiv:1607.06450).
+
+    Post-norm layers keep the norm, pre-norm layers ``r`` as well (``return_residual``). Everything is computed in
+    float32 (float64 for float64), and rounded once where it leaves. Every argument combines with every other; all of
+    them have gradients, of every order, but the flags. The backward is bitwise deterministic.
+
+    Args:
+        x: ``[..., N]``, float16, bfloat16, float32 or float64; any strides, read as it lies.
+        residual: ``[..., N]``, of any of these dtypes; default none. The shapes broadcast.
+        weight: ``[N]``, of any dtype: multiplies what was normalised.
+        bias: ``[N]``: added behind ``weight``.
+        eps: added to the variance.
+        normalized_shape: the sizes of the last axes where more than one of them is to be normalised (``N`` is their
+            product, and vectors have this shape); default the last axis.
+        x_bias: ``[N]``: added to ``x``; the bias of the linear layer in front.
+        row_scale: broadcastable to ``[...]``: multiplies rows of ``x``; stochastic depth (arXiv:1603.09382).
+        unit_offset: multiply by ``1 + weight``.
+        dropout_p: probability of dropping an element of ``x + x_bias``. Applied whenever it is not 0: pass 0 in
+            evaluation.
+        round_residual: normalise ``r`` rounded to its dtype, so that the norm is that of the ``r`` returned; else as it
+            was summed.
+        out_dtype: of the norm; default ``x.dtype`` (under autocast on a GPU float32, as in torch).
+        residual_dtype: of ``r``; default what ``x`` and ``residual`` promote to.
+        return_residual: also return ``r``.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``; default what :func:`fastattn.use_backend` or the environment
+            variable ``FASTATTN_BACKEND`` says.
+
+    Returns:
+        The norm ``[..., N]``, or the pair of it and ``r``. ``r`` is ``x`` itself where nothing is added to it.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: shapes, devices or numbers do not fit; the message shows them.
+        NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
+    """
+    call = make_call(
+        x,
+        residual,
+        weight,
+        bias,
+        kind="layer",
+        eps=eps,
+        normalized_shape=normalized_shape,
+        x_bias=x_bias,
+        row_scale=row_scale,
+        unit_offset=unit_offset,
+        dropout_p=dropout_p,
+        round_residual=round_residual,
+        out_dtype=out_dtype,
+        residual_dtype=residual_dtype,
+        return_residual=return_residual,
+    )
+    return _fused(call, _sum_shape(x, residual), backend)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    normalized_shape: int | Sequence[int] | None = None,
+    x_bias: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    unit_offset: bool = False,
+    dropout_p: float = 0.0,
+    round_residual: bool = True,
+    out_dtype: torch.dtype | None = None,
+    residual_dtype: torch.dtype | None = None,
+    return_residual: bool = False,
+    backend: _dispatch.Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``rms_norm(r)`` of ``r = residual + dropout(x + x_bias) * row_scale`` in one pass (arXiv:1910.07467).
+
+    As :func:`add_layer_norm`, without the mean.
+
+    Args:
+        x: as for :func:`add_layer_norm`, and so are all the others but ``eps``.
+        residual: as for :func:`add_layer_norm`.
+        weight: as for :func:`add_layer_norm`.
+        bias: as for :func:`add_layer_norm`.
+        eps: added to the mean square; default, as in ``F.rms_norm``, that of float32 (float64 for float64).
+        normalized_shape: as for :func:`add_layer_norm`.
+        x_bias: as for :func:`add_layer_norm`.
+        row_scale: as for :func:`add_layer_norm`.
+        unit_offset: as for :func:`add_layer_norm`.
+        dropout_p: as for :func:`add_layer_norm`.
+        round_residual: as for :func:`add_layer_norm`.
+        out_dtype: as for :func:`add_layer_norm`.
+        residual_dtype: as for :func:`add_layer_norm`.
+        return_residual: as for :func:`add_layer_norm`.
+        backend: as for :func:`add_layer_norm`.
+
+    Returns:
+        As :func:`add_layer_norm`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as :func:`add_layer_norm`.
+    """
+    call = make_call(
+        x,
+        residual,
+        weight,
+        bias,
+        kind="rms",
+        eps=eps,
+        normalized_shape=normalized_shape,
+        x_bias=x_bias,
+        row_scale=row_scale,
+        unit_offset=unit_offset,
+        dropout_p=dropout_p,
+        round_residual=round_residual,
+        out_dtype=out_dtype,
+        residual_dtype=residual_dtype,
+        return_residual=return_residual,
+    )
+    return _fused(call, _sum_shape(x, residual), backend)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    backend: _dispatch.Backend | None = None,
+) -> Tensor:
+    """``torch.nn.functional.layer_norm``, argument for argument, on this package's backends (arXiv:1607.06450).
+
+    Args:
+        input: ``[..., *normalized_shape]``, float16, bfloat16, float32 or float64; any strides.
+        normalized_shape: the sizes of the last axes, which are normalised together.
+        weight: ``normalized_shape``, of any dtype.
+        bias: ``normalized_shape``, of any dtype.
+        eps: added to the variance.
+        backend: as for :func:`add_layer_norm`.
+
+    Returns:
+        A tensor like ``input``.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as :func:`add_layer_norm`.
+    """
+    call = make_call(input, None, weight, bias, kind="layer", eps=eps, normalized_shape=normalized_shape)
+    return _as(_run(call, backend)[0], input.shape)
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    backend: _dispatch.Backend | None = None,
+) -> Tensor:
+    """``torch.nn.functional.rms_norm``, argument for argument, on this package's backends (arXiv:1910.07467).
+
+    Args:
+        input: ``[..., *normalized_shape]``, float16, bfloat16, float32 or float64; any strides.
+        normalized_shape: the sizes of the last axes, which are normalised together.
+        weight: ``normalized_shape``, of any dtype.
+        eps: added to the mean square; default that of float32 (float64 for float64).
+        backend: as for :func:`add_layer_norm`.
+
+    Returns:
+        A tensor like ``input``.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as :func:`add_layer_norm`.
+    """
+    call = make_call(input, None, weight, None, kind="rms", eps=eps, normalized_shape=normalized_shape)
+    return _as(_run(call, backend)[0], input.shape)

@@ -1,0 +1,254 @@
+"""What users of other fused norms report, each as a test that tells its story, and what this one got wrong once."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastattn
+from fastattn.reference import add_norm as reference
+from fastattn.testing import assert_within_budget, random_tensor
+from tests.ops.norm_cases import FUNCTIONS, Case, check
+
+KINDS = ["layer", "rms"]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+def norm(kind: str, *args: Any, **kwargs: Any) -> Any:
+    return FUNCTIONS[kind](*args, **kwargs)
+
+
+def draw(*shape: int, seed: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return random_tensor(*shape, seed=seed, dtype=dtype, device=device)
+
+
+# ------------------------------------------------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize("offset", [1000.0, 30000.0])
+@pytest.mark.parametrize("size", [769, 2049])
+def test_norm_of_rows_far_from_zero(size, offset, kind, backend, device):
+    """Masked lanes that enter the variance, or ``E[x^2] - E[x]^2``, are wrong by 17 % at a thousand deviations."""
+    check("far from zero", Case(kind=kind, size=size, offset=offset, residual="none", outputs="norm"), backend, device)
+
+
+def test_layer_norm_far_from_zero_is_exact_to_float32(device):
+    """The mean in two parts: the kernels lose nothing that the float32 input still has, where torch's lose digits."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    x = draw(64, 1000, seed=1, device=device) + 1000.0
+    truth = F.layer_norm(x.double(), (1000,))
+    error = (fastattn.layer_norm(x, (1000,), backend="triton").double() - truth).abs().max().item()
+    assert error < 8 * torch.finfo(torch.float32).eps
+    of_torch = (F.layer_norm(x.cpu(), (1000,)).double() - truth.cpu()).abs().max().item()
+    assert error <= of_torch
+
+
+def test_gradient_of_a_bfloat16_norms_weight(kind, backend, device):
+    """Statistics kept in bfloat16 cost the weight's gradient 0.9 %."""
+    check("many rows", Case(kind=kind, dtype="bf16", size=64, rows=(500,), outputs="norm"), backend, device)
+
+
+def test_norm_of_a_constant_row(kind, backend, device):
+    """Zero variance: the layer norm is the bias, whatever rounding has made of the mean."""
+    x = torch.full((3, 769), 0.1, device=device)
+    output = norm(kind, x, bias=torch.full((769,), 2.0, device=device), backend=backend)
+    expected = 2.0 if kind == "layer" else 2.0 + 0.1 / math.sqrt(0.01 + torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(output, torch.full_like(output, expected), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-12, 1e-5, 0.5])
+def test_epsilon_is_what_was_asked_for(eps, kind, backend, device):
+    x = draw(4, 50, seed=1, device=device) * 1e-3
+    truth = reference(x.double(), kind=kind, eps=eps).output
+    peer = reference(x, kind=kind, eps=eps).output
+    assert_within_budget(norm(kind, x, eps=eps, backend=backend), truth=truth, peer=peer, name="output")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_stays_alone(value, kind, backend, device):
+    """Rows share tiles, and sums of gradients, but not each other's NaN."""
+    x = draw(9, 40, seed=1, device=device)
+    x[4, 7] = value
+    x.requires_grad_()
+    output, total = norm(kind, x, x.detach() * 0 + 1, return_residual=True, backend=backend)
+    assert output[4].isnan().any()
+    others = [i for i in range(9) if i != 4]
+    assert output[others].isfinite().all()
+    (d_x,) = torch.autograd.grad(output[others].sum() + total[others].sum(), x)
+    assert d_x[others].isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------ shapes and strides
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7), (2, 1, 3, 7), (0, 7), (2, 0, 7)])
+def test_any_rank(shape, kind, backend, device):
+    """FlagGems#5392: three axes were taken for two."""
+    x, residual = (draw(*shape, seed=i, device=device) for i in (1, 2))
+    output, total = norm(kind, x, residual, return_residual=True, backend=backend)
+    assert output.shape == total.shape == shape
+    torch.testing.assert_close(total, x + residual)
+    torch.testing.assert_close(output, reference(x, residual, kind=kind, eps=1e-5).output, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 31, 32, 33, 63, 64, 65, 130, 257])
+def test_gradients_of_vectors_for_any_number_of_rows(rows, kind, backend, device):
+    """attorch#18: as many partial sums as rows divided by the block, rounded down, under a grid rounded up."""
+    check("rows", Case(kind=kind, size=33, rows=(rows,), x_bias="own"), backend, device)
+
+
+def test_offsets_beyond_32_bits(kind, device):
+    """Row times stride in 32 bits wraps: two rows, more than 2^31 elements apart (never touched in between)."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    size, apart = 40, 2**31 + 8
+    buffer = torch.empty(apart + size, dtype=torch.bfloat16, device=device)
+    x = buffer.as_strided((2, size), (apart, 1))
+    x.copy_(draw(2, size, seed=1, device=device, dtype=torch.bfloat16))
+    far = x.detach().requires_grad_()
+    near = x.clone().requires_grad_()
+    weight = draw(size, seed=2, device=device, dtype=torch.bfloat16)
+    found = []
+    for leaf in (far, near):
+        output = norm(kind, leaf, None, weight, backend="triton")
+        found.append((output, *torch.autograd.grad(output.sum(), leaf)))
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def test_views_are_read_as_they_lie(kind, device, monkeypatch):
+    """No copy: neither of rows with gaps, nor of a transposed batch, nor of what broadcasts."""
+    pytest.importorskip("triton", reason="triton is not installed")
+
+    def refuse(tensor: torch.Tensor, **_: Any) -> torch.Tensor:
+        assert tensor.is_contiguous(), "a copy was made"
+        return tensor
+
+    views = [
+        draw(6, 20, seed=1, device=device)[:, 3:13],
+        draw(3, 2, 10, seed=1, device=device).transpose(0, 1),
+        draw(1, 3, 10, seed=1, device=device).expand(2, 3, 10),
+        draw(6, 20, seed=1, device=device)[:, ::2],
+    ]
+    expected = [norm(kind, v.contiguous(), v.contiguous(), backend="triton") for v in views]
+    monkeypatch.setattr(torch.Tensor, "contiguous", refuse)
+    for view, output in zip(views, expected):
+        assert torch.equal(norm(kind, view, view, backend="triton"), output)
+
+
+# --------------------------------------------------------------------------------------------------------- gradients
+
+
+def test_inputs_and_gradients_are_left_as_they_were(kind, backend, device):
+    """Liger-Kernel wrote dX over dY, which another consumer of the same gradient then read."""
+    x, residual, d_output, d_total = (draw(5, 40, seed=i, device=device) for i in range(4))
+    weight = draw(40, seed=5, device=device)
+    everything = (x, residual, weight, d_output, d_total)
+    before = [t.clone() for t in everything]
+    leaves = [t.requires_grad_() for t in (x, residual, weight)]
+    results = norm(kind, *leaves, return_residual=True, backend=backend)
+    torch.autograd.grad(results, leaves, (d_output, d_total))
+    assert all(torch.equal(t, b) for t, b in zip(everything, before))
+
+
+@pytest.mark.parametrize(
+    "wanted", ["x", "residual", "weight", "bias", "x_bias", "row_scale", "x residual", "weight bias"]
+)
+def test_only_some_gradients_are_wanted(wanted, kind, backend, device):
+    """unsloth's layer norm had no gradient of the weight at all; here any of them, alone, is what it is among all."""
+    names = ("x", "residual", "weight", "bias", "x_bias", "row_scale")
+    shapes = {**dict.fromkeys(names, (24,)), **dict.fromkeys(("x", "residual"), (6, 24)), "row_scale": (6,)}
+    tensors = {name: draw(*shapes[name], seed=i, device=device) for i, name in enumerate(names)}
+    d_output = draw(6, 24, seed=9, device=device)
+
+    def gradients(wanted: list[str]) -> tuple[torch.Tensor, ...]:
+        leaves = {name: t.clone().requires_grad_(name in wanted) for name, t in tensors.items()}
+        output = norm(kind, **leaves, backend=backend)
+        return torch.autograd.grad(output, [leaves[name] for name in wanted], d_output)
+
+    chosen = wanted.split()
+    every = dict(zip(names, gradients(list(names))))
+    assert all(torch.equal(g, every[name]) for g, name in zip(gradients(chosen), chosen))
+
+
+def test_only_the_sum_or_only_the_norm_is_used(kind, backend, device):
+    """One of the two results has no gradient at all."""
+    x, residual = (draw(5, 40, seed=i, device=device).requires_grad_() for i in (1, 2))
+    output, total = norm(kind, x, residual, return_residual=True, backend=backend)
+    g = draw(5, 40, seed=3, device=device)
+    assert all(torch.equal(d, g) for d in torch.autograd.grad(total, (x, residual), g, retain_graph=True))
+    alone = norm(kind, x, residual, backend=backend)
+    assert torch.equal(alone, output)
+    for d, expected in zip(torch.autograd.grad(output, (x, residual), g), torch.autograd.grad(alone, (x, residual), g)):
+        assert torch.equal(d, expected)
+
+
+def test_shared_gradients_of_leaves_do_not_alias(kind, backend, device):
+    """dx and dr are one buffer inside; what is accumulated into ``.grad`` of one must not show in the other's."""
+    x, residual = (draw(5, 40, seed=i, device=device).requires_grad_() for i in (1, 2))
+    norm(kind, x, residual, backend=backend).square().sum().backward()
+    assert x.grad is not None
+    assert residual.grad is not None
+    kept = residual.grad.clone()
+    x.grad.add_(1.0)
+    assert torch.equal(residual.grad, kept)
+
+
+def test_one_tensor_as_both_x_and_residual(kind, backend, device):
+    x = draw(5, 40, seed=1, device=device).requires_grad_()
+    output = norm(kind, x, x, eps=1e-5, backend=backend)
+    expected = reference(x, x, kind=kind, eps=1e-5).output
+    g = draw(5, 40, seed=2, device=device)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    found, wanted = (torch.autograd.grad(o, x, g)[0] for o in (output, expected))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [96, 1025, 3000])
+def test_twenty_equal_runs(size, kind, backend, device):
+    """No atomics: every result is bitwise the same in every run."""
+    tensors = [
+        draw(*shape, seed=i, device=device) for i, shape in enumerate([(70, size)] * 2 + [(size,)] * 3 + [(70,)])
+    ]
+    leaves = [t.requires_grad_() for t in tensors]
+    names = ("x", "residual", "weight", "bias", "x_bias", "row_scale")
+    runs = []
+    for _ in range(20 if size == 96 else 4):
+        torch.manual_seed(3)
+        results = norm(
+            kind, **dict(zip(names, leaves)), dropout_p=0.2, return_residual=True, backend=backend
+        )  # fmt: skip
+        runs.append([*results, *torch.autograd.grad([r.square().sum() for r in results], leaves)])
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0]))
+
+
+# ----------------------------------------------------------------------------------------------------- what is kept
+
+
+def test_sum_in_another_dtype_is_what_is_normalised(backend, device):
+    """A float32 stream beside bfloat16 branches: the sum keeps its digits, the norm leaves in the branch's dtype."""
+    x = draw(4, 64, seed=1, device=device, dtype=torch.bfloat16)
+    residual = draw(4, 64, seed=2, device=device)
+    output, total = fastattn.add_layer_norm(x, residual, return_residual=True, backend=backend)
+    assert (output.dtype, total.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(total, residual + x)
+
+
+@pytest.mark.parametrize("round_residual", [True, False])
+def test_norm_of_the_rounded_sum(round_residual, backend, device):
+    """By default the norm is that of the sum that is returned, to the last bit."""
+    x, residual = (draw(4, 64, seed=i, device=device, dtype=torch.bfloat16) for i in (1, 2))
+    options = {"out_dtype": torch.float32, "backend": backend}
+    output, total = norm("layer", x, residual, return_residual=True, round_residual=round_residual, **options)
+    again = norm("layer", total, **options)
+    assert torch.equal(output, again) == round_residual
+
+
+def test_nothing_added_returns_x_itself(kind, backend, device):
+    x = draw(4, 64, seed=1, device=device)
+    _, total = norm(kind, x, return_residual=True, backend=backend)
+    assert total.data_ptr() == x.data_ptr()
