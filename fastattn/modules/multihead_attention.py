@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.overrides import has_torch_function
 
+from fastattn.modules._common import check_backend, plain_twin
 from fastattn.modules._mha_inference import attend as attend_in_inference
 from fastattn.modules._mha_masks import Masks, Scores, check_dimensions, check_types, make_masks
 from fastattn.ops._call import AttentionCall
@@ -61,7 +61,8 @@ class MultiheadAttention(nn.MultiheadAttention):
       warning says so. Script a copy: TorchScript puts what it compiles into the model it is given.
 
     Inside ``nn.TransformerEncoderLayer`` torch's fused inference path never calls ``self_attn``;
-    :func:`fastattn.replace_attention` switches that path off, for a module put there by hand as well.
+    :class:`fastattn.TransformerEncoderLayer` has no such path, and :func:`fastattn.fuse` switches it off where this
+    module was put into torch's layer by hand.
     """
 
     backend: Backend | None = None
@@ -82,12 +83,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         *,
         backend: Backend | None = None,
     ) -> None:
+        check_backend(backend)
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
         if backend is not None:
-            if backend not in get_args(Backend):
-                raise ValueError(f"backend={backend!r}: expected one of {', '.join(map(repr, get_args(Backend)))}")
             self.backend = backend
 
     def forward(
@@ -277,14 +277,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def __prepare_scriptable__(self) -> nn.MultiheadAttention:
         """What ``torch.jit.script`` compiles in this module's place."""
-        warnings.warn(
-            "torch.jit.script cannot compile fastattn.MultiheadAttention: torch.nn.MultiheadAttention, on the same "
-            "parameters, takes its place in the scripted model and in the model given",
-            stacklevel=2,
-        )
-        plain = nn.MultiheadAttention.__new__(nn.MultiheadAttention)
-        plain.__dict__.update({name: value for name, value in self.__dict__.items() if name != "backend"})
-        return plain
+        return plain_twin(self, nn.MultiheadAttention, "backend")
 
 
 class _Layout(NamedTuple):

@@ -1,4 +1,4 @@
-"""``replace_attention``: the modules are ours, they are called, the results stay, and everything can be undone."""
+"""``fuse``: the modules are ours, they are called, the results stay, and everything can be undone."""
 
 import copy
 import pickle
@@ -47,6 +47,15 @@ class Overriding(nn.MultiheadAttention):
         return super().forward(*args, **kwargs)
 
 
+class SubclassedNorm(nn.LayerNorm):
+    def forward(self, input):
+        return super().forward(input)
+
+
+class SubclassedLayer(nn.TransformerEncoderLayer):
+    pass
+
+
 def layer(**arguments):
     torch.manual_seed(0)
     return nn.TransformerEncoderLayer(E, H, 32, batch_first=True, **arguments)
@@ -65,18 +74,25 @@ def test_encoder_layer_in_inference_calls_ours(calls, norm_first):
     model, x = nn.Sequential(layer(norm_first=norm_first)).eval(), random_input()
     with torch.no_grad():
         expected = model(x)
-        report = fastattn.replace_attention(model)
+        report = fastattn.fuse(model)
         torch.testing.assert_close(model(x), expected)
     assert calls == [model[0].self_attn]
-    assert report.replaced == ("0.self_attn",)
+    assert report.replaced == {
+        "0": fastattn.TransformerEncoderLayer,
+        "0.self_attn": fastattn.MultiheadAttention,
+        "0.norm1": fastattn.AddLayerNorm,
+        "0.norm2": fastattn.AddLayerNorm,
+    }
+    assert all(type(model.get_submodule(name)) is kind for name, kind in report.replaced.items())
     assert report.fused_paths_off == ("0",)
 
 
 def test_encoder_layer_itself_as_the_model_calls_ours(calls):
     model, x = layer().eval(), random_input()
-    fastattn.replace_attention(model)
     with torch.no_grad():
-        model(x, src_key_padding_mask=PADDING)
+        expected = model(x, src_key_padding_mask=PADDING)
+        assert fastattn.fuse(model).replaced[""] is type(model) is fastattn.TransformerEncoderLayer
+        torch.testing.assert_close(model(x, src_key_padding_mask=PADDING), expected)
     assert calls == [model.self_attn]
 
 
@@ -84,10 +100,10 @@ def test_encoder_with_padding_calls_ours_in_inference(calls):
     model, x = nn.TransformerEncoder(layer(), 3).eval(), random_input()
     with torch.no_grad():
         expected = model(x, src_key_padding_mask=PADDING)
-        report = fastattn.replace_attention(model)
+        report = fastattn.fuse(model)
         output = model(x, src_key_padding_mask=PADDING)
     assert calls == [each.self_attn for each in model.layers]
-    assert set(report.fused_paths_off) == {"TransformerEncoder", "layers.0", "layers.1", "layers.2"}
+    assert set(report.fused_paths_off) == {"", "layers.0", "layers.1", "layers.2"}
     torch.testing.assert_close(output[~PADDING], expected[~PADDING])
 
 
@@ -99,7 +115,8 @@ def test_whole_transformer_trains_as_before(calls):
     results = []
     for replaced in (False, True):
         if replaced:
-            assert len(fastattn.replace_attention(model).replaced) == 6
+            # Four layers, six attention modules, ten norms in the layers and one behind each stack.
+            assert len(fastattn.fuse(model).replaced) == 4 + 6 + 10 + 2
         model.zero_grad()
         output = model(source, target, tgt_mask=causal, tgt_is_causal=True)
         output.square().sum().backward()
@@ -113,7 +130,7 @@ def test_dropout_under_one_seed_is_torchs():
     model.self_attn.dropout = 0.3
     torch.manual_seed(2)
     expected = model(x)
-    fastattn.replace_attention(model)
+    fastattn.fuse(model)
     torch.manual_seed(2)
     torch.testing.assert_close(model(x), expected)
 
@@ -126,7 +143,7 @@ def test_modules_parameters_hooks_and_modes_stay():
     seen = []
     attention.register_forward_hook(lambda *_: seen.append("hook"))
     before, modules = dict(model.named_parameters()), dict(model.named_modules())
-    fastattn.replace_attention(model)
+    fastattn.fuse(model)
     after = dict(model.named_parameters())
     assert list(after) == list(before)
     assert all(after[name] is before[name] for name in before)
@@ -139,15 +156,17 @@ def test_modules_parameters_hooks_and_modes_stay():
 
 def test_undo_restores_everything():
     model, x = nn.TransformerEncoder(layer(), 2).eval(), random_input()
+    kinds = [type(module) for module in model.modules()]
     before = copy.deepcopy([{k: v for k, v in m.__dict__.items() if k[0] != "_"} for m in model.modules()])
     with torch.no_grad():
         expected = model(x, src_key_padding_mask=PADDING)
-        report = fastattn.replace_attention(model, backend="torch")
-        assert vars(model.get_submodule("layers.1.self_attn"))["backend"] == "torch"
+        report = fastattn.fuse(model, backend="torch")
+        for name in ("self_attn", "norm1", "norm2"):
+            assert vars(model.get_submodule(f"layers.1.{name}"))["backend"] == "torch"
         report.undo()
         report.undo()
         assert torch.equal(model(x, src_key_padding_mask=PADDING), expected)
-    assert all(type(each.self_attn) is nn.MultiheadAttention for each in model.layers)
+    assert [type(module) for module in model.modules()] == kinds
     assert repr([{k: v for k, v in m.__dict__.items() if k[0] != "_"} for m in model.modules()]) == repr(before)
 
 
@@ -155,20 +174,22 @@ def test_context_manager_undoes_also_after_an_error():
     model = layer()
 
     def fail():
-        with fastattn.replace_attention(model) as report:
-            assert report.replaced == ("self_attn",)
-            assert type(model.self_attn) is fastattn.MultiheadAttention
+        with fastattn.fuse(model) as report:
+            assert report.replaced.keys() == {"", "self_attn", "norm1", "norm2"}
+            assert type(model) is fastattn.TransformerEncoderLayer
             raise KeyError("inside")
 
     with pytest.raises(KeyError, match="inside"):
         fail()
+    assert type(model) is nn.TransformerEncoderLayer
     assert type(model.self_attn) is nn.MultiheadAttention
+    assert type(model.norm1) is nn.LayerNorm
     assert model.activation_relu_or_gelu == 1
 
 
 def test_undo_refuses_what_changed_since():
     model = layer()
-    report = fastattn.replace_attention(model)
+    report = fastattn.fuse(model)
     nn.utils.parametrize.register_parametrization(model.self_attn, "in_proj_weight", nn.Identity())
     with pytest.raises(RuntimeError, match="self_attn is now a ParametrizedMultiheadAttention"):
         report.undo()
@@ -186,18 +207,23 @@ def test_what_is_left_alone_is_reported_with_the_reason():
             "overriding": Overriding(E, H),
             "ours": fastattn.MultiheadAttention(E, H),
             "quantizable": torch.ao.nn.quantizable.MultiheadAttention(E, H),
+            "norm": SubclassedNorm(E),
+            "layer": SubclassedLayer(E, H, 32),
         }
     )
-    report = fastattn.replace_attention(model)
-    assert report.replaced == ("plain",)
-    assert report.left_alone.keys() == {"subclass", "overriding", "ours", "quantizable"}
+    report = fastattn.fuse(model)
+    assert report.replaced.keys() == {"plain", "layer.self_attn", "layer.norm1", "layer.norm2"}
+    assert report.left_alone.keys() == {"subclass", "overriding", "ours", "quantizable", "norm", "layer"}
     assert "Subclass is a subclass of nn.MultiheadAttention" in report.left_alone["subclass"]
     assert "Overriding overrides forward" in report.left_alone["overriding"]
     assert report.left_alone["ours"] == "it is a fastattn.MultiheadAttention already"
     assert "is quantizable" in report.left_alone["quantizable"]
+    assert "SubclassedNorm overrides forward" in report.left_alone["norm"]
+    assert "SubclassedLayer is a subclass of nn.TransformerEncoderLayer" in report.left_alone["layer"]
+    assert report.fused_paths_off == ("layer",)
     assert type(model["subclass"]) is Subclass
     text = str(report)
-    assert "plain: replaced" in text
+    assert "plain: now a fastattn.MultiheadAttention" in text
     assert "overriding: left alone: its class" in text
 
 
@@ -207,7 +233,9 @@ def test_module_put_there_by_hand_is_called_too(calls):
     with torch.no_grad():
         model(x)
         assert calls == []  # torch's fused path, silently
-        assert fastattn.replace_attention(model).fused_paths_off == ("TransformerEncoderLayer",)
+        report = fastattn.fuse(model)
+        assert report.left_alone == {"self_attn": "it is a fastattn.MultiheadAttention already"}
+        assert report.fused_paths_off == ("",)
         model(x)
     assert calls == [model.self_attn]
 
@@ -215,35 +243,115 @@ def test_module_put_there_by_hand_is_called_too(calls):
 def test_shared_module_is_replaced_once():
     shared = nn.MultiheadAttention(E, H)
     model = nn.ModuleList([shared, shared])
-    assert fastattn.replace_attention(model).replaced == ("0",)
+    assert fastattn.fuse(model).replaced.keys() == {"0"}
     assert model[0] is model[1]
     assert type(model[1]) is fastattn.MultiheadAttention
 
 
 def test_replaced_model_can_be_copied_pickled_and_stacked():
     model, x = layer().eval(), random_input()
-    fastattn.replace_attention(model)
+    fastattn.fuse(model)
     with torch.no_grad():
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert type(twin.self_attn) is fastattn.MultiheadAttention
+            assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
             assert torch.equal(twin(x), model(x))
 
 
-@pytest.mark.parametrize("kind", [nn.MultiheadAttention, fastattn.MultiheadAttention])
-def test_attention_module_itself_is_refused_with_advice(kind):
-    with pytest.raises(TypeError, match=r"itself a MultiheadAttention.*make a fastattn.MultiheadAttention"):
-        fastattn.replace_attention(kind(E, H))
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        (nn.MultiheadAttention(E, H), fastattn.MultiheadAttention),
+        (nn.LayerNorm(E), fastattn.AddLayerNorm),
+        (nn.RMSNorm(E, eps=1e-5), fastattn.AddRMSNorm),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_part_itself_as_the_model_is_replaced_and_restored(model, kind):
+    before, x = type(model), random_input()
+    arguments = (x, x, x) if before is nn.MultiheadAttention else (x,)
+    expected = model(*arguments)
+    with fastattn.fuse(model) as report:
+        assert report.replaced == {"": kind}
+        assert str(report) == f"the model: now a fastattn.{kind.__name__}"
+        torch.testing.assert_close(model(*arguments), expected)
+    assert type(model) is before
+    assert fastattn.fuse(kind(E, H) if before is nn.MultiheadAttention else kind(E)).left_alone.keys() == {""}
+
+
+NORMS = {
+    "identity": (nn.Identity(), None),
+    "subclass": (SubclassedNorm(E), None),
+    "rms": (nn.RMSNorm(E), fastattn.AddRMSNorm),
+    "ours": (fastattn.AddRMSNorm(E), fastattn.AddRMSNorm),
+}
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("name", NORMS)
+def test_layer_with_another_norm_is_replaced_only_where_that_becomes_ours(name, norm_first):
+    model, x = layer(norm_first=norm_first, dropout=0.0), random_input()
+    norm, kind = copy.deepcopy(NORMS[name])
+    model.register_module("norm1", norm)
+    expected = model(x)
+    report = fastattn.fuse(model)
+    assert type(model.self_attn) is fastattn.MultiheadAttention
+    assert type(model.norm2) is fastattn.AddLayerNorm
+    if kind is None:
+        assert type(model) is nn.TransformerEncoderLayer
+        assert report.left_alone[""].startswith("its norm1 stays a ")
+        assert type(model.norm1).__name__ in report.left_alone[""]
+    else:
+        assert type(model) is fastattn.TransformerEncoderLayer
+        assert type(model.norm1) is kind
+    torch.testing.assert_close(model(x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), expected)
+    report.undo()
+    torch.testing.assert_close(model.train()(x), expected)
+
+
+def test_layer_with_another_attention_is_left_alone_but_not_its_norms():
+    model = nn.TransformerDecoderLayer(E, H, 32)
+    model.multihead_attn = Overriding(E, H)
+    report = fastattn.fuse(model)
+    assert "its multihead_attn stays a " in report.left_alone[""]
+    assert "overrides forward" in report.left_alone["multihead_attn"]
+    assert report.replaced.keys() == {"self_attn", "norm1", "norm2", "norm3"}
+
+
+def test_methods_that_were_put_on_a_module_leave_it_alone():
+    """A new class would not change what they do, and the report would be wrong."""
+    model = nn.Transformer(E, H, 1, 1, 32)
+    layer, attention = (model.get_submodule(name) for name in ("encoder.layers.0", "decoder.layers.0.multihead_attn"))
+    vars(layer)["_ff_block"] = lambda x: x
+    vars(attention)["forward"] = attention.forward
+    report = fastattn.fuse(model)
+    assert report.left_alone == {
+        "encoder.layers.0": "its _ff_block was replaced",
+        "decoder.layers.0": "its multihead_attn stays a torch.nn.modules.activation.MultiheadAttention",
+        "decoder.layers.0.multihead_attn": "its forward was replaced",
+    }
+
+
+def test_nested_tensors_still_pass():
+    model = nn.TransformerEncoder(layer(), 2, norm=nn.LayerNorm(E)).eval()
+    nested = torch.nested.nested_tensor([torch.randn(3, E), torch.randn(5, E)])
+    with torch.no_grad():
+        expected = model(nested)
+        fastattn.fuse(model)
+        for got, want in zip(model(nested).unbind(), expected.unbind()):
+            torch.testing.assert_close(got, want)
 
 
 def test_wrong_arguments_are_refused():
     wrong: Any = {"model": {}, "backend": "gpu"}
     with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got dict"):
-        fastattn.replace_attention(wrong["model"])
+        fastattn.fuse(wrong["model"])
     model = layer()
     with pytest.raises(ValueError, match="backend='gpu': expected one of"):
-        fastattn.replace_attention(model, backend=wrong["backend"])
+        fastattn.fuse(model, backend=wrong["backend"])
     assert type(model.self_attn) is nn.MultiheadAttention
 
 
 def test_model_without_attention_says_so():
-    assert str(fastattn.replace_attention(nn.Linear(2, 2))) == "no nn.MultiheadAttention in this model"
+    assert str(fastattn.fuse(nn.Linear(2, 2))) == "no attention, norm or transformer layer of torch.nn in this model"

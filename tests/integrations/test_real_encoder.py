@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 import fastattn
-from tests.real_encoder import SENTENCES, load_encoder, pool, tokenize, wheel_folder
+from tests.real_encoder import SENTENCES, load_config, load_encoder, make_layer, pool, tokenize, wheel_folder
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +22,11 @@ def original_embeddings():
     return torch.cat(embeddings)
 
 
+def assert_same(embeddings, original):
+    cosine = torch.nn.functional.cosine_similarity(embeddings.double(), original.double())
+    assert cosine.min() > 0.99999, cosine.tolist()
+
+
 def test_encoder_embeddings_are_the_original_models(backend, original_embeddings):
     tokens, padding = tokenize(SENTENCES)
     lengths = (~padding).sum(dim=1)
@@ -28,8 +34,23 @@ def test_encoder_embeddings_are_the_original_models(backend, original_embeddings
     assert padding.any()
     with torch.no_grad(), fastattn.use_backend(backend):
         embeddings = load_encoder()(tokens, padding)
-    cosine = torch.nn.functional.cosine_similarity(embeddings.double(), original_embeddings.double())
-    assert cosine.min() > 0.99999, cosine.tolist()
+    assert_same(embeddings, original_embeddings)
     # Not because all embeddings are alike: the two about cats are close, and far from the others.
     similar = embeddings @ embeddings.T
     assert similar[0, 1] > 0.5 > similar[0, 2:].max()
+
+
+def test_torchs_encoder_keeps_its_embeddings_when_fused_and_undone(original_embeddings):
+    tokens, padding = tokenize(SENTENCES)
+    encoder = load_encoder()
+    plain = nn.TransformerEncoder(make_layer(nn.TransformerEncoderLayer, load_config()), len(encoder.layers)).eval()
+    plain.layers.load_state_dict(encoder.layers.state_dict())
+    encoder.layers = nn.ModuleList([plain])
+    with torch.no_grad(), fastattn.use_backend("torch"):
+        before = encoder(tokens, padding)
+        with fastattn.fuse(plain) as fusion:
+            assert len(fusion.replaced) == 4 * len(plain.layers)
+            assert not fusion.left_alone
+            assert_same(encoder(tokens, padding), original_embeddings)
+        assert torch.equal(encoder(tokens, padding), before)
+    assert_same(before, original_embeddings)
