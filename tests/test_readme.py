@@ -53,6 +53,38 @@ CALLS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "bitwise deterministic backward": [(DIFFERENTIABLE, {"order": "twice"})],
 }
 
+# The same of the norms: the dtype and size of x, and arguments of add_layer_norm.
+VECTOR = torch.ones(8)
+EVERYTHING = {
+    "residual": torch.randn(3, 8),
+    "weight": VECTOR,
+    "bias": VECTOR,
+    "x_bias": VECTOR,
+    "row_scale": torch.ones(3),
+    "dropout_p": 0.3,
+}
+NORMS: dict[str, list[dict[str, Any]]] = {
+    "norms in float16, bfloat16, float32": [{"dtype": d} for d in (torch.float16, torch.bfloat16, torch.float32)],
+    "norms in float64": [{"dtype": torch.float64}],
+    "rows of 1 to 262144 elements": [{"shape": (1, n)} for n in (1, 262144)],
+    "wider rows": [{"shape": (1, 262145)}],
+    "residual, returned sum, each in a dtype of its own": [
+        {"residual": torch.randn(3, 8).half(), "residual_dtype": torch.bfloat16, "return_residual": True}
+    ],
+    "weight, 1 + weight, bias, bias of the branch": [{name: VECTOR} for name in ("weight", "bias", "x_bias")]
+    + [{"weight": VECTOR, "unit_offset": True}],
+    "dropout, stochastic depth by rows": [{"dropout_p": 0.5}, {"row_scale": torch.ones(3)}],
+    "any strides, any rank, several axes normalised": [
+        {"shape": (8,)},
+        {"shape": (2, 3, 4, 8)},
+        {"shape": (3, 2, 8), "normalized_shape": (2, 8)},
+    ],
+    "gradient of everything, bitwise deterministic": [{"order": "twice", **EVERYTHING}],
+    "second derivative of norms": [{"order": 2, **EVERYTHING}],
+    "forward mode of norms": [{"order": "jvp"}],
+    "per-sample gradients of norms": [{"order": "vmap"}],
+}
+
 
 def matrix() -> dict[str, dict[str, str]]:
     assert "| feature | triton | torch |" in README
@@ -61,7 +93,7 @@ def matrix() -> dict[str, dict[str, str]]:
 
 
 def test_readme_matrix_rows_are_the_ones_checked():
-    assert list(matrix()) == list(CALLS)
+    assert list(matrix()) == [*CALLS, *NORMS]
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -86,6 +118,41 @@ def test_readme_matrix_cell_is_true(feature, backend, device):
         if runs:
             results = derived((query, key, value), order, backend, arguments)
             assert all(tensor.isfinite().all() for tensor in results)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("feature", NORMS)
+def test_readme_matrix_cell_of_norms_is_true(feature, backend, device):
+    for given in NORMS[feature]:
+        arguments: dict[str, Any] = {n: a.to(device) if isinstance(a, torch.Tensor) else a for n, a in given.items()}
+        dtype, order = arguments.pop("dtype", torch.float32), arguments.pop("order", 1)
+        x = torch.randn(arguments.pop("shape", (3, 8)), dtype=dtype, device=device)
+        leaves = [t.requires_grad_() for t in (x, *arguments.values()) if isinstance(t, torch.Tensor)]
+
+        def normed(x: torch.Tensor, arguments: dict[str, Any] = arguments) -> torch.Tensor:
+            result = fastattn.add_layer_norm(x, backend=backend, **arguments)
+            return result if isinstance(result, torch.Tensor) else result[0] + result[1]
+
+        def gradients(seed: int, leaves: list[torch.Tensor] = leaves, x: torch.Tensor = x, **options: Any) -> Any:
+            torch.manual_seed(seed)
+            return torch.autograd.grad(normed(x).square().sum(), leaves, **options)
+
+        if matrix()[feature][backend] == "no":
+            with pytest.raises(NotImplementedError, match=f"the {backend} backend refuses"):
+                normed(x)
+            continue
+        if order == "jvp":
+            found = [torch.func.jvp(normed, (x,), (x,))[1]]
+        elif order == "vmap":
+            found = [torch.func.vmap(torch.func.grad(lambda row: normed(row).square().sum()))(x)]
+        else:
+            first = gradients(1, create_graph=order == 2)
+            found = [normed(x), *first]
+            if order == 2:
+                found += torch.autograd.grad([g.square().sum() for g in first], leaves)
+            if order == "twice":
+                assert all(torch.equal(a, b) for a, b in zip(first, gradients(1)))
+        assert all(tensor.isfinite().all() for tensor in found)
 
 
 def derived(

@@ -108,13 +108,14 @@ def _residual_norm_bwd_kernel(
         normal, rstd = _load_normal(
             total, statistics_ptr, rows, cols, row_count, size, inner_rows, IS_RMS, "evict_first"
         )
-        if d_weight_ptr is not None:
-            sum_weight += d_out * normal
         if d_bias_ptr is not None:
             sum_bias += d_out
+        product = d_out * normal
+        if d_weight_ptr is not None:
+            sum_weight += product
         gradient = d_out * weight
         if WHOLE:
-            mean_gn = tl.sum(gradient * normal, 1)[:, None] / size
+            mean_gn = tl.sum(product * weight, 1)[:, None] / size
             mean_g = tl.sum(gradient, 1)[:, None] / size
         if not IS_RMS:
             gradient -= mean_g

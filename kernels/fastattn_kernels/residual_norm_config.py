@@ -22,6 +22,9 @@ _WHOLE_ROW_BACKWARD = {False: 8192, True: 4096}
 # Of a row that is split in two each program reads both halves for the row's sums: the other's half comes from the L2
 # cache. From three parts on that is more traffic than a kernel of its own for the sums.
 _SPLITS_THAT_LOOP = 2
+# Where the shared memory holds two tiles, the next row's is on its way while one is computed with (3 stages; with 2 it
+# is asked for when that is done).
+_ROOMY = [("cuda", 90), ("cuda", 100)]
 _INTERPRETED_ROW = 1024
 
 
@@ -92,11 +95,13 @@ def norm_backward_config(size: int, rows: int, device: torch.device, is_heavy: b
             block_n //= 2
         block_m = _rows_of_tile(block_n, 1024, rows)
         # 16 elements a thread, of up to six tiles: what was read, the two or three sums, and what is written. Half as
-        # many where a tile has many rows, which have numbers of their own.
-        tile = NormConfig(block_m, block_n, _warps(block_m * block_n, 16 if block_m <= 4 else 8, device), 2)
+        # many where a tile has many rows, which have numbers of their own, or where rows are not aligned: then every
+        # element has a pointer.
+        warps = _warps(block_m * block_n, 8 if block_m > 4 or size % 16 else 16, device)
+        tile = NormConfig(block_m, block_n, warps, 3 if target in _ROOMY else 2)
         # All programs have to run at once, or the last wait for the first. 512 threads of up to 128 registers fill a
-        # multiprocessor, half as many if heavy; its loads in flight, 6 bytes for each of 4096 to 8192 elements and
-        # twice that with the next tile's, are more than the 25 KiB that 4.8 TB/s times 700 ns want of it.
+        # multiprocessor, half as many if heavy. In flight are 6 bytes for each of their 8192 elements, more than the
+        # 25 KiB that 4.8 TB/s times 700 ns want of each of 132 multiprocessors.
         per_multiprocessor = max(1, (256 if is_heavy else 512) // (32 * tile.num_warps))
     splits = -(-size // tile.block_n)
     tiles = -(-rows // tile.block_m)
