@@ -16,13 +16,16 @@ from typing import Any
 
 import torch
 
+from benchmarks.cases import Case
+from benchmarks.ceilings import ceilings, describe
 from benchmarks.environment import environment, load
 from benchmarks.memory import peaks_on_cpu
 from benchmarks.module import MEMORY_CASES
-from benchmarks.registry import Case, all_cases, families, quick_cases
+from benchmarks.registry import Variant, all_cases, families, quick_cases
 from benchmarks.report import HEADER, cells, print_table, write_json
 from benchmarks.runner import Row, run_case
 from benchmarks.tiles import SEQLEN, counts
+from benchmarks.timing import keep_freed_memory
 
 # The quick set on a busy machine: what is not reached by then is named and left out.
 _QUICK_SECONDS = 140.0
@@ -36,7 +39,9 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the cases and their variants, and why one refuses")
     parser.add_argument("--only", metavar="TEXT", default="", help="cases whose name contains TEXT")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--dtype", default="float32", choices=["float16", "bfloat16", "float32", "float64"])
+    parser.add_argument(
+        "--dtype", choices=["float16", "bfloat16", "float32", "float64"], help="of every case (default: its own)"
+    )
     parser.add_argument(
         "--threads", type=int, default=1, help="torch's threads on a CPU (default: 1, steady when busy)"
     )
@@ -47,16 +52,20 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def _cases(arguments: argparse.Namespace) -> list[Case]:
     cases = quick_cases() if arguments.quick else all_cases()
-    dtype = getattr(torch, arguments.dtype)
-    cases = [dataclasses.replace(c, dtype=dtype, device=arguments.device) for c in cases]
-    return [c for c in cases if arguments.only in c.name]
+    cases = [dataclasses.replace(c, device=arguments.device) for c in cases]
+    if arguments.dtype is not None:
+        cases = [dataclasses.replace(c, dtype=getattr(torch, arguments.dtype)) for c in cases]
+    return [c for c in dict.fromkeys(cases) if arguments.only in c.name]
 
 
-def _list(cases: list[Case]) -> None:
-    known = families()
+def _variants(case: Case, *, quick: bool) -> list[Variant[Any]]:
+    return [v for v in families()[case.family].variants if not (quick and v.slow)]
+
+
+def _list(cases: list[Case], *, quick: bool) -> None:
     for case in cases:
         print(case.name)
-        for variant in known[case.family].variants:
+        for variant in _variants(case, quick=quick):
             reason = variant.applies(case)
             print(f"    {variant.name}" + (f"  refuses: {reason}" if reason else ""))
 
@@ -115,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"no case contains {options.only!r}", file=sys.stderr)
         return 2
     if options.list:
-        _list(cases)
+        _list(cases, quick=options.quick)
         return 0
     on_cpu = torch.device(options.device).type == "cpu"
     if not on_cpu and not torch.cuda.is_available():
@@ -123,6 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if on_cpu:
         torch.set_num_threads(options.threads)
+        keep_freed_memory()
     facts = environment()
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     if on_cpu and load() > (facts["cores"] or 1):
@@ -132,6 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     known, rows, started = families(), [], time.monotonic()
     memory = _memory_rows() if on_cpu and not options.only else []
     tiles = [] if options.only else _tiles()
+    limits = ceilings(cases)
     left_out: list[str] = []
     for index, case in enumerate(cases):
         elapsed = time.monotonic() - started
@@ -140,7 +151,15 @@ def main(arguments: list[str] | None = None) -> int:
             break
         left = elapsed / index * (len(cases) - index) if index else 0.0
         _say(f"{index + 1}/{len(cases)}, {left:.0f} s left: {case.name}")
-        rows += run_case(known[case.family], case, seconds=seconds, show=_say)
+        only = {variant.name for variant in _variants(case, quick=options.quick)}
+        rows += run_case(
+            known[case.family],
+            case,
+            seconds=seconds,
+            copy_rate=limits.get("copy_tb_per_s"),
+            only=only.__contains__,
+            show=_say,
+        )
     _say("")
 
     for family in dict.fromkeys(row.case.family for row in rows):
@@ -151,11 +170,13 @@ def main(arguments: list[str] | None = None) -> int:
         _print_memory(memory)
     if tiles:
         _print_tiles(tiles)
+    if limits:
+        print(f"\n{describe(limits)}")
     if left_out:
         print(f"\nthe machine is too busy: {len(left_out)} cases left out: {', '.join(left_out)}")
     print(f"\n{len(rows)} rows in {time.monotonic() - started:.0f} s, load {load():.1f}")
     if options.json:
-        write_json(options.json, [*rows, *memory], facts, left_out=left_out, tiles=tiles)
+        write_json(options.json, [*rows, *memory], facts, left_out=left_out, tiles=tiles, ceilings=limits)
     return 1 if any(row.status in ("wrong", "error") for row in rows) else 0
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.registry import Case, Family, Step, Variant
+from benchmarks.cases import Case
+from benchmarks.registry import Family, Step, Variant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +19,8 @@ class Accuracy:
 
     Attributes:
         error: root mean square of the difference over that of the truth, largest over the results.
-        budget: what it may be: twice the error of the definition in the case's dtype, plus one unit in the last place.
+        budget: what it may be: twice the error of the definition in the case's dtype, plus one unit in the last place,
+            plus what the family allows for long sums.
         passed: every result is within its budget.
     """
 
@@ -25,30 +29,41 @@ class Accuracy:
     passed: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class _Truth:
+    """What a step should return, and how far each result may be from it."""
+
+    results: list[Tensor]
+    budgets: list[float]
+
+
 class Gate:
-    """Holds the variants of one case against the family's definition, computed once."""
+    """Holds the variants of one case against the family's definition, computed once where nothing is random."""
 
     def __init__(self, family: Family, case: Case) -> None:
         self.family, self.case = family, case
-        self._truth: list[Tensor] | None = None
-        self._budgets: list[float] = []
-        if family.reference is not None:
-            self._truth = _double(family.reference(case, torch.float64)())
-            eager = _double(family.reference(case, case.dtype)())
-            self._budgets = [2 * _error(e, t) + self._ulp for e, t in zip(eager, self._truth)]
-
-    @property
-    def _ulp(self) -> float:
-        return torch.finfo(self.case.dtype).eps
+        self._truth: _Truth | None = None
+        if family.reference is not None and not case.is_random:
+            self._truth = self._defined(family.reference)
 
     def check(self, step: Step, variant: Variant) -> Accuracy:
         """Run a variant's step once and compare all it returns."""
-        truth, budgets = self._truth, self._budgets
-        if truth is None:
-            truth = _double(variant.build(self.case, torch.float64)())
-            # Rounding errors of a recurrence add up over its steps.
-            budgets = [self._ulp * max(16, self.case.seqlen)] * len(truth)
-        return compare(_double(self.family.comparable(self.case, step())), truth, budgets)
+        results = step()
+        truth = self._truth
+        if truth is None and self.family.observed is not None:
+            truth = self._defined(self.family.observed(self.case, results))
+        elif truth is None:
+            own = _double(variant.build(self.case, torch.float64)())
+            truth = _Truth(own, [self._grain(t) for t in own])
+        return compare(_double(self.family.comparable(self.case, results)), truth.results, truth.budgets)
+
+    def _defined(self, definition: Callable[[Any, torch.dtype], Step]) -> _Truth:
+        truth = _double(definition(self.case, torch.float64)())
+        eager = definition(self.case, self.case.dtype)()
+        return _Truth(truth, [2 * _error(e.detach().double(), t) + self._grain(t) for e, t in zip(eager, truth)])
+
+    def _grain(self, truth: Tensor) -> float:
+        return torch.finfo(self.case.dtype).eps + self.family.allowance(self.case, truth)
 
 
 def _double(results: tuple[Tensor, ...]) -> list[Tensor]:

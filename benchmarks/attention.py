@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
-from benchmarks.registry import Case, Family, Mask, Step, Variant, differentiated
+from benchmarks.cases import AttentionCase, Mask
+from benchmarks.registry import Family, Step, Variant, differentiated
 from fastattn.ops._call import make_call
 from fastattn.reference import attention as reference
 from fastattn.reference import visibility
@@ -21,14 +22,14 @@ from fastattn.reference import visibility
 _SMALL_SCORES = 1 << 30
 
 
-def _inputs(case: Case, dtype: torch.dtype) -> list[Tensor]:
+def _inputs(case: AttentionCase, dtype: torch.dtype) -> list[Tensor]:
     """Query, key, value and the gradient of the output, as views of ``[B, L, H, D]``: as a projection leaves them."""
     generator = case.generator()
     shape = (case.batch, case.seqlen, case.heads, case.head_dim)
     return [case.draw(*shape, dtype=dtype, generator=generator).transpose(1, 2) for _ in range(4)]
 
 
-def masks(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+def masks(case: AttentionCase, dtype: torch.dtype) -> dict[str, Any]:
     """The keyword arguments of ``fastattn.attention`` that rule the scores, in its words."""
     generator, seqlen = torch.Generator().manual_seed(case.seed + 2), case.seqlen
     if case.mask == "none":
@@ -57,27 +58,27 @@ def masks(case: Case, dtype: torch.dtype) -> dict[str, Any]:
     return causal
 
 
-def padding_mask(case: Case) -> Tensor:
+def padding_mask(case: AttentionCase) -> Tensor:
     """Lengths spread between half and whole, True = padding."""
     lengths = torch.linspace(case.seqlen / 2, case.seqlen - 1, case.batch).long()
     return (torch.arange(case.seqlen) >= lengths[:, None]).to(case.device)
 
 
-def _step(function: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor], case: Case) -> Step:
+def _step(function: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor], case: AttentionCase) -> Step:
     *qkv, d_output = tensors
     return differentiated(function, tuple(qkv), case, d_output)
 
 
-def _ours(case: Case, dtype: torch.dtype) -> Step:
+def _ours(case: AttentionCase, dtype: torch.dtype) -> Step:
     function = functools.partial(fastattn.attention, need_weights=case.weights, **masks(case, dtype))
     return _step(lambda *qkv: _tuple(function(*qkv)), _inputs(case, dtype), case)
 
 
-def _naive(case: Case, dtype: torch.dtype) -> Step:
+def _naive(case: AttentionCase, dtype: torch.dtype) -> Step:
     return _formula(case, _inputs(case, dtype), masks(case, dtype))
 
 
-def _reference(case: Case, dtype: torch.dtype) -> Step:
+def _reference(case: AttentionCase, dtype: torch.dtype) -> Step:
     """The formula over what :func:`_first_head` leaves."""
     arguments = masks(case, dtype)
     if not case.weights:
@@ -89,7 +90,7 @@ def _reference(case: Case, dtype: torch.dtype) -> Step:
     return _formula(case, list(_first_head(case, tuple(_inputs(case, dtype)))), arguments)
 
 
-def _first_head(case: Case, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _first_head(case: AttentionCase, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The first head of the first batch entry, whose float64 truth fits where that of all of them would not.
 
     Averaged weights need every head.
@@ -97,7 +98,7 @@ def _first_head(case: Case, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return results if case.weights else tuple(t[:1, :1] for t in results)
 
 
-def _formula(case: Case, tensors: list[Tensor], arguments: dict[str, Any]) -> Step:
+def _formula(case: AttentionCase, tensors: list[Tensor], arguments: dict[str, Any]) -> Step:
     call = make_call(*tensors[:3], **arguments)._asdict()
     for name in ("query", "key", "value", "dropout_p", "weights", "return_lse"):
         del call[name]
@@ -113,7 +114,7 @@ def _tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def _for_sdpa(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+def _for_sdpa(case: AttentionCase, dtype: torch.dtype) -> dict[str, Any]:
     """What rules the scores, as SDPA takes it: a mask made whole where it has no word for it."""
     arguments, (query, key, value, _) = masks(case, dtype), _inputs(case, dtype)
     if case.mask in ("none", "causal", "boolean", "sparse", "bias"):
@@ -134,7 +135,7 @@ def _for_sdpa(case: Case, dtype: torch.dtype) -> dict[str, Any]:
     return {"attn_mask": bias.masked_fill(~visible, float("-inf")).to(dtype)}
 
 
-def _sdpa(case: Case, dtype: torch.dtype, backend: SDPBackend | None = None) -> Step:
+def _sdpa(case: AttentionCase, dtype: torch.dtype, backend: SDPBackend | None = None) -> Step:
     arguments = _for_sdpa(case, dtype)
 
     def function(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
@@ -146,7 +147,7 @@ def _sdpa(case: Case, dtype: torch.dtype, backend: SDPBackend | None = None) -> 
     return _step(function, _inputs(case, dtype), case)
 
 
-def _flex(case: Case, dtype: torch.dtype) -> Step:
+def _flex(case: AttentionCase, dtype: torch.dtype) -> Step:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     arguments = masks(case, dtype)
@@ -177,21 +178,21 @@ def _flex(case: Case, dtype: torch.dtype) -> Step:
     return _step(function, _inputs(case, dtype), case)
 
 
-def _no_weights(case: Case) -> str | None:
+def _no_weights(case: AttentionCase) -> str | None:
     return "returns no weights" if case.weights else None
 
 
-def _sdpa_has(case: Case) -> str | None:
+def _sdpa_has(case: AttentionCase) -> str | None:
     return "SDPA has no softcap" if case.mask == "softcap" else _no_weights(case)
 
 
-def _only_small(case: Case) -> str | None:
+def _only_small(case: AttentionCase) -> str | None:
     scores = case.batch * case.heads * case.seqlen**2
     return f"makes all {scores} scores: only up to {_SMALL_SCORES}" if scores > _SMALL_SCORES else None
 
 
-def _sdpa_on_cuda(kind: str) -> Callable[[Case], str | None]:
-    def applies(case: Case) -> str | None:
+def _sdpa_on_cuda(kind: str) -> Callable[[AttentionCase], str | None]:
+    def applies(case: AttentionCase) -> str | None:
         if torch.device(case.device).type != "cuda":
             return f"SDPA's {kind} kernel is compared on CUDA only"
         if (reason := _sdpa_has(case)) is not None:
@@ -205,7 +206,7 @@ def _sdpa_on_cuda(kind: str) -> Callable[[Case], str | None]:
     return applies
 
 
-def _flex_applies(case: Case) -> str | None:
+def _flex_applies(case: AttentionCase) -> str | None:
     if torch.device(case.device).type != "cuda":
         return "FlexAttention is compared on CUDA only"
     return _no_weights(case)
@@ -225,7 +226,7 @@ FAMILY = Family(
         _sdpa_variant("efficient", SDPBackend.EFFICIENT_ATTENTION),
         _sdpa_variant("cudnn", SDPBackend.CUDNN_ATTENTION),
         _sdpa_variant("math", SDPBackend.MATH),
-        Variant("flex", _flex, _flex_applies),
+        Variant("flex", _flex, _flex_applies, slow=True),
     ),
     peer="sdpa",
     reference=_reference,
@@ -233,25 +234,25 @@ FAMILY = Family(
 )
 
 
-def quick_cases() -> list[Case]:
+def quick_cases() -> list[AttentionCase]:
     """Without weights beside SDPA, with them beside the formula."""
     small, larger = (2, 4, 64, 32), (1, 8, 512, 64)
     return [
-        Case("attention", *shape, backward=backward, mask=mask, weights=weights)
+        AttentionCase("attention", *shape, backward=backward, mask=mask, weights=weights)
         for shape in (small, larger)
         for backward in (False, True)
         for mask, weights in (("causal", False), ("causal", True))
     ] + [
-        Case("attention", 1, 8, 1024, 64, backward=backward, mask=mask)
+        AttentionCase("attention", 1, 8, 1024, 64, backward=backward, mask=mask)
         for backward in (False, True)
         for mask in ("window", "documents")
     ]
 
 
-def more_cases() -> list[Case]:
+def more_cases() -> list[AttentionCase]:
     """Longer, and every mask."""
     return [
-        Case("attention", 1, 8, 2048, 64, backward=backward, mask=mask, weights=weights)
+        AttentionCase("attention", 1, 8, 2048, 64, backward=backward, mask=mask, weights=weights)
         for backward in (False, True)
         for mask in get_args(Mask)
         for weights in (False, True)

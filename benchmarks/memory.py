@@ -12,12 +12,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks.registry import Case, all_cases, families
+from benchmarks.cases import Case
+from benchmarks.registry import all_cases, families
 
 
 def peak_on_cuda(step: Callable[[], object]) -> float:
@@ -30,7 +31,7 @@ def peak_on_cuda(step: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def peaks_on_cpu(pairs: list[tuple[Case, str]]) -> list[float | None]:
+def peaks_on_cpu(pairs: Sequence[tuple[Case, str]]) -> list[float | None]:
     """MiB for each (case, variant), a process each, all at once; None where there is no answer."""
     root = Path(__file__).parent.parent
     path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
@@ -68,7 +69,7 @@ def _measure(case: Case, variant: str) -> float:
     family = families()[case.family]
     build = family.variant(variant).build
     # What is loaded and allocated once (libraries, threads, operators) is not the step's: a tiny one pays for it.
-    build(Case(case.family, 1, 1, 4, 4, case.dtype, case.backward, case.mask, case.weights), case.dtype)()
+    build(case.tiny(), case.dtype)()
     step = build(case, case.dtype)
     Path("/proc/self/clear_refs").write_text("5")  # resets the high mark
     before = _resident("VmRSS")

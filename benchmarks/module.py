@@ -10,21 +10,22 @@ from torch import Tensor, nn
 
 import fastattn
 from benchmarks.attention import padding_mask
-from benchmarks.registry import Case, Family, Step, Variant, differentiated
+from benchmarks.cases import AttentionCase
+from benchmarks.registry import Family, Step, Variant, differentiated
 from fastattn.reference import attention as reference
 
 
-def _module(case: Case, dtype: torch.dtype, kind: type[nn.MultiheadAttention]) -> nn.MultiheadAttention:
+def _module(case: AttentionCase, dtype: torch.dtype, kind: type[nn.MultiheadAttention]) -> nn.MultiheadAttention:
     module = kind(case.embed_dim, case.heads, batch_first=True)
     generator = case.generator()
     with torch.no_grad():
         for parameter in module.parameters():  # drawn here, so that no variant depends on an initialisation's order
-            drawn = torch.randn(parameter.shape, generator=generator)
+            drawn = torch.randn(parameter.shape, generator=generator, device=generator.device)
             parameter.copy_((drawn / case.embed_dim**0.5).to(case.dtype))
     return module.to(case.device, dtype).train(case.backward)
 
 
-def _masks(case: Case) -> dict[str, Tensor]:
+def _masks(case: AttentionCase) -> dict[str, Tensor]:
     """In torch's words: True = not allowed."""
     if case.mask == "padding":
         return {"key_padding_mask": padding_mask(case)}
@@ -33,9 +34,10 @@ def _masks(case: Case) -> dict[str, Tensor]:
     return {}
 
 
-def _step(case: Case, dtype: torch.dtype, module: nn.MultiheadAttention, function: Callable[..., tuple]) -> Step:
-    generator = torch.Generator().manual_seed(case.seed + 3)
-    x = case.draw(case.batch, case.seqlen, case.embed_dim, dtype=dtype, generator=generator)
+def _step(
+    case: AttentionCase, dtype: torch.dtype, module: nn.MultiheadAttention, function: Callable[..., tuple]
+) -> Step:
+    x = case.draw(case.batch, case.seqlen, case.embed_dim, dtype=dtype, generator=case.generator(3))
 
     def of_leaves(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         # nn.Module reads its parameters itself: they are passed so that their gradients are taken
@@ -44,8 +46,8 @@ def _step(case: Case, dtype: torch.dtype, module: nn.MultiheadAttention, functio
     return differentiated(of_leaves, (x, *(module.parameters() if case.backward else ())), case)
 
 
-def _self_attention(kind: type[nn.MultiheadAttention]) -> Callable[[Case, torch.dtype], Step]:
-    def build(case: Case, dtype: torch.dtype) -> Step:
+def _self_attention(kind: type[nn.MultiheadAttention]) -> Callable[[AttentionCase, torch.dtype], Step]:
+    def build(case: AttentionCase, dtype: torch.dtype) -> Step:
         module, masks = _module(case, dtype, kind), _masks(case)
         return _step(case, dtype, module, lambda x: module(x, x, x, need_weights=case.weights, **masks))
 
@@ -54,10 +56,10 @@ def _self_attention(kind: type[nn.MultiheadAttention]) -> Callable[[Case, torch.
 
 def _by_hand(
     attend: Callable[[Tensor, Tensor, Tensor, dict[str, Tensor]], tuple[Tensor, ...]],
-) -> Callable[[Case, torch.dtype], Step]:
+) -> Callable[[AttentionCase, torch.dtype], Step]:
     """The projections written out around ``attend``."""
 
-    def build(case: Case, dtype: torch.dtype) -> Step:
+    def build(case: AttentionCase, dtype: torch.dtype) -> Step:
         module, masks = _module(case, dtype, nn.MultiheadAttention), _masks(case)
 
         def function(x: Tensor) -> tuple[Tensor, ...]:
@@ -86,17 +88,17 @@ def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Ten
     return (F.scaled_dot_product_attention(query, key, value, attn_mask=_visible(masks)),)
 
 
-def _has_module(case: Case) -> str | None:
+def _has_module(case: AttentionCase) -> str | None:
     if not hasattr(fastattn, "MultiheadAttention"):
         return "fastattn.MultiheadAttention does not exist yet"
     return _masks_torch_has(case)
 
 
-def _masks_torch_has(case: Case) -> str | None:
+def _masks_torch_has(case: AttentionCase) -> str | None:
     return None if case.mask in ("none", "padding", "causal") else f"no {case.mask} mask in this family"
 
 
-def _sdpa_applies(case: Case) -> str | None:
+def _sdpa_applies(case: AttentionCase) -> str | None:
     return "returns no weights" if case.weights else _masks_torch_has(case)
 
 
@@ -112,14 +114,16 @@ FAMILY = Family(
 )
 
 # The acceptance criterion: averaged weights at this size in at most half of nn.MultiheadAttention's memory.
-MEMORY_CASES = tuple(Case("module", 1, 8, 2048, 64, backward=backward, weights=True) for backward in (False, True))
+MEMORY_CASES = tuple(
+    AttentionCase("module", 1, 8, 2048, 64, backward=backward, weights=True) for backward in (False, True)
+)
 
 
-def quick_cases() -> list[Case]:
+def quick_cases() -> list[AttentionCase]:
     """Small to larger, training and evaluation, weights on and off, every mask that torch's module has."""
     shapes = ((1, 2, 16, 32), (8, 4, 64, 32), (4, 8, 128, 64), (1, 8, 1024, 64))
     return [
-        Case("module", *shape, backward=backward, mask=mask, weights=weights)
+        AttentionCase("module", *shape, backward=backward, mask=mask, weights=weights)
         for shape in shapes
         for backward in (False, True)
         for mask in ("none", "padding", "causal")
@@ -128,10 +132,10 @@ def quick_cases() -> list[Case]:
     ]
 
 
-def more_cases() -> list[Case]:
+def more_cases() -> list[AttentionCase]:
     """As long as a laptop bears."""
     return [
-        Case("module", 1, 8, 2048, 64, backward=backward, mask=mask, weights=weights)
+        AttentionCase("module", 1, 8, 2048, 64, backward=backward, mask=mask, weights=weights)
         for backward in (False, True)
         for mask in ("none", "padding", "causal")
         for weights in (False, True)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.runner import Row
 from benchmarks.timing import Spread
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def row_as_json(row: Row) -> dict[str, Any]:
-    """A row as plain values; its keys are the schema."""
+    """A row as plain values; the keys are the schema, those of the case the family's."""
     case, timing = row.case, row.timing
 
     def spread(value: Spread | None) -> dict[str, float] | None:
@@ -23,16 +26,7 @@ def row_as_json(row: Row) -> dict[str, Any]:
 
     return {
         "case": case.name,
-        "family": case.family,
-        "batch": case.batch,
-        "heads": case.heads,
-        "seqlen": case.seqlen,
-        "head_dim": case.head_dim,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "backward": case.backward,
-        "mask": case.mask,
-        "weights": case.weights,
-        "device": case.device,
+        **{field.name: _plain(getattr(case, field.name)) for field in dataclasses.fields(case)},
         "variant": row.variant,
         "status": row.status,
         "reason": row.reason,
@@ -44,8 +38,15 @@ def row_as_json(row: Row) -> dict[str, Any]:
         "process_ratio": spread(timing.process_ratio if timing else None),
         "rounds": None if timing is None else timing.rounds,
         "tflops": row.tflops,
+        "moved_bytes": case.moved_bytes,
+        "tb_per_s": row.tb_per_s,
+        "of_floor": row.of_floor,
         "peak_mib": row.peak_mib,
     }
+
+
+def _plain(value: Any) -> Any:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
 def write_json(path: Path, rows: Iterable[Row], environment: dict[str, Any], **more: Any) -> None:
@@ -77,6 +78,8 @@ HEADER = (
     "error",
     "budget",
     "TF/s",
+    "TB/s",
+    "of floor",
     "MiB",
 )
 
@@ -86,7 +89,7 @@ def cells(row: Row) -> tuple[str, ...]:
     errors = ("", "") if row.accuracy is None else (f"{row.accuracy.error:.1e}", f"{row.accuracy.budget:.1e}")
     timing = row.timing
     if timing is None:
-        return row.case.name, row.variant, f"{row.status}: {row.reason}".rstrip(": "), *("",) * 5, *errors, "", ""
+        return row.case.name, row.variant, f"{row.status}: {row.reason}".rstrip(": "), *("",) * 5, *errors, *("",) * 4
     wall, process = timing.wall_ms, timing.process_ms
     return (
         row.case.name,
@@ -99,6 +102,8 @@ def cells(row: Row) -> tuple[str, ...]:
         _ratio(timing.process_ratio),
         *errors,
         _number(row.tflops),
+        _number(row.tb_per_s),
+        _number(row.of_floor, ".2f"),
         _number(row.peak_mib),
     )
 

@@ -10,8 +10,9 @@ from typing import Literal
 import torch
 
 from benchmarks.accuracy import Accuracy, Gate
+from benchmarks.cases import Case
 from benchmarks.memory import peak_on_cuda
-from benchmarks.registry import Case, Family, Step
+from benchmarks.registry import Family, Step
 from benchmarks.timing import Timing, time_on_cpu, time_on_cuda
 
 Status = Literal["ok", "refused", "wrong", "out of memory", "error"]
@@ -19,7 +20,10 @@ Status = Literal["ok", "refused", "wrong", "out of memory", "error"]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One variant on one case. Only a row that is ``ok`` has a timing."""
+    """One variant on one case. Only a row that is ``ok`` has a timing.
+
+    ``copy_rate`` is what :func:`benchmarks.ceilings.copy_rate` found in the same run.
+    """
 
     case: Case
     variant: str
@@ -28,12 +32,24 @@ class Row:
     accuracy: Accuracy | None = None
     timing: Timing | None = None
     peak_mib: float | None = None
+    copy_rate: float | None = None
 
     @property
     def tflops(self) -> float | None:
-        if self.timing is None or self.case.family != "attention":
-            return None
-        return self.case.attention_flops / self.timing.wall_ms.median / 1e9
+        return self._rate(self.case.flops)
+
+    @property
+    def tb_per_s(self) -> float | None:
+        return self._rate(self.case.moved_bytes)
+
+    @property
+    def of_floor(self) -> float | None:
+        """The time that a copy of as many bytes takes, over the time that was taken."""
+        return None if self.tb_per_s is None or not self.copy_rate else self.tb_per_s / self.copy_rate
+
+    def _rate(self, amount: float | None) -> float | None:
+        """``amount`` of a step in units of 10^12 a second."""
+        return None if amount is None or self.timing is None else amount / self.timing.wall_ms.median / 1e9
 
 
 def run_case(
@@ -41,6 +57,7 @@ def run_case(
     case: Case,
     *,
     seconds: float,
+    copy_rate: float | None = None,
     only: Callable[[str], bool] = lambda variant: True,
     show: Callable[[str], None] = lambda progress: None,
 ) -> list[Row]:
@@ -50,6 +67,7 @@ def run_case(
         family: of the case.
         case: what to solve.
         seconds: to spend on timing, all variants together.
+        copy_rate: of the machine in TB/s, for cases that memory bounds.
         only: which variants by name.
         show: is told what is being done.
     """
@@ -93,7 +111,7 @@ def run_case(
         except Exception as error:
             status, reason = _explained(error)
             rows |= {name: dataclasses.replace(rows[name], status=status, reason=reason) for name in steps}
-    return list(rows.values())
+    return [dataclasses.replace(row, copy_rate=copy_rate) for row in rows.values()]
 
 
 def _explained(error: Exception) -> tuple[Status, str]:

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from benchmarks.accuracy import Gate
-from benchmarks.registry import Case, Variant, families, quick_cases
+from benchmarks.cases import Case
+from benchmarks.registry import Variant, families, quick_cases
+from benchmarks.timing import keep_freed_memory
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 
@@ -16,6 +18,7 @@ _PAIRS = [
     pytest.param(case, variant, id=f"{case.name}-{variant.name}")
     for case in quick_cases()
     for variant in families()[case.family].variants
+    if not variant.slow
 ]
 
 
@@ -23,6 +26,7 @@ _PAIRS = [
 def _one_thread():  # type: ignore[no-untyped-def]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    keep_freed_memory()
     yield
     torch.set_num_threads(threads)
 

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from benchmarks.attention import masks
-from benchmarks.registry import Case, Mask
+from benchmarks.cases import AttentionCase, Mask
 
 SEQLEN = 1024
 _TILE = (128, 64)  # rows and keys, the forward's under masks at head sizes 64 and 128 on Hopper
 _MASKS: tuple[Mask, ...] = ("none", "causal", "padding", "documents", "window", "sparse", "boolean")
 
 
-def count(case: Case) -> dict[str, Any]:
+def count(case: AttentionCase) -> dict[str, Any]:
     """The tiles of one batch entry and head: all of them, and those that are visited whole and in part."""
     from fastattn.ops._call import make_call
     from fastattn_kernels.attention_config import Config
@@ -58,5 +58,5 @@ def counts() -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    cases = [Case("attention", 2, 1, SEQLEN, 64, mask=mask, device=device) for mask in _MASKS]
+    cases = [AttentionCase("attention", 2, 1, SEQLEN, 64, mask=mask, device=device) for mask in _MASKS]
     json.dump([count(case) for case in cases], sys.stdout)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import gc
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +49,18 @@ class Timing:
     ratio: Spread | None
     process_ratio: Spread | None
     rounds: int
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed, for the rest of the process.
+
+    Else a step of large tensors gives its memory back and faults it in again, or does not, as the heap happens to lie:
+    one and the same step then takes up to seven times as long in one process as in another.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt(trim_threshold, 1 << 30)
+        mallopt(mmap_threshold, 1 << 25)  # the largest that it takes
 
 
 Sample = tuple[float, float]  # wall and processor seconds of one step

@@ -12,12 +12,13 @@ import fastattn
 from benchmarks import __main__ as command_line
 from benchmarks import gpu, tiles
 from benchmarks.accuracy import Gate
-from benchmarks.registry import Case, Mask, Variant, all_cases, families, quick_cases
+from benchmarks.cases import AttentionCase, Mask
+from benchmarks.registry import Variant, all_cases, families, quick_cases
 from benchmarks.report import row_as_json, write_json
 from benchmarks.runner import run_case
 from benchmarks.timing import Spread, time_on_cpu
 
-TINY = Case("module", 2, 2, 5, 4, backward=True, mask="causal", weights=True)
+TINY = AttentionCase("module", 2, 2, 5, 4, backward=True, mask="causal", weights=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,7 +47,7 @@ def test_registry_every_case_has_a_variant_of_ours_that_applies():
         assert families()[case.family].variant("fastattn").applies(case) is None, case.name
 
 
-@pytest.mark.parametrize("family", ["attention", "module", "sequence"])
+@pytest.mark.parametrize("family", ["attention", "layer", "module", "sequence"])
 def test_variants_agree_with_float64(family):
     case = dataclasses.replace(TINY, family=family, weights=False)
     rows = run_case(families()[family], case, seconds=0.0)
@@ -57,7 +58,7 @@ def test_variants_agree_with_float64(family):
 @pytest.mark.parametrize("mask", get_args(Mask))
 @pytest.mark.parametrize("weights", [False, True], ids=["", "weights"])
 def test_attention_masks_agree_with_float64(mask, weights):
-    case = Case("attention", 2, 2, 20, 4, backward=True, mask=mask, weights=weights)
+    case = AttentionCase("attention", 2, 2, 20, 4, backward=True, mask=mask, weights=weights)
     rows = {row.variant: row for row in run_case(families()["attention"], case, seconds=0.0)}
     assert rows["fastattn"].status == rows["naive"].status == "ok", rows["fastattn"]
     refuses = weights or mask == "softcap"
@@ -69,7 +70,7 @@ def test_tiles_visited_are_counted():
     """A causal call of 8 x 16 tiles: 2 i + 2 tiles of keys for the i-th tile of rows, the last two of them in part."""
     pytest.importorskip("triton", reason="triton is not installed")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = tiles.count(Case("attention", 1, 1, 1024, 64, mask="causal", device=device))
+    found = tiles.count(AttentionCase("attention", 1, 1, 1024, 64, mask="causal", device=device))
     assert found == {"mask": "causal", "tiles": 128, "whole": 56, "in_part": 16}
 
 
@@ -198,7 +199,7 @@ def test_gpu_matrix_is_consistent():
 def test_gpu_dry_run_writes_every_case(capsys, tmp_path):
     with fastattn.use_backend("auto"):  # the kernels, in the interpreter where there is no GPU
         assert gpu.main(["--dry-run", "--out", str(tmp_path)]) == 0
-    document = json.loads((tmp_path / "attention.json").read_text())
+    document = json.loads((tmp_path / "benchmarks.json").read_text())
     assert {r["case"] for r in document["results"]} == {case.name for case, _ in gpu.dry_matrix()}
     assert all(r["status"] in ("ok", "refused") for r in document["results"])
     assert "fastattn beside the fastest" in capsys.readouterr().out

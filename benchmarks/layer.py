@@ -1,0 +1,78 @@
+"""The family ``layer``: ``fastattn.TransformerEncoderLayer`` beside ``nn.TransformerEncoderLayer``, post-norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import fastattn
+from benchmarks.cases import AttentionCase
+from benchmarks.registry import Family, Step, Variant, differentiated
+
+
+def _layer(case: AttentionCase, kind: type[nn.TransformerEncoderLayer]) -> nn.TransformerEncoderLayer:
+    """Without dropout, so that there is one right result; its parameters are those that torch's layer starts with."""
+    size = (case.embed_dim, case.heads, 4 * case.embed_dim)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(case.seed)
+        start = nn.TransformerEncoderLayer(*size, dropout=0.0, batch_first=True)
+    layer = kind(*size, dropout=0.0, batch_first=True)
+    layer.load_state_dict(start.state_dict())
+    return layer
+
+
+def _step(
+    kind: Callable[[], type[nn.TransformerEncoderLayer]], *, training: bool = False
+) -> Callable[[AttentionCase, torch.dtype], Step]:
+    def build(case: AttentionCase, dtype: torch.dtype) -> Step:
+        layer = _layer(case, kind()).to(case.dtype).to(case.device, dtype).train(case.backward or training)
+        mask = None
+        if case.mask == "causal":
+            mask = torch.ones(case.seqlen, case.seqlen, dtype=torch.bool, device=case.device).triu(1)
+        x = case.draw(case.batch, case.seqlen, case.embed_dim, dtype=dtype, generator=case.generator(3))
+        parameters = tuple(layer.parameters()) if case.backward else ()
+
+        def function(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+            return (layer(x, mask),)
+
+        return differentiated(function, (x, *parameters), case)
+
+    return build
+
+
+def _applies(case: AttentionCase) -> str | None:
+    if case.weights:
+        return "returns no weights"
+    # Behind padding torch's inference path gives 0, where its training path gives numbers
+    return None if case.mask in ("none", "causal") else f"no {case.mask} mask in this family"
+
+
+FAMILY = Family(
+    "layer",
+    (
+        Variant("fastattn", _step(lambda: fastattn.TransformerEncoderLayer), _applies),
+        Variant("nn.TransformerEncoderLayer", _step(lambda: nn.TransformerEncoderLayer), _applies),
+    ),
+    peer="nn.TransformerEncoderLayer",
+    reference=_step(lambda: nn.TransformerEncoderLayer, training=True),  # never torch's fused inference
+)
+
+
+def quick_cases() -> list[AttentionCase]:
+    """Small and larger, in evaluation beside torch's fused inference."""
+    return [
+        AttentionCase("layer", *shape, backward=backward, mask=mask)
+        for shape, mask in (((8, 4, 64, 32), "none"), ((8, 4, 64, 32), "causal"), ((4, 8, 128, 64), "none"))
+        for backward in (False, True)
+    ]
+
+
+def more_cases() -> list[AttentionCase]:
+    """Longer."""
+    return [
+        AttentionCase("layer", 1, 8, 2048, 64, backward=backward, mask=mask)
+        for backward in (False, True)
+        for mask in ("none", "causal")
+    ]

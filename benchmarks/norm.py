@@ -1,0 +1,218 @@
+"""The family ``norm``: a residual add and the norm of the sum, both kept, as in pre-norm layers (arXiv:2002.04745).
+
+A step is the forward, or the backward alone: its graph is made before, and each step goes through it again.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._functorch import config as functorch
+
+import fastattn
+from benchmarks.cases import Kind, NormCase
+from benchmarks.registry import Family, Step, Variant, differentiated
+from fastattn.reference import add_norm
+
+_EPS = 1e-5
+_LIGER_LIMIT = 65536  # its kernels hold a row in one block
+
+Norm = Callable[..., tuple[Tensor, Tensor]]  # (x, residual, weight[, bias]) -> (y, r')
+
+
+def _inputs(case: NormCase, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """``x``, ``residual``, the weight and, in a layer norm, the bias."""
+    generator = case.generator()
+    shape, vectors = (case.rows, case.size), 2 if case.kind == "layer" else 1
+    x = case.draw(*shape, dtype=dtype, generator=generator)
+    residual = case.draw(*shape, dtype=_of_residual(case, dtype), generator=generator)
+    return x, residual, *(case.draw(case.size, dtype=dtype, generator=generator) for _ in range(vectors))
+
+
+def _of_residual(case: NormCase, dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, case.residual_dtype)
+
+
+def _step(make: Callable[[NormCase], Norm]) -> Callable[[NormCase, torch.dtype], Step]:
+    def build(case: NormCase, dtype: torch.dtype) -> Step:
+        norm, inputs = make(case), _inputs(case, dtype)
+        return _backward(case, norm, inputs) if case.backward else differentiated(norm, inputs, case)
+
+    return build
+
+
+def _backward(case: NormCase, norm: Norm, inputs: tuple[Tensor, ...]) -> Step:
+    leaves = [t.requires_grad_() for t in inputs]
+    # torch.compile would let the backward overwrite what it saved, and it runs many times here
+    with functorch.patch(donated_buffer=False):
+        outputs = norm(*leaves)
+    generator = case.generator(1)
+    d_outputs = [case.draw(*t.shape, dtype=t.dtype, generator=generator) for t in outputs]
+    made = tuple(t.detach() for t in outputs)
+
+    def step() -> tuple[Tensor, ...]:
+        return *made, *torch.autograd.grad(outputs, leaves, d_outputs, retain_graph=True)
+
+    return step
+
+
+# ---------------------------------------------------------------------------------------------------------- definition
+
+
+def _definition(case: NormCase, keep: Tensor | None = None) -> Norm:
+    def norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        call = {"kind": case.kind, "eps": _EPS, "dropout_keep": keep, "dropout_p": case.dropout_p}
+        return tuple(add_norm(x, residual, weight, bias, **call))
+
+    return norm
+
+
+def _observed(case: NormCase, results: tuple[Tensor, ...]) -> Callable[[NormCase, torch.dtype], Step]:
+    """The definition with the elements that dropout kept: those that changed the residual, or have a gradient."""
+    keep = results[1] != _inputs(case, case.dtype)[1]
+    if case.backward:  # a small element changes no large residual, and a gradient may be zero: seldom both at once
+        keep |= results[2] != 0
+    return _step(functools.partial(_definition, keep=keep))
+
+
+def _allowance(case: NormCase, result: Tensor) -> float:
+    """A vector's gradient sums the rows in float32; where one after the other, its errors are a random walk."""
+    return torch.finfo(torch.float32).eps * case.rows**0.5 if result.dim() == 1 else 0.0
+
+
+# ------------------------------------------------------------------------------------------------------------ variants
+
+
+def _ours(case: NormCase) -> Norm:
+    norm: Callable[..., Any] = fastattn.add_layer_norm if case.kind == "layer" else fastattn.add_rms_norm
+    return functools.partial(norm, eps=_EPS, dropout_p=case.dropout_p, return_residual=True)
+
+
+def _eager(case: NormCase) -> Norm:
+    def norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total = residual + (F.dropout(x, case.dropout_p) if case.dropout_p else x)
+        # torch's norms take one dtype
+        weight, bias = weight.to(total.dtype), None if bias is None else bias.to(total.dtype)
+        if case.kind == "layer":
+            output = F.layer_norm(total, weight.shape, weight, bias, _EPS)
+        else:
+            output = F.rms_norm(total, weight.shape, weight, _EPS)
+        return output.to(x.dtype), total
+
+    return norm
+
+
+def _compiled(case: NormCase) -> Norm:
+    torch.compiler.reset()  # of every case's graphs one function may have eight, and this is another case
+    return torch.compile(_eager(case), dynamic=False, fullgraph=True)
+
+
+def _compiled_applies(case: NormCase) -> str | None:
+    if torch.device(case.device).type == "cuda":
+        return None
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except RuntimeError as error:
+        return f"torch.compile finds no C++ compiler: {error}"
+    return None
+
+
+def _liger(case: NormCase) -> Norm:
+    from liger_kernel.transformers import functional as liger  # type: ignore[import-not-found]
+
+    if case.kind == "rms":
+        # "gemma" is what the others compute too: one rounding, at the end
+        return functools.partial(liger.liger_fused_add_rms_norm, eps=_EPS, casting_mode="gemma", in_place=False)
+
+    def norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual  # its layer norm adds nothing
+        return liger.liger_layer_norm(total, weight, bias, _EPS), total
+
+    return norm
+
+
+def _liger_applies(case: NormCase) -> str | None:
+    if (reason := _not_at_hand("liger_kernel", "liger-kernel", case)) is not None:
+        return reason
+    if case.wide_residual:
+        return "its residual has the dtype of x"
+    if case.dropout_p:
+        return "has no dropout"
+    return f"takes rows of up to {_LIGER_LIMIT} elements" if case.size > _LIGER_LIMIT else None
+
+
+def _quack(case: NormCase) -> Norm:
+    from quack import rmsnorm  # type: ignore[import-not-found]
+
+    def norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return rmsnorm(x, weight, residual=residual, eps=_EPS, prenorm=True)
+
+    return norm
+
+
+def _quack_applies(case: NormCase) -> str | None:
+    if (reason := _not_at_hand("quack", "quack-kernels", case)) is not None:
+        return reason
+    if torch.cuda.get_device_capability(case.device) < (9, 0):
+        return "needs compute capability 9.0"
+    if case.kind == "layer":
+        return "its layer norm has no residual and no gradient"
+    return "has no dropout" if case.dropout_p else None
+
+
+def _not_at_hand(module: str, package: str, case: NormCase) -> str | None:
+    if importlib.util.find_spec(module) is None:
+        return f"{package} is not installed"
+    return None if torch.device(case.device).type == "cuda" else "needs a CUDA device"
+
+
+FAMILY = Family(
+    "norm",
+    (
+        Variant("fastattn", _step(_ours)),
+        Variant("eager", _step(_eager)),
+        Variant("compile", _step(_compiled), _compiled_applies, slow=True),
+        Variant("liger", _step(_liger), _liger_applies),
+        Variant("quack", _step(_quack), _quack_applies),
+    ),
+    peer="eager",
+    reference=_step(_definition),
+    allowance=_allowance,
+    observed=_observed,
+)
+
+
+def of_elements(elements: int, kind: Kind, size: int, **options: Any) -> NormCase:
+    """As many rows of this size as make up the elements."""
+    return NormCase("norm", kind, max(1, elements // size), size, **options)
+
+
+def quick_cases() -> list[NormCase]:
+    """From short rows to long ones, each tensor of 8 MiB."""
+    cases = [
+        of_elements(1 << 21, kind, size, backward=backward)
+        for size in (64, 512, 4096, 65536)
+        for kind in get_args(Kind)
+        for backward in (False, True)
+    ]
+    return [*cases, of_elements(1 << 21, "layer", 4096, dtype=torch.bfloat16)]
+
+
+def more_cases() -> list[NormCase]:
+    """Every power of two, two that are none, a residual in float32 and dropout."""
+    both = [(kind, backward) for kind in get_args(Kind) for backward in (False, True)]
+    sizes = sorted([*(2**power for power in range(6, 19)), 769, 4097])
+    cases = [of_elements(1 << 22, kind, size, backward=backward) for size in sizes for kind, backward in both]
+    for kind, backward in both:
+        options = {"backward": backward, "dtype": torch.bfloat16}
+        cases.append(of_elements(1 << 22, kind, 4096, wide_residual=True, **options))
+        cases.append(of_elements(1 << 22, kind, 4096, dropout_p=0.1, **options))
+    return cases
