@@ -380,13 +380,15 @@ def looped(function: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, 
     return tuple(column[0] if dim is None else torch.stack(column, dim) for column, dim in columns), out_dims
 
 
-def _factor(dropout_state: Tensor | None, like: Tensor, options: NormOptions) -> Tensor | None:
-    """What dropout multiplied by, float32 ``[..., N]``."""
-    if dropout_state is None:
-        return None
-    from fastattn.ops import _norm_launch
+def dropout_factor(dropout_state: Tensor, like: Tensor, dropout_p: float) -> Tensor:
+    """What a call multiplies ``like`` by under this state, float32: what it makes of ones, under any transform."""
+    options = NormOptions("rms", 1.0, False, dropout_p, torch.float32, torch.float32, True, False)
+    ones = torch.ones(like.shape, dtype=torch.float32, device=like.device)
+    return _add_norm()(ones, None, None, None, None, None, dropout_state, *options)[1]
 
-    return _norm_launch.dropout_factor(dropout_state, like, options.dropout_p)
+
+def _factor(dropout_state: Tensor | None, like: Tensor, options: NormOptions) -> Tensor | None:
+    return None if dropout_state is None else dropout_factor(dropout_state, like, options.dropout_p)
 
 
 def _formula(inputs: NormInputs, options: NormOptions) -> Callable[..., tuple[Tensor, Tensor]]:

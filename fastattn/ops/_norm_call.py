@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,11 +45,11 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-def check_tensor(name: str, tensor: object, x: Tensor) -> None:
+def check_tensor(name: str, tensor: object, x: Tensor, *, takes_complex: bool = False) -> None:
     """Raise unless ``tensor`` is a floating tensor on the device of ``x``."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
+    if not (tensor.is_floating_point() or (takes_complex and tensor.is_complex())):
         raise TypeError(f"{name} is {tensor.dtype}: expected float16, bfloat16, float32 or float64")
     if tensor.device != x.device:
         raise ValueError(f"{name} is on {tensor.device} but x is on {x.device}: expected one device")
@@ -62,7 +61,9 @@ def check_normalized_shape(normalized_shape: int | Sequence[int] | None, x: Tens
         raise ValueError("x has no dimensions: expected [..., N]")
     if normalized_shape is None:
         return (x.shape[-1],)
-    sizes = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    sizes = tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else (normalized_shape,)
+    if not all(isinstance(size, (int, torch.SymInt)) or hasattr(size, "__index__") for size in sizes):
+        raise TypeError(f"normalized_shape={normalized_shape!r}: expected an int or a sequence of them")
     if not sizes:
         raise ValueError("normalized_shape=(): expected at least one size")
     if _shape(x)[-len(sizes) :] != sizes:
@@ -80,9 +81,19 @@ def _check_dtype(name: str, dtype: torch.dtype | None, default: torch.dtype) -> 
     return dtype
 
 
+def _number(name: str, value: Any) -> float:
+    """What torch takes for a number beside numbers: a tensor or an array of one."""
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}={value!r}: expected a number") from error
+
+
 def _output_dtype(x: Tensor) -> torch.dtype:
     """The norm's own: that of ``x``; under autocast on a GPU float32, as torch's norms have it."""
-    if x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type):
+    if x.device.type in ("cuda", "xpu") and torch.is_autocast_enabled(x.device.type):
         return torch.promote_types(x.dtype, torch.float32)
     return x.dtype
 
@@ -106,22 +117,22 @@ def make_call(
     return_residual: bool = False,
 ) -> NormCall:
     """Check the arguments of the public functions and make a :class:`NormCall` of them."""
-    check_tensor("x", x, x)
-    sizes = check_normalized_shape(normalized_shape, x)
-    axes = len(sizes)
+    check_tensor("x", x, x, takes_complex=kind == "rms")  # as torch does
+    takes_complex = x.is_complex()
     if residual is not None:
-        check_tensor("residual", residual, x)
+        check_tensor("residual", residual, x, takes_complex=takes_complex)
         if residual.shape != x.shape:
             try:
                 x, residual = torch.broadcast_tensors(x, residual)
             except RuntimeError as error:
                 message = f"x has shape {_shape(x)}, residual {_shape(residual)}: expected shapes that broadcast"
                 raise ValueError(message) from error
-            check_normalized_shape(sizes, x)
+    sizes = check_normalized_shape(normalized_shape, x)
+    axes = len(sizes)
     rows = _shape(x)[: x.dim() - axes]
     for name, vector in (("weight", weight), ("bias", bias), ("x_bias", x_bias)):
         if vector is not None:
-            check_tensor(name, vector, x)
+            check_tensor(name, vector, x, takes_complex=takes_complex)
             if _shape(vector) != sizes:
                 raise ValueError(f"{name} has shape {_shape(vector)}: expected the normalised sizes {sizes}")
     if row_scale is not None:
@@ -136,14 +147,20 @@ def make_call(
         x = x.flatten(-axes)
         residual = None if residual is None else residual.flatten(-axes)
         weight, bias, x_bias = (None if t is None else t.flatten() for t in (weight, bias, x_bias))
-    if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0:
+    if not isinstance(dropout_p, (int, float)):
+        dropout_p = _number("dropout_p", dropout_p)
+    if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p={dropout_p!r}: expected a number from 0 to 1")
+    flags = (("unit_offset", unit_offset), ("round_residual", round_residual), ("return_residual", return_residual))
+    for name, flag in flags:
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}={flag!r}: expected True or False")
     of_sum = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     residual_dtype = _check_dtype("residual_dtype", residual_dtype, of_sum)
     if eps is None:  # torch's default for RMS norms: that of the dtype it computes in
         eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
-    elif not isinstance(eps, (int, float)) or not math.isfinite(eps):
-        raise ValueError(f"eps={eps!r}: expected a finite number")
+    elif not isinstance(eps, (int, float)):
+        eps = _number("eps", eps)
     return NormCall(
         x,
         residual,
@@ -153,10 +170,10 @@ def make_call(
         row_scale,
         kind,
         float(eps),
-        bool(unit_offset) and weight is not None,
+        unit_offset and weight is not None,
         float(dropout_p),
-        bool(round_residual),
+        round_residual,
         _check_dtype("out_dtype", out_dtype, _output_dtype(x)),
         residual_dtype,
-        bool(return_residual),
+        return_residual,
     )

@@ -78,17 +78,7 @@ def backward(
         needs.row_scale,
         needs.vectors_dtype,
     )
-    nothing = total.new_empty(0, dtype=needs.vectors_dtype)
     given = iter(vectors)
-    d_vectors = [next(given) if is_wanted else nothing for is_wanted in wanted]
+    d_vectors = [next(given) if w else total.new_empty(0, dtype=needs.vectors_dtype) for w in wanted]
     of_rows = total.new_empty(0, dtype=torch.float32) if d_row_scale is None else d_row_scale.view(total.shape[:-1])
     return d_x, d_residual, *d_vectors, of_rows
-
-
-def dropout_factor(state: Tensor, like: Tensor, dropout_p: float) -> Tensor:
-    """Float32, of the shape of ``like``: what the kernels multiply by under this seed, as they do with ones."""
-    ones = torch.ones(like.shape, dtype=torch.float32, device=like.device)
-    factor = torch.empty_like(ones)
-    problem = NormProblem(ones, seed=state, dropout_p=dropout_p)
-    launch_residual_norm_fwd(problem, torch.empty_like(ones), factor, None, torch.float32)
-    return factor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.ops._norm_call import NormCall
-from fastattn.ops._torch_backend import is_eager_on_cpu
+from fastattn.ops._torch_backend import is_eager_on_cpu, is_traced, saved_tensors
+from fastattn.reference import add_norm
 
 _HALF = (torch.float16, torch.bfloat16)
-# The widest row whose squares torch sums well enough in one pass; the error of that sum grows with the row.
-_SUMMED_AT_ONCE = 4096
 
 
 def run(call: NormCall) -> tuple[Tensor, Tensor]:
@@ -64,11 +64,52 @@ def _normalised(call: NormCall, total: Tensor) -> Tensor:
         weight = torch.ones(total.shape[-1]) if weight is None else weight.float()
         bias = torch.zeros(total.shape[-1]) if bias is None else bias.float()
     if call.kind == "layer":
-        output = F.layer_norm(total, total.shape[-1:], weight, bias, call.eps)
+        output = _layer_norm(total, weight, bias, call.eps)
     else:
         output = _rms_norm(total, weight, call.eps)
         output = output if bias is None else output + bias
     return output if output.dtype is call.out_dtype else output.to(call.out_dtype)
+
+
+def _is_transformed() -> bool:
+    """Is this under ``torch.func``, or in forward mode?"""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+# --------------------------------------------------------------------------------------------------------- layer norm
+
+
+def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """``F.layer_norm``, with right derivatives beyond the first.
+
+    torch's are silently wrong from the third on, and where reverse mode goes over forward mode; its second fails
+    without a weight. A hook costs a training step a few microseconds.
+    """
+    if is_traced():
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    if _is_transformed():
+        return add_norm(x, None, weight, bias, eps=eps).output
+    output = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    node = output.grad_fn
+    if node is not None and node.name() == "NativeLayerNormBackward0":
+        node.register_hook(functools.partial(_differentiable_gradients, eps))
+    return output
+
+
+def _differentiable_gradients(
+    eps: float, d_inputs: tuple[Tensor | None, ...], d_outputs: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...] | None:
+    """The formula's gradients in the place of those of torch's layer norm, where somebody may differentiate them."""
+    if not torch.is_grad_enabled() or d_outputs[0] is None:
+        return None
+    saved = saved_tensors(torch._C._current_autograd_node(), "input", "weight", "bias")
+    # views, since one tensor may be made from another, and no gradient is counted twice
+    x, weight, bias = (None if t is None else t.view_as(t) for t in saved)
+    assert x is not None
+    output = add_norm(x, None, weight, bias, eps=eps).output
+    wanted = [t for t, d_input in zip((x, weight, bias), d_inputs) if d_input is not None and t is not None]
+    found = iter(torch.autograd.grad([output], wanted, [d_outputs[0]], create_graph=True))
+    return tuple(None if d_input is None else next(found) for d_input in d_inputs)
 
 
 # ----------------------------------------------------------------------------------------------------------- RMS norm
@@ -77,7 +118,7 @@ def _normalised(call: NormCall, total: Tensor) -> Tensor:
 def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """``F.rms_norm``; on the CPU, where torch differentiates eight operations, with one backward."""
     trains = torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad))
-    if not (trains and x.numel() and is_eager_on_cpu(x)) or torch.autograd.forward_ad._current_level >= 0:
+    if not (trains and x.numel() and is_eager_on_cpu(x)) or x.is_complex() or _is_transformed():
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     if x.dtype in _HALF:
         return _RMSNorm.apply(x.float(), None if weight is None else weight.float(), eps).to(x.dtype)
@@ -89,12 +130,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        size = x.shape[-1]
-        if size <= _SUMMED_AT_ONCE:
-            mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(size)
-        else:
-            mean_square = x.square().mean(dim=-1, keepdim=True)
-        rstd = mean_square.add_(eps).rsqrt_()
+        rstd = x.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()  # as torch does it, to the bit
         ctx.save_for_backward(x, weight, rstd)
         ctx.eps = eps
         output = x * rstd
@@ -106,7 +142,9 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         wants_x, wants_weight, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # somebody may differentiate this again
-            wanted = [t for t, wants in ((x, wants_x), (weight, wants_weight)) if wants]
+            x = x.view_as(x)  # one tensor may be both, or one made from the other: no gradient is counted twice
+            weight = None if weight is None else weight.view_as(weight)
+            wanted = [t for t, wants in ((x, wants_x), (weight, wants_weight)) if wants and t is not None]
             output = F.rms_norm(x, x.shape[-1:], weight, ctx.eps)
             found = iter(torch.autograd.grad([output], wanted, [d_output], create_graph=True))
             return next(found) if wants_x else None, next(found) if wants_weight else None, None

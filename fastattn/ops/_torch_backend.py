@@ -53,12 +53,12 @@ def is_eager_on_cpu(tensor: Tensor) -> bool:
     return (
         tensor.device.type == "cpu"
         and type(tensor) is Tensor
-        and not _is_traced()
+        and not is_traced()
         and not torch._C._are_functorch_transforms_active()
     )
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or bool(torch._C._len_torch_dispatch_stack())
 
 
@@ -133,7 +133,7 @@ def _is_transformed_on_cpu(tensor: Tensor) -> bool:
     """Is this a call under ``torch.func`` or in forward mode, for which SDPA's CPU kernel has no rules?"""
     return (
         tensor.device.type == "cpu"
-        and not _is_traced()
+        and not is_traced()
         and (torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0)
     )
 
@@ -144,7 +144,7 @@ def _twice_differentiable(output: Tensor) -> Tensor:
     torch has none for that kernel's backward. A hook costs a training step 10 to 20 microseconds; a Function of our own
     in the kernel's place costs 30.
     """
-    if output.device.type == "cpu" and not _is_traced():
+    if output.device.type == "cpu" and not is_traced():
         node = output.grad_fn
         if node is not None and node.name() == "ScaledDotProductFlashAttentionForCpuBackward0":
             node.register_hook(_differentiable_gradients)
@@ -158,7 +158,7 @@ def _differentiable_gradients(
     if not torch.is_grad_enabled() or d_outputs[0] is None:
         return None
     node: Any = torch._C._current_autograd_node()
-    query, key, value, bias = _saved_tensors(node)
+    query, key, value, bias = saved_tensors(node, "query", "key", "value", "attn_mask")
     call = AttentionCall(
         *(t.view_as(t) for t in (query, key, value)),  # one tensor may be all three, or made from another
         bias=bias,
@@ -171,9 +171,9 @@ def _differentiable_gradients(
     return tuple(None if d_input is None else next(found) for d_input in d_inputs)
 
 
-def _saved_tensors(node: Any) -> list[Tensor]:
-    """What SDPA's node saved, read in a backward pass of its own: checkpointing unpacks a tensor once a pass."""
-    names, found = ("query", "key", "value", "attn_mask"), []
+def saved_tensors(node: Any, *names: str) -> list[Tensor]:
+    """What a node of autograd saved, read in a backward pass of its own: checkpointing unpacks a tensor once a pass."""
+    found: list[Tensor] = []
     leaf = torch.zeros((), requires_grad=True)
     leaf.register_hook(lambda _: found.extend(getattr(node, f"_saved_{name}") for name in names))
     torch.autograd.grad(leaf * 1, leaf)

@@ -152,8 +152,9 @@ def _residual_norm_bwd_kernel(
 
 
 @triton.jit(do_not_specialize=("groups",))
-def _sum_over_groups_kernel(partial_ptr, sums_ptr, groups, size, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The sum over ``groups`` of ``[vectors, groups, size]``, for the columns of one program and one vector."""
+def _sum_over_groups_kernel(partial_ptr, sums, groups, size, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The sum over ``groups`` of ``[vectors, groups, size]``, for the columns of one program and one vector; ``sums``
+    holds a pointer for each vector."""
     vector = tl.program_id(1)
     cols = (tl.program_id(0) * COLS + tl.arange(0, COLS))[None, :]
     partial_ptr += vector.to(tl.int64) * groups * size
@@ -162,8 +163,9 @@ def _sum_over_groups_kernel(partial_ptr, sums_ptr, groups, size, ROWS: tl.conste
         rows = start + tl.arange(0, ROWS)[:, None]
         # 32 bits hold it: the programs of a GPU, a few for each of its multiprocessors, times the widest row
         total += tl.load(partial_ptr + rows * size + cols, mask=(rows < groups) & (cols < size), other=0.0)
-    sums = tl.sum(total, 0)[None, :]
-    tl.store(sums_ptr + vector * size + cols, sums.to(sums_ptr.dtype.element_ty), mask=cols < size)
+    summed = tl.sum(total, 0)[None, :].to(sums[0].dtype.element_ty)
+    for index in tl.static_range(len(sums)):
+        tl.store(sums[index] + cols, summed, mask=(cols < size) & (vector == index))
 
 
 def launch_residual_norm_bwd(
@@ -178,7 +180,7 @@ def launch_residual_norm_bwd(
     needs_row_scale: bool,
     vectors_dtype: torch.dtype = torch.float32,
     config: NormBackwardConfig | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[list[Tensor], Tensor | None]:
     """Write the gradients of ``r`` and of ``x``, those that are given.
 
     Args:
@@ -195,7 +197,7 @@ def launch_residual_norm_bwd(
         config: the tile and grid.
 
     Returns:
-        The vectors' gradients, ``[how many, N]``, in this order; and the row scale's, float32 ``[rows]``.
+        The gradients of the vectors that are wanted, ``[N]``, in this order; and the row scale's, float32 ``[rows]``.
     """
     size = total.shape[-1]
     x = problem.x if needs_row_scale else None
@@ -203,7 +205,7 @@ def launch_residual_norm_bwd(
     wanted = sum(vectors)
     if not total.numel():
         scale = total.new_zeros(rows.count, dtype=torch.float32) if needs_row_scale else None
-        return total.new_zeros((wanted, size), dtype=vectors_dtype), scale
+        return [total.new_zeros(size, dtype=vectors_dtype) for _ in range(wanted)], scale
     d_out, d_new, sums, branch, row_scale, d_res, d_branch = rows.arguments()
     is_heavy = problem.is_heavy or (d_residual is not None and d_x is not None)
     config = config or norm_backward_config(size, rows.count, total.device, is_heavy)
@@ -226,9 +228,9 @@ def launch_residual_norm_bwd(
             means, d_res, d_branch, d_row_scale, *d_vectors, rows.count, size, rows.inner_rows,
             **flags, WHOLE=config.splits == 1, NUM_STAGES=tile.num_stages, **tile.launch_options(),
         )  # fmt: skip
-        gradients = torch.empty((wanted, size), dtype=vectors_dtype, device=total.device)
+        gradients = [torch.empty(size, dtype=vectors_dtype, device=total.device) for _ in range(wanted)]
         if wanted:
             _sum_over_groups_kernel[(triton.cdiv(size, _SUM_COLS), wanted)](
-                partial, gradients, config.groups, size, ROWS=_SUM_ROWS, COLS=_SUM_COLS
+                partial, tuple(gradients), config.groups, size, ROWS=_SUM_ROWS, COLS=_SUM_COLS
             )
     return gradients, None if d_row_scale is None else d_row_scale.sum(0)

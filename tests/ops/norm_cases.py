@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
+from fastattn.ops._norm_autograd import dropout_factor as of_kernels
 from fastattn.reference import add_norm
 from fastattn.testing import assert_within_budget, random_tensor
 from tests import pairwise
@@ -176,8 +177,6 @@ def dropout_factor(backend: str, x: torch.Tensor, p: float, seed: int) -> torch.
     torch.manual_seed(seed)
     if backend == "torch":
         return F.dropout(torch.ones_like(x), p)  # drawn in the order in which the elements lie
-    from fastattn.ops._norm_launch import dropout_factor as of_kernels
-
     state = torch.randint(0, 2**31 - 1, (2,), dtype=torch.int64, device=x.device)
     return of_kernels(state, x, p)
 

@@ -252,3 +252,18 @@ def test_nothing_added_returns_x_itself(kind, backend, device):
     x = draw(4, 64, seed=1, device=device)
     _, total = norm(kind, x, return_residual=True, backend=backend)
     assert total.data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("of_x", "of_residual"), [((3, 1), (3, 8)), ((3, 8), (8,)), ((2, 1, 8), (3, 8)), ((1, 8), (5, 8))]
+)
+def test_shapes_broadcast(of_x, of_residual, kind, backend, device):
+    """As they do in ``x + residual``: positions beside a batch, one row for all."""
+    x, residual = (draw(*shape, seed=i, device=device).requires_grad_() for i, shape in enumerate((of_x, of_residual)))
+    output = norm(kind, x, residual, eps=1e-5, backend=backend)
+    total = x + residual
+    expected = reference(total, kind=kind, eps=1e-5).output
+    torch.testing.assert_close(output, expected, atol=2e-5, rtol=2e-5)
+    g = draw(*output.shape, seed=3, device=device)
+    for found, wanted in zip(*(torch.autograd.grad(o, (x, residual), g) for o in (output, expected))):
+        torch.testing.assert_close(found, wanted, atol=5e-5, rtol=5e-5)
