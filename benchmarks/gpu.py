@@ -78,7 +78,7 @@ def matrix() -> list[tuple[Case, tuple[str, ...]]]:
         module = AttentionCase("module", 4, 16, 2048, 64, weights=True, **options)
         cases[module] = ("fastattn", "nn.MultiheadAttention")
         cases[AttentionCase("layer", 4, 16, 2048, 64, **options)] = ("fastattn", "nn.TransformerEncoderLayer")
-    for size in (512, 2048, 256, 65536, 262144):
+    for size in (512, 2048, 256, 65536, 64, 32768, 262144, 4097):
         add_norms(size)
     add_norms(4096, kinds=["layer"], dtype=torch.float32)
     add_norms(4096, kinds=["layer"], wide_residual=True)

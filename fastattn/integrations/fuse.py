@@ -98,6 +98,8 @@ def fuse(model: nn.Module, *, backend: Backend | None = None) -> Fusion:
     hand included. So evaluation gives what training gives without its dropout: in an ``nn.TransformerEncoder`` padded
     positions hold what the layers compute for them, where the fused path gives 0.
 
+    A copy of a fused model is a fused model, and stays one: ``undo`` knows the modules that it changed.
+
     Args:
         model: any module. Fuse before wrapping it (FSDP, parametrizations).
         backend: of the modules replaced; see :class:`fastattn.MultiheadAttention`.

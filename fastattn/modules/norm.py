@@ -14,6 +14,8 @@ from fastattn.ops._dispatch import Backend
 
 
 def _check_dropout(dropout: float) -> float:
+    if not isinstance(dropout, (int, float)) or isinstance(dropout, bool):
+        raise TypeError(f"dropout={dropout!r}: expected a number from 0 to 1")
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"dropout={dropout!r}: expected a number from 0 to 1")
     return float(dropout)
@@ -32,11 +34,12 @@ class AddLayerNorm(nn.LayerNorm):
         bias: learn the bias.
         device: where to make the parameters.
         dtype: of which type to make them.
-        dropout: probability of dropping an element of ``x`` in training.
+        dropout: probability of dropping an element of ``x`` in training, where a residual is given.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``, as for :func:`fastattn.add_layer_norm`; default what
             :func:`fastattn.use_backend` says at the call.
 
     Raises:
+        TypeError: ``dropout`` is no number.
         ValueError: ``dropout`` is no probability, or ``backend`` is unknown.
     """
 
@@ -76,7 +79,7 @@ class AddLayerNorm(nn.LayerNorm):
 
         Args:
             input: ``[..., *normalized_shape]``.
-            residual: of the same shape; default none.
+            residual: of the same shape, or 1 in places; default none.
             x_bias: ``normalized_shape``; added to the input.
             row_scale: broadcastable to the rows ``[...]``; multiplies those of the input.
             dropout_p: in the place of the module's own dropout, and applied in evaluation too.
@@ -93,7 +96,7 @@ class AddLayerNorm(nn.LayerNorm):
         if residual is None and getattr(input, "is_nested", False):
             return super().forward(input)
         if dropout_p is None:
-            dropout_p = self.dropout if self.training else 0.0
+            dropout_p = self.dropout if self.training and residual is not None else 0.0
         return add_layer_norm(
             input,
             residual,
@@ -127,10 +130,11 @@ class AddRMSNorm(nn.RMSNorm):
         elementwise_affine: learn a weight.
         device: where to make it.
         dtype: of which type to make it.
-        dropout: probability of dropping an element of ``x`` in training.
+        dropout: probability of dropping an element of ``x`` in training, where a residual is given.
         backend: as for :class:`AddLayerNorm`.
 
     Raises:
+        TypeError: ``dropout`` is no number.
         ValueError: ``dropout`` is no probability, or ``backend`` is unknown.
     """
 
@@ -170,7 +174,7 @@ class AddRMSNorm(nn.RMSNorm):
         if residual is None and getattr(x, "is_nested", False):
             return super().forward(x)
         if dropout_p is None:
-            dropout_p = self.dropout if self.training else 0.0
+            dropout_p = self.dropout if self.training and residual is not None else 0.0
         return add_rms_norm(
             x,
             residual,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastattn.modules._common import check_backend, plain_twin
 from fastattn.modules.multihead_attention import MultiheadAttention
@@ -58,7 +59,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     * A norm gets ``(block output, residual=src)`` instead of the sum. Put a hook or another module in its place, or in
       that of the dropout in front, and it gets what it gets in torch; the operations are then separate.
 
-    Nested tensors go to torch's implementation.
+    Nested tensors go to torch's implementation, and so does a subclass, or a layer, with an ``_sa_block``,
+    ``_mha_block`` or ``_ff_block`` of its own, which it then calls.
     """
 
     def __init__(
@@ -108,7 +110,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             ValueError: ``src`` is not ``E`` wide, with ``norm_first``.
             NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
         """
-        if src.is_nested:
+        if src.is_nested or _has_blocks_of_its_own(self, nn.TransformerEncoderLayer):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         src_mask, src_key_padding_mask = _checked_masks(src, src_mask, src_key_padding_mask)
         masks = (src_mask, src_key_padding_mask, is_causal)
@@ -209,6 +211,11 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             ValueError: ``tgt`` is not ``E`` wide, with ``norm_first``.
             NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
         """
+        if _has_blocks_of_its_own(self, nn.TransformerDecoderLayer):
+            return super().forward(
+                tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal,
+                memory_is_causal,
+            )  # fmt: skip
         masks = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
         memory_masks = (memory_mask, memory_key_padding_mask, memory_is_causal)
         x = tgt
@@ -316,5 +323,18 @@ def _add_norm(norm: nn.Module, dropout: nn.Module, x: Tensor, residual: Tensor, 
 def _is_hooked(module: nn.Module) -> bool:
     """Does somebody look at what this module is called with, or at what it gives?"""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+        or _has_any_global_hook()
+    )
+
+
+def _has_blocks_of_its_own(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Has somebody put other blocks into the layer than torch's, by a subclass or by hand?"""
+    return any(
+        name in vars(layer) or getattr(type(layer), name, None) is not getattr(kind, name, None)
+        for name in ("_sa_block", "_mha_block", "_ff_block")
     )

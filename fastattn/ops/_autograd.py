@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.ops import _derivatives
+from fastattn.ops import _derivatives, _functional
 from fastattn.ops._call import AttentionCall
 from fastattn.ops._contract import (
     DIFFERENTIABLE,
@@ -138,7 +138,7 @@ class Attention(torch.autograd.Function):
         inputs, options = Inputs(*args[:INPUTS]), Options(*args[INPUTS:])
         out_dims = (0, 0, None if options.weights == "none" else 0, 0)
         if inputs.dropout_state is not None:  # each sample draws its own, or all of them the same: no folding
-            return _looped(_attention(), info, in_dims, args, out_dims)
+            return _functional.looped(_attention(), info, in_dims, args, out_dims)
         folded = _fold(info.batch_size, in_dims[:INPUTS], inputs, broadcasting=_BROADCASTING)
         return _unfolded(info.batch_size, _attention()(*folded, *options), out_dims), out_dims
 
@@ -182,7 +182,7 @@ class AttentionBackward(torch.autograd.Function):
         inputs, input_dims = Inputs(*args[_BACKWARD_INPUTS]), in_dims[_BACKWARD_INPUTS]
         out_dims = (0, 0, 0, *(0 if needed else None for needed in needs))
         if inputs.dropout_state is not None:
-            return _looped(_attention_backward(), info, in_dims, args, out_dims)
+            return _functional.looped(_attention_backward(), info, in_dims, args, out_dims)
         gradients = _fold(samples, in_dims[:5], args[:5])
         # what needs its gradient has one a sample
         alone = [i for i, needed in zip(_OPTIONAL, needs) if needed]
@@ -258,15 +258,6 @@ def _unfolded(samples: int, tensors: tuple[Tensor, ...], out_dims: tuple[int | N
     return tuple(
         t if dim is None else t.view(samples, t.shape[0] // samples, *t.shape[1:]) for t, dim in zip(tensors, out_dims)
     )
-
-
-def _looped(function: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...], out_dims: Any) -> Any:
-    """One call a sample, stacked."""
-    results = [
-        function(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims))) for i in range(info.batch_size)
-    ]
-    columns = zip(zip(*results), out_dims)
-    return tuple(column[0] if dim is None else torch.stack(column) for column, dim in columns), out_dims
 
 
 def apply(

@@ -1,4 +1,4 @@
-"""``torch.func`` of functions some of whose arguments are None, or are to be left alone."""
+"""``torch.func`` of functions some of whose arguments are None, or are to be left alone; vmap by a loop."""
 
 from __future__ import annotations
 
@@ -41,3 +41,15 @@ def pushed_forward(function: Callable[..., Any], primals: Tensors, tangents: Ten
     values, pullback = vjp(of_tensors, *given)
     _, pushforward = vjp(pullback, tuple(torch.zeros_like(v) for v in values))
     return pushforward(tuple(directions))[0]
+
+
+def looped(function: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...], out_dims: Any) -> Any:
+    """A ``vmap`` rule: one call a sample, stacked along ``out_dims``."""
+    samples = [[a if d is None else a.select(d, i) for a, d in zip(args, in_dims)] for i in range(info.batch_size)]
+    if not samples:  # the shapes of the results are those of a call
+        samples = [[a if d is None else torch.zeros_like(a.sum(d)).to(a.dtype) for a, d in zip(args, in_dims)]]
+    columns = zip(zip(*(function(*sample) for sample in samples)), out_dims)
+    return tuple(
+        column[0] if dim is None else torch.stack(column, dim).narrow(dim, 0, info.batch_size)
+        for column, dim in columns
+    ), out_dims

@@ -234,16 +234,19 @@ class AddNorm(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         inputs, options = NormInputs(*args[:INPUTS]), NormOptions(*args[INPUTS:])
-        stored = is_stored(_one(in_dims, inputs), options)
+        stored = is_stored(inputs, options)
         out_dims = (0, 0 if stored else None, 1 if options.keeps else None)
         of_vectors = in_dims[2:5]
         if inputs.dropout_state is not None or any(d is not None for d in of_vectors):
-            return looped(_add_norm(), info, in_dims, args, out_dims)
+            return _functional.looped(_add_norm(), info, in_dims, args, out_dims)
         samples = info.batch_size
         rowwise = {0, 1, 5}
         folded = [t if i not in rowwise else _front(t, d, samples) for i, (t, d) in enumerate(zip(inputs, in_dims))]
         output, total, statistics = _add_norm()(*folded, *options)
-        return (output, total, statistics.unflatten(1, (samples, -1)) if options.keeps else statistics), out_dims
+        rows = statistics.shape[1] // max(1, samples)
+        if options.keeps:
+            statistics = statistics.view(statistics.shape[0], samples, rows)
+        return (output, total, statistics), out_dims
 
 
 class AddNormBackward(torch.autograd.Function):
@@ -293,7 +296,7 @@ class AddNormBackward(torch.autograd.Function):
         of_vectors = (in_dims[5], in_dims[6])
         sums = needs.weight or needs.bias or needs.x_bias  # over rows: each sample has its own
         if sums or saved.dropout_state is not None or any(d is not None for d in of_vectors):
-            return looped(_add_norm_backward(), info, in_dims, args, out_dims)
+            return _functional.looped(_add_norm_backward(), info, in_dims, args, out_dims)
         gradients = [_front(t, d, samples) for t, d in zip((d_output, d_total), in_dims)]
         total, x, row_scale = (_front(args[i], in_dims[i], samples) for i in (2, 4, 7))
         statistics, dim = saved.statistics, in_dims[3]
@@ -363,21 +366,6 @@ def _front(tensor: Any, dim: int | None, samples: int) -> Any:
     if tensor is None:
         return None
     return tensor.expand(samples, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-
-
-def _one(in_dims: tuple[Any, ...], inputs: NormInputs) -> NormInputs:
-    """The inputs of one sample."""
-    selected: list[Any] = [t if t is None or d is None else t.select(d, 0) for t, d in zip(inputs, in_dims)]
-    return NormInputs(*selected)
-
-
-def looped(function: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...], out_dims: Any) -> Any:
-    """One call a sample, stacked along ``out_dims``."""
-    results = [
-        function(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims))) for i in range(info.batch_size)
-    ]
-    columns = zip(zip(*results), out_dims)
-    return tuple(column[0] if dim is None else torch.stack(column, dim) for column, dim in columns), out_dims
 
 
 def dropout_factor(dropout_state: Tensor, like: Tensor, dropout_p: float) -> Tensor:
@@ -467,6 +455,10 @@ def apply(call: NormCall, dropout_state: Tensor | None) -> tuple[Tensor, Tensor]
 def operands(call: NormCall, dropout_state: Tensor | None) -> tuple[NormInputs, NormOptions]:
     """A call in the form that the operators take."""
     inputs = NormInputs(call.x, call.residual, call.weight, call.bias, call.x_bias, call.row_scale, dropout_state)
+    differentiates = torch.is_grad_enabled() and (
+        # what torch.func differentiates does not say so of itself
+        torch._C._are_functorch_transforms_active() or any(t is not None and t.requires_grad for t in inputs)
+    )
     options = NormOptions(
         call.kind,
         call.eps,
@@ -475,6 +467,6 @@ def operands(call: NormCall, dropout_state: Tensor | None) -> tuple[NormInputs, 
         call.out_dtype,
         call.residual_dtype,
         call.return_residual,
-        torch.is_grad_enabled(),
+        differentiates,
     )
     return inputs, options

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastattn.reference.residual_norm import Kind
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 class NormCall(NamedTuple):
     """A validated call; the words are the reference's. The axes that are normalised are one, the last."""
@@ -49,7 +51,7 @@ def check_tensor(name: str, tensor: object, x: Tensor, *, takes_complex: bool = 
     """Raise unless ``tensor`` is a floating tensor on the device of ``x``."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    if not (tensor.is_floating_point() or (takes_complex and tensor.is_complex())):
+    if tensor.dtype not in _FLOATS and not (takes_complex and tensor.is_complex()):
         raise TypeError(f"{name} is {tensor.dtype}: expected float16, bfloat16, float32 or float64")
     if tensor.device != x.device:
         raise ValueError(f"{name} is on {tensor.device} but x is on {x.device}: expected one device")
@@ -76,7 +78,7 @@ def _check_dtype(name: str, dtype: torch.dtype | None, default: torch.dtype) -> 
         return default
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{name}: expected a torch.dtype or None, got {type(dtype).__name__}")
-    if not dtype.is_floating_point:
+    if dtype not in _FLOATS:
         raise ValueError(f"{name}={dtype}: expected float16, bfloat16, float32 or float64")
     return dtype
 
@@ -84,7 +86,7 @@ def _check_dtype(name: str, dtype: torch.dtype | None, default: torch.dtype) -> 
 def _number(name: str, value: Any) -> float:
     """What torch takes for a number beside numbers: a tensor or an array of one."""
     try:
-        if isinstance(value, str):
+        if isinstance(value, (str, bool)):
             raise TypeError
         return float(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -122,10 +124,12 @@ def make_call(
     if residual is not None:
         check_tensor("residual", residual, x, takes_complex=takes_complex)
         if residual.shape != x.shape:
+            message = f"x has shape {_shape(x)}, residual {_shape(residual)}: expected equal shapes, or 1 in places"
+            if residual.dim() != x.dim():  # a weight in the residual's place would broadcast too
+                raise ValueError(message)
             try:
                 x, residual = torch.broadcast_tensors(x, residual)
             except RuntimeError as error:
-                message = f"x has shape {_shape(x)}, residual {_shape(residual)}: expected shapes that broadcast"
                 raise ValueError(message) from error
     sizes = check_normalized_shape(normalized_shape, x)
     axes = len(sizes)
@@ -147,7 +151,7 @@ def make_call(
         x = x.flatten(-axes)
         residual = None if residual is None else residual.flatten(-axes)
         weight, bias, x_bias = (None if t is None else t.flatten() for t in (weight, bias, x_bias))
-    if not isinstance(dropout_p, (int, float)):
+    if not isinstance(dropout_p, (int, float)) or isinstance(dropout_p, bool):
         dropout_p = _number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p={dropout_p!r}: expected a number from 0 to 1")
@@ -157,9 +161,9 @@ def make_call(
             raise TypeError(f"{name}={flag!r}: expected True or False")
     of_sum = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     residual_dtype = _check_dtype("residual_dtype", residual_dtype, of_sum)
-    if eps is None:  # torch's default for RMS norms: that of the dtype it computes in
+    if eps is None and kind == "rms":  # torch's default for RMS norms: that of the dtype it computes in
         eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
-    elif not isinstance(eps, (int, float)):
+    elif not isinstance(eps, (int, float)) or isinstance(eps, bool):
         eps = _number("eps", eps)
     return NormCall(
         x,

@@ -29,12 +29,10 @@ def _total(call: NormCall) -> Tensor:
     """``residual + dropout(x + x_bias) * row_scale``, rounded once: wider than its dtype where there are more steps."""
     x, residual = call.x, call.residual
     steps = (residual is not None) + (call.x_bias is not None) + (call.row_scale is not None) + (call.dropout_p > 0.0)
-    is_one_step = steps <= 1 and call.round_residual
-    if (
-        not is_one_step
-        or call.residual_dtype is not x.dtype
-        or (residual is not None and residual.dtype is not x.dtype)
-    ):
+    others = (residual, call.x_bias, call.row_scale)
+    same_dtype = call.residual_dtype is x.dtype and all(t is None or t.dtype is x.dtype for t in others)
+    # a narrow bias would have its gradient summed over the rows in its own dtype
+    if steps > 1 or not call.round_residual or not same_dtype or (call.x_bias is not None and x.dtype in _HALF):
         compute = torch.promote_types(torch.promote_types(x.dtype, call.residual_dtype), torch.float32)
         x = x.to(compute if residual is None else torch.promote_types(compute, residual.dtype))
     if call.x_bias is not None:
@@ -61,8 +59,8 @@ def _normalised(call: NormCall, total: Tensor) -> Tensor:
             weight = 1.0 + weight
     elif is_half_on_cpu:
         # with vectors in float32 torch keeps the statistics in float32 as well, else it rounds them to 16 bits
-        weight = torch.ones(total.shape[-1]) if weight is None else weight.float()
-        bias = torch.zeros(total.shape[-1]) if bias is None else bias.float()
+        weight = total.new_ones(total.shape[-1], dtype=torch.float32) if weight is None else weight.float()
+        bias = total.new_zeros(total.shape[-1], dtype=torch.float32) if bias is None else bias.float()
     if call.kind == "layer":
         output = _layer_norm(total, weight, bias, call.eps)
     else:

@@ -58,8 +58,9 @@ def add_layer_norm(
     them have gradients, of every order, but the flags. The backward is bitwise deterministic.
 
     Args:
-        x: ``[..., N]``, float16, bfloat16, float32 or float64; any strides, read as it lies.
-        residual: ``[..., N]``, of any of these dtypes; default none. The shapes broadcast.
+        x: ``[..., N]``, float16, bfloat16, float32 or float64; any strides, read as it lies unless its rows need more
+            than three of them.
+        residual: ``[..., N]``, of any of these dtypes; default none. Axes of size 1 broadcast, in both.
         weight: ``[N]``, of any dtype: multiplies what was normalised.
         bias: ``[N]``: added behind ``weight``.
         eps: added to the variance.
@@ -79,7 +80,8 @@ def add_layer_norm(
             variable ``FASTATTN_BACKEND`` says.
 
     Returns:
-        The norm ``[..., N]``, or the pair of it and ``r``. ``r`` is ``x`` itself where nothing is added to it.
+        The norm ``[..., N]``, or the pair of it and ``r``, which is ``x`` itself, or a view of it, where nothing is
+        added.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.

@@ -1,8 +1,9 @@
 """Tiles of rows of matrices ``[rows, size]``, the last axis of tensors of any rank, read as they lie.
 
-A matrix comes as (pointer, strides of outer row, inner row, column): row ``i`` is inner row ``i % inner_rows`` of outer
-row ``i // inner_rows``, so that transposed and broadcast views need no copy; ``inner_rows`` is None where one stride
-tells rows apart. ``rows`` are ``[M, 1]`` and 64 bits wide, ``cols`` are ``[1, N]``.
+A matrix comes as (pointer, strides of outer, middle and inner row, column): where a batch is transposed or broadcast,
+or heads lie inside, up to three numbers tell rows apart, and nothing is copied. ``row_axes`` is (number of middle rows,
+number of inner rows), None where there is one outer, or one middle row. ``rows`` are ``[M, 1]`` and 64 bits wide,
+``cols`` are ``[1, N]``.
 """
 
 import dataclasses
@@ -15,27 +16,33 @@ from fastattn_kernels._dropout import dropout_scale
 
 
 @triton.jit
-def row_pointers(matrix, rows, cols, inner_rows):
+def row_pointers(matrix, rows, cols, row_axes):
     """Pointers to the elements at ``rows`` and ``cols``; all offsets are 64 bits wide."""
-    ptr, stride_outer, stride_inner, stride_col = matrix
+    ptr, stride_outer, stride_middle, stride_inner, stride_col = matrix
+    middle_rows, inner_rows = row_axes
     if inner_rows is None:
         offsets = rows * stride_inner
     else:
-        offsets = (rows // inner_rows) * stride_outer + (rows % inner_rows) * stride_inner
+        offsets = (rows % inner_rows) * stride_inner
+        rows = rows // inner_rows
+        if middle_rows is None:
+            offsets += rows * stride_middle
+        else:
+            offsets += (rows % middle_rows) * stride_middle + (rows // middle_rows) * stride_outer
     return ptr + offsets + cols.to(tl.int64) * stride_col
 
 
 @triton.jit
-def load_rows(matrix, rows, cols, inner_rows, inside, EVICTION: tl.constexpr):
+def load_rows(matrix, rows, cols, row_axes, inside, EVICTION: tl.constexpr):
     """A float32 tile, zero where not ``inside``."""
-    ptrs = row_pointers(matrix, rows, cols, inner_rows)
+    ptrs = row_pointers(matrix, rows, cols, row_axes)
     return tl.load(ptrs, mask=inside, other=0.0, eviction_policy=EVICTION).to(tl.float32)
 
 
 @triton.jit
-def store_rows(matrix, rows, cols, inner_rows, inside, tile):
+def store_rows(matrix, rows, cols, row_axes, inside, tile):
     """Store a tile, rounded to the destination's dtype."""
-    ptrs = row_pointers(matrix, rows, cols, inner_rows)
+    ptrs = row_pointers(matrix, rows, cols, row_axes)
     tl.store(ptrs, tile.to(matrix[0].dtype.element_ty), mask=inside)
 
 
@@ -69,13 +76,11 @@ class Rows:
 
     Attributes:
         count: how many rows there are.
-        inner_rows: the kernel argument of this name.
-        axes: the sizes and the tensors' strides of the one or two axes that tell rows apart, outer first.
-        tensors: the tensors, copied where their rows need more than two strides.
+        axes: the sizes and the tensors' strides of the axes that tell rows apart, three at most, outer first.
+        tensors: the tensors, copied where their rows need more than three strides.
     """
 
     count: int
-    inner_rows: int | None
     axes: tuple[tuple[int, tuple[int, ...]], ...]
     tensors: tuple[Tensor | None, ...]
 
@@ -85,7 +90,7 @@ class Rows:
         given = [t for t in tensors if t is not None]
         shape = given[0].shape[:-1]
         axes: list[tuple[int, tuple[int, ...]]] = []
-        for axis, size in enumerate(shape):
+        for axis, size in enumerate(shape if shape.numel() else ()):
             if size == 1:
                 continue
             strides = tuple(t.stride(axis) for t in given)
@@ -93,10 +98,14 @@ class Rows:
                 axes[-1] = (axes[-1][0] * size, strides)
             else:
                 axes.append((size, strides))
-        if len(axes) > 2:
+        if len(axes) > 3:
             return Rows.of(*(None if t is None else t.contiguous() for t in tensors))
-        inner = axes[-1][0] if len(axes) == 2 else None
-        return Rows(shape.numel(), inner, tuple(axes), tensors)
+        return Rows(shape.numel(), tuple(axes), tensors)
+
+    def sizes(self) -> tuple[int | None, int | None]:
+        """The kernel arguments ``middle_rows`` and ``inner_rows``."""
+        sizes = [size for size, _ in self.axes]
+        return sizes[1] if len(sizes) == 3 else None, sizes[-1] if len(sizes) >= 2 else None
 
     def arguments(self) -> list[tuple[object, ...] | None]:
         """The matrices, as kernel arguments, in the order in which the tensors were given."""
@@ -107,6 +116,6 @@ class Rows:
                 matrices.append(None)
                 continue
             strides = [strides[present] for _, strides in self.axes]
-            matrices.append((tensor, *[0] * (2 - len(strides)), *strides, tensor.stride(-1)))
+            matrices.append((tensor, *[0] * (3 - len(strides)), *strides, tensor.stride(-1)))
             present += 1
         return matrices

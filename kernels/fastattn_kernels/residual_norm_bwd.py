@@ -20,14 +20,14 @@ _SUM_ROWS, _SUM_COLS = 128, 32
 
 
 @triton.jit
-def _load_normal(total, statistics_ptr, rows, cols, row_count, size, inner_rows, IS_RMS, EVICTION: tl.constexpr):
+def _load_normal(total, statistics_ptr, rows, cols, row_count, size, row_axes, IS_RMS, EVICTION: tl.constexpr):
     """The tile ``n`` and the inverse deviations ``[M, 1]``."""
     exists = rows < row_count
-    tile = load_rows(total, rows, cols, inner_rows, exists & (cols < size), EVICTION)
+    tile = load_rows(total, rows, cols, row_axes, exists & (cols < size), EVICTION)
     rstd = tl.load(statistics_ptr + rows, mask=exists, other=0.0)
     if not IS_RMS:  # in this order: the pivot is near, so that the first difference is exact
         tile -= tl.load(statistics_ptr + row_count + rows, mask=exists, other=0.0)
-        tile -= tl.load(statistics_ptr + 2 * row_count + rows, mask=exists, other=0.0)
+        tile -= tl.load(statistics_ptr + row_count + (row_count + rows), mask=exists, other=0.0)
     return tile * rstd, rstd
 
 
@@ -45,7 +45,7 @@ def _weights(weight_ptr, cols, size, UNIT_OFFSET: tl.constexpr):
 
 @triton.jit
 def _means_over_blocks(
-    d_output, total, weight_ptr, statistics_ptr, rows, row_count, size, inner_rows,
+    d_output, total, weight_ptr, statistics_ptr, rows, row_count, size, row_axes,
     IS_RMS: tl.constexpr, UNIT_OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``mean(g)`` and ``mean(g n)`` of rows ``[M, 1]``, block by block of columns."""
@@ -53,8 +53,8 @@ def _means_over_blocks(
     sum_gn = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in tl.range(0, size, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)[None, :]
-        normal, _ = _load_normal(total, statistics_ptr, rows, cols, row_count, size, inner_rows, IS_RMS, "")
-        g = load_rows(d_output, rows, cols, inner_rows, (rows < row_count) & (cols < size), "")
+        normal, _ = _load_normal(total, statistics_ptr, rows, cols, row_count, size, row_axes, IS_RMS, "")
+        g = load_rows(d_output, rows, cols, row_axes, (rows < row_count) & (cols < size), "")
         g *= _weights(weight_ptr, cols, size, UNIT_OFFSET)
         sum_g += g
         sum_gn += g * normal
@@ -63,13 +63,14 @@ def _means_over_blocks(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def _row_means_kernel(
-    d_output, total, weight_ptr, statistics_ptr, means_ptr, row_count, size, inner_rows,
+    d_output, total, weight_ptr, statistics_ptr, means_ptr, row_count, size, middle_rows, inner_rows,
     IS_RMS: tl.constexpr, UNIT_OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``mean(g n)`` and ``mean(g)`` of every row, for rows that are split among programs."""
+    row_axes = (middle_rows, inner_rows)
     rows = (tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     mean_g, mean_gn = _means_over_blocks(
-        d_output, total, weight_ptr, statistics_ptr, rows, row_count, size, inner_rows,
+        d_output, total, weight_ptr, statistics_ptr, rows, row_count, size, row_axes,
         IS_RMS, UNIT_OFFSET, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     tl.store(means_ptr + rows, mean_gn, mask=rows < row_count)
@@ -79,11 +80,12 @@ def _row_means_kernel(
 @triton.jit(do_not_specialize=RUN_TIME)
 def _residual_norm_bwd_kernel(
     d_output, d_new_residual, total, statistics_ptr, weight_ptr, x, x_bias_ptr, row_scale, dropout, means_ptr,
-    d_residual, d_x, d_row_scale_ptr, d_weight_ptr, d_bias_ptr, d_x_bias_ptr, row_count, size, inner_rows,
+    d_residual, d_x, d_row_scale_ptr, d_weight_ptr, d_bias_ptr, d_x_bias_ptr, row_count, size, middle_rows, inner_rows,
     IS_RMS: tl.constexpr, UNIT_OFFSET: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Every ``num_programs(0)``-th tile of rows, of the columns of block ``program_id(1)``."""
+    row_axes = (middle_rows, inner_rows)
     group, split = tl.program_id(0), tl.program_id(1)
     start = split * BLOCK_N
     cols = start + tl.arange(0, BLOCK_N)[None, :]
@@ -101,13 +103,11 @@ def _residual_norm_bwd_kernel(
             mean_g = tl.load(means_ptr + row_count + rows, mask=rows < row_count, other=0.0)
         elif not WHOLE:  # before the own columns are in registers; they come from the cache when they are read again
             mean_g, mean_gn = _means_over_blocks(
-                d_output, total, weight_ptr, statistics_ptr, rows, row_count, size, inner_rows,
+                d_output, total, weight_ptr, statistics_ptr, rows, row_count, size, row_axes,
                 IS_RMS, UNIT_OFFSET, BLOCK_M, BLOCK_N,
             )  # fmt: skip
-        d_out = load_rows(d_output, rows, cols, inner_rows, inside, "evict_first")
-        normal, rstd = _load_normal(
-            total, statistics_ptr, rows, cols, row_count, size, inner_rows, IS_RMS, "evict_first"
-        )
+        d_out = load_rows(d_output, rows, cols, row_axes, inside, "evict_first")
+        normal, rstd = _load_normal(total, statistics_ptr, rows, cols, row_count, size, row_axes, IS_RMS, "evict_first")
         if d_bias_ptr is not None:
             sum_bias += d_out
         product = d_out * normal
@@ -121,22 +121,22 @@ def _residual_norm_bwd_kernel(
             gradient -= mean_g
         gradient = (gradient - normal * mean_gn) * rstd
         if d_new_residual is not None:
-            gradient += load_rows(d_new_residual, rows, cols, inner_rows, inside, "evict_first")
+            gradient += load_rows(d_new_residual, rows, cols, row_axes, inside, "evict_first")
         if d_residual is not None:
-            store_rows(d_residual, rows, cols, inner_rows, inside, gradient)
+            store_rows(d_residual, rows, cols, row_axes, inside, gradient)
         # from here on the gradient of x, where it is another
         if dropout is not None:
             gradient *= row_dropout_factor(rows, start, dropout, BLOCK_M, BLOCK_N)
         if d_row_scale_ptr is not None:
-            branch = load_rows(x, rows, cols, inner_rows, inside, "evict_first")
+            branch = load_rows(x, rows, cols, row_axes, inside, "evict_first")
             if x_bias_ptr is not None:
                 branch += load_vector(x_bias_ptr, cols, size)
             d_scale = tl.sum(gradient * branch, 1)[:, None]
             tl.store(d_row_scale_ptr + split.to(tl.int64) * row_count + rows, d_scale, mask=rows < row_count)
         if row_scale is not None:
-            gradient *= load_rows(row_scale, rows, cols * 0, inner_rows, rows < row_count, "evict_last")
+            gradient *= load_rows(row_scale, rows, cols * 0, row_axes, rows < row_count, "evict_last")
         if d_x is not None:
-            store_rows(d_x, rows, cols, inner_rows, inside, gradient)
+            store_rows(d_x, rows, cols, row_axes, inside, gradient)
         if d_x_bias_ptr is not None:
             sum_x_bias += gradient
 
@@ -220,12 +220,12 @@ def launch_residual_norm_bwd(
     with device_guard(total):
         if means is not None:
             _row_means_kernel[(triton.cdiv(rows.count, tile.block_m),)](
-                d_out, sums, problem.weight, statistics, means, rows.count, size, rows.inner_rows,
+                d_out, sums, problem.weight, statistics, means, rows.count, size, *rows.sizes(),
                 **flags, **tile.launch_options(),
             )  # fmt: skip
         _residual_norm_bwd_kernel[(config.groups, config.splits)](
             d_out, d_new, sums, statistics, problem.weight, branch, problem.x_bias, row_scale, problem.dropout(),
-            means, d_res, d_branch, d_row_scale, *d_vectors, rows.count, size, rows.inner_rows,
+            means, d_res, d_branch, d_row_scale, *d_vectors, rows.count, size, *rows.sizes(),
             **flags, WHOLE=config.splits == 1, NUM_STAGES=tile.num_stages, **tile.launch_options(),
         )  # fmt: skip
         gradients = [torch.empty(size, dtype=vectors_dtype, device=total.device) for _ in range(wanted)]

@@ -56,9 +56,9 @@ class NormBackwardConfig(NamedTuple):
     sums_apart: bool
 
 
-def _rows_of_tile(size: int, elements: int, rows: int) -> int:
-    """How many rows make a tile of about so many elements, and not many more than there are."""
-    return int(max(1, min(elements // next_power_of_2(max(size, 16)), next_power_of_2(max(rows, 1)))))
+def _rows_of_tile(size: int, elements: int) -> int:
+    """How many rows make a tile of about so many elements; however many there are, so that none compiles again."""
+    return int(max(1, elements // next_power_of_2(max(size, 16))))
 
 
 def _warps(elements: int, each: int, device: torch.device) -> int:
@@ -67,17 +67,17 @@ def _warps(elements: int, each: int, device: torch.device) -> int:
     return int(max(1, min(elements // (threads * each), 1024 // threads, 16)))
 
 
-def norm_forward_config(size: int, rows: int, device: torch.device, is_heavy: bool) -> NormConfig:
-    """The forward's tile for ``rows`` rows of ``size`` elements."""
+def norm_forward_config(size: int, device: torch.device, is_heavy: bool) -> NormConfig:
+    """The forward's tile for rows of ``size`` elements."""
     if target_of(device).backend == "interpreter":
         block_n = min(_INTERPRETED_ROW, max(16, int(next_power_of_2(size))))
-        return NormConfig(_rows_of_tile(size, 4096, rows), block_n, 4, 1)
+        return NormConfig(_rows_of_tile(size, 4096), block_n, 4, 1)
     if size > _WHOLE_ROW[is_heavy]:
         block_n = _LOOPED_BLOCK[is_heavy]
         return NormConfig(1, block_n, _warps(block_n, 8, device), 2)
     block_n = max(16, int(next_power_of_2(size)))
     # 8 elements a thread, a load of 16 bytes in 16-bit dtypes from each tensor, leave room for 1024 threads and more
-    block_m = _rows_of_tile(size, 2048, rows)
+    block_m = _rows_of_tile(size, 2048)
     return NormConfig(block_m, block_n, _warps(block_m * block_n, 8, device), 1)
 
 
@@ -86,14 +86,14 @@ def norm_backward_config(size: int, rows: int, device: torch.device, is_heavy: b
     target = target_of(device)
     if target.backend == "interpreter":
         block_n = min(_INTERPRETED_ROW, max(16, int(next_power_of_2(size))))
-        tile = NormConfig(_rows_of_tile(size, 2048, rows), block_n, 4, 1)
+        tile = NormConfig(_rows_of_tile(size, 2048), block_n, 4, 1)
         per_multiprocessor = 1
     else:
         whole_row = _WHOLE_ROW_BACKWARD[is_heavy or (target.backend == "cuda" and target.arch != 90)]
         block_n = max(16, int(next_power_of_2(size)))
         while block_n > whole_row:
             block_n //= 2
-        block_m = _rows_of_tile(block_n, 1024, rows)
+        block_m = _rows_of_tile(block_n, 1024)
         # 16 elements a thread, of up to six tiles: what was read, the two or three sums, and what is written. Half as
         # many where a tile has many rows, which have numbers of their own, or where rows are not aligned: then every
         # element has a pointer.

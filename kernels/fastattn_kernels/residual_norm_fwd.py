@@ -14,24 +14,24 @@ from fastattn_kernels.residual_norm_problem import RUN_TIME, NormProblem, triton
 
 @triton.jit
 def _summed(
-    x, residual, x_bias_ptr, row_scale, dropout, new_residual, rows, start, row_count, size, inner_rows,
+    x, residual, x_bias_ptr, row_scale, dropout, new_residual, rows, start, row_count, size, row_axes,
     SUM_DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
     """The float32 tile of ``r`` whose first column is ``start``, zero outside; stored where there is a place for it."""
     cols = start + tl.arange(0, BLOCK_N)[None, :]
     inside = (rows < row_count) & (cols < size)
-    total = load_rows(x, rows, cols, inner_rows, inside, EVICTION)
+    total = load_rows(x, rows, cols, row_axes, inside, EVICTION)
     if x_bias_ptr is not None:
         total += load_vector(x_bias_ptr, cols, size)
     if dropout is not None:
         total *= row_dropout_factor(rows, start, dropout, BLOCK_M, BLOCK_N)
     if row_scale is not None:
-        total *= load_rows(row_scale, rows, cols * 0, inner_rows, rows < row_count, "evict_last")
+        total *= load_rows(row_scale, rows, cols * 0, row_axes, rows < row_count, "evict_last")
     if residual is not None:
-        total += load_rows(residual, rows, cols, inner_rows, inside, EVICTION)
+        total += load_rows(residual, rows, cols, row_axes, inside, EVICTION)
     total = total.to(SUM_DTYPE).to(tl.float32)  # the norm is that of what is stored, and what the backward reads
     if new_residual is not None:
-        store_rows(new_residual, rows, cols, inner_rows, inside, total)
+        store_rows(new_residual, rows, cols, row_axes, inside, total)
     return total
 
 
@@ -76,13 +76,13 @@ def _finished_statistics(statistics_ptr, pivot, shift, squares, eps, rows, row_c
         tl.store(statistics_ptr + rows, rstd, mask=rows < row_count)
         if not IS_RMS:
             tl.store(statistics_ptr + row_count + rows, pivot, mask=rows < row_count)
-            tl.store(statistics_ptr + 2 * row_count + rows, shift, mask=rows < row_count)
+            tl.store(statistics_ptr + row_count + (row_count + rows), shift, mask=rows < row_count)
     return rstd
 
 
 @triton.jit
 def _store_norm(
-    output, tile, pivot, shift, rstd, weight_ptr, bias_ptr, rows, cols, row_count, size, inner_rows,
+    output, tile, pivot, shift, rstd, weight_ptr, bias_ptr, rows, cols, row_count, size, row_axes,
     IS_RMS: tl.constexpr, UNIT_OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Normalise a tile of ``r`` and store it."""
@@ -97,17 +97,18 @@ def _store_norm(
         normal *= weight
     if bias_ptr is not None:
         normal += load_vector(bias_ptr, cols, size)
-    store_rows(output, rows, cols, inner_rows, (rows < row_count) & (cols < size), normal)
+    store_rows(output, rows, cols, row_axes, (rows < row_count) & (cols < size), normal)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def _residual_norm_fwd_kernel(
     x, residual, weight_ptr, bias_ptr, x_bias_ptr, row_scale, dropout, output, new_residual, statistics_ptr,
-    row_count, size, inner_rows, eps,
+    row_count, size, middle_rows, inner_rows, eps,
     IS_RMS: tl.constexpr, UNIT_OFFSET: tl.constexpr, SUM_DTYPE: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows: in one tile (WHOLE), or block by block of columns, twice."""
+    row_axes = (middle_rows, inner_rows)
     rows = (tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     lanes = tl.arange(0, BLOCK_N)[None, :]
     pivot = tl.zeros([BLOCK_M, 1], tl.float32)
@@ -115,19 +116,19 @@ def _residual_norm_fwd_kernel(
     squares = tl.zeros([BLOCK_M, 1], tl.float32)
     if WHOLE:
         tile = _summed(
-            x, residual, x_bias_ptr, row_scale, dropout, new_residual, rows, 0, row_count, size, inner_rows,
+            x, residual, x_bias_ptr, row_scale, dropout, new_residual, rows, 0, row_count, size, row_axes,
             SUM_DTYPE, BLOCK_M, BLOCK_N, "evict_first",
         )  # fmt: skip
         pivot, shift, squares = _merged_statistics(pivot, shift, squares, tile, 0, size, BLOCK_N, IS_RMS)
         rstd = _finished_statistics(statistics_ptr, pivot, shift, squares, eps, rows, row_count, size, IS_RMS)
         _store_norm(
-            output, tile, pivot, shift, rstd, weight_ptr, bias_ptr, rows, lanes, row_count, size, inner_rows,
+            output, tile, pivot, shift, rstd, weight_ptr, bias_ptr, rows, lanes, row_count, size, row_axes,
             IS_RMS, UNIT_OFFSET,
         )  # fmt: skip
     else:
         for start in tl.range(0, size, BLOCK_N):
             tile = _summed(
-                x, residual, x_bias_ptr, row_scale, dropout, new_residual, rows, start, row_count, size, inner_rows,
+                x, residual, x_bias_ptr, row_scale, dropout, new_residual, rows, start, row_count, size, row_axes,
                 SUM_DTYPE, BLOCK_M, BLOCK_N, "",
             )  # fmt: skip
             pivot, shift, squares = _merged_statistics(pivot, shift, squares, tile, start, size, BLOCK_N, IS_RMS)
@@ -138,14 +139,14 @@ def _residual_norm_fwd_kernel(
             cols = start + lanes
             if new_residual is not None:  # one tensor to read again, and not two
                 inside = (rows < row_count) & (cols < size)
-                tile = load_rows(new_residual, rows, cols, inner_rows, inside, "evict_first")
+                tile = load_rows(new_residual, rows, cols, row_axes, inside, "evict_first")
             else:
                 tile = _summed(
-                    x, residual, x_bias_ptr, row_scale, dropout, None, rows, start, row_count, size, inner_rows,
+                    x, residual, x_bias_ptr, row_scale, dropout, None, rows, start, row_count, size, row_axes,
                     SUM_DTYPE, BLOCK_M, BLOCK_N, "evict_first",
                 )  # fmt: skip
             _store_norm(
-                output, tile, pivot, shift, rstd, weight_ptr, bias_ptr, rows, cols, row_count, size, inner_rows,
+                output, tile, pivot, shift, rstd, weight_ptr, bias_ptr, rows, cols, row_count, size, row_axes,
                 IS_RMS, UNIT_OFFSET,
             )  # fmt: skip
 
@@ -165,11 +166,11 @@ def launch_residual_norm_fwd(
     if not output.numel():
         return
     x, residual, row_scale, out, new = rows.arguments()
-    config = config or norm_forward_config(size, rows.count, problem.x.device, problem.is_heavy)
+    config = config or norm_forward_config(size, problem.x.device, problem.is_heavy)
     with device_guard(problem.x):
         _residual_norm_fwd_kernel[(triton.cdiv(rows.count, config.block_m),)](
             x, residual, problem.weight, problem.bias, problem.x_bias, row_scale, problem.dropout(), out, new,
-            statistics, rows.count, size, rows.inner_rows, problem.eps,
+            statistics, rows.count, size, *rows.sizes(), problem.eps,
             IS_RMS=problem.is_rms, UNIT_OFFSET=problem.unit_offset,
             SUM_DTYPE=triton_dtype(residual_dtype), WHOLE=size <= config.block_n, **config.launch_options(),
         )  # fmt: skip

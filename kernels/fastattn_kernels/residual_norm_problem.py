@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 # The kernel arguments that Triton must not look at: a new number of rows is no reason to compile again.
-RUN_TIME = ("row_count", "inner_rows", "eps")
+RUN_TIME = ("row_count", "middle_rows", "inner_rows", "eps")
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:

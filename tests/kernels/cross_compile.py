@@ -224,9 +224,13 @@ def launch_norm(case: dict[str, Any]) -> None:
         return torch.empty(shape, dtype=dtype) if case.get(feature) else None
 
     x, total = torch.empty(rows, size, dtype=dtype), torch.empty(rows, size, dtype=residual_dtype)
+    d_output = x
+    if case.get("strided"):  # heads that lie inside, in front and in the gradient
+        x, total = (t.view(2, 4, rows // 8, size) for t in (x, total))
+        d_output = x.transpose(1, 2).contiguous().transpose(1, 2)
     problem = NormProblem(
         x,
-        only("residual", rows, size, dtype=residual_dtype),
+        total if case.get("residual") else None,
         only("vectors", size),
         only("vectors", size),
         only("x_bias", size),
@@ -238,11 +242,12 @@ def launch_norm(case: dict[str, Any]) -> None:
     )
     added = any(case.get(feature) for feature in ("residual", "x_bias", "row_scale", "dropout"))
     statistics = torch.empty(3, rows)
-    launch_residual_norm_fwd(problem, x, total if added else None, statistics, residual_dtype)
+    output = torch.empty_like(d_output)
+    launch_residual_norm_fwd(problem, output, total if added else None, statistics, residual_dtype)
     apart = case.get("row_scale") or case.get("dropout") or residual_dtype != dtype
     vectors = (bool(case.get("vectors")), bool(case.get("vectors")), bool(case.get("x_bias")))
     launch_residual_norm_bwd(
-        problem, x, total if added else None, total, statistics, total if apart else None, x, vectors,
+        problem, d_output, total if added else None, total, statistics, total if apart else None, x, vectors,
         bool(case.get("row_scale")), dtype,
     )  # fmt: skip
 

@@ -85,12 +85,13 @@ def test_every_configuration_compiles_without_spills(dtype, target, head_dim):
 
 
 # Every way in which a row becomes tiles: many rows a tile, one, one in two parts, in several, and odd ones.
-NORM_SIZES = (64, 1000, 4096, 8192, 16384, 65536)
+NORM_SIZES = (7, 64, 1000, 4096, 8192, 16384, 65536)
 NORM_FEATURES: dict[str, dict] = {
     "layer": {"residual": True, "vectors": True},
     "rms": {"residual": True, "vectors": True, "kind": "rms"},
     "mixed": {"residual": True, "vectors": True, "float32_residual": True},
 }
+NORM_FEATURES["strided"] = {**NORM_FEATURES["layer"], "strided": True}
 NORM_FEATURES["everything"] = {
     **NORM_FEATURES["mixed"],
     **dict.fromkeys(("x_bias", "row_scale", "dropout", "unit_offset"), True),
@@ -122,8 +123,9 @@ def test_every_norm_configuration_compiles_without_spills(dtype, target):
 
 
 def test_run_time_rows_do_not_recompile_norms():
-    """Ten numbers of rows share each kernel; a size is the width of a tile, and may have its own."""
-    cases = [{"dtype": "bfloat16", "size": 1000, "rows": rows, **NORM_FEATURES["layer"]} for rows in (999, 4097, 70001)]
+    """All numbers of rows share each kernel; a size is the width of a tile, and may have its own."""
+    rows = (1, 3, 17, 999, 4097, 70001)
+    cases = [{"dtype": "bfloat16", "size": 100, "rows": n, **NORM_FEATURES["layer"]} for n in rows]
     compiled: dict[str, set] = {}
     for row in compile_for("cuda:90", cases):
         compiled.setdefault(row["kernel"], set()).add(row["hash"])

@@ -40,9 +40,15 @@ def check(query, key, value, backend, bias):
         return found.output, found.lse
 
     actual, truth, peer = run(ours, query.dtype), run(plain, torch.float64), run(plain, query.dtype)
+    # A score is an exponent: its rounding, a unit of its own size, is a relative error of the weight. Where one query
+    # gives a key most of its gradient there is no average over queries, and the peer may be lucky.
+    exact = reference(*(t.double() for t in (query, key, value)), bias=bias.double())
+    scores = (exact.weights.log() + exact.lse[..., None]).nan_to_num(neginf=0.0)
+    terms = (exact.weights * scores.abs()).mT @ d_output.double().abs()
+    allowances = {"d_value": 2.0**-24 * math.log2(math.e) * terms.max().item()}
     names = ("output", "lse", "d_query", "d_key", "d_value", "d_bias")
-    for name, found, exact, eager in zip(names, actual, truth, peer):
-        assert_within_budget(found, truth=exact, peer=eager, name=name)
+    for name, found, wanted, eager in zip(names, actual, truth, peer):
+        assert_within_budget(found, truth=wanted, peer=eager, name=name, allowance=allowances.get(name, 0.0))
 
 
 @pytest.mark.parametrize("length", [64, 192])

@@ -87,7 +87,7 @@ def test_a_row_that_is_not_finite_stays_alone(value, kind, backend, device):
 # ------------------------------------------------------------------------------------------------ shapes and strides
 
 
-@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7), (2, 1, 3, 7), (0, 7), (2, 0, 7)])
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7), (2, 1, 3, 7), (0, 7), (2, 0, 7), (2, 0, 2, 0, 7)])
 def test_any_rank(shape, kind, backend, device):
     """FlagGems#5392: three axes were taken for two."""
     x, residual = (draw(*shape, seed=i, device=device) for i in (1, 2))
@@ -133,6 +133,7 @@ def test_views_are_read_as_they_lie(kind, device, monkeypatch):
         draw(3, 2, 10, seed=1, device=device).transpose(0, 1),
         draw(1, 3, 10, seed=1, device=device).expand(2, 3, 10),
         draw(6, 20, seed=1, device=device)[:, ::2],
+        draw(2, 3, 4, 10, seed=1, device=device).transpose(1, 2),  # [B, H, L, D] of [B, L, H, D]
     ]
     expected = [norm(kind, v.contiguous(), v.contiguous(), backend="triton") for v in views]
     monkeypatch.setattr(torch.Tensor, "contiguous", refuse)
@@ -254,9 +255,7 @@ def test_nothing_added_returns_x_itself(kind, backend, device):
     assert total.data_ptr() == x.data_ptr()
 
 
-@pytest.mark.parametrize(
-    ("of_x", "of_residual"), [((3, 1), (3, 8)), ((3, 8), (8,)), ((2, 1, 8), (3, 8)), ((1, 8), (5, 8))]
-)
+@pytest.mark.parametrize(("of_x", "of_residual"), [((3, 1), (3, 8)), ((2, 1, 8), (1, 3, 8)), ((1, 8), (5, 8))])
 def test_shapes_broadcast(of_x, of_residual, kind, backend, device):
     """As they do in ``x + residual``: positions beside a batch, one row for all."""
     x, residual = (draw(*shape, seed=i, device=device).requires_grad_() for i, shape in enumerate((of_x, of_residual)))
@@ -267,3 +266,60 @@ def test_shapes_broadcast(of_x, of_residual, kind, backend, device):
     g = draw(*output.shape, seed=3, device=device)
     for found, wanted in zip(*(torch.autograd.grad(o, (x, residual), g) for o in (output, expected))):
         torch.testing.assert_close(found, wanted, atol=5e-5, rtol=5e-5)
+
+
+def test_rows_that_need_more_strides_than_a_kernel_has(kind, backend, device):
+    """Four axes in an order of their own: those tensors alone are copied."""
+    x = draw(2, 3, 2, 3, 8, seed=1, device=device).permute(2, 1, 3, 0, 4)
+    assert torch.equal(norm(kind, x, backend=backend), norm(kind, x.contiguous(), backend=backend))
+
+
+def test_a_wide_bias_of_a_narrow_branch_is_rounded_once(kind, backend, device):
+    """A float32 bias, or row scale, of a bfloat16 branch was rounded before it was added."""
+    x = draw(64, 128, seed=1, device=device, dtype=torch.bfloat16)
+    bias, scale = draw(128, seed=2, device=device), draw(64, seed=3, device=device)
+    for more, total in (
+        ({"x_bias": bias}, x.float() + bias),
+        ({"row_scale": scale}, x.float() * scale[:, None]),
+    ):
+        _, found = norm(kind, x, return_residual=True, backend=backend, **more)
+        assert torch.equal(found, total.to(torch.bfloat16))
+
+
+def test_a_weight_in_the_residuals_place_is_refused(kind, device):
+    """``F.layer_norm`` has the weight there, and a vector would broadcast."""
+    x, weight = draw(3, 8, seed=1, device=device), torch.ones(8, device=device)
+    with pytest.raises(ValueError, match=r"residual \(8,\): expected equal shapes"):
+        norm(kind, x, weight)
+
+
+def test_sixteen_bits_under_another_default_dtype(kind, backend, device):
+    x = draw(3, 8, seed=1, device=device, dtype=torch.bfloat16)
+    expected = norm(kind, x, backend=backend)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(norm(kind, x, backend=backend), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_nothing_is_kept_that_nobody_will_differentiate(kind, device):
+    """Evaluation of a frozen model outside of no_grad: the sum is not stored."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from fastattn.ops._norm_autograd import operands
+    from fastattn.ops._norm_call import make_call
+
+    x = draw(3, 8, seed=1, device=device)
+    assert not operands(make_call(x, x, None, None, kind=kind, eps=1e-5), None)[1].keeps
+    x.requires_grad_()
+    assert operands(make_call(x, x, None, None, kind=kind, eps=1e-5), None)[1].keeps
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_vmap_of_no_samples(learned, kind, backend, device):
+    x, weight = torch.zeros(0, 3, 8, device=device), torch.ones(0, 8, device=device)
+    if learned:
+        output = torch.func.vmap(lambda x, w: norm(kind, x, None, w, backend=backend))(x, weight)
+    else:
+        output = torch.func.vmap(lambda x: norm(kind, x, x, backend=backend))(x)
+    assert output.shape == (0, 3, 8)
