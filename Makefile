@@ -14,7 +14,7 @@ test: lint
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks --quick
+	$(BIN)/python -m benchmarks --quick --out build/bench
 
 parity: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal -m parity --error-table

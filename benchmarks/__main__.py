@@ -1,8 +1,10 @@
 """``python -m benchmarks``: check, then time, this package beside torch.
 
-python -m benchmarks --quick                     what `make bench` runs: a CPU, under three minutes
+python -m benchmarks --quick --out DIR           what `make bench` runs: a CPU, under three minutes
 python -m benchmarks --list
 python -m benchmarks --only module-b8 --json results.json
+python -m benchmarks compare A.json B.json       did anything become slower? (the exit status says so, too)
+python -m benchmarks report RUN.json             the run as Markdown, CSV and pictures
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import Case
+from benchmarks import sequence
+from benchmarks.cases import AttentionCase, Case
 from benchmarks.ceilings import ceilings, describe
 from benchmarks.environment import environment, load
 from benchmarks.memory import peaks_on_cpu
 from benchmarks.module import MEMORY_CASES
+from benchmarks.quality import report as quality
 from benchmarks.registry import Variant, all_cases, families, quick_cases
 from benchmarks.report import HEADER, cells, print_table, write_json
 from benchmarks.runner import Row, run_case
@@ -28,7 +32,7 @@ from benchmarks.tiles import SEQLEN, counts
 from benchmarks.timing import keep_freed_memory
 
 # The quick set on a busy machine: what is not reached by then is named and left out.
-_QUICK_SECONDS = 140.0
+_QUICK_SECONDS = 110.0
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -47,6 +51,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=float, default=0.0, help="of timing a case (default: 0.3 quick, else 2)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write everything to FILE")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="write run.json there, and its report with pictures")
     return parser.parse_args(arguments)
 
 
@@ -116,11 +121,57 @@ def _print_tiles(rows: list[dict[str, Any]]) -> None:
     print_table(f"tiles of scores that the kernels visit, L = S = {SEQLEN}", header, lines)
 
 
+def _of_sequences(cases: list[Case]) -> list[AttentionCase]:
+    """The shortest and the longest case of the family ``sequence``."""
+    of_family = [c for c in cases if isinstance(c, AttentionCase) and c.family == "sequence" and not c.backward]
+    of_family.sort(key=lambda case: case.seqlen)
+    return list(dict.fromkeys([*of_family[:1], *of_family[-1:]]))
+
+
+def _theory(cases: list[Case]) -> dict[str, Any]:
+    return {case.name: sequence.theory(case) for case in _of_sequences(cases)}
+
+
+def _quality(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the ways of processing sequences can learn."""
+    started = time.monotonic()
+    return quality.run(
+        options.quick, 0, lambda what: _say(f"{what} ({time.monotonic() - started:.0f} s)"), options.device
+    )
+
+
+def _write(options: argparse.Namespace, rows: list[Row], facts: dict[str, Any], **more: Any) -> None:
+    """The run's files, as far as they are asked for; the last line says where they are."""
+    if options.json:
+        write_json(options.json, rows, facts, **more)
+        print(f"written to {options.json}")
+    if options.out:
+        run = options.out / "run.json"
+        write_json(run, rows, facts, **more)
+        try:
+            from benchmarks import pictures
+        except ModuleNotFoundError as error:  # matplotlib is in the extra `bench` only
+            print(f"no report beside {run}: {error}")
+            return
+        pictures.report(run, options.out)
+        print(f"written to {options.out}: run.json, report.md, results.csv, pictures")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; its exit status is 1 where a result is wrong or a step failed."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["compare"]:
+        from benchmarks import compare
+
+        return compare.main(arguments[1:])
+    if arguments[:1] == ["report"]:
+        from benchmarks import pictures
+
+        return pictures.main(arguments[1:])
     options = _arguments(arguments)
     cases = _cases(options)
-    if not cases:
+    learns = not options.only or options.only == "quality"
+    if not cases and not learns:
         print(f"no case contains {options.only!r}", file=sys.stderr)
         return 2
     if options.list:
@@ -172,11 +223,17 @@ def main(arguments: list[str] | None = None) -> int:
         _print_tiles(tiles)
     if limits:
         print(f"\n{describe(limits)}")
+    for case in _of_sequences(cases):
+        sequence.print_theory(case)
+    learned = _quality(options) if learns else []
+    _say("")
+    if learned:
+        quality.print_rows(learned)
     if left_out:
         print(f"\nthe machine is too busy: {len(left_out)} cases left out: {', '.join(left_out)}")
     print(f"\n{len(rows)} rows in {time.monotonic() - started:.0f} s, load {load():.1f}")
-    if options.json:
-        write_json(options.json, [*rows, *memory], facts, left_out=left_out, tiles=tiles, ceilings=limits)
+    more = {"left_out": left_out, "tiles": tiles, "ceilings": limits, "quality": learned}
+    _write(options, [*rows, *memory], facts, theory=_theory(cases), **more)
     return 1 if any(row.status in ("wrong", "error") for row in rows) else 0
 
 

@@ -203,7 +203,7 @@ def test_gpu_matrix_has_norms_beyond_the_cache_early():
     cases = [case for case, _ in gpu.matrix()]
     norms = [case for case in cases if isinstance(case, NormCase)]
     assert {256, 512, 1024, 2048, 4096, 8192, 16384, 65536, 262144} <= {case.size for case in norms}
-    assert all(case.rows * case.size == 1 << 27 for case in norms)
+    assert all((1 << 27) - case.size < case.rows * case.size <= 1 << 27 for case in norms)
     assert {(case.kind, case.backward) for case in norms} == {(k, b) for k in get_args(Kind) for b in (False, True)}
     assert any(case.wide_residual for case in norms)
     assert any(case.dropout_p for case in norms)

@@ -1,0 +1,286 @@
+"""``python -m benchmarks.compare A.json B.json``: what became slower, faster or wrong from one run to the next.
+
+A verdict has to survive two tests. The medians have to differ by more than the noise of both runs, and where the peer
+was measured beside the row, the ratio to the peer has to move as well: else it was the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.report import SCHEMA, print_table
+from benchmarks.timing import Spread
+
+Verdict = Literal["same", "faster", "slower", "machine"]
+Key = tuple[str, str]  # case and variant
+
+THRESHOLD = 0.05
+# At 20 rounds, equal runs whose ranges just touch are some four standard errors of the median apart: what a table of
+# hundreds of rows needs. With fewer the ranges are widened to that; five give percentiles that are too narrow by half,
+# hence the three rounds that do not count.
+_ROUNDS, _SPENT = 20, 3
+_FAILED = ("wrong", "error", "out of memory")
+_FACTS = ("torch", "triton", "processor", "gpu", "cuda", "cores", "threads", "backend", "interpreted")
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """The document of a run.
+
+    Raises:
+        ValueError: it cannot be read or is none; the message names the file and what was expected.
+    """
+    expected = f"{path}: expected a run of schema {SCHEMA}, as `python -m benchmarks --json FILE` writes it"
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{expected}; {error}") from error
+    if not isinstance(document, dict) or "schema" not in document:
+        raise ValueError(f"{expected}; it has no schema")
+    if document["schema"] != SCHEMA:
+        raise ValueError(f"{expected}; it has schema {document['schema']}: run it again")
+    needed = {"case", "variant", "status", "wall_ms", "ratio", "rounds", "peak_mib"}
+    results = document.get("results")
+    if not isinstance(results, list) or not all(isinstance(row, dict) and needed <= set(row) for row in results):
+        raise ValueError(f"{expected}; its results are not rows with {', '.join(sorted(needed))}")
+    return document
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a run says of a case and a variant; on a CPU the peak memory comes from a row of its own."""
+
+    status: str
+    reason: str
+    wall: Spread | None
+    ratio: Spread | None
+    peak_mib: float | None
+
+
+def _spread(values: dict[str, float] | None, rounds: int | None) -> Spread | None:
+    if values is None:
+        return None
+    wider = max(1.0, (_ROUNDS / max(1, (rounds or 0) - _SPENT)) ** 0.5)
+    median = values["median"]
+    return Spread(median, median - wider * (median - values["p20"]), median + wider * (values["p80"] - median))
+
+
+def _measured(document: dict[str, Any]) -> dict[Key, Measured]:
+    found: dict[Key, Measured] = {}
+    for row in document["results"]:
+        key = row["case"], row["variant"]
+        wall, ratio = (_spread(row[name], row["rounds"]) for name in ("wall_ms", "ratio"))
+        this = Measured(row["status"], row.get("reason", ""), wall, ratio, row["peak_mib"])
+        if (other := found.get(key)) is not None:
+            worst = other if other.status != "ok" else this
+            timed, peak = this if other.wall is None else other, other.peak_mib or this.peak_mib
+            this = Measured(worst.status, worst.reason, timed.wall, timed.ratio, peak)
+        found[key] = this
+    return found
+
+
+def _sign(a: float, b: float, threshold: float) -> int:
+    """1 where ``b`` is above ``a`` by more than the threshold, -1 where it is below; by quotients, as times go."""
+    return (b > a * (1 + threshold)) - (b < a / (1 + threshold))
+
+
+def _moved(a: Spread, b: Spread, threshold: float) -> int:
+    """As :func:`_sign` of the medians, but 0 where the ranges overlap."""
+    apart = b.p20 > a.p80 or b.p80 < a.p20
+    return _sign(a.median, b.median, threshold) if apart else 0
+
+
+def _follows(relative: float, wall: float, threshold: float) -> int:
+    """Where a row went from the others of its case, if that is more than half of where its time went, else 0.
+
+    The ranges of a ratio are wider than those of a time: they may overlap although nothing else was slow.
+    """
+    return _sign(1.0, relative, max(threshold, max(wall, 1 / wall) ** 0.5 - 1))
+
+
+def _verdict(wall: int, relative: int | None) -> Verdict:
+    """``relative`` is None where nothing was measured beside the row that could tell it from the machine."""
+    if wall == 0:
+        return "same"
+    if relative is not None and relative != wall:
+        return "machine"
+    return "slower" if wall > 0 else "faster"
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A row that both runs have timed.
+
+    Attributes:
+        case: its name.
+        variant: its name.
+        a: milliseconds in A, the median.
+        b: milliseconds in B.
+        ratio: to the peer, that of B over that of A; None where one of them has none.
+        verdict: what to make of it.
+    """
+
+    case: str
+    variant: str
+    a: float
+    b: float
+    ratio: float | None
+    verdict: Verdict
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Run B beside run A.
+
+    Attributes:
+        changes: rows timed in both.
+        statuses: rows whose status differs, with both.
+        appeared: rows that only B has, and their status.
+        disappeared: rows that only A has, and their status.
+        memory: peaks in MiB of rows that have one in both.
+        warnings: what differs between the machines.
+    """
+
+    changes: list[Change]
+    statuses: dict[Key, tuple[Measured, Measured]]
+    appeared: dict[Key, Measured]
+    disappeared: dict[Key, Measured]
+    memory: dict[Key, tuple[float, float]]
+    warnings: list[str]
+
+    @property
+    def failures(self) -> list[Key]:
+        """What began to fail; what fails in both runs is no change."""
+        new = {**{key: b for key, (_, b) in self.statuses.items()}, **self.appeared}
+        return [key for key, row in new.items() if row.status in _FAILED]
+
+    @property
+    def regressed(self) -> bool:
+        return bool(self.failures) or any(change.verdict == "slower" for change in self.changes)
+
+
+def compare(a: Path, b: Path, *, threshold: float = THRESHOLD) -> Comparison:
+    """Join two runs by case and variant.
+
+    Args:
+        a: the run before.
+        b: the run after.
+        threshold: by which share a median has to move to count.
+    Raises:
+        ValueError: one of them is no run of this schema.
+    """
+    documents = read_run(a), read_run(b)
+    before, after = (_measured(document) for document in documents)
+    common = [key for key in after if key in before]
+    return Comparison(
+        changes=_changes(before, after, threshold),
+        statuses={k: (before[k], after[k]) for k in common if before[k].status != after[k].status},
+        appeared={k: row for k, row in after.items() if k not in before},
+        disappeared={k: row for k, row in before.items() if k not in after},
+        memory={k: (x, y) for k in common if (x := before[k].peak_mib) and (y := after[k].peak_mib)},
+        warnings=_warnings(*documents),
+    )
+
+
+def _changes(before: dict[Key, Measured], after: dict[Key, Measured], threshold: float) -> list[Change]:
+    timed = {
+        key: (a.wall, b.wall)
+        for key, b in after.items()
+        if (a := before.get(key)) is not None and a.wall is not None and b.wall is not None
+    }
+    quotients = {key: b.median / a.median for key, (a, b) in timed.items()}
+    changes = []
+    for key, (a, b) in timed.items():
+        wall, ratios = _moved(a, b, threshold), (before[key].ratio, after[key].ratio)
+        others = [q for other, q in quotients.items() if other[0] == key[0] and other != key]
+        ratio = relative = None
+        if ratios[0] is not None and ratios[1] is not None:
+            ratio = ratios[1].median / ratios[0].median
+            relative = _moved(ratios[0], ratios[1], threshold) or _follows(ratio, quotients[key], threshold)
+        elif others:  # the peer itself, or there is none
+            relative = _follows(quotients[key] / statistics.median(others), quotients[key], threshold)
+        changes.append(Change(*key, a.median, b.median, ratio, _verdict(wall, relative)))
+    return changes
+
+
+def _warnings(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    facts = a.get("environment", {}), b.get("environment", {})
+    warnings = [
+        f"{name}: {facts[0].get(name)} in A, {facts[1].get(name)} in B"
+        for name in _FACTS
+        if facts[0].get(name) != facts[1].get(name)
+    ]
+    for name in ("device", "dtype"):
+        sets = [", ".join(sorted({str(row[name]) for row in run["results"] if name in row})) for run in (a, b)]
+        if sets[0] != sets[1]:
+            warnings.append(f"{name} of the rows: {sets[0] or 'none'} in A, {sets[1] or 'none'} in B")
+    return warnings
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _print(comparison: Comparison, threshold: float) -> None:
+    for warning in comparison.warnings:
+        print(f"the runs are not alike: {warning}")
+    if comparison.changes:
+        lines = [
+            (c.case, c.variant, f"{c.a:.3g}", f"{c.b:.3g}", f"{c.b / c.a:.2f}", _number(c.ratio), c.verdict)
+            for c in comparison.changes
+        ]
+        header = ("case", "variant", "A ms", "B ms", "B/A", "B/A of the ratio to the peer", "verdict")
+        print_table(f"B over A, beyond noise and {threshold:.0%}", header, lines)
+    if comparison.memory:
+        lines = [(*key, f"{a:.0f}", f"{b:.0f}", f"{b / a:.2f}") for key, (a, b) in comparison.memory.items()]
+        print_table("peak memory, MiB", ("case", "variant", "A", "B", "B/A"), lines)
+    if comparison.statuses:
+        lines = [(*key, a.status, b.status, b.reason) for key, (a, b) in comparison.statuses.items()]
+        print_table("status changed", ("case", "variant", "A", "B", "reason"), lines)
+    for title, rows in (("only in A", comparison.disappeared), ("only in B", comparison.appeared)):
+        if rows:
+            lines = [(*key, row.status, row.reason) for key, row in rows.items()]
+            print_table(title, ("case", "variant", "status", "reason"), lines)
+
+    verdicts = [change.verdict for change in comparison.changes]
+    counts = [f"{verdicts.count(name)} {name}" for name in ("slower", "faster", "machine", "same")]
+    print(f"\n{', '.join(counts)}, {len(comparison.failures)} began to fail")
+    if 4 * verdicts.count("machine") > len(verdicts):
+        print("the machine was not the same: measure both again, one right after the other, before you trust a verdict")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; its exit status is 1 where something is slower or began to fail, 2 where a file is no run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare",
+        description="What became slower, faster or wrong from run A to run B. 'machine': the peer, measured beside it, "
+        "moved along.",
+    )
+    parser.add_argument("a", metavar="A.json", type=Path, help="the run before")
+    parser.add_argument("b", metavar="B.json", type=Path, help="the run after")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=THRESHOLD,
+        metavar="SHARE",
+        help=f"of a median that has to move to count (default: {THRESHOLD})",
+    )
+    options = parser.parse_args(arguments)
+    if options.threshold < 0:
+        parser.error(f"--threshold {options.threshold}: expected a share, 0 or more")
+    try:
+        comparison = compare(options.a, options.b, threshold=options.threshold)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    _print(comparison, options.threshold)
+    return 1 if comparison.regressed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
