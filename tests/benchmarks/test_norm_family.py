@@ -209,7 +209,7 @@ def test_gpu_matrix_has_norms_beyond_the_cache_early():
     assert any(case.dropout_p for case in norms)
     assert any(case.dtype == torch.float32 for case in norms)
     first = cases[: len(cases) // 3]
-    assert {case.family for case in first} == {"attention", "norm"}
+    assert {"attention", "norm"} <= {case.family for case in first}
 
 
 def test_gpu_dry_run_has_norms():
