@@ -413,31 +413,30 @@ def _first_order(saved: NormSaved, needs: NormNeeds, options: NormOptions) -> Ca
     factor = _factor(saved.dropout_state, saved.total, options)
     computed = _computed(saved, needs)
 
-    def norm(total: Tensor, weight: Any, bias: Tensor) -> Tensor:
-        kind: Any = options.kind
-        result = reference(
-            total, None, weight, bias, kind=kind, eps=options.eps, unit_offset=options.unit_offset,
-            out_dtype=torch.float32,
-        )  # fmt: skip
-        return result.output
-
     def function(
         d_output: Tensor, d_total: Any, total: Tensor, x: Any, weight: Any, x_bias: Any, row_scale: Any
     ) -> tuple[Tensor, ...]:
-        total = total.to(torch.float32)
-        bias = torch.zeros(total.shape[-1], dtype=torch.float32, device=total.device)
-        of_present, present = _functional.of([True, weight is not None, True], norm, (total, weight, bias))
-        _, pullback = _functional.vjp(of_present, *present)
-        of_sum, *of_weight, of_bias = pullback(d_output.to(torch.float32))
+        # written out, and not the reference's vjp: one transform inside another does not bear a vmap around both
+        total, of_bias = total.to(torch.float32), d_output.to(torch.float32)
+        if options.kind == "layer":
+            total = total - total.mean(dim=-1, keepdim=True)
+        rstd = (total.square().mean(dim=-1, keepdim=True) + options.eps).rsqrt()
+        normal = total * rstd
+        of_weight, of_normal = of_bias * normal, of_bias
+        if weight is not None:
+            of_normal = of_bias * (weight.to(torch.float32) + options.unit_offset)
+        of_sum = of_normal - normal * (of_normal * normal).mean(dim=-1, keepdim=True)
+        if options.kind == "layer":
+            of_sum = of_sum - of_normal.mean(dim=-1, keepdim=True)
+        of_sum = of_sum * rstd
         if d_total is not None:
             of_sum = of_sum + d_total
         of_branch = of_sum if factor is None else of_sum * factor
         of_x = of_branch if row_scale is None else of_branch * row_scale.to(torch.float32)[..., None]
-        leading = tuple(range(of_x.dim() - 1))
         results = [of_x.to(needs.x_dtype), of_sum.to(saved.total.dtype)]
-        results.append(of_weight[0].to(needs.vectors_dtype) if of_weight else of_bias)
-        results.append(of_bias.to(needs.vectors_dtype))
-        results.append((of_x.sum(leading) if leading else of_x).to(needs.vectors_dtype))
+        leading = tuple(range(of_x.dim() - 1))
+        for of_vector in (of_weight, of_bias, of_x):
+            results.append((of_vector.sum(leading) if leading else of_vector).to(needs.vectors_dtype))
         branch = None if x is None else x.to(torch.float32) + (0.0 if x_bias is None else x_bias)
         results.append(of_bias if branch is None else (of_branch * branch).sum(-1))
         return tuple(result for result, is_computed in zip(results, computed) if is_computed)

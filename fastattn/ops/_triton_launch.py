@@ -71,6 +71,7 @@ def backward(
     them; the contract of ``fastattn::attention_backward``."""
     needs_bias, needs_slopes, needs_sinks = needs
     d_output, d_lse, d_weights_tensor = gradients
+    statistics = statistics.contiguous()  # vmap expands what its samples share, and the kernels know no strides of it
     problem = _problem(inputs, options)
     delta = launch_attention_delta(output, d_output, d_lse)
     d_weights = None

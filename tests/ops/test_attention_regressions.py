@@ -422,3 +422,18 @@ def test_attention_run_time_values_do_not_recompile(device, seed):
         run(seqlen_q, seqlen_k, 0.3, "dense")
         run(seqlen_q, seqlen_k, 0.7, "heads_inside")
     assert compiled() == before
+
+
+def test_attention_jacobian_of_a_gradient(backend, device, seed):
+    """The batched pullback of a gradient: vmap expanded the statistics, which one batch entry's samples share, and the
+    kernels read past them, as if they were contiguous. All samples but the first were wrong, without a word."""
+    query, key, value = attention_inputs(1, 2, 3, 5, 4, device=device, seed=seed)
+
+    def scalar(query):
+        return attend(query, key, value, backend=backend).square().sum()
+
+    pullback = torch.func.vjp(torch.func.grad(scalar), query)[1]
+    directions = random_tensor(3, *query.shape, seed=seed, device=device)
+    together = torch.func.vmap(pullback)(directions)[0]
+    one_by_one = torch.stack([pullback(direction)[0] for direction in directions])
+    torch.testing.assert_close(together, one_by_one, rtol=1e-4, atol=1e-5)

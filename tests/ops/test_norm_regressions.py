@@ -323,3 +323,23 @@ def test_vmap_of_no_samples(learned, kind, backend, device):
     else:
         output = torch.func.vmap(lambda x: norm(kind, x, x, backend=backend))(x)
     assert output.shape == (0, 3, 8)
+
+
+@pytest.mark.parametrize("argument", [0, 1], ids=["x", "weight"])
+def test_jacobian_of_a_gradient(argument, kind, device):
+    """vmap around a finished double backward crashed where there was a weight: a transform inside another's rule."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    x, residual = (draw(2, 5, seed=i, device=device) for i in (1, 2))
+    weight = draw(5, seed=3, device=device)
+
+    def jacobians(backend: str) -> tuple[torch.Tensor, ...]:
+        def scalar(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return norm(kind, x, residual, weight, backend=backend).pow(3).sum()
+
+        of_gradient = torch.func.jacrev(torch.func.grad(scalar, argument), argument)
+        of_jacobian = torch.func.jacrev(torch.func.jacrev(scalar, argument), argument)
+        third = torch.func.grad(lambda x: of_gradient(x, weight).square().sum())
+        return of_gradient(x, weight), of_jacobian(x, weight), third(x)
+
+    for found, wanted in zip(jacobians("triton"), jacobians("torch")):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
