@@ -79,7 +79,7 @@ class AddLayerNorm(nn.LayerNorm):
 
         Args:
             input: ``[..., *normalized_shape]``.
-            residual: of the same shape, or 1 in places; default none.
+            residual: of the same shape, or one that broadcasts; default none.
             x_bias: ``normalized_shape``; added to the input.
             row_scale: broadcastable to the rows ``[...]``; multiplies those of the input.
             dropout_p: in the place of the module's own dropout, and applied in evaluation too.

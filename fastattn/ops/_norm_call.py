@@ -124,9 +124,9 @@ def make_call(
     if residual is not None:
         check_tensor("residual", residual, x, takes_complex=takes_complex)
         if residual.shape != x.shape:
-            message = f"x has shape {_shape(x)}, residual {_shape(residual)}: expected equal shapes, or 1 in places"
-            if residual.dim() != x.dim():  # a weight in the residual's place would broadcast too
-                raise ValueError(message)
+            message = f"x has shape {_shape(x)}, residual {_shape(residual)}: expected shapes that broadcast"
+            if residual.dim() == 1:  # what F.layer_norm has in this place, a weight, would broadcast too
+                raise ValueError(f"{message}, and no vector (weight and bias come behind the residual)")
             try:
                 x, residual = torch.broadcast_tensors(x, residual)
             except RuntimeError as error:

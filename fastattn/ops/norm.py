@@ -60,7 +60,7 @@ def add_layer_norm(
     Args:
         x: ``[..., N]``, float16, bfloat16, float32 or float64; any strides, read as it lies unless its rows need more
             than three of them.
-        residual: ``[..., N]``, of any of these dtypes; default none. Axes of size 1 broadcast, in both.
+        residual: ``[..., N]``, of any of these dtypes; default none. The shapes broadcast, but no vector does.
         weight: ``[N]``, of any dtype: multiplies what was normalised.
         bias: ``[N]``: added behind ``weight``.
         eps: added to the variance.
