@@ -257,7 +257,7 @@ def _print(comparison: Comparison, threshold: float) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; its exit status is 1 where something is slower or began to fail, 2 where a file is no run."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.compare",
+        prog="python -m benchmarks compare",
         description="What became slower, faster or wrong from run A to run B. 'machine': the peer, measured beside it, "
         "moved along.",
     )

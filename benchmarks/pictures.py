@@ -453,6 +453,15 @@ def _memory_table(results: list[Result]) -> str:
     return _table(("case", "variant", "MiB", f"{OURS} / this"), lines)
 
 
+def _learned_table(rows: list[Result]) -> str:
+    """Accuracy on sequences not trained on, at as many parameters and steps; the steps in brackets."""
+    trained = [row for row in rows if "accuracy" in row]
+    models = list(dict.fromkeys(row["model"] for row in trained))
+    found = {(row["task"], row["model"]): f"{row['accuracy']:.3f} ({row['steps']})" for row in trained}
+    tasks = dict.fromkeys(row["task"] for row in trained)
+    return _table(("task", *models), [(task, *(found.get((task, m), "") for m in models)) for task in tasks])
+
+
 def _markdown(document: dict[str, Any], drawn: dict[str, list[tuple[str, str]]]) -> str:
     results = document["results"]
     sections = ["# Benchmarks\n"]
@@ -479,6 +488,14 @@ def _markdown(document: dict[str, Any], drawn: dict[str, list[tuple[str, str]]])
             of_all = (row["whole"] + row["in_part"]) / row["tiles"]
             lines.append((row["mask"], *(str(row[name]) for name in ("tiles", "whole", "in_part")), f"{of_all:.2f}"))
         sections.append("## Tiles of scores that the kernels visit\n\n" + _table(header, lines))
+    for case, variants in (document.get("theory") or {}).items():
+        keys = ("variant", "parameters", "flops_per_token", "sequential_steps", "longest_path", "reach")
+        symbols = ("complexity_per_layer", "sequential_per_layer", "path_in_symbols")
+        lines = [(*(f"{v[k]}" for k in keys), *(f"O({v[k]})" for k in symbols)) for v in variants]
+        header = (*keys, "operations of a layer", "its steps", "path")
+        sections.append(f"## {case}, without a stopwatch (arXiv:1706.03762, table 1)\n\n" + _table(header, lines))
+    if learned := document.get("quality"):
+        sections.append("## What the ways of processing sequences learn\n\n" + _learned_table(learned))
     if left_out := document.get("left_out") or document.get("skipped"):
         sections.append("## Left out, for want of time\n\n" + "".join(f"- {name}\n" for name in left_out))
     return "\n".join(sections)
@@ -487,7 +504,7 @@ def _markdown(document: dict[str, Any], drawn: dict[str, list[tuple[str, str]]])
 def main(arguments: list[str] | None = None) -> int:
     """The command line; its exit status is 2 where the file is no run."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.pictures", description="Write a run as Markdown, CSV and pictures."
+        prog="python -m benchmarks report", description="Write a run as Markdown, CSV and pictures."
     )
     parser.add_argument("run", metavar="RUN.json", type=Path, help="what `python -m benchmarks --json` wrote")
     parser.add_argument("--out", metavar="DIR", type=Path, help="where to (default: RUN, beside the file)")
