@@ -208,6 +208,7 @@ def launch_residual_norm_bwd(
         return [total.new_zeros(size, dtype=vectors_dtype) for _ in range(wanted)], scale
     d_out, d_new, sums, branch, row_scale, d_res, d_branch = rows.arguments()
     is_heavy = problem.is_heavy or (d_residual is not None and d_x is not None)
+    is_heavy |= total.dtype == torch.float32 and len(rows.axes) > 1  # the indices of rows are the last straw there
     config = config or norm_backward_config(size, rows.count, total.device, is_heavy)
     tile = config.tile
     float32 = {"dtype": torch.float32, "device": total.device}

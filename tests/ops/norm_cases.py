@@ -263,6 +263,11 @@ def check(feature: str, case: Case, backend: str, device: torch.device) -> None:
     pairwise.met.append(("norm", backend, {name: getattr(case, name) for name in AXES}))
 
 
+def _multiplier(case: Case, given: dict[str, torch.Tensor]) -> Any:
+    """What multiplies the columns."""
+    return given["weight"] + case.unit_offset if "weight" in given else 1.0
+
+
 def _allowances(
     case: Case, inputs: Inputs, keep: torch.Tensor | None, gradients: list[torch.Tensor], backend: str
 ) -> dict[str, float]:
@@ -284,7 +289,7 @@ def _allowances(
     rstd = (centred.square().mean(-1, keepdim=True) + EPS).rsqrt()
     normal = centred * rstd
     d_output = gradients[0].double()
-    weighted = d_output * (given["weight"] + case.unit_offset if "weight" in given else 1.0)
+    weighted = d_output * _multiplier(case, given)
     means = (weighted * normal).mean(-1, keepdim=True) * normal
     of_sum = rstd * (weighted.abs() + means.abs())
     if case.kind == "layer":
@@ -298,17 +303,19 @@ def _allowances(
 
     def summed_over_rows(terms: torch.Tensor) -> float:
         rows = terms.reshape(-1, case.size)
-        return unit * len(rows) ** 0.5 * rows.sum(0).max().item()
+        # equal terms are rounded alike, one after the other: then errors add up, to half a unit of each partial sum
+        growth = len(rows) / 2 if case.gradient == "broadcast" else len(rows) ** 0.5
+        return unit * max(1.0, growth) * rows.sum(0).max().item()
 
-    of_means = 0.0
-    if backend == "torch" and case.kind == "rms":  # by torch's layer norm, and its mean added back: two sums over a row
-        of_means = unit * case.size**0.5 * (rstd * weighted.abs().mean(-1, keepdim=True)).max().item()
+    # the means that are subtracted are sums over a row, however small the difference is
+    of_means = unit * case.size**0.5 * (rstd * weighted.abs().mean(-1, keepdim=True)).max().item()
     # a leaf that broadcasts has a gradient that sums over what it is broadcast along, in float32 or its own dtype
     shared = case.rows[0] if case.row_scale == "shared" else 1
     terms = of_branch * (given["x"] + given.get("x_bias", 0.0)).abs()
     rounding = torch.finfo(case.named_dtype(case.residual_dtype) or DTYPES[case.dtype]).eps / 2
     rows_of_terms = terms.square().sum(-1).sqrt().max() * rounding * 2 + terms.sum(-1).max() * unit * case.size**0.5
     return {
+        "output": 2 * unit * (normal * _multiplier(case, given)).abs().max().item(),  # that of the inverse deviation
         "d_residual": 2 * unit * of_sum.max().item() + of_means,
         "d_x": 2 * unit * of_x.max().item() + of_means,
         "d_weight": summed_over_rows(d_output.abs() * of_normal),
