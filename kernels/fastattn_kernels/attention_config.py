@@ -20,7 +20,7 @@ Load = Literal["plain", "masked", "biased", "heavy"]
 
 
 class Config(NamedTuple):
-    """How one kernel is launched. ``block_m`` counts query rows, ``block_n`` keys."""
+    """How one kernel is launched. ``block_m`` counts the rows of a tile, ``block_n`` its columns: keys, or elements."""
 
     block_m: int
     block_n: int

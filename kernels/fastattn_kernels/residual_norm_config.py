@@ -10,6 +10,7 @@ import torch
 from triton import next_power_of_2
 
 from fastattn_kernels._device import multiprocessors, target_of
+from fastattn_kernels.attention_config import Config
 
 # The widest row that is one tile in the forward: 32 float32 a thread in 16 warps. Wider rows go by in a loop, whose
 # second reading comes from the L2 cache. Less where random numbers and more fill the registers.
@@ -28,29 +29,11 @@ _ROOMY = [("cuda", 90), ("cuda", 100)]
 _INTERPRETED_ROW = 1024
 
 
-class NormConfig(NamedTuple):
-    """How one kernel is launched: rows and columns of a tile, warps, and loads in flight."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-    def launch_options(self) -> dict[str, int]:
-        """Keyword arguments of a launch."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
-
-
 class NormBackwardConfig(NamedTuple):
     """How the backward is launched: the tile, the number of programs that share the rows, and whether the sums of a
     row come from a kernel of their own."""
 
-    tile: NormConfig
+    tile: Config
     groups: int
     splits: int
     sums_apart: bool
@@ -67,18 +50,18 @@ def _warps(elements: int, each: int, device: torch.device) -> int:
     return int(max(1, min(elements // (threads * each), 1024 // threads, 16)))
 
 
-def norm_forward_config(size: int, device: torch.device, is_heavy: bool) -> NormConfig:
+def norm_forward_config(size: int, device: torch.device, is_heavy: bool) -> Config:
     """The forward's tile for rows of ``size`` elements."""
     if target_of(device).backend == "interpreter":
         block_n = min(_INTERPRETED_ROW, max(16, int(next_power_of_2(size))))
-        return NormConfig(_rows_of_tile(size, 4096), block_n, 4, 1)
+        return Config(_rows_of_tile(size, 4096), block_n, 4, 1)
     if size > _WHOLE_ROW[is_heavy]:
         block_n = _LOOPED_BLOCK[is_heavy]
-        return NormConfig(1, block_n, _warps(block_n, 8, device), 2)
+        return Config(1, block_n, _warps(block_n, 8, device), 2)
     block_n = max(16, int(next_power_of_2(size)))
     # 8 elements a thread, a load of 16 bytes in 16-bit dtypes from each tensor, leave room for 1024 threads and more
     block_m = _rows_of_tile(size, 2048)
-    return NormConfig(block_m, block_n, _warps(block_m * block_n, 8, device), 1)
+    return Config(block_m, block_n, _warps(block_m * block_n, 8, device), 1)
 
 
 def norm_backward_config(size: int, rows: int, device: torch.device, is_heavy: bool) -> NormBackwardConfig:
@@ -86,7 +69,7 @@ def norm_backward_config(size: int, rows: int, device: torch.device, is_heavy: b
     target = target_of(device)
     if target.backend == "interpreter":
         block_n = min(_INTERPRETED_ROW, max(16, int(next_power_of_2(size))))
-        tile = NormConfig(_rows_of_tile(size, 2048), block_n, 4, 1)
+        tile = Config(_rows_of_tile(size, 2048), block_n, 4, 1)
         per_multiprocessor = 1
     else:
         whole_row = _WHOLE_ROW_BACKWARD[is_heavy or (target.backend == "cuda" and target.arch != 90)]
@@ -98,7 +81,7 @@ def norm_backward_config(size: int, rows: int, device: torch.device, is_heavy: b
         # many where a tile has many rows, which have numbers of their own, or where rows are not aligned: then every
         # element has a pointer.
         warps = _warps(block_m * block_n, 8 if block_m > 4 or size % 16 else 16, device)
-        tile = NormConfig(block_m, block_n, warps, 3 if target in _ROOMY else 2)
+        tile = Config(block_m, block_n, warps, 3 if target in _ROOMY else 2)
         # All programs have to run at once, or the last wait for the first. 512 threads of up to 128 registers fill a
         # multiprocessor, half as many if heavy. In flight are 6 bytes for each of their 8192 elements, more than the
         # 25 KiB that 4.8 TB/s times 700 ns want of each of 132 multiprocessors.

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fastattn_kernels._device import device_guard
 from fastattn_kernels._rows import Rows, load_rows, load_vector, row_dropout_factor, store_rows
-from fastattn_kernels.residual_norm_config import NormConfig, norm_forward_config
+from fastattn_kernels.attention_config import Config
+from fastattn_kernels.residual_norm_config import norm_forward_config
 from fastattn_kernels.residual_norm_problem import RUN_TIME, NormProblem, triton_dtype
 
 
@@ -157,7 +158,7 @@ def launch_residual_norm_fwd(
     new_residual: Tensor | None,
     statistics: Tensor | None,
     residual_dtype: torch.dtype,
-    config: NormConfig | None = None,
+    config: Config | None = None,
 ) -> None:
     """Write the norm, and, where they are wanted, ``r`` and the statistics: float32 ``[1, rows]``, the inverse
     deviations, and for a layer norm ``[3, rows]``, the means in two parts behind them."""

@@ -7,27 +7,28 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from fastattn.reference import add_norm as reference
 from fastattn.testing import assert_within_budget, random_tensor
+from fastattn_kernels.attention_config import Config
 from fastattn_kernels.residual_norm_bwd import launch_residual_norm_bwd
-from fastattn_kernels.residual_norm_config import NormBackwardConfig, NormConfig
+from fastattn_kernels.residual_norm_config import NormBackwardConfig
 from fastattn_kernels.residual_norm_fwd import launch_residual_norm_fwd
 from fastattn_kernels.residual_norm_problem import NormProblem
 
 NAMES = ("x", "residual", "weight", "bias", "x_bias", "row_scale")
 FORWARD = {
-    "one_row": NormConfig(1, 128, 4, 1),
-    "many_rows": NormConfig(4, 128, 4, 1),
-    "in_a_loop": NormConfig(1, 32, 4, 1),
-    "rows_in_a_loop": NormConfig(2, 16, 4, 1),
+    "one_row": Config(1, 128, 4, 1),
+    "many_rows": Config(4, 128, 4, 1),
+    "in_a_loop": Config(1, 32, 4, 1),
+    "rows_in_a_loop": Config(2, 16, 4, 1),
 }
 # Tiles, programs, parts of a row, and whether the row's sums come from a kernel of their own.
 BACKWARD = {
-    "one_program": NormBackwardConfig(NormConfig(2, 128, 4, 1), 1, 1, False),
-    "programs_share_rows": NormBackwardConfig(NormConfig(2, 128, 4, 1), 3, 1, False),
-    "more_programs_than_rows": NormBackwardConfig(NormConfig(1, 128, 4, 1), 20, 1, False),
-    "two_parts": NormBackwardConfig(NormConfig(1, 64, 4, 1), 2, 2, False),
-    "four_parts_in_loops": NormBackwardConfig(NormConfig(2, 32, 4, 1), 2, 4, False),
-    "four_parts_and_sums_apart": NormBackwardConfig(NormConfig(2, 32, 4, 1), 2, 4, True),
-    "more_partial_sums_than_a_tile": NormBackwardConfig(NormConfig(1, 128, 4, 1), 300, 1, False),
+    "one_program": NormBackwardConfig(Config(2, 128, 4, 1), 1, 1, False),
+    "programs_share_rows": NormBackwardConfig(Config(2, 128, 4, 1), 3, 1, False),
+    "more_programs_than_rows": NormBackwardConfig(Config(1, 128, 4, 1), 20, 1, False),
+    "two_parts": NormBackwardConfig(Config(1, 64, 4, 1), 2, 2, False),
+    "four_parts_in_loops": NormBackwardConfig(Config(2, 32, 4, 1), 2, 4, False),
+    "four_parts_and_sums_apart": NormBackwardConfig(Config(2, 32, 4, 1), 2, 4, True),
+    "more_partial_sums_than_a_tile": NormBackwardConfig(Config(1, 128, 4, 1), 300, 1, False),
 }
 
 
