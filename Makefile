@@ -1,20 +1,24 @@
-# make test | bench | parity | resources | fuzz | lint: each makes .venv once and works on a fresh machine, GPU or not.
+# make test | bench | report | parity | resources | fuzz | lint: each makes .venv once and works on a fresh machine, GPU
+# or not. make report writes the reports and the measured tables of README and docs anew from the committed runs.
 # make gpu: installs nothing, uses the python3 on the path, which has to hold torch and triton.
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-OUT    ?= benchmarks/results
+OUT    ?= build/gpu
 SECONDS ?= 60
 STAMP  := $(VENV)/.installed
 
-.PHONY: test bench parity resources fuzz lint gpu clean
+.PHONY: test bench report parity resources fuzz lint gpu clean
 
 test: lint
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks --quick --out build/bench
+
+report: $(STAMP)
+	$(BIN)/python -m benchmarks report --committed
 
 parity: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal -m parity --error-table

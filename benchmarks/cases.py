@@ -36,16 +36,6 @@ class Case(abc.ABC):
         """One of the same kind that needs next to no memory."""
 
     @property
-    def flops(self) -> float | None:
-        """Operations of a step, by the field's convention; None where their rate says nothing."""
-        return None
-
-    @property
-    def moved_bytes(self) -> int | None:
-        """What a step has to move through memory; None where something else bounds it."""
-        return None
-
-    @property
     def is_random(self) -> bool:
         """Does a step draw numbers itself, so that its results depend on them?"""
         return False
@@ -93,15 +83,6 @@ class AttentionCase(Case):
     def embed_dim(self) -> int:
         return self.heads * self.head_dim
 
-    @property
-    def flops(self) -> float | None:
-        """``4 B H L S D`` forward, 2.5 times that backward, halved for a causal call; of attention alone."""
-        if self.family != "attention":
-            return None
-        forward = 4.0 * self.batch * self.heads * self.seqlen**2 * self.head_dim
-        causal = self.mask in ("causal", "documents", "window", "alibi", "softcap")
-        return forward * (3.5 if self.backward else 1.0) * (0.5 if causal else 1.0)
-
 
 @dataclasses.dataclass(frozen=True)
 class NormCase(Case):
@@ -136,22 +117,6 @@ class NormCase(Case):
     @property
     def residual_dtype(self) -> torch.dtype:
         return torch.promote_types(self.dtype, torch.float32) if self.wide_residual else self.dtype
-
-    @property
-    def moved_bytes(self) -> int:
-        """Every tensor that comes in or goes out, once; the two numbers a row that may be kept are left out.
-
-        Forward ``x, residual, weight, bias -> y, r'``. Backward ``dy, dr', r', weight -> dresidual, dweight, dbias``,
-        and ``dx`` where dropout or its dtype makes it another tensor than ``dresidual``.
-        """
-        narrow, wide = self.dtype.itemsize, self.residual_dtype.itemsize
-        vectors = 2 if self.kind == "layer" else 1
-        if self.backward:
-            element = narrow + 3 * wide + (narrow if self.dropout_p or wide != narrow else 0)
-            vectors += 1
-        else:
-            element = 2 * narrow + 2 * wide
-        return self.rows * self.size * element + vectors * self.size * narrow
 
     @property
     def is_random(self) -> bool:

@@ -23,8 +23,31 @@ def _everything(case: Case, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return results
 
 
-def _nothing(case: Case, result: Tensor) -> float:
+def _no_allowance(case: Case, result: Tensor) -> float:
     return 0.0
+
+
+class Refused(Exception):
+    """Raised by a build or a first step: the variant cannot take the case after all; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a step has to do at least, whoever does it; the floor under its time follows from the machine's rates.
+
+    Attributes:
+        flops: operations, a multiplication and an addition being two; None where they bound nothing.
+        moved_bytes: through memory, every tensor that comes in or goes out once; None where they bound nothing.
+        formula: both in the field's symbols, for people.
+    """
+
+    flops: float | None = None
+    moved_bytes: int | None = None
+    formula: str = ""
+
+
+def _no_work(case: Case, variant: str) -> Work:
+    return Work()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +77,7 @@ class Family(Generic[C]):
         peer: the variant that ratios are taken to.
         comparable: what of a variant's results the reference has; it may leave some out, so that long truths fit.
         allowance: relative error that a result may have beside its budget, since its sums are long.
+        work: what a variant's step has to do at least; where all compute the same, it is the same for all.
         observed: of a case that draws numbers itself: the definition with those that a variant's results show.
     """
 
@@ -62,7 +86,8 @@ class Family(Generic[C]):
     peer: str
     reference: Callable[[C, torch.dtype], Step] | None
     comparable: Callable[[C, tuple[Tensor, ...]], tuple[Tensor, ...]] = _everything
-    allowance: Callable[[C, Tensor], float] = _nothing
+    allowance: Callable[[C, Tensor], float] = _no_allowance
+    work: Callable[[C, str], Work] = _no_work
     observed: Callable[[C, tuple[Tensor, ...]], Callable[[C, torch.dtype], Step]] | None = None
 
     def variant(self, name: str) -> Variant[C]:
@@ -71,7 +96,7 @@ class Family(Generic[C]):
 
 def _modules() -> list[Any]:
     """Those that define families; a run that ends early has met the first of them."""
-    from benchmarks import attention, layer, module, norm, sequence
+    from benchmarks.families import attention, layer, module, norm, sequence
 
     return [sequence, attention, norm, layer, module]
 
@@ -88,7 +113,8 @@ def quick_cases() -> list[Case]:
 
 def all_cases() -> list[Case]:
     """The quick cases and the longer ones."""
-    return [*quick_cases(), *(case for module in _modules() for case in module.more_cases())]
+    more = (case for module in _modules() for case in module.more_cases())
+    return list(dict.fromkeys([*quick_cases(), *more]))
 
 
 def differentiated(

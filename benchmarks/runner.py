@@ -1,28 +1,47 @@
-"""Runs a case: refuse, check, time, measure memory; whatever happens becomes a row."""
+"""Runs a case: refuse, check, weigh, time; whatever happens becomes a row."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
-from collections.abc import Callable
-from typing import Literal
+import signal
+import threading
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, Literal
 
 import torch
 
-from benchmarks.accuracy import Accuracy, Gate
 from benchmarks.cases import Case
-from benchmarks.memory import peak_on_cuda
-from benchmarks.registry import Family, Step
-from benchmarks.timing import Timing, time_on_cpu, time_on_cuda
+from benchmarks.measure.accuracy import Accuracy, Gate
+from benchmarks.measure.ceilings import floor_ms, of_datasheet
+from benchmarks.measure.memory import peak_mib, saved_tensors
+from benchmarks.measure.timing import Timing, TooSlow, time_on_cpu, time_on_cuda
+from benchmarks.registry import Family, Refused, Step, Variant, Work
 
-Status = Literal["ok", "refused", "wrong", "out of memory", "error"]
+Status = Literal["ok", "refused", "wrong", "out of memory", "timed out", "error"]
+
+NO_WORK = Work()  # of a row that was not timed
+
+# Told which variant is at work, "*" for all of them in turn, and what is done with it.
+Show = Callable[[str, str], None]
+ALL = "*"
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One variant on one case. Only a row that is ``ok`` has a timing.
 
-    ``copy_rate`` is what :func:`benchmarks.ceilings.copy_rate` found in the same run.
+    Attributes:
+        case: what was solved.
+        variant: by what.
+        status: what became of it.
+        reason: why, where the status is not ``ok``.
+        accuracy: against float64.
+        timing: what it took.
+        peak_mib: of one step, beside what is there before it.
+        saved_mib: what a training step keeps for its backward, beside inputs and parameters.
+        work: what a step has to do at least.
     """
 
     case: Case
@@ -32,24 +51,43 @@ class Row:
     accuracy: Accuracy | None = None
     timing: Timing | None = None
     peak_mib: float | None = None
-    copy_rate: float | None = None
+    saved_mib: float | None = None
+    work: Work = NO_WORK
 
-    @property
-    def tflops(self) -> float | None:
-        return self._rate(self.case.flops)
+    def as_json(self, ceilings: dict[str, Any]) -> dict[str, Any]:
+        """Plain values: the case's own fields, and what the run's ceilings make of the time."""
+        timing = dataclasses.asdict(self.timing) if self.timing else dict.fromkeys(_TIMES) | {"contended": False}
+        median = self.timing.wall_ms.median if self.timing else None
+        floor = floor_ms(self.work, self.case.dtype_name, ceilings)
 
-    @property
-    def tb_per_s(self) -> float | None:
-        return self._rate(self.case.moved_bytes)
+        def rate(amount: float | None) -> float | None:  # in units of 10^12 a second
+            return amount / median / 1e9 if amount is not None and median else None
 
-    @property
-    def of_floor(self) -> float | None:
-        """The time that a copy of as many bytes takes, over the time that was taken."""
-        return None if self.tb_per_s is None or not self.copy_rate else self.tb_per_s / self.copy_rate
+        return {
+            "case": self.case.name,
+            **{field.name: _plain(getattr(self.case, field.name)) for field in dataclasses.fields(self.case)},
+            "variant": self.variant,
+            "status": self.status,
+            "reason": self.reason,
+            "error": self.accuracy and self.accuracy.error,
+            "error_budget": self.accuracy and self.accuracy.budget,
+            **timing,
+            **dataclasses.asdict(self.work),
+            "tflops": rate(self.work.flops),
+            "tb_per_s": rate(self.work.moved_bytes),
+            "floor_ms": floor,
+            "of_floor": floor / median if floor is not None and median else None,
+            "of_datasheet": of_datasheet(self.work, self.case.dtype_name, median, ceilings) if median else None,
+            "peak_mib": self.peak_mib,
+            "saved_mib": self.saved_mib,
+        }
 
-    def _rate(self, amount: float | None) -> float | None:
-        """``amount`` of a step in units of 10^12 a second."""
-        return None if amount is None or self.timing is None else amount / self.timing.wall_ms.median / 1e9
+
+_TIMES = [field.name for field in dataclasses.fields(Timing)]
+
+
+def _plain(value: Any) -> Any:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
 def run_case(
@@ -57,9 +95,10 @@ def run_case(
     case: Case,
     *,
     seconds: float,
-    copy_rate: float | None = None,
-    only: Callable[[str], bool] = lambda variant: True,
-    show: Callable[[str], None] = lambda progress: None,
+    limit: float = float("inf"),
+    only: Collection[str] | None = None,
+    hung: Collection[str] = (),
+    show: Show = lambda variant, doing: None,
 ) -> list[Row]:
     """A row for every variant of the family.
 
@@ -67,61 +106,122 @@ def run_case(
         family: of the case.
         case: what to solve.
         seconds: to spend on timing, all variants together.
-        copy_rate: of the machine in TB/s, for cases that memory bounds.
-        only: which variants by name.
+        limit: seconds that a variant's check, and its least number of timed rounds, may take.
+        only: variants by name; default: all.
+        hung: variants that gave no sign of life in an earlier try of this case, and are not tried again.
         show: is told what is being done.
     """
-    cuda = torch.device(case.device).type == "cuda"
+    variants = [v for v in family.variants if only is None or v.name in only]
     rows: dict[str, Row] = {}
     steps: dict[str, Step] = {}
+    show("", "float64 truth")
     try:
-        gate = Gate(family, case)
+        with deadline(limit):
+            gate = Gate(family, case)
     except Exception as error:
         status, reason = _explained(error)
-        return [Row(case, v.name, status, f"no float64 truth: {reason}") for v in family.variants if only(v.name)]
+        return [Row(case, v.name, status, f"no float64 truth: {reason}") for v in variants]
 
-    for variant in family.variants:
-        if not only(variant.name):
-            continue
-        reason = variant.applies(case)
-        if reason is not None:
+    for variant in variants:
+        show(variant.name, "checking")
+        if (reason := variant.applies(case)) is not None:
             rows[variant.name] = Row(case, variant.name, "refused", reason)
-            continue
-        show(f"{case.name}: checking {variant.name}")
-        try:
-            step = variant.build(case, case.dtype)
-            accuracy = gate.check(step, variant)
-            peak = peak_on_cuda(step) if cuda else None
-        except Exception as error:
-            rows[variant.name] = Row(case, variant.name, *_explained(error))
+        elif variant.name in hung or ALL in hung:
+            rows[variant.name] = Row(case, variant.name, "timed out", "gave no sign of life: its process was ended")
         else:
-            status: Status = "ok" if accuracy.passed else "wrong"
-            rows[variant.name] = Row(case, variant.name, status, "", accuracy, None, peak)
-            if accuracy.passed:
-                steps[variant.name] = step
-        _release(cuda)
+            try:
+                with deadline(limit):
+                    rows[variant.name], step = _checked(family, case, variant, gate)
+            except Exception as error:
+                rows[variant.name] = Row(case, variant.name, *_explained(error))
+            else:
+                if rows[variant.name].status == "ok":
+                    steps[variant.name] = step
+            if torch.device(case.device).type == "cuda":
+                _release_cuda()
     del gate
+    gc.collect()
 
     if steps:
-        show(f"{case.name}: timing {', '.join(steps)}")
-        time_steps = time_on_cuda if cuda else time_on_cpu
-        try:
-            for name, timing in time_steps(steps, family.peer, seconds=seconds).items():
-                rows[name] = dataclasses.replace(rows[name], timing=timing)
-        except Exception as error:
-            status, reason = _explained(error)
-            rows |= {name: dataclasses.replace(rows[name], status=status, reason=reason) for name in steps}
-    return [dataclasses.replace(row, copy_rate=copy_rate) for row in rows.values()]
+        show(ALL, "timing")
+        rows |= _timed(family, case, steps, rows, seconds, limit)
+    return list(rows.values())
+
+
+def _checked(family: Family, case: Case, variant: Variant, gate: Gate) -> tuple[Row, Step]:
+    """Accuracy, peak memory and what is saved for the backward; a wrong result needs no more than the first."""
+    step = variant.build(case, case.dtype)
+    accuracy = gate.check(step, variant)
+    if not accuracy.passed:
+        return Row(case, variant.name, "wrong", f"{accuracy.error:.1e} from float64", accuracy), step
+    row = Row(case, variant.name, "ok", accuracy=accuracy, work=family.work(case, variant.name))
+    return dataclasses.replace(row, peak_mib=peak_mib(step, case.device), saved_mib=_saved_mib(case, variant)), step
+
+
+def _saved_mib(case: Case, variant: Variant) -> float | None:
+    """By a step of its own: a graph that is made under these hooks calls them each time that it is gone through."""
+    if not case.backward:
+        return None
+    with saved_tensors() as saved:
+        variant.build(case, case.dtype)()
+    return saved.mib
+
+
+def _timed(
+    family: Family, case: Case, steps: dict[str, Step], rows: dict[str, Row], seconds: float, limit: float
+) -> dict[str, Row]:
+    """The rows of the steps with their times."""
+    time_steps = time_on_cuda if torch.device(case.device).type == "cuda" else time_on_cpu
+    same = family.reference is not None
+    try:
+        timings = time_steps(steps, family.peer, seconds=seconds, same=same, limit=limit)
+    except Exception as error:
+        status, reason = _explained(error)
+        return {name: dataclasses.replace(rows[name], status=status, reason=reason) for name in steps}
+    timed = {}
+    for name, timing in timings.items():
+        if isinstance(timing, TooSlow):
+            timed[name] = dataclasses.replace(rows[name], status="timed out", reason=timing.reason)
+        else:
+            timed[name] = dataclasses.replace(rows[name], timing=timing)
+    return timed
+
+
+@contextlib.contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the main thread after so many seconds, between two operations of torch.
+
+    One that never returns, as a kernel on a GPU may, is for :class:`benchmarks.run.Watchdog`.
+    """
+    timer = getattr(signal, "setitimer", None)
+    if timer is None or seconds == float("inf") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"not done after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    timer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        timer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _explained(error: Exception) -> tuple[Status, str]:
     text = str(error).strip().split("\n")[0][:300]
+    if isinstance(error, Refused):
+        return "refused", text
+    if isinstance(error, TimeoutError):
+        return "timed out", text
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
         return "out of memory", text
     return "error", f"{type(error).__name__}: {text}"
 
 
-def _release(cuda: bool) -> None:
+def _release_cuda() -> None:
+    """So that what one variant left in reference cycles is not another one's lack of memory."""
     gc.collect()
-    if cuda:
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()

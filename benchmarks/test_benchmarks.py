@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.accuracy import Gate
 from benchmarks.cases import Case
-from benchmarks.registry import Variant, families, quick_cases
-from benchmarks.timing import keep_freed_memory
+from benchmarks.measure.accuracy import Gate
+from benchmarks.measure.timing import keep_freed_memory
+from benchmarks.registry import Refused, Variant, families, quick_cases
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 
@@ -38,8 +38,11 @@ def test_benchmark(benchmark: Any, case: Case, variant: Variant) -> None:
     if reason is not None:
         pytest.skip(reason)
     benchmark.group = case.name
-    step = variant.build(case, case.dtype)
-    accuracy = Gate(families()[case.family], case).check(step, variant)
+    try:
+        step = variant.build(case, case.dtype)
+        accuracy = Gate(families()[case.family], case).check(step, variant)
+    except Refused as refusal:
+        pytest.skip(str(refusal))
     benchmark.extra_info["error"] = accuracy.error
     assert accuracy.passed, f"error {accuracy.error:.2e} exceeds the budget {accuracy.budget:.2e}"
     benchmark(step)

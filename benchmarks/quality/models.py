@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import fastattn
 from benchmarks.quality.tasks import Task
+from benchmarks.reporting.document import EQUIVARIANCE
 
 WIDTH = 64
 
@@ -124,15 +126,15 @@ def models() -> tuple[Model, ...]:
     )
 
 
-def deviations(seed: int, seqlen: int = 48) -> list[tuple[str, int, float]]:
-    """Name, parameters and how far ``mixer(x[order])`` is from ``mixer(x)[order]``, of untrained mixers in float64.
+def deviations(seed: int, seqlen: int = 48) -> list[dict[str, Any]]:
+    """Rows ``task, model, parameters, deviation``: how far ``mixer(x[order])`` is from ``mixer(x)[order]``, untrained.
 
-    The largest difference over the largest result. Attention that knows neither positions nor a mask is equivariant
-    and differs by rounding alone; whatever has an order built in differs as much as two results do.
+    In float64, the largest difference over the largest result. Attention that knows neither positions nor a mask is
+    equivariant and differs by rounding alone; whatever has an order built in differs as much as two results do.
     """
     mixers = {"attention, no positions, no mask": lambda seqlen: Attention(seqlen, positions=False, causal=False)}
     mixers |= {model.name: model.mixer for model in models()}
-    found = []
+    rows = []
     for name, make in mixers.items():
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
@@ -140,5 +142,6 @@ def deviations(seed: int, seqlen: int = 48) -> list[tuple[str, int, float]]:
             x, order = torch.randn(2, seqlen, WIDTH, dtype=torch.float64), torch.randperm(seqlen)
             result = mixer(x)
             difference = (mixer(x[:, order]) - result[:, order]).abs().max() / result.abs().max()
-        found.append((name, sum(parameter.numel() for parameter in mixer.parameters()), difference.item()))
-    return found
+        parameters = sum(parameter.numel() for parameter in mixer.parameters())
+        rows.append({"task": EQUIVARIANCE, "model": name, "parameters": parameters, "deviation": difference.item()})
+    return rows

@@ -33,9 +33,13 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """How a model of so many ``parameters`` learned a task; the first sample is of the untrained model."""
+    """How a model of so many ``parameters`` learned a task; the first sample is of the untrained model.
+
+    ``chance`` is the accuracy of a guess that reads nothing.
+    """
 
     task: str
+    chance: float
     model: str
     parameters: int
     samples: tuple[Sample, ...]
@@ -50,6 +54,7 @@ class Curve:
         last = self.samples[-1]
         return {
             "task": self.task,
+            "chance": self.chance,
             "model": self.model,
             "parameters": self.parameters,
             "steps": last.step,
@@ -103,7 +108,7 @@ def train(
             if samples[-1].accuracy >= SOLVED:
                 break
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    return Curve(task.name, model.name, parameters, tuple(samples))
+    return Curve(task.name, task.chance, model.name, parameters, tuple(samples))
 
 
 def _draw(task: Task, generator: torch.Generator, size: int, device: str | torch.device) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from benchmarks.compare import compare, main
-from benchmarks.timing import Spread
+from benchmarks.measure.spread import Spread
+from benchmarks.reporting.compare import compare, main
 
 CASE, PEER = "norm-rms-m8-n64-forward-float32", "eager"
 REPEATS = 200
@@ -29,7 +29,10 @@ def row(variant, wall, ratio=None, **more):
         "reason": "",
         "wall_ms": spread(wall) if wall else None,
         "ratio": spread(ratio) if ratio else None,
+        "best": None,
+        "best_ratio": None,
         "rounds": len(wall) or None,
+        "contended": False,
         "peak_mib": None,
         **more,
     }
@@ -54,7 +57,7 @@ def write(tmp_path):
     def write(name, rows, **environment):
         path = tmp_path / f"{name}.json"
         facts = {"torch": "2.13.0", "threads": 1, **environment}
-        path.write_text(json.dumps({"schema": 2, "environment": facts, "results": rows}))
+        path.write_text(json.dumps({"schema": 3, "environment": facts, "results": rows}))
         return path
 
     return write
@@ -140,7 +143,7 @@ def test_compare_slower_exits_1(write, capsys):
     assert main([str(b), str(a)]) == 0
 
 
-@pytest.mark.parametrize("status", ["wrong", "error", "out of memory"])
+@pytest.mark.parametrize("status", ["wrong", "error", "out of memory", "timed out"])
 def test_compare_failure_exits_1(write, capsys, status):
     rows = draw(random.Random(9))
     failed = [row("fastattn", [], status=status, reason="its reason"), rows[1]]
@@ -164,14 +167,16 @@ def test_compare_rows_that_come_and_go_are_listed(write, capsys):
     assert main([str(a), str(new_and_wrong)]) == 1
 
 
-def test_compare_memory_rows_join_those_with_times(write):
-    """On a CPU a peak has a row of its own, under the same case and variant."""
-    rng = random.Random(11)
-    a, b = ([*draw(rng), row("fastattn", [], peak_mib=peak)] for peak in (10.0, 20.0))
-    comparison = compare(write("a", a), write("b", b))
-    assert comparison.memory == {(CASE, "fastattn"): (10.0, 20.0)}
-    assert [change.variant for change in comparison.changes] == ["fastattn", PEER]
-    assert not comparison.statuses
+def test_compare_shows_the_memory_that_moved(write, capsys):
+    """Every row has a peak: those that are alike, or apart by a few pages, say nothing."""
+    peaks = {"fastattn": (10.0, 20.0), PEER: (40.0, 40.5), "naive": (0.1, 0.9)}
+    a, b = ([row(name, [1.0] * 20, peak_mib=pair[i]) for name, pair in peaks.items()] for i in (0, 1))
+    a, b = write("a", a), write("b", b)
+    assert compare(a, b).memory == {(CASE, name): pair for name, pair in peaks.items()}
+    assert main([str(a), str(b)]) == 0
+    lines = capsys.readouterr().out.split("\n")
+    start = lines.index("peak memory, MiB, where it moved by 5%")
+    assert [line.split() for line in lines[start + 2 : start + 4]] == [[CASE, "fastattn", "10", "20", "2.00"], []]
 
 
 def test_compare_warns_of_other_surroundings(write):
@@ -193,9 +198,9 @@ def test_compare_warns_of_other_surroundings(write):
         (b"\xff\xfe\x00", "decode"),
         ("[]", "no schema"),
         ('{"results": []}', "no schema"),
-        ('{"schema": 1, "results": []}', "schema 1"),
-        ('{"schema": 2}', "results"),
-        ('{"schema": 2, "results": [{"case": "x"}]}', "wall_ms"),
+        ('{"schema": 2, "results": []}', "schema 2: run it again"),
+        ('{"schema": 3}', "results"),
+        ('{"schema": 3, "results": [{"case": "x"}]}', "wall_ms"),
     ],
     ids=["missing", "no-json", "binary", "list", "no-schema", "old-schema", "no-results", "no-rows"],
 )
@@ -206,5 +211,5 @@ def test_compare_unreadable_file_exits_2(write, tmp_path, capsys, content, reaso
     assert main([str(write("a", draw(random.Random(13)))), str(path)]) == 2
     message = capsys.readouterr().err
     assert str(path) in message
-    assert "expected a run of schema 2" in message
+    assert "expected a run of schema 3" in message
     assert reason in message

@@ -2,22 +2,19 @@
 
 import dataclasses
 import importlib.util
-import json
 from typing import get_args
 
 import pytest
 import torch
 
 import fastattn
-from benchmarks import __main__ as command_line
-from benchmarks import gpu, norm
-from benchmarks.accuracy import Gate
 from benchmarks.cases import Kind, NormCase
-from benchmarks.ceilings import ceilings, copy_rate
+from benchmarks.families import norm
+from benchmarks.matrix import matrix
+from benchmarks.measure.accuracy import Gate
+from benchmarks.measure.timing import time_on_cpu
 from benchmarks.registry import Variant, all_cases
-from benchmarks.report import HEADER, cells, row_as_json
 from benchmarks.runner import run_case
-from benchmarks.timing import time_on_cpu
 
 BF16 = torch.bfloat16
 TINY = NormCase("norm", "layer", 5, 12, backward=True)
@@ -47,9 +44,12 @@ def test_norm_bytes_are_known(options, forward, backward):
     rows, size, vector = 7, 100, 100 * options["dtype"].itemsize
     for kind, vectors in (("layer", 2), ("rms", 1)):
         case = NormCase("norm", kind, rows, size, **options)
-        assert case.moved_bytes == forward * rows * size + vectors * vector
+        work = norm.work(case, "eager")
+        assert work.moved_bytes == forward * rows * size + vectors * vector
+        assert work.formula == f"bytes {forward} M N + {vectors * options['dtype'].itemsize} N"
+        assert work.flops is None
         case = dataclasses.replace(case, backward=True)
-        assert case.moved_bytes == backward * rows * size + (vectors + 1) * vector
+        assert norm.work(case, "eager").moved_bytes == backward * rows * size + (vectors + 1) * vector
 
 
 @pytest.mark.parametrize("kind", get_args(Kind))
@@ -67,9 +67,7 @@ def test_norm_bytes_are_known(options, forward, backward):
 )
 def test_norm_variants_agree_with_float64(kind, backward, options):
     case = NormCase("norm", kind, 5, 12, backward=backward, **options)
-    rows = {
-        row.variant: row for row in run_case(norm.FAMILY, case, seconds=0.0, only=("fastattn", "eager").__contains__)
-    }
+    rows = {row.variant: row for row in run_case(norm.FAMILY, case, seconds=0.0, only=("fastattn", "eager"))}
     assert [rows[name].status for name in ("fastattn", "eager")] == ["ok", "ok"], rows
 
 
@@ -85,7 +83,7 @@ def test_norm_gate_stops_one_wrong_result(result):
     rows = {row.variant: row for row in run_case(family, TINY, seconds=0.0)}
     assert rows["eager"].status == "ok"
     assert rows["off"].status == "wrong"
-    assert rows["off"].timing is rows["off"].tb_per_s is rows["off"].of_floor is None
+    assert rows["off"].timing is None
 
 
 def test_norm_gate_stops_dropout_of_other_elements_in_the_backward():
@@ -143,64 +141,21 @@ def test_norm_sizes_reach_from_64_to_262144():
     assert sizes >= {2**power for power in range(6, 19)} | {769, 4097}
 
 
-def test_copy_rate_is_positive():
-    assert copy_rate("cpu", mib=1, seconds=0.0) > 0.0
-
-
-def test_ceilings_are_measured_where_memory_bounds_a_case(monkeypatch):
-    monkeypatch.setattr("benchmarks.ceilings.copy_rate", lambda device: {"cpu": 0.04}[device])
-    assert ceilings([TINY]) == {"copy_tb_per_s": 0.04}
-    assert ceilings([case for case in all_cases() if case.family != "norm"]) == {}
-
-
 def test_norm_row_holds_rate_and_share_of_the_floor():
-    (row,) = run_case(norm.FAMILY, TINY, seconds=0.0, copy_rate=0.04, only="fastattn".__eq__)
+    ceilings = {"copy_tb_per_s": 0.04, "matmul_tflops": {}, "datasheet": None}
+    (row,) = run_case(norm.FAMILY, TINY, seconds=0.0, only=["fastattn"])
     assert row.timing is not None
-    found = row_as_json(row)
-    assert found["tb_per_s"] == pytest.approx(TINY.moved_bytes / (row.timing.wall_ms.median * 1e-3) / 1e12)
-    floor_ms = TINY.moved_bytes / 0.04e12 * 1e3
-    assert found["of_floor"] == pytest.approx(floor_ms / row.timing.wall_ms.median)
+    found, moved = row.as_json(ceilings), norm.work(TINY, "fastattn").moved_bytes
+    assert moved is not None
+    assert found["tb_per_s"] == pytest.approx(moved / (row.timing.wall_ms.median * 1e-3) / 1e12)
+    assert found["of_floor"] == pytest.approx(moved / 0.04e12 * 1e3 / row.timing.wall_ms.median)
     assert {"kind", "rows", "size", "wide_residual", "dropout_p", "moved_bytes"} <= set(found)
     assert "heads" not in found
     assert found["tflops"] is None
-    line = dict(zip(HEADER, cells(row)))
-    assert line["TB/s"]
-    assert line["of floor"]
-    assert not line["TF/s"]
-
-
-def test_quick_norms_leave_slow_variants_out(capsys):
-    only = "norm-rms-m32768-n64-forward"
-    assert command_line.main(["--list", "--quick", "--only", only]) == 0
-    assert "compile" not in capsys.readouterr().out
-    assert command_line.main(["--list", "--only", only]) == 0
-    assert "compile" in capsys.readouterr().out
-
-
-def test_command_line_writes_the_ceiling(capsys, tmp_path):
-    threads = torch.get_num_threads()
-    only, path = "norm-layer-m512-n4096-forward-float32", tmp_path / "results.json"
-    try:
-        assert command_line.main(["--quick", "--only", only, "--seconds", "0.01", "--json", str(path)]) == 0
-    finally:
-        torch.set_num_threads(threads)
-    document = json.loads(path.read_text())
-    assert document["ceilings"]["copy_tb_per_s"] > 0.0
-    assert all(r["of_floor"] > 0.0 for r in document["results"] if r["status"] == "ok")
-    assert "of floor" in capsys.readouterr().out
-
-
-def test_dtype_is_the_cases_own_unless_given():
-    def dtypes(*arguments):
-        parsed = command_line._arguments(["--quick", "--only", "norm-layer-m512-n4096-forward", *arguments])
-        return [case.dtype for case in command_line._cases(parsed)]
-
-    assert dtypes() == [torch.float32, BF16]
-    assert dtypes("--dtype", "float16") == [torch.float16]
 
 
 def test_gpu_matrix_has_norms_beyond_the_cache_early():
-    cases = [case for case, _ in gpu.matrix()]
+    cases = [case for case, _ in matrix()]
     norms = [case for case in cases if isinstance(case, NormCase)]
     assert {256, 512, 1024, 2048, 4096, 8192, 16384, 65536, 262144} <= {case.size for case in norms}
     assert all((1 << 27) - case.size < case.rows * case.size <= 1 << 27 for case in norms)
@@ -210,16 +165,3 @@ def test_gpu_matrix_has_norms_beyond_the_cache_early():
     assert any(case.dtype == torch.float32 for case in norms)
     first = cases[: len(cases) // 3]
     assert {"attention", "norm"} <= {case.family for case in first}
-
-
-def test_gpu_dry_run_has_norms():
-    assert {case.backward for case, _ in gpu.dry_matrix() if isinstance(case, NormCase)} == {False, True}
-
-
-def test_gpu_summary_shows_the_rate_of_a_norm():
-    (line,) = gpu.summary(run_case(norm.FAMILY, TINY, seconds=0.0, copy_rate=0.04, only="fastattn".__eq__))
-    name, _, tflops, rate, of_floor, *_ = line
-    assert name == TINY.name
-    assert not tflops
-    assert rate
-    assert of_floor

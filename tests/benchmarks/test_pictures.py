@@ -1,186 +1,218 @@
-"""Reports: tables and pictures of a tiny synthetic run. How the pictures look is a matter for eyes."""
+"""Pictures of a made-up run: which are drawn, and what is in them. How they look is a matter for eyes."""
 
-import csv
-import json
+import re
 
 import pytest
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
-from benchmarks.pictures import main, report
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
-SEQUENCE = {"family": "sequence", "heads": 2, "head_dim": 4, "mask": "causal"}
-NORM = {"family": "norm", "kind": "layer", "wide_residual": False, "dropout_p": 0.0}
+from benchmarks.reporting import curves, looks, pictures
+from benchmarks.reporting.document import by_family
+from tests.benchmarks.documents import attention, document, module, norm, row, sequence, spread
 
-
-def row(case, variant, milliseconds, *, ratio=None, **more):
-    def spread(value):
-        return None if value is None else {"median": value, "p20": 0.9 * value, "p80": 1.2 * value}
-
-    return {
-        "case": case,
-        "dtype": "float32",
-        "backward": False,
-        "device": "cpu",
-        "variant": variant,
-        "status": "ok",
-        "reason": "",
-        "error": 1e-7,
-        "error_budget": 1e-6,
-        "wall_ms": spread(milliseconds),
-        "process_ms": spread(milliseconds),
-        "ratio": spread(ratio),
-        "process_ratio": spread(ratio),
-        "rounds": 9,
-        "tflops": None,
-        "tb_per_s": None,
-        "of_floor": None,
-        "peak_mib": None,
-        **more,
-    }
+ALL = {
+    "sequence": ["sequence-length", "sequence-ratio"],
+    "attention": ["attention-ratio"],
+    "norm": ["norm-ratio", "norm-size"],
+    "layer": ["layer-ratio"],
+    "module": ["module-ratio", "module-memory"],
+    "quality": ["quality-learning"],
+}
 
 
-def sequence(seqlen):
-    name, size = f"sequence-b1-l{seqlen}-eval", {**SEQUENCE, "batch": 1, "seqlen": seqlen}
-    yield row(name, "fastattn", 2.0 * seqlen, ratio=0.8, **size)
-    yield row(name, "nn.MultiheadAttention", 2.5 * seqlen, **size)
-    yield row(name, "causal-conv", 1.0 * seqlen, ratio=0.4, **size)
-    yield row(name, "of-its-own-kind", 3.0 * seqlen, ratio=1.2, **size)
-
-
-def norm(size):
-    for backward in (False, True):
-        name, more = f"norm-m8-n{size}-{backward}", {**NORM, "size": size, "rows": 8, "backward": backward}
-        rate = {"tb_per_s": 1.5, "of_floor": 0.75, "moved_bytes": 10}
-        yield row(name, "fastattn", 1.0, ratio=1.5, **rate, **more)
-        yield row(name, "eager", 1.6, **rate, **more)
-        yield row(name, "quack", None, status="refused", reason="needs a | pipe", error=None, **more)
-
-
-def memory():
-    for variant, peak in (("fastattn", 10.0), ("nn.MultiheadAttention", 40.0)):
-        yield row("module-b1-l64", variant, None, family="module", error=None, error_budget=None, peak_mib=peak)
-
-
-RESULTS = [*sequence(8), *sequence(16), *norm(64), *norm(128), *memory()]
-
-
-def write(path, results):
-    document = {
-        "schema": 2,
-        "environment": {"torch": "2.13.0", "threads": 1},
-        "results": results,
-        "ceilings": {"copy_tb_per_s": 2.0},
-        "tiles": [{"mask": "causal", "tiles": 128, "whole": 56, "in_part": 16}],
-        "left_out": ["module-b9"],
-    }
-    path.write_text(json.dumps(document))
-    return path
+@pytest.fixture(autouse=True)
+def _style():
+    with matplotlib.rc_context(looks.STYLE):
+        yield
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("run") / "run.json", RESULTS)
+def drawn(tmp_path_factory):
+    return pictures.draw(document(), tmp_path_factory.mktemp("drawn"))
 
 
-@pytest.fixture(scope="module")
-def written(run):
-    return report(run, run.with_name("first"))
+def axes_of(figure):
+    """Of a picture that is expected to be drawn."""
+    assert figure is not None
+    return figure.axes
 
 
-def test_report_draws_what_the_run_holds(written):
-    stems = ["sequence-ratio", "sequence-length", "norm-ratio", "norm-size", "module-memory"]
-    pictures = [f"{stem}.{suffix}" for stem in stems for suffix in ("svg", "png")]
-    assert [path.name for path in written] == ["report.md", "results.csv", *pictures]
-    for path in written[2:]:
-        start = path.read_bytes()[:8]
-        assert start.startswith(b"<?xml" if path.suffix == ".svg" else b"\x89PNG"), path
-    assert {path.name for path in written[0].parent.iterdir()} == {path.name for path in written}
+def lines_of(axes):
+    """By label, the points of each line that has one."""
+    return {line.get_label(): list(zip(*line.get_data())) for line in axes.get_lines() if line.get_label()[0] != "_"}
 
 
-def test_report_is_the_same_twice(run, written):
-    again = report(run, run.with_name("second"))
-    assert [path.read_bytes() for path in written] == [path.read_bytes() for path in again]
+def test_every_picture_that_the_run_holds_is_drawn(drawn):
+    found = {}
+    for picture in drawn:
+        svg, png = picture.files
+        assert svg.stem == png.stem
+        assert svg.read_bytes().startswith(b"<?xml")
+        assert png.read_bytes().startswith(b"\x89PNG")
+        assert picture.caption.startswith(f"{picture.section}: ")
+        found.setdefault(picture.section, []).append(svg.stem)
+    assert found == ALL
 
 
-def test_report_pictures_fit_a_page(written):
-    """Of 800 dots in width; the width is in bytes 16 to 20 of a PNG."""
-    for path in written:
-        if path.suffix == ".png":
-            assert int.from_bytes(path.read_bytes()[16:20]) == 800, path
+def test_pictures_are_the_same_twice(drawn, tmp_path):
+    again = pictures.draw(document(), tmp_path)
+    for first, second in zip(drawn, again):
+        assert [path.read_bytes() for path in first.files] == [path.read_bytes() for path in second.files]
 
 
-def test_report_has_every_table(written):
-    text = written[0].read_text()
-    assert "| torch | 2.13.0 |" in text
-    assert "| copy_tb_per_s | 2 |" in text
-    assert "## sequence, ratio to nn.MultiheadAttention" in text
-    assert "| sequence-b1-l8-eval | causal-conv | **8** | 7.2 | 9.6 |" in text
-    assert "| sequence-b1-l8-eval | fastattn | 16 |" in text
-    assert "0.80 [0.72 0.96]" in text
-    assert "| module-b1-l64 | nn.MultiheadAttention | 40 | 0.25 |" in text
-    assert "| causal | 128 | 56 | 16 | 0.56 |" in text
-    assert "- module-b9" in text
-    assert "4 rows refused" in text
-    for path in written:
-        if path.suffix == ".svg":
-            assert f"]({path.name})" in text
+def test_pictures_fit_a_page(drawn):
+    """Of 800 dots in width, which is in bytes 16 to 20 of a PNG, and nothing beyond the edge."""
+    for picture in drawn:
+        assert int.from_bytes(picture.files[1].read_bytes()[16:20]) == 800, picture
 
 
-def test_report_tables_are_rectangular(written):
-    """Each block of lines that begin with a pipe has one number of cells."""
-    tables = [block for block in written[0].read_text().split("\n\n") if block.startswith("|")]
-    assert tables
-    for table in tables:
-        cells = {line.replace("\\|", "").count("|") for line in table.strip().split("\n") if line.startswith("|")}
-        assert len(cells) == 1, table
+def test_nothing_runs_over_the_edge(monkeypatch, tmp_path):
+    """Titles and labels are as long as names are: measured where the layout has put them."""
+    figures = {}
+    save = pictures._save
+
+    def saved(figure, stem):
+        figures[stem.name] = figure
+        return save(figure, stem)
+
+    monkeypatch.setattr(pictures, "_save", saved)
+    pictures.draw(document(), tmp_path)
+    assert len(figures) == sum(map(len, ALL.values()))
+    for name, figure in figures.items():
+        box = figure.get_tightbbox(FigureCanvasAgg(figure).get_renderer())
+        width, height = figure.get_size_inches()
+        assert min(box.x0, box.y0) > -0.01 and box.x1 < width + 0.01 and box.y1 < height + 0.01, (name, box)
 
 
-def test_report_csv_reads_back(written):
-    with written[1].open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    assert len(rows) == len(RESULTS)
-    for got, expected in zip(rows, RESULTS):
-        assert None not in got
-        assert (got["case"], got["variant"], got["status"]) == tuple(expected[k] for k in ("case", "variant", "status"))
-        assert got["reason"] == expected["reason"]
-        for name in ("wall_ms", "ratio"):
-            for part in ("median", "p20", "p80"):
-                value = expected[name]
-                assert got[f"{name}_{part}"] == ("" if value is None else repr(value[part]))
-    assert {row["size"] for row in rows if row["family"] != "norm"} == {""}
+def test_pictures_without_data_are_not_drawn(tmp_path):
+    """One length and one size: nothing to draw a line through; and no one to compare with."""
+    ours = [r for r in [*sequence(), *norm()] if r["variant"] == "fastattn" and 64 in (r.get("seqlen"), r.get("size"))]
+    assert pictures.draw(document([{**r, "ratio": None, "best_ratio": None} for r in ours]), tmp_path) == []
+    assert pictures.draw(document([]), tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_report_without_data_for_a_picture_draws_none(tmp_path):
-    """One length and one size: nothing to draw a line through, and no peer to compare with."""
-    ours = [r for r in [*sequence(8), *norm(64)] if r["variant"] == "fastattn"]
-    paths = report(write(tmp_path / "run.json", [{**r, "ratio": None} for r in ours]), tmp_path / "out")
-    assert [path.name for path in paths] == ["report.md", "results.csv"]
-    assert "![" not in paths[0].read_text()
+def test_ratio_is_coloured_by_its_interval():
+    """Its samples lie on either side of 1 in each of the three."""
+    intervals = {"faster": (0.95, 0.9, 0.99), "level": (1.0, 0.99, 1.01), "slower": (1.05, 1.01, 1.1)}
+    rows = [row(f"norm-{name}", "fastattn", 1.0, ratio=1.0) | {"ratio": spread(*r)} for name, r in intervals.items()]
+    rows += [row(f"norm-{name}", "eager", 1.0) for name in intervals]
+    (axes,) = axes_of(pictures.ratios(rows))
+    markers = [line for line in axes.get_lines() if len(line.get_data()[0]) == 1]
+    assert [line.get_color() for line in markers] == [looks.BLUE, looks.GREY, looks.RED]
+    bars = [
+        line.get_data()[0] for line in axes.get_lines() if len(line.get_data()[0]) == 2 and line.get_linewidth() == 5
+    ]
+    assert [tuple(bar) for bar in bars] == [r[1:] for r in intervals.values()]
+    low, high = axes.get_xlim()
+    assert low < 0.9 * 0.95 and high > 1.2 * 1.05  # the percentiles, which reach farther
 
 
-def test_report_without_measured_ratios_takes_the_fastest_other(tmp_path):
-    """A GPU's matrix leaves out the peer of some families."""
-    results = [{**r, "ratio": None} for r in sequence(8)]
-    paths = report(write(tmp_path / "run.json", results), tmp_path / "out")
-    assert [path.name for path in paths[2:]] == ["sequence-ratio.svg", "sequence-ratio.png"]
-    assert "## sequence\n" in paths[0].read_text()
+def test_ratio_has_a_ring_for_the_fastest_other_where_it_is_not_the_peer():
+    (axes,) = axes_of(pictures.ratios(list(module())))
+    rings = [
+        tuple(line.get_xydata()[0])
+        for line in axes.get_lines()
+        if line.get_fillstyle() == "none" and len(line.get_xdata())
+    ]
+    assert rings == [(0.8, 0), (1.0, 1)]
 
 
-def test_report_of_an_empty_run(tmp_path):
-    assert len(report(write(tmp_path / "run.json", []), tmp_path / "out")) == 2
+def test_ratio_of_a_case_without_the_peer_is_to_the_fastest_other():
+    alone = row("attention-b1-h2-l1024-d4-eval-weights-float32", "fastattn", 1.0, best=("naive", 0.5))
+    (axes,) = axes_of(pictures.ratios([*attention(), alone]))
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels[0].endswith("window")
+    assert labels[1].endswith("weights (beside naive)")
 
 
-def test_report_command_line(run, capsys):
-    assert main([str(run)]) == 0
-    out = run.with_suffix("")
-    assert capsys.readouterr().out.split("\n")[0] == str(out / "report.md")
-    assert (out / "sequence-length.svg").exists()
+def test_ratio_marks_contended_cases():
+    rows = list(attention())
+    rows[0]["contended"] = True
+    (axes,) = axes_of(pictures.ratios(rows))
+    assert axes.get_yticklabels()[0].get_text().endswith("*")
 
 
-def test_report_unreadable_file_exits_2(tmp_path, capsys):
-    path = tmp_path / "old.json"
-    path.write_text('{"schema": 1}')
-    assert main([str(path), "--out", str(tmp_path / "out")]) == 2
-    assert f"{path}: expected a run of schema 2" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+def test_lengths_show_time_and_memory_of_a_token():
+    """64 tokens a step; dotted is what theory says of the growth, through the longest."""
+    found = axes_of(curves.lengths(document()))
+    assert [axes.get_ylabel() for axes in found] == ["time per token, µs", "", "peak memory per token, KiB", ""]
+    time, _, memory, trained = found
+    assert lines_of(time)["fastattn"] == [(16, 1e3 * 2 / 64), (64, 1e3 * 4 / 64)]
+    assert lines_of(memory)["nn.LSTM"] == [(16, 1024 * 2 / 64), (64, 1024 * 2 / 64)]
+    dotted = [list(zip(*line.get_data())) for line in memory.get_lines() if line.get_linestyle() == ":"]
+    assert [(16, 32.0), (64, 32.0)] in dotted  # of all that hold no pairs
+    assert [(16, 512.0), (64, 2048.0)] in dotted  # of nn.MultiheadAttention, which does in evaluation
+    dotted = [list(zip(*line.get_data())) for line in trained.get_lines() if line.get_linestyle() == ":"]
+    assert [(16, 3 * 2048.0), (64, 3 * 2048.0)] in dotted  # and not in training
+
+
+def test_lengths_without_memory_show_time_alone():
+    rows = [{**r, "peak_mib": None} for r in sequence()]
+    assert len(axes_of(curves.lengths(document(rows)))) == 2
+    assert len(axes_of(curves.lengths(document(list(sequence()))))) == 4
+
+
+def test_sizes_leave_other_dtypes_and_features_out():
+    rows = by_family(document())["norm"]
+    strange = [{**rows[0], "size": 999, "dtype": "bfloat16"}, {**rows[0], "size": 998, "dropout_p": 0.1}]
+    strange.append({**rows[0], "size": 997, "wide_residual": True})
+    assert lines_of(axes_of(curves.sizes([*rows, *strange]))[0])["fastattn"] == [(64, 0.75), (4096, 0.75)]
+
+
+def test_memory_draws_the_largest_cases_and_what_is_kept():
+    def case(peak):
+        for variant, factor in (("fastattn", 1), ("nn.MultiheadAttention", 4)):
+            yield row(f"module-b{peak}", variant, 1.0, peak_mib=factor * float(peak), saved_mib=0.5 * peak)
+
+    (axes,) = axes_of(pictures.memory([r for peak in range(1, 12) for r in case(peak)]))
+    widths = [patch.get_width() for patch in axes.patches]
+    assert sorted(widths)[-1] == 44.0
+    assert len(widths) == 2 * 2 * 8
+    assert [label.get_text() for label in axes.get_yticklabels()] == [f"b{peak}" for peak in range(4, 12)]
+
+
+def test_learning_has_a_panel_for_each_task():
+    found = axes_of(curves.learning(document()))
+    assert [axes.get_title(loc="left") for axes in found] == ["recall 8 pairs", "parity 32 bits"]
+    recall, parity = (lines_of(axes) for axes in found)
+    assert recall["attention"] == [(0, 0.1), (25, 0.99)]
+    assert {y for _, y in recall["chance"]} == {0.03}
+    assert {y for _, y in parity["chance"]} == {0.5}
+    assert curves.learning(document([])) is None
+
+
+def test_ways_have_colours_of_their_own():
+    found = looks.ways_looks(["nn.LSTM", "causal-conv", "qkv+sdpa", "fastattn", "of-its-own-kind", "nn.GRU"])
+    assert {name: look["color"] for name, look in found.items()} == {
+        "fastattn": looks.BLUE,
+        "qkv+sdpa": looks.SKY,
+        "nn.LSTM": looks.RED,
+        "nn.GRU": looks.RED,
+        "causal-conv": looks.GREEN,
+        "of-its-own-kind": looks.GREY,
+    }
+    assert found["nn.LSTM"]["marker"] != found["nn.GRU"]["marker"]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.97, 1.02), (0.3, 1.2), (0.01, 3.0)])
+def test_ratio_axis_has_numbers_to_read_off(low, high):
+    axes = Figure().subplots()
+    looks.ratio_axis(axes, low, high)
+    ticks = axes.get_xticks()
+    assert len(ticks) >= 4
+    assert 1.0 in ticks
+    assert axes.get_xlim()[0] < low and axes.get_xlim()[1] > high
+
+
+def test_doubling_axis_keeps_its_numbers_apart():
+    axes = Figure().subplots()
+    looks.doubling_axis(axes, [2**power for power in range(6, 19)])
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert len(labels) == 7
+    assert labels[-1] == "256K"
+    assert all(re.fullmatch(r"\d+K?", label) for label in labels)

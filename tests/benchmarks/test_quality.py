@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import fastattn
-from benchmarks.quality import __main__ as command_line
-from benchmarks.quality import report, tasks
+from benchmarks.quality import tasks
 from benchmarks.quality.models import WIDTH, deviations, models
 from benchmarks.quality.tasks import IGNORED
 from benchmarks.quality.training import SOLVED, Sample, train
@@ -125,7 +124,7 @@ def test_tcn_reaches_the_first_token(task):
 
 def test_only_attention_without_positions_and_mask_is_equivariant(seed):
     """f(s(x)) = s(f(x)), the property that positions are added for; rounding is all that may be left of it."""
-    found = {name: deviation for name, _, deviation in deviations(seed)}
+    found = {row["model"]: row["deviation"] for row in deviations(seed)}
     assert found.pop("attention, no positions, no mask") < 1e-12
     assert found.keys() == MODELS.keys()
     assert min(found.values()) > 0.05, found
@@ -157,60 +156,15 @@ def test_training_stops_when_solved():
     assert all(sample.accuracy < SOLVED for sample in curve.samples[:-1])
 
 
-@pytest.fixture
-def tiny(monkeypatch):
-    """Two tasks and two models of two steps: what is looked at is the plumbing."""
-    small = [dataclasses.replace(task, batch=4, quick_steps=2) for task in (tasks.recall(2), tasks.parity(4))]
-    monkeypatch.setattr(report, "tasks", lambda: tuple(small))
-    monkeypatch.setattr(report, "models", lambda: (MODELS["attention"], MODELS["gru"]))
-
-
-def test_rows_are_plain_values(tiny):
-    said = []
-    rows = report.run(True, 0, said.append)
-    assert json.loads(json.dumps(rows)) == rows
-    trained = [row for row in rows if row["task"] != report.EQUIVARIANCE]
-    assert [(row["task"], row["model"]) for row in trained] == [
-        ("recall 2 pairs", "attention"), ("recall 2 pairs", "gru"), ("parity 4 bits", "attention"),
-        ("parity 4 bits", "gru"),
-    ]  # fmt: skip
-    for row in trained:
-        assert row.keys() == {"task", "model", "parameters", "steps", "seconds", "accuracy", "curve"}
-        assert row["curve"].keys() == {"step", "seconds", "loss", "accuracy"}
-        assert row["curve"]["step"] == [0, 2]
-        assert row["curve"]["accuracy"][-1] == row["accuracy"]
-    assert said[0].startswith("recall 2 pairs, attention: step 0 of 2, accuracy 0.")
-    assert said[-1].startswith("parity 4 bits, gru: step 2 of 2")
-
-
-def test_table_names_the_best_and_its_ties(capsys, monkeypatch):
-    """Of accuracies nearer than the noise none is called the better one."""
-    monkeypatch.setattr(report, "tasks", lambda: (tasks.parity(4),))
-    common = {"task": "parity 4 bits", "parameters": 100_000, "steps": 50, "seconds": 1.25}
-    accuracies = {"attention": 0.61, "gru": 0.991, "lstm": 1.0}
-    rows = [{**common, "model": model, "accuracy": accuracy} for model, accuracy in accuracies.items()]
-    rows.append({"task": report.EQUIVARIANCE, "model": "attention", "parameters": 1, "deviation": 3e-16})
-    report.print_rows(rows)
-    lines = capsys.readouterr().out.splitlines()
-    (line,) = [line for line in lines if line.startswith("parity") and "gru, lstm" in line]
-    assert line.split() == ["parity", "4", "bits", "0.500", "0.610", "0.991", "1.000", "gru,", "lstm"]
-    assert "3.0e-16" in lines[-1]
-
-
-def test_command_line_writes_what_it_prints(tiny, tmp_path, capsys):
-    path = tmp_path / "new" / "quality.json"
-    assert command_line.main(["--quick", "--seed", "7", "--json", str(path)]) == 0
-    document = json.loads(path.read_text())
-    assert (document["seed"], document["quick"]) == (7, True)
-    assert document["environment"]["torch"] == torch.__version__
-    printed = capsys.readouterr().out
-    assert all(f"{row['accuracy']:.3f}" in printed for row in document["results"] if "accuracy" in row)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a CUDA device")
-def test_command_line_without_the_device_says_so(capsys):
-    assert command_line.main(["--device", "cuda"]) == 2
-    assert "torch sees no CUDA device" in capsys.readouterr().err
+def test_curve_as_plain_values():
+    task = tasks.recall(2)
+    row = train(dataclasses.replace(task, batch=4), MODELS["gru"], seed=0, steps=2).as_json()
+    assert json.loads(json.dumps(row)) == row
+    assert row.keys() == {"task", "chance", "model", "parameters", "steps", "seconds", "accuracy", "curve"}
+    assert (row["task"], row["chance"]) == ("recall 2 pairs", task.chance)
+    assert row["curve"].keys() == {"step", "seconds", "loss", "accuracy"}
+    assert row["curve"]["step"] == [0, 2]
+    assert row["curve"]["accuracy"][-1] == row["accuracy"]
 
 
 @pytest.mark.gpu

@@ -48,7 +48,10 @@ class Gate:
 
     def check(self, step: Step, variant: Variant) -> Accuracy:
         """Run a variant's step once and compare all it returns."""
-        results = step()
+        return self.judge(step(), variant)
+
+    def judge(self, results: tuple[Tensor, ...], variant: Variant) -> Accuracy:
+        """Compare what a variant's step returned."""
         truth = self._truth
         if truth is None and self.family.observed is not None:
             truth = self._defined(self.family.observed(self.case, results))

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.tiles``: how many tiles of scores the kernels visit under each mask, as JSON.
+"""``python -m benchmarks.measure.tiles``: how many tiles of scores the kernels visit under each mask, as JSON.
 
 The device finds them, by the tile map that attention itself uses; without a GPU, Triton's interpreter does.
 """
@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.attention import masks
 from benchmarks.cases import AttentionCase, Mask
+from benchmarks.families.masks import masks
 
 SEQLEN = 1024
 _TILE = (128, 64)  # rows and keys, the forward's under masks at head sizes 64 and 128 on Hopper
@@ -45,11 +45,11 @@ def counts() -> list[dict[str, Any]]:
     Raises:
         RuntimeError: the process failed, as it does without triton; the message holds its last words.
     """
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
     interpret = "0" if torch.cuda.is_available() else "1"
     environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": interpret}
-    command = [sys.executable, "-m", "benchmarks.tiles"]
+    command = [sys.executable, "-m", "benchmarks.measure.tiles"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"tiles could not be counted: {result.stderr.strip()[-300:]}")

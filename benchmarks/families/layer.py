@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 import fastattn
 from benchmarks.cases import AttentionCase
+from benchmarks.families.module import work_of
+from benchmarks.families.peers import cannot_compile, compiled
 from benchmarks.registry import Family, Step, Variant, differentiated
 
 
@@ -24,10 +26,13 @@ def _layer(case: AttentionCase, kind: type[nn.TransformerEncoderLayer]) -> nn.Tr
 
 
 def _step(
-    kind: Callable[[], type[nn.TransformerEncoderLayer]], *, training: bool = False
+    kind: type[nn.TransformerEncoderLayer],
+    *,
+    training: bool = False,
+    wrap: Callable[..., Callable[..., tuple[Tensor, ...]]] = lambda function: function,
 ) -> Callable[[AttentionCase, torch.dtype], Step]:
     def build(case: AttentionCase, dtype: torch.dtype) -> Step:
-        layer = _layer(case, kind()).to(case.dtype).to(case.device, dtype).train(case.backward or training)
+        layer = _layer(case, kind).to(case.dtype).to(case.device, dtype).train(case.backward or training)
         mask = None
         if case.mask == "causal":
             mask = torch.ones(case.seqlen, case.seqlen, dtype=torch.bool, device=case.device).triu(1)
@@ -37,7 +42,7 @@ def _step(
         def function(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
             return (layer(x, mask),)
 
-        return differentiated(function, (x, *parameters), case)
+        return differentiated(wrap(function), (x, *parameters), case)
 
     return build
 
@@ -49,14 +54,20 @@ def _applies(case: AttentionCase) -> str | None:
     return None if case.mask in ("none", "causal") else f"no {case.mask} mask in this family"
 
 
+def _compiled_applies(case: AttentionCase) -> str | None:
+    return _applies(case) or cannot_compile(case)
+
+
 FAMILY = Family(
     "layer",
     (
-        Variant("fastattn", _step(lambda: fastattn.TransformerEncoderLayer), _applies),
-        Variant("nn.TransformerEncoderLayer", _step(lambda: nn.TransformerEncoderLayer), _applies),
+        Variant("fastattn", _step(fastattn.TransformerEncoderLayer), _applies),
+        Variant("nn.TransformerEncoderLayer", _step(nn.TransformerEncoderLayer), _applies),
+        Variant("compile", _step(nn.TransformerEncoderLayer, wrap=compiled), _compiled_applies, slow=True),
     ),
     peer="nn.TransformerEncoderLayer",
-    reference=_step(lambda: nn.TransformerEncoderLayer, training=True),  # never torch's fused inference
+    reference=_step(nn.TransformerEncoderLayer, training=True),  # never torch's fused inference
+    work=work_of(8 + 16),  # the projections, and a feed-forward four times as wide
 )
 
 

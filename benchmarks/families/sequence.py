@@ -1,8 +1,8 @@
 """The family ``sequence``: three ways to process a sequence causally (arXiv:1706.03762, table 1).
 
 The axis that is matched is the width ``d`` of inputs, outputs and states. Parameters and operations are not, and
-:func:`print_theory` shows them. The ways compute different functions: each is held against itself in float64, and the
-ratio is a cost, not a speed-up.
+:func:`theory` counts them. The ways compute different functions: each is held against itself in float64, and the ratio
+is a cost, not a speed-up.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 import fastattn
 from benchmarks.cases import AttentionCase
-from benchmarks.registry import Family, Step, Variant, differentiated
-from benchmarks.report import print_table
-from benchmarks.sequence_models import (
+from benchmarks.families.sequence_models import (
     Attend,
     AttentionByHand,
     CausalConvolutions,
@@ -30,6 +28,7 @@ from benchmarks.sequence_models import (
     attend_sdpa,
     full_reach,
 )
+from benchmarks.registry import Family, Step, Variant, Work, differentiated
 
 # On a busy machine a step of a loop in Python waits for the processor each time: 31 times as long was seen.
 _LONGEST_LOOP = 1024
@@ -217,12 +216,24 @@ def _allowance(case: AttentionCase, result: Tensor) -> float:
     return torch.finfo(case.dtype).eps * max(16, case.seqlen)
 
 
+def work(case: AttentionCase, variant: str) -> Work:
+    """The operations of this variant, in training three times its forward's. Memory's rate bounds no way: no bytes."""
+    way = next(way for way in WAYS if way.name == variant)
+    passes = 3 if case.backward else 1
+    in_symbols = f"{2 * passes * way.products * way.layers(case.seqlen)} d^2"
+    if way.law is ATTENTION:
+        in_symbols += f" + {4 * passes} d L" if way.hidden_too(case) else f" + {2 * passes} d (L + 1)"
+    flops = float(passes * way.flops_per_token(case) * case.batch * case.seqlen)
+    return Work(flops, formula=f"flops B L ({in_symbols})")
+
+
 FAMILY = Family(
     "sequence",
     tuple(Variant(way.name, way.build, way.applies) for way in WAYS),
     peer="nn.MultiheadAttention",
     reference=None,
     allowance=_allowance,
+    work=work,
 )
 
 
@@ -251,38 +262,6 @@ def theory(case: AttentionCase) -> list[dict[str, Any]]:
             }
         )
     return lines
-
-
-def print_theory(case: AttentionCase) -> None:
-    """:func:`theory` as a table."""
-    header = (
-        "variant",
-        "parameters",
-        "kFLOP/token",
-        "steps",
-        "longest path",
-        "reach",
-        "a layer's",
-        "its steps",
-        "path",
-    )
-    lines = [
-        (
-            line["variant"],
-            f"{line['parameters']:,}",
-            f"{line['flops_per_token'] / 1e3:,.0f}",
-            str(line["sequential_steps"]),
-            "none" if line["longest_path"] is None else str(line["longest_path"]),
-            str(line["reach"]),
-            f"O({line['complexity_per_layer']})",
-            f"O({line['sequential_per_layer']})",
-            f"O({line['path_in_symbols']})",
-        )
-        for line in theory(case)
-    ]
-    direction = "training (its forward)" if case.backward else "evaluation"
-    title = f"three ways at equal width {case.embed_dim}, L = {case.seqlen}, {direction}; O(...): arXiv:1706.03762"
-    print_table(title, header, lines)
 
 
 def quick_cases() -> list[AttentionCase]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastattn
-from benchmarks.attention import padding_mask
-from benchmarks.cases import AttentionCase
-from benchmarks.registry import Family, Step, Variant, differentiated
+from benchmarks.cases import AttentionCase, Mask
+from benchmarks.families import attention
+from benchmarks.families.masks import padding_mask
+from benchmarks.families.peers import cannot_compile, compiled
+from benchmarks.registry import Family, Step, Variant, Work, differentiated
 from fastattn.reference import attention as reference
 
 
@@ -46,10 +48,16 @@ def _step(
     return differentiated(of_leaves, (x, *(module.parameters() if case.backward else ())), case)
 
 
-def _self_attention(kind: type[nn.MultiheadAttention]) -> Callable[[AttentionCase, torch.dtype], Step]:
+def _self_attention(
+    kind: type[nn.MultiheadAttention], wrap: Callable[..., Callable[..., tuple]] = lambda function: function
+) -> Callable[[AttentionCase, torch.dtype], Step]:
     def build(case: AttentionCase, dtype: torch.dtype) -> Step:
         module, masks = _module(case, dtype, kind), _masks(case)
-        return _step(case, dtype, module, lambda x: module(x, x, x, need_weights=case.weights, **masks))
+
+        def function(x: Tensor) -> tuple[Tensor, Tensor | None]:
+            return module(x, x, x, need_weights=case.weights, **masks)
+
+        return _step(case, dtype, module, wrap(function))
 
     return build
 
@@ -88,29 +96,44 @@ def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Ten
     return (F.scaled_dot_product_attention(query, key, value, attn_mask=_visible(masks)),)
 
 
-def _has_module(case: AttentionCase) -> str | None:
-    if not hasattr(fastattn, "MultiheadAttention"):
-        return "fastattn.MultiheadAttention does not exist yet"
-    return _masks_torch_has(case)
-
-
 def _masks_torch_has(case: AttentionCase) -> str | None:
     return None if case.mask in ("none", "padding", "causal") else f"no {case.mask} mask in this family"
+
+
+def _compiled_applies(case: AttentionCase) -> str | None:
+    return _masks_torch_has(case) or cannot_compile(case)
 
 
 def _sdpa_applies(case: AttentionCase) -> str | None:
     return "returns no weights" if case.weights else _masks_torch_has(case)
 
 
+def work_of(products: int) -> Callable[[AttentionCase, str], Work]:
+    """Operations of attention and of ``products B L E^2`` around it, three times those in training; no bytes.
+
+    The projections are ``8 B L E^2``. Their rate bounds every case here, and memory's none.
+    """
+
+    def work(case: AttentionCase, variant: str) -> Work:
+        scores, in_symbols = attention.flops(case)
+        around = products * (3 if case.backward else 1)
+        flops = around * case.batch * case.seqlen * case.embed_dim**2 + scores
+        return Work(flops, formula=f"flops {around} B L E^2 + {in_symbols}")
+
+    return work
+
+
 FAMILY = Family(
     "module",
     (
-        Variant("fastattn", lambda case, dtype: _self_attention(fastattn.MultiheadAttention)(case, dtype), _has_module),
+        Variant("fastattn", _self_attention(fastattn.MultiheadAttention), _masks_torch_has),
         Variant("nn.MultiheadAttention", _self_attention(nn.MultiheadAttention), _masks_torch_has),
+        Variant("compile", _self_attention(nn.MultiheadAttention, compiled), _compiled_applies, slow=True),
         Variant("qkv+sdpa", _by_hand(_attend_sdpa), _sdpa_applies),
     ),
     peer="nn.MultiheadAttention",
     reference=_by_hand(_attend_naively),
+    work=work_of(8),
 )
 
 # The acceptance criterion: averaged weights at this size in at most half of nn.MultiheadAttention's memory.
@@ -119,24 +142,31 @@ MEMORY_CASES = tuple(
 )
 
 
-def quick_cases() -> list[AttentionCase]:
-    """Small to larger, training and evaluation, weights on and off, every mask that torch's module has."""
-    shapes = ((1, 2, 16, 32), (8, 4, 64, 32), (4, 8, 128, 64), (1, 8, 1024, 64))
+def _cases(shape: tuple[int, int, int, int], masks: Sequence[Mask], weights: Sequence[bool]) -> list[AttentionCase]:
     return [
-        AttentionCase("module", *shape, backward=backward, mask=mask, weights=weights)
-        for shape in shapes
+        AttentionCase("module", *shape, backward=backward, mask=mask, weights=averaged)
         for backward in (False, True)
-        for mask in ("none", "padding", "causal")
-        for weights in (False, True)
-        if shape[2] < 1024 or (weights and mask != "padding")
+        for mask in masks
+        for averaged in weights
+    ]
+
+
+_MASKS: tuple[Mask, ...] = ("none", "padding", "causal")  # every one that torch's module has
+_BOTH = (False, True)
+
+
+def quick_cases() -> list[AttentionCase]:
+    """Small to larger, training and evaluation; the small ones with weights on and off and under every mask."""
+    return [
+        *_cases((1, 2, 16, 32), _MASKS, _BOTH),
+        *_cases((8, 4, 64, 32), _MASKS, _BOTH),
+        *_cases((4, 8, 128, 64), ("none", "causal"), [False]),
+        *_cases((4, 8, 128, 64), ["none"], [True]),
+        *_cases((1, 2, 1024, 64), ["none"], [True]),
     ]
 
 
 def more_cases() -> list[AttentionCase]:
-    """As long as a laptop bears."""
-    return [
-        AttentionCase("module", 1, 8, 2048, 64, backward=backward, mask=mask, weights=weights)
-        for backward in (False, True)
-        for mask in ("none", "padding", "causal")
-        for weights in (False, True)
-    ]
+    """Longer, and the rest of the masks."""
+    lengths = [_cases((1, 8, seqlen, 64), _MASKS, _BOTH) for seqlen in (1024, 2048)]
+    return [*_cases((4, 8, 128, 64), _MASKS, _BOTH), *(case for cases in lengths for case in cases)]

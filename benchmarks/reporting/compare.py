@@ -1,4 +1,4 @@
-"""``python -m benchmarks.compare A.json B.json``: what became slower, faster or wrong from one run to the next.
+"""``python -m benchmarks compare A.json B.json``: what became slower, faster or wrong from one run to the next.
 
 A verdict has to survive two tests. The medians have to differ by more than the noise of both runs, and where the peer
 was measured beside the row, the ratio to the peer has to move as well: else it was the machine.
@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from benchmarks.report import SCHEMA, print_table
-from benchmarks.timing import Spread
+from benchmarks.measure.spread import Spread
+from benchmarks.reporting.document import Document, Result, read_run
+from benchmarks.reporting.text import Table, show
 
 Verdict = Literal["same", "faster", "slower", "machine"]
 Key = tuple[str, str]  # case and variant
@@ -25,35 +26,14 @@ THRESHOLD = 0.05
 # hundreds of rows needs. With fewer the ranges are widened to that; five give percentiles that are too narrow by half,
 # hence the three rounds that do not count.
 _ROUNDS, _SPENT = 20, 3
-_FAILED = ("wrong", "error", "out of memory")
+_PAGES = 1.0  # MiB: on a CPU a peak is counted in pages, and the allocator keeps some of them
+_FAILED = ("wrong", "error", "out of memory", "timed out")
 _FACTS = ("torch", "triton", "processor", "gpu", "cuda", "cores", "threads", "backend", "interpreted")
-
-
-def read_run(path: Path) -> dict[str, Any]:
-    """The document of a run.
-
-    Raises:
-        ValueError: it cannot be read or is none; the message names the file and what was expected.
-    """
-    expected = f"{path}: expected a run of schema {SCHEMA}, as `python -m benchmarks --json FILE` writes it"
-    try:
-        document = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{expected}; {error}") from error
-    if not isinstance(document, dict) or "schema" not in document:
-        raise ValueError(f"{expected}; it has no schema")
-    if document["schema"] != SCHEMA:
-        raise ValueError(f"{expected}; it has schema {document['schema']}: run it again")
-    needed = {"case", "variant", "status", "wall_ms", "ratio", "rounds", "peak_mib"}
-    results = document.get("results")
-    if not isinstance(results, list) or not all(isinstance(row, dict) and needed <= set(row) for row in results):
-        raise ValueError(f"{expected}; its results are not rows with {', '.join(sorted(needed))}")
-    return document
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What a run says of a case and a variant; on a CPU the peak memory comes from a row of its own."""
+    """What a run says of a case and a variant."""
 
     status: str
     reason: str
@@ -66,22 +46,18 @@ def _spread(values: dict[str, float] | None, rounds: int | None) -> Spread | Non
     if values is None:
         return None
     wider = max(1.0, (_ROUNDS / max(1, (rounds or 0) - _SPENT)) ** 0.5)
-    median = values["median"]
-    return Spread(median, median - wider * (median - values["p20"]), median + wider * (values["p80"] - median))
+    spread = Spread(**values)
+    p20, p80 = (spread.median + wider * (end - spread.median) for end in (spread.p20, spread.p80))
+    return dataclasses.replace(spread, p20=p20, p80=p80)
 
 
-def _measured(document: dict[str, Any]) -> dict[Key, Measured]:
-    found: dict[Key, Measured] = {}
-    for row in document["results"]:
-        key = row["case"], row["variant"]
-        wall, ratio = (_spread(row[name], row["rounds"]) for name in ("wall_ms", "ratio"))
-        this = Measured(row["status"], row.get("reason", ""), wall, ratio, row["peak_mib"])
-        if (other := found.get(key)) is not None:
-            worst = other if other.status != "ok" else this
-            timed, peak = this if other.wall is None else other, other.peak_mib or this.peak_mib
-            this = Measured(worst.status, worst.reason, timed.wall, timed.ratio, peak)
-        found[key] = this
-    return found
+def _measured(document: Document) -> dict[Key, Measured]:
+    return {(row["case"], row["variant"]): _of_row(row) for row in document["results"]}
+
+
+def _of_row(row: Result) -> Measured:
+    wall, ratio = (_spread(row[name], row["rounds"]) for name in ("wall_ms", "ratio"))
+    return Measured(row["status"], row["reason"], wall, ratio, row["peak_mib"])
 
 
 def _sign(a: float, b: float, threshold: float) -> int:
@@ -208,7 +184,7 @@ def _changes(before: dict[Key, Measured], after: dict[Key, Measured], threshold:
     return changes
 
 
-def _warnings(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+def _warnings(a: Document, b: Document) -> list[str]:
     facts = a.get("environment", {}), b.get("environment", {})
     warnings = [
         f"{name}: {facts[0].get(name)} in A, {facts[1].get(name)} in B"
@@ -226,6 +202,10 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
+def _show(title: str, header: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> None:
+    show(Table(title, header, tuple(lines)))
+
+
 def _print(comparison: Comparison, threshold: float) -> None:
     for warning in comparison.warnings:
         print(f"the runs are not alike: {warning}")
@@ -235,17 +215,21 @@ def _print(comparison: Comparison, threshold: float) -> None:
             for c in comparison.changes
         ]
         header = ("case", "variant", "A ms", "B ms", "B/A", "B/A of the ratio to the peer", "verdict")
-        print_table(f"B over A, beyond noise and {threshold:.0%}", header, lines)
-    if comparison.memory:
-        lines = [(*key, f"{a:.0f}", f"{b:.0f}", f"{b / a:.2f}") for key, (a, b) in comparison.memory.items()]
-        print_table("peak memory, MiB", ("case", "variant", "A", "B", "B/A"), lines)
+        _show(f"B over A, beyond noise and {threshold:.0%}", header, lines)
+    lines = [
+        (*key, f"{a:.0f}", f"{b:.0f}", f"{b / a:.2f}")
+        for key, (a, b) in comparison.memory.items()
+        if _sign(a, b, threshold) and abs(b - a) >= _PAGES
+    ]
+    if lines:
+        _show(f"peak memory, MiB, where it moved by {threshold:.0%}", ("case", "variant", "A", "B", "B/A"), lines)
     if comparison.statuses:
         lines = [(*key, a.status, b.status, b.reason) for key, (a, b) in comparison.statuses.items()]
-        print_table("status changed", ("case", "variant", "A", "B", "reason"), lines)
+        _show("status changed", ("case", "variant", "A", "B", "reason"), lines)
     for title, rows in (("only in A", comparison.disappeared), ("only in B", comparison.appeared)):
         if rows:
             lines = [(*key, row.status, row.reason) for key, row in rows.items()]
-            print_table(title, ("case", "variant", "status", "reason"), lines)
+            _show(title, ("case", "variant", "status", "reason"), lines)
 
     verdicts = [change.verdict for change in comparison.changes]
     counts = [f"{verdicts.count(name)} {name}" for name in ("slower", "faster", "machine", "same")]

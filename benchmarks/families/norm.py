@@ -6,7 +6,6 @@ A step is the forward, or the backward alone: its graph is made before, and each
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -17,7 +16,8 @@ from torch._functorch import config as functorch
 
 import fastattn
 from benchmarks.cases import Kind, NormCase
-from benchmarks.registry import Family, Step, Variant, differentiated
+from benchmarks.families.peers import cannot_compile, compiled, not_at_hand
+from benchmarks.registry import Family, Step, Variant, Work, differentiated
 from fastattn.reference import add_norm
 
 _EPS = 1e-5
@@ -109,20 +109,7 @@ def _eager(case: NormCase) -> Norm:
 
 
 def _compiled(case: NormCase) -> Norm:
-    torch.compiler.reset()  # of every case's graphs one function may have eight, and this is another case
-    return torch.compile(_eager(case), dynamic=False, fullgraph=True)
-
-
-def _compiled_applies(case: NormCase) -> str | None:
-    if torch.device(case.device).type == "cuda":
-        return None
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        get_cpp_compiler()
-    except RuntimeError as error:
-        return f"torch.compile finds no C++ compiler: {error}"
-    return None
+    return compiled(_eager(case))
 
 
 def _liger(case: NormCase) -> Norm:
@@ -140,7 +127,7 @@ def _liger(case: NormCase) -> Norm:
 
 
 def _liger_applies(case: NormCase) -> str | None:
-    if (reason := _not_at_hand("liger_kernel", "liger-kernel", case)) is not None:
+    if (reason := not_at_hand("liger_kernel", "liger-kernel", case)) is not None:
         return reason
     if case.wide_residual:
         return "its residual has the dtype of x"
@@ -159,7 +146,7 @@ def _quack(case: NormCase) -> Norm:
 
 
 def _quack_applies(case: NormCase) -> str | None:
-    if (reason := _not_at_hand("quack", "quack-kernels", case)) is not None:
+    if (reason := not_at_hand("quack", "quack-kernels", case)) is not None:
         return reason
     if torch.cuda.get_device_capability(case.device) < (9, 0):
         return "needs compute capability 9.0"
@@ -168,10 +155,24 @@ def _quack_applies(case: NormCase) -> str | None:
     return "has no dropout" if case.dropout_p else None
 
 
-def _not_at_hand(module: str, package: str, case: NormCase) -> str | None:
-    if importlib.util.find_spec(module) is None:
-        return f"{package} is not installed"
-    return None if torch.device(case.device).type == "cuda" else "needs a CUDA device"
+# ------------------------------------------------------------------------------------------------------------ the work
+
+
+def work(case: NormCase, variant: str) -> Work:
+    """Every tensor that comes in or goes out, once; the two numbers a row that may be kept are left out. No operations.
+
+    Forward ``x, residual, weight, bias -> y, r'``. Backward ``dy, dr', r', weight -> dresidual, dweight, dbias``,
+    and ``dx`` where dropout or its dtype makes it another tensor than ``dresidual``.
+    """
+    narrow, wide = case.dtype.itemsize, case.residual_dtype.itemsize
+    vectors = 2 if case.kind == "layer" else 1
+    if case.backward:
+        element = narrow + 3 * wide + (narrow if case.dropout_p or wide != narrow else 0)
+        vectors += 1
+    else:
+        element = 2 * narrow + 2 * wide
+    moved = case.rows * case.size * element + vectors * case.size * narrow
+    return Work(moved_bytes=moved, formula=f"bytes {element} M N + {vectors * narrow} N")
 
 
 FAMILY = Family(
@@ -179,13 +180,14 @@ FAMILY = Family(
     (
         Variant("fastattn", _step(_ours)),
         Variant("eager", _step(_eager)),
-        Variant("compile", _step(_compiled), _compiled_applies, slow=True),
+        Variant("compile", _step(_compiled), cannot_compile, slow=True),
         Variant("liger", _step(_liger), _liger_applies),
         Variant("quack", _step(_quack), _quack_applies),
     ),
     peer="eager",
     reference=_step(_definition),
     allowance=_allowance,
+    work=work,
     observed=_observed,
 )
 

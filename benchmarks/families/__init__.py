@@ -1,0 +1,1 @@
+"""What is measured: five families, each with its cases, its variants and what defines the right result."""

@@ -1,0 +1,188 @@
+"""The family ``attention``: softmax attention over ``[B, H, L, D]``, without projections."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+import fastattn
+from benchmarks.cases import AttentionCase, Mask
+from benchmarks.families import peers
+from benchmarks.families.masks import PAIRS_IN_SYMBOLS, inputs, masks, step, visible_pairs
+from benchmarks.registry import Family, Step, Variant, Work
+from fastattn.ops._call import make_call
+from fastattn.reference import attention as reference
+
+Build = Callable[[AttentionCase, torch.dtype], Step]
+
+
+# ----------------------------------------------------------------------------------------------------------------- ours
+
+
+def _ours(backend: Literal["triton", "torch"] | None = None) -> Build:
+    def build(case: AttentionCase, dtype: torch.dtype) -> Step:
+        words: dict[str, Any] = {"need_weights": case.weights, "backend": backend, **masks(case, dtype)}
+
+        def function(*qkv: Tensor) -> tuple[Tensor, ...]:
+            result = fastattn.attention(*qkv, **words)
+            return result if isinstance(result, tuple) else (result,)
+
+        return step(function, inputs(case, dtype), case)
+
+    return build
+
+
+def _beside_ours(backend: Literal["triton", "torch"]) -> Callable[[AttentionCase], str | None]:
+    """A backend by name has something to show only where ``fastattn`` does not run it anyway."""
+
+    def applies(case: AttentionCase) -> str | None:
+        if backend == "triton" and torch.device(case.device).type == "cpu":
+            return "needs a GPU: on a CPU only Triton's interpreter runs it, which is no measure"
+        alike = dataclasses.replace(case, batch=1, seqlen=8)  # no backend looks at lengths
+        query, key, value, _ = inputs(alike, case.dtype)
+        found = fastattn.explain(query, key, value, **masks(alike, case.dtype))
+        if found.backend == backend:
+            return "is what fastattn runs here"
+        return "; ".join(found.refusals.get(backend, ())) or None
+
+    return applies
+
+
+# ---------------------------------------------------------------------------------------------------------- the formula
+
+
+def _naive(case: AttentionCase, dtype: torch.dtype) -> Step:
+    tensors = inputs(case, dtype)
+    return step(_formula(case, tensors, masks(case, dtype)), tensors, case)
+
+
+def _compiled(case: AttentionCase, dtype: torch.dtype) -> Step:
+    tensors = inputs(case, dtype)
+    return step(peers.compiled(_formula(case, tensors, masks(case, dtype))), tensors, case)
+
+
+def _reference(case: AttentionCase, dtype: torch.dtype) -> Step:
+    """The formula over what :func:`_first_head` leaves."""
+    tensors, arguments = list(_first_head(case, tuple(inputs(case, dtype)))), masks(case, dtype)
+    if not case.weights:
+        for name, tensor in arguments.items():
+            if name == "alibi_slopes":
+                arguments[name] = tensor[:1]
+            elif isinstance(tensor, Tensor) and (name != "attn_mask" or tensor.dim() == 4):
+                arguments[name] = tensor[:, :1] if name == "attn_mask" else tensor[:1]
+    return step(_formula(case, tensors, arguments), tensors, case)
+
+
+def _first_head(case: AttentionCase, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The first head of the first batch entry, whose float64 truth fits where that of all of them would not.
+
+    Averaged weights need every head.
+    """
+    return results if case.weights else tuple(t[:1, :1] for t in results)
+
+
+def _formula(
+    case: AttentionCase, tensors: list[Tensor], arguments: dict[str, Any]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """The definition under these arguments of ``fastattn.attention``, of tensors like these."""
+    call = make_call(*tensors[:3], **arguments)._asdict()
+    for name in ("query", "key", "value", "dropout_p", "weights", "return_lse"):
+        del call[name]
+
+    def function(*qkv: Tensor) -> tuple[Tensor, ...]:
+        result = reference(*qkv, **call)
+        return (result.output, result.weights.mean(dim=1)) if case.weights else (result.output,)
+
+    return function
+
+
+def _compiled_applies(case: AttentionCase) -> str | None:
+    return peers.too_many_scores(case) or peers.cannot_compile(case)
+
+
+# ------------------------------------------------------------------------------------------------------------ the work
+
+
+def flops(case: AttentionCase) -> tuple[float, str]:
+    """``4 D`` operations a head and visible pair, 3.5 times that in training (arXiv:2307.08691), and in symbols."""
+    each = 14 if case.backward else 4
+    pairs = visible_pairs(case)
+    return float(each * case.head_dim * case.heads * pairs), f"{each} D H P, P = {PAIRS_IN_SYMBOLS[case.mask]}"
+
+
+def work(case: AttentionCase, variant: str) -> Work:
+    """:func:`flops`, and each tensor through memory once a pass, which is twice in training.
+
+    Forward ``q, k, v -> o``; backward ``q, k, v, o, do -> dq, dk, dv``. Each pass reads an ``L x L`` mask or bias in
+    the shape it is given in; averaged weights are written once. What is smaller by a factor of L is left out.
+    """
+    operations, in_symbols = flops(case)
+    element, squared = case.dtype.itemsize, case.seqlen**2
+    tensors, passes = (12, 2) if case.backward else (4, 1)
+    moved = tensors * element * case.batch * case.heads * case.seqlen * case.head_dim
+    moved_in_symbols = f"{tensors * element} B H L D"
+    if case.mask in ("boolean", "sparse"):
+        moved += passes * squared
+        moved_in_symbols += " + L^2" if passes == 1 else f" + {passes} L^2"
+    elif case.mask == "bias":
+        moved += passes * element * case.heads * squared
+        moved_in_symbols += f" + {passes * element} H L^2"
+    if case.weights:
+        moved += element * case.batch * squared
+        moved_in_symbols += f" + {element} B L^2"
+    return Work(operations, moved, f"flops {in_symbols}; bytes {moved_in_symbols}")
+
+
+FAMILY = Family(
+    "attention",
+    (
+        Variant("fastattn", _ours()),
+        Variant("fastattn-triton", _ours("triton"), _beside_ours("triton")),
+        Variant("fastattn-torch", _ours("torch"), _beside_ours("torch")),
+        Variant("naive", _naive, peers.too_many_scores),
+        Variant("compile", _compiled, _compiled_applies, slow=True),
+        *peers.VARIANTS,
+    ),
+    peer="sdpa",
+    reference=_reference,
+    comparable=_first_head,
+    work=work,
+)
+
+
+def quick_cases() -> list[AttentionCase]:
+    """Without weights beside SDPA, with them beside the formula."""
+    small, larger = (2, 4, 64, 32), (1, 8, 512, 64)
+    return [
+        AttentionCase("attention", *shape, backward=backward, mask=mask, weights=weights)
+        for shape in (small, larger)
+        for backward in (False, True)
+        for mask, weights in (("causal", False), ("causal", True))
+    ] + [
+        AttentionCase("attention", 1, 8, 512, 64, backward=backward, mask=mask)
+        for backward in (False, True)
+        for mask in ("window", "documents")
+    ]
+
+
+def more_cases() -> list[AttentionCase]:
+    """Every mask at one length, and none or the causal one at a shorter and a longer one: how time grows."""
+
+    def of_length(seqlen: int, mask: Mask, weights: bool, backward: bool) -> AttentionCase:
+        return AttentionCase("attention", 1, 8, seqlen, 64, backward=backward, mask=mask, weights=weights)
+
+    return [
+        of_length(2048, mask, weights, backward)
+        for backward in (False, True)
+        for mask in get_args(Mask)
+        for weights in (False, True)
+    ] + [
+        of_length(seqlen, mask, False, backward)
+        for seqlen in (1024, 4096)
+        for backward in (False, True)
+        for mask in ("none", "causal")
+    ]

@@ -1,0 +1,1 @@
+"""Error, time, memory, ceilings, tiles: one file for each thing that is measured."""

@@ -1,0 +1,302 @@
+"""The measured blocks of README.md and docs: between their marks stands what a committed run says, and nothing else.
+
+<!-- measured: module-ratios from benchmarks/results/cpu/run.json -->
+...
+<!-- end -->
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from benchmarks.reporting.document import (
+    OURS,
+    Document,
+    Result,
+    Spread,
+    by_case,
+    by_family,
+    learned,
+    peer_of,
+    reaches,
+    read_run,
+    sequence_rows,
+    timed_of,
+)
+from benchmarks.reporting.findings import findings
+from benchmarks.reporting.tables import tiles_table
+from benchmarks.reporting.text import Table, as_markdown, number, ratio
+
+ROOT = Path(__file__).parents[2]
+FILES = ("README.md", "docs/performance.md")
+
+_MARK = re.compile(r"^<!-- *(measured\b.*?|end) *-->$", re.MULTILINE)
+_MEASURED = re.compile(r"measured: (\S+) from (\S+)")
+_MISSING = "-"
+
+Block = Callable[[Document], str]
+
+
+def committed_runs(root: Path) -> list[Path]:
+    return sorted(root.glob("benchmarks/results/*/run.json"))
+
+
+def fill(root: Path) -> list[Path]:
+    """Write every block anew; the files that changed.
+
+    Raises:
+        ValueError: a mark, a block's name or its run is wrong; the message says where.
+    """
+    changed = []
+    for name in FILES:
+        text, stale = _filled(root, name)
+        if stale:
+            (root / name).write_text(text)
+            changed.append(root / name)
+    return changed
+
+
+def outdated(root: Path) -> list[str]:
+    """As ``README.md: module-headline``: the blocks that do not say what their run says. Errors as :func:`fill`."""
+    return [f"{name}: {block}" for name in FILES for block in _filled(root, name)[1]]
+
+
+def _filled(root: Path, name: str) -> tuple[str, list[str]]:
+    """The file's text with every block made anew, and the names of those that differ from what stands there."""
+    try:
+        text = (root / name).read_text()
+    except OSError as error:
+        raise ValueError(f"{name}: expected a file with measured blocks; {error}") from error
+    marks = list(_MARK.finditer(text))
+    parts, stale, position = [], [], 0
+    for begin, end in zip(marks[::2], [*marks[1::2], None]):
+        line = f"{name}:{text.count(chr(10), 0, begin.start()) + 1}"
+        if begin[1] == "end":
+            raise ValueError(f"{line}: an end mark without a block")
+        if (asked := _MEASURED.fullmatch(begin[1])) is None:
+            raise ValueError(f"{line}: expected <!-- measured: BLOCK from RUN.json -->, found {begin[0]}")
+        block, run = asked.groups()
+        if end is None or end[1] != "end":
+            raise ValueError(f"{line}: the block {block} has no end mark")
+        made = f"\n\n{_made(root, line, block, run)}\n"
+        parts += [text[position : begin.end()], made]
+        position = end.start()
+        if text[begin.end() : position] != made:
+            stale.append(block)
+    return "".join(parts) + text[position:], stale
+
+
+def _made(root: Path, line: str, name: str, run: str) -> str:
+    if name not in BLOCKS:
+        raise ValueError(f"{line}: no block is called {name}: there are {', '.join(BLOCKS)}")
+    try:
+        return BLOCKS[name](read_run(root / run))
+    except ValueError as error:
+        raise ValueError(f"{line}: {name}: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------- parts of a block
+
+Grid = dict[tuple[str, ...], dict[str, str]]  # by the first cells of a line: its other cells by column
+
+
+def _table(first: tuple[str, ...], grid: Grid, columns: Iterable[str] = ()) -> str:
+    """Markdown; what is missing in a line or column that has anything is a dash, one that has nothing is left out.
+
+    Raises:
+        ValueError: the run has nothing at all for it.
+    """
+    grid = {line: cells for line, cells in grid.items() if any(cells.values())}
+    met = dict.fromkeys(column for cells in grid.values() for column, cell in cells.items() if cell)
+    shown = [column for column in columns or met if column in met]
+    if not shown:
+        raise ValueError("the run has no rows for it")
+    lines = tuple((*line, *(cells.get(column) or _MISSING for column in shown)) for line, cells in grid.items())
+    return as_markdown(Table("", (*first, *shown), lines))
+
+
+def _rows(document: Document, family: str) -> list[Result]:
+    """Timed rows of a family in one dtype, that of most."""
+    rows = timed_of(by_family(document).get(family, []))
+    if not rows:
+        return []
+    dtype = statistics.mode(row["dtype"] for row in rows)
+    return [row for row in rows if row["dtype"] == dtype]
+
+
+def _ours(rows: Iterable[Result]) -> list[Result]:
+    return [row for row in rows if row["variant"] == OURS]
+
+
+def _shape(row: Result) -> str:
+    return f"B{row['batch']} H{row['heads']} L{row['seqlen']} D{row['head_dim']}"
+
+
+def _direction(row: Result) -> str:
+    return "training" if row["backward"] else "evaluation"
+
+
+def _both_ways(cells: Mapping[bool, str]) -> str:
+    """Evaluation / training."""
+    return " / ".join(cells.get(backward) or _MISSING for backward in (False, True)) if cells else ""
+
+
+def _beside(spread: Spread | None, other: str | None) -> str:
+    return f"{ratio(spread)} of {other}" if spread is not None else ""
+
+
+def _mask(row: Result) -> str:
+    return "plain" if row["mask"] == "none" else row["mask"]
+
+
+# -------------------------------------------------------------------------------------------------------------- blocks
+
+
+def run_facts(document: Document) -> str:
+    """One line, without a date: on what, with what, of what."""
+    facts, settings = document["environment"], document["settings"]
+    threads = f"{facts['threads']} thread{'' if facts['threads'] == 1 else 's'}"
+    where = facts.get("gpu") or f"{facts['processor']} of {facts['cores']} cores, {threads}"
+    words = [where, f"torch {facts['torch']}"]
+    words += [f"triton {facts['triton']}"] if facts.get("gpu") and facts.get("triton") else []
+    words.append(f"commit {(facts.get('commit') or 'unknown')[:10]}{' and changes' if facts.get('modified') else ''}")
+    words += [f"{settings['seconds']:g} s a case"]
+    return f"{', '.join(words)}; {len(timed_of(document['results']))} rows timed.\n"
+
+
+def module_ratios(document: Document) -> str:
+    grid: Grid = {}
+    for row in _ours(_rows(document, "module")):
+        cells = grid.setdefault((_shape(row), _direction(row)), {})
+        cells[f"{_mask(row)}{', weights' if row['weights'] else ''}"] = ratio(row["ratio"])
+    masks = ("plain", "padding", "causal")
+    return _table(("shape", "direction"), grid, [*masks, *(f"{mask}, weights" for mask in masks)])
+
+
+def module_headline(document: Document) -> str:
+    """Of each shape the plain cases, without and with averaged weights."""
+    grid: Grid = {}
+    for row in _ours(_rows(document, "module")):
+        if row["mask"] == "none":
+            weights = "averaged weights" if row["weights"] else "no weights"
+            grid.setdefault((f"{_shape(row)}, {weights}",), {})[_direction(row)] = ratio(row["ratio"])
+    return _table(("`nn.MultiheadAttention` -> `fastattn.MultiheadAttention`",), grid, ("evaluation", "training"))
+
+
+def module_memory(document: Document) -> str:
+    """Of the longest plain cases with averaged weights."""
+    rows = [r for r in by_family(document).get("module", []) if r["weights"] and r["mask"] == "none" and r["peak_mib"]]
+    peer, longest = peer_of(by_family(document).get("module", [])), max((row["seqlen"] for row in rows), default=0)
+    grid: Grid = {}
+    for variants in by_case(row for row in rows if row["seqlen"] == longest).values():
+        ours, other = variants.get(OURS), variants.get(peer or "")
+        if ours is None or other is None:
+            continue
+        for name, what in (("peak_mib", "peak of a step"), ("saved_mib", "kept for the backward")):
+            if ours[name] is None or not other[name]:
+                continue
+            cells = grid.setdefault((f"{_shape(ours)}, {_direction(ours)}", what), {})
+            cells |= {f"{OURS}, MiB": number(ours[name]), f"{peer}, MiB": number(other[name])}
+            cells["ratio"] = f"{ours[name] / other[name]:.2f}"
+    return _table(("averaged weights", "memory"), grid)
+
+
+def mask_ratios(document: Document) -> str:
+    """Attention alone at L >= 1024, without weights, beside the fastest other."""
+    grid: Grid = {}
+    for row in _ours(_rows(document, "attention")):
+        if row["seqlen"] >= 1024 and not row["weights"]:
+            cells = grid.setdefault((_mask(row), _shape(row)), {})
+            cells[_direction(row)] = _beside(row["best_ratio"], row["best"])
+    return _table(("mask", "shape"), grid, ("evaluation", "training"))
+
+
+def _by_length(document: Document, value: Callable[[Result], float | None], unit: str) -> str:
+    """A line a variant, a column a length, each evaluation / training."""
+    rows, reach = sequence_rows(document), reaches(document)
+    found: dict[str, dict[int, dict[bool, str]]] = {r["variant"]: {} for r in by_family(document).get("sequence", [])}
+    for row in rows:
+        cells = found[row["variant"]].setdefault(row["seqlen"], {})
+        if (amount := value(row)) is not None:
+            cells[row["backward"]] = number(amount)
+    lengths = sorted({row["seqlen"] for row in rows})
+    grid: Grid = {
+        (f"{name} (reaches {limit} tokens)" if (limit := reach.get(name)) else name,): {
+            f"L = {seqlen}": _both_ways(cells) for seqlen, cells in of_one.items()
+        }
+        for name, of_one in found.items()
+    }
+    text = _table(("variant",), grid, [f"L = {seqlen}" for seqlen in lengths])
+    tokens = {row["batch"] * row["seqlen"] for row in rows}
+    of_all = (
+        f"{min(tokens)} tokens{' or more' if len(tokens) > 1 else ''} of width {rows[0]['heads'] * rows[0]['head_dim']}"
+    )
+    return f"{of_all}, causal, {rows[0]['dtype']}; {unit}, evaluation / training:\n\n{text}"
+
+
+def sequence_times(document: Document) -> str:
+    return _by_length(document, lambda row: row["wall_ms"] and row["wall_ms"]["median"], "milliseconds of a step")
+
+
+def sequence_memory(document: Document) -> str:
+    return _by_length(document, lambda row: row["peak_mib"], "peak MiB of a step")
+
+
+def norm_ratios(document: Document) -> str:
+    """To the peer, and in parentheses the share of the floor."""
+    grid: Grid = {}
+    rows = [row for row in _rows(document, "norm") if not (row["wide_residual"] or row["dropout_p"])]
+    for row in sorted(_ours(rows), key=lambda row: row["size"]):
+        share = "" if row["of_floor"] is None else f" ({row['of_floor']:.2f})"
+        column = f"{row['kind']}, {'backward alone' if row['backward'] else 'forward'}"
+        grid.setdefault((str(row["size"]),), {})[column] = f"{ratio(row['ratio'])}{share}"
+    return _table(("N",), grid)
+
+
+def layer_ratios(document: Document) -> str:
+    grid: Grid = {}
+    for row in _ours(_rows(document, "layer")):
+        grid.setdefault((_shape(row), _mask(row)), {})[_direction(row)] = ratio(row["ratio"])
+    return _table(("shape", "mask"), grid, ("evaluation", "training"))
+
+
+def quality(document: Document) -> str:
+    """Accuracies, and in parentheses after how many steps."""
+    grid: Grid = {}
+    for task, models in learned(document).items():
+        cells = {name: f"{row['accuracy']:.2f} ({row['steps']})" for name, row in models.items()}
+        grid[(task, f"{next(iter(models.values()))['chance']:.2f}")] = cells
+    return _table(("task", "a guess"), grid)
+
+
+def tiles(document: Document) -> str:
+    table = tiles_table(document)
+    if not table.lines:
+        raise ValueError("the run has no tiles")
+    return as_markdown(table)
+
+
+def sentences(document: Document) -> str:
+    found = findings(document)
+    if not found:
+        raise ValueError("the run has nothing to find")
+    return "".join(f"- {sentence}\n" for sentence in found)
+
+
+BLOCKS: dict[str, Block] = {
+    "run-facts": run_facts,
+    "module-ratios": module_ratios,
+    "module-headline": module_headline,
+    "module-memory": module_memory,
+    "mask-ratios": mask_ratios,
+    "sequence-times": sequence_times,
+    "sequence-memory": sequence_memory,
+    "norm-ratios": norm_ratios,
+    "layer-ratios": layer_ratios,
+    "quality": quality,
+    "tiles": tiles,
+    "findings": sentences,
+}

@@ -1,0 +1,235 @@
+"""``python -m benchmarks`` as its user meets it, and the run on a GPU that is made of it."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import fastattn
+from benchmarks import __main__ as command_line
+from benchmarks import gpu, plan
+from benchmarks.matrix import matrix
+from benchmarks.plan import Settings
+from benchmarks.registry import families
+from benchmarks.run import HUNG
+
+ONE = "module-b1-h2-l16-d32-eval-causal-float32"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_code():
+    """What is tested is the suite: Triton's interpreter would take minutes over it."""
+    with fastattn.use_backend("torch"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_list_says_why_a_variant_refuses(capsys):
+    assert command_line.main(["--list", "--quick", "--only", "module-b1-h2-l16-d32-eval-weights"]) == 0
+    output = capsys.readouterr().out.split("\n")
+    assert output[0] == "module-b1-h2-l16-d32-eval-weights-float32"
+    assert "    fastattn" in output
+    assert "    qkv+sdpa  refuses: returns no weights" in output
+
+
+def test_list_has_what_is_learned(capsys):
+    assert command_line.main(["--list", "--quick", "--only", "quality"]) == 0
+    assert "quality: recall 8 pairs, attention" in capsys.readouterr().out
+
+
+def test_unknown_case_is_an_error(capsys):
+    assert command_line.main(["--only", "nothing-like-it"]) == 2
+    assert "nothing-like-it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--device", "tpu"], "'tpu'"),
+        (["--device", "meta"], "expected cpu or cuda"),
+        (["--seconds", "0"], "--seconds"),
+        (["--budget", "-5"], "--budget"),
+        (["--threads", "many"], "positive int"),
+        (["--dtype", "int8"], "--dtype"),
+        (["--resume"], "--out"),
+    ],
+)
+def test_bad_options_are_refused_by_name(capsys, arguments, named):
+    with pytest.raises(SystemExit) as status:
+        command_line.main([*arguments, "--only", ONE])
+    assert status.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a CUDA device")
+def test_device_that_is_not_there_is_an_error(capsys):
+    assert command_line.main(["--device", "cuda"]) == 2
+    assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One case, its JSON and its report."""
+    out = tmp_path_factory.mktemp("run")
+    with fastattn.use_backend("torch"):
+        arguments = ["--quick", "--only", ONE, "--seconds", "0.01", "--out", str(out), "--json", str(out / "more.json")]
+        assert command_line.main(arguments) == 0
+    return out
+
+
+def test_run_writes_its_files(run):
+    document = json.loads((run / "run.json").read_text())
+    assert json.loads((run / "more.json").read_text()) == document
+    assert document["state"] == "complete"
+    assert document["environment"]["threads"] == document["settings"]["threads"] == 1
+    assert {r["case"] for r in document["results"]} == {ONE}
+    assert document["ceilings"]["matmul_tflops"]["float32"] > 0
+    assert ONE in (run / "report.md").read_text()
+    assert ONE in (run / "results.csv").read_text()
+
+
+def test_run_prints_tables_and_where_its_files_are(capsys, tmp_path):
+    arguments = ["--quick", "--only", ONE, "--seconds", "0.01", "--out", str(tmp_path)]
+    assert command_line.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "nn.MultiheadAttention" in printed
+    assert str(tmp_path) in printed.strip().split("\n")[-1]
+
+
+def test_run_without_time_names_what_it_left_out_and_resumes(capsys, tmp_path):
+    arguments = ["--quick", "--only", ONE, "--seconds", "0.01", "--out", str(tmp_path)]
+    assert command_line.main([*arguments, "--budget", "0.001"]) == 0
+    printed = capsys.readouterr().out
+    assert f"left out: ceilings, {ONE}" in printed
+    assert "--resume" in printed
+    assert command_line.main([*arguments, "--budget", "100", "--resume"]) == 0
+    assert {r["case"] for r in json.loads((tmp_path / "run.json").read_text())["results"]} == {ONE}
+
+
+def test_resume_of_nothing_is_an_error(capsys, tmp_path):
+    assert command_line.main(["--quick", "--only", ONE, "--out", str(tmp_path), "--resume"]) == 2
+    assert "run.json" in capsys.readouterr().err
+
+
+def test_ctrl_c_prints_and_writes_what_is_done(capsys, tmp_path, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan, "run_case", interrupt)
+    assert command_line.main(["--quick", "--only", ONE, "--out", str(tmp_path)]) == 130
+    assert f"interrupted: 1 left out: {ONE}" in capsys.readouterr().out
+    document = json.loads((tmp_path / "run.json").read_text())
+    assert (document["state"], document["done"]) == ("interrupted", ["ceilings"])
+
+
+def test_wrong_result_of_ours_fails_the_run_and_a_peers_does_not(capsys, monkeypatch):
+    run_case = plan.run_case
+
+    def spoil(name):
+        def spoiled(*arguments, **options):
+            rows = run_case(*arguments, **options)
+            for row in rows:
+                if row.variant == name:
+                    object.__setattr__(row, "status", "wrong")
+            return rows
+
+        monkeypatch.setattr(plan, "run_case", spoiled)
+        return command_line.main(["--quick", "--only", ONE, "--seconds", "0.01"])
+
+    assert spoil("nn.MultiheadAttention") == 0
+    assert spoil("fastattn") == 1
+    assert f"{ONE}: fastattn: wrong" in capsys.readouterr().err
+
+
+def test_dtype_and_seed_are_the_cases_own_unless_given():
+    own = plan.entries(Settings(quick=True))
+    assert {case.dtype for case, _ in own} == {torch.float32, torch.bfloat16}
+    given = plan.entries(Settings(quick=True, dtype="float64", seed=3))
+    assert {(case.dtype, case.seed) for case, _ in given} == {(torch.float64, 3)}
+
+
+def test_quick_run_leaves_slow_variants_out():
+    slow = {v.name for family in families().values() for v in family.variants if v.slow}
+    assert slow
+    quick = {name for _, names in plan.entries(Settings(quick=True)) for name in names}
+    assert not any(v.slow and v.name in quick for f in families().values() for v in f.variants)
+    assert slow <= {name for _, names in plan.entries(Settings(quick=False)) for name in names}
+
+
+def test_every_family_begins_early():
+    """A budget that holds a tenth of a run has something of each."""
+    found = plan.jobs(Settings(quick=True))
+    assert found[0].key == "ceilings"
+    early = {job.kind for job in found[: len(found) // 5]}
+    assert {*families(), "quality"} <= early | {"layer"}  # six cases: the first comes at a twelfth
+    assert len({job.key for job in found}) == len(found)
+
+
+# ---------------------------------------------------------------------------------------------------------------- GPU
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_matrix_is_consistent(quick):
+    cases = matrix(quick=quick)
+    assert len({case.name for case, _ in cases}) == len(cases)
+    for case, names in cases:
+        assert set(names) <= {variant.name for variant in families()[case.family].variants}
+        assert case.device == "cuda"
+
+
+def test_matrix_has_every_family():
+    assert {case.family for case, _ in matrix()} == set(families())
+
+
+def test_gpu_dry_run_writes_every_case(capfd, tmp_path):
+    assert gpu.main(["--dry-run", "--out", str(tmp_path)]) == 0
+    document = json.loads((tmp_path / "run.json").read_text())
+    assert document["state"] == "complete"
+    assert document["results"]
+    assert all(r["status"] in ("ok", "refused") for r in document["results"])
+    assert document["results"][0]["case"] in capfd.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")
+def test_gpu_without_a_gpu_writes_nothing(capsys, tmp_path):
+    assert gpu.main(["--out", str(tmp_path / "out")]) == 2
+    assert "no GPU" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_gpu_run_that_hangs_goes_on_in_another_process(tmp_path):
+    """Twice the watchdog ends the process; each of its successors is told to resume."""
+    log = tmp_path / "log"
+    code = f"""
+import sys
+log = open({str(log)!r}, "a+")
+log.write(" ".join(sys.argv[1:]) + "\\n")
+log.seek(0)
+sys.exit({HUNG} if len(log.readlines()) < 3 else 0)
+"""
+    status = gpu.supervise([sys.executable, "-c", code, "--out", "there"], end=time.monotonic() + 60)
+    assert status == 0
+    assert log.read_text().splitlines() == ["--out there", "--out there --resume", "--out there --resume"]
+
+
+def test_gpu_run_gives_up_at_its_end(monkeypatch):
+    now, asked = [0.0], []
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+
+    def run(command, **options):
+        asked.append(options["timeout"])
+        now[0] += 40.0
+        return subprocess.CompletedProcess(command, HUNG)
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    assert gpu.supervise(["never"], end=100.0) == HUNG
+    assert asked == [130.0, 90.0, 50.0]
