@@ -107,7 +107,7 @@ def _of_case(case: Case, names: tuple[str, ...], settings: Settings) -> Job:
 
     # Checking takes about as long as timing; compiling some seconds more
     slow = sum(v.slow for v in families()[case.family].variants if v.name in names and v.applies(case) is None)
-    return Job(case.name, case.family, 0.4 + 1.5 * settings.seconds + 10.0 * slow, work)
+    return Job(case.name, case.family, 0.4 + 1.5 * settings.seconds + 6.0 * slow, work)
 
 
 def _tiles(settings: Settings) -> list[Job]:

@@ -138,7 +138,7 @@ def test_norm_peers_say_why_they_refuse(monkeypatch):
 
 def test_norm_sizes_reach_from_64_to_262144():
     sizes = {case.size for case in all_cases() if isinstance(case, NormCase)}
-    assert sizes >= {2**power for power in range(6, 19)} | {769, 4097}
+    assert sizes >= {4**power for power in range(3, 10)} | {769, 4097}
 
 
 def test_norm_row_holds_rate_and_share_of_the_floor():
