@@ -11,6 +11,7 @@ python -m benchmarks report RUN.json             a run as Markdown, CSV and pict
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -32,4 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read has what it wanted, as `head` does; no verdict is known of the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    sys.exit(status)

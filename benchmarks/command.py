@@ -16,7 +16,7 @@ from benchmarks.environment import environment, load
 from benchmarks.measure.timing import keep_freed_memory
 from benchmarks.plan import Settings, entries, jobs
 from benchmarks.registry import families
-from benchmarks.reporting.document import OURS, write_run
+from benchmarks.reporting.document import FAILED, OURS, write_run
 from benchmarks.reporting.findings import findings
 from benchmarks.reporting.tables import all_tables
 from benchmarks.reporting.text import show
@@ -25,6 +25,7 @@ from benchmarks.run import carry_out, new_document, resumed
 # Of a quick run, which has to end within three minutes even on a busy machine that has to be set up first.
 _QUICK_BUDGET = 115.0
 _INTERRUPTED = 130  # as a shell has it
+_LARGEST = 10_000_000  # seconds, or threads: more than a clock or a timer takes
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,7 +37,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="the short set of cases")
     parser.add_argument("--list", action="store_true", help="print the cases and their variants, and why one refuses")
     parser.add_argument(
-        "--only", metavar="TEXT", default="", help="cases whose name contains TEXT: module, l1024, quality, ..."
+        "--only",
+        metavar="TEXT",
+        default="",
+        help="a family, or cases with TEXT in their name: norm, l1024, quality",
     )
     parser.add_argument("--device", type=_device, default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument(
@@ -58,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="for a variant (default: 20 quick, else 60)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of inputs and weights (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of inputs and weights (default: 0)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the run to FILE")
     parser.add_argument("--out", metavar="DIR", type=Path, help="write run.json there, as it grows, and its report")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
@@ -68,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 def _positive(kind: type[int] | type[float]) -> Any:
     def parse(text: str) -> float:
         value = kind(text)
-        if not value > 0:
+        if not 0 < value <= _LARGEST:
             raise ValueError
         return value
 
@@ -76,14 +80,21 @@ def _positive(kind: type[int] | type[float]) -> Any:
     return parse
 
 
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 to {2**31 - 1}")
+    return value
+
+
 def _device(text: str) -> str:
-    """A device that torch knows and that is there."""
+    """A device of a kind that there are cases for."""
     try:
         kind = torch.device(text).type
     except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device: expected cpu or cuda") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is no device: expected cpu, cuda or cuda:0, ...") from error
     if kind not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected cpu or cuda")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected cpu, cuda or cuda:0, ...")
     return text
 
 
@@ -103,13 +114,14 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _list(settings: Settings) -> None:
+    can_ask = settings.on_cpu or torch.cuda.is_available()
     for case, names in entries(settings):
         print(case.name)
         for name in names:
-            reason = families()[case.family].variant(name).applies(case)
+            reason = families()[case.family].variant(name).applies(case) if can_ask else None
             print(f"    {name}" + (f"  refuses: {reason}" if reason else ""))
     for job in jobs(settings):
-        if job.kind == "quality":
+        if job.kind in ("quality", "tiles"):
             print(job.key)
 
 
@@ -119,22 +131,52 @@ def _print(document: dict[str, Any]) -> None:
     print()
     for sentence in findings(document):
         print(sentence)
+    for key, reason in document["failed"].items():
+        print(f"{key} broke down: {reason}")
     if left_out := document["left_out"]:
         why = "interrupted" if document["state"] == "interrupted" else "no time left"
         print(f"\n{why}: {len(left_out)} left out: {', '.join(left_out)}")
-    print(f"\n{len(document['results'])} rows in {document['seconds']:.0f} s, load {load():.1f}")
+    counts = f"{len(document['done'])} jobs, {len(document['results'])} rows"
+    print(f"\n{counts} in {document['seconds']:.0f} s, load {load():.1f}")
 
 
-def _write(options: argparse.Namespace, document: dict[str, Any]) -> None:
-    """The run's files, as far as they are asked for; the last lines say where they are."""
+def _prepare(options: argparse.Namespace) -> Path | None:
+    """Where the run is written as it grows. What is asked for is tried before it is measured.
+
+    An unfinished run that lies there is kept beside it.
+
+    Raises:
+        ValueError: a path is of no use; the message names it.
+    """
+    if options.json and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
+        raise ValueError(f"--json {options.json}: expected a file in a folder that is there")
+    if not options.out:
+        return None
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {options.out}: expected a folder, or a place for one; {error}") from error
+    path = options.out / "run.json"
+    if path.exists() and not options.resume:
+        old = path.with_name("run.json.old")
+        path.replace(old)
+        print(f"the run that lay in {options.out} is now {old}", file=sys.stderr)
+    return path
+
+
+def _write(options: argparse.Namespace, document: dict[str, Any]) -> list[str]:
+    """The run's files, as far as they are asked for; where they are."""
+    said = []
     if options.json:
         write_run(options.json, document)
-        print(f"written to {options.json}")
+        said.append(f"written to {options.json}")
     if options.out:
         from benchmarks.reporting.report import report
 
         files = report(options.out / "run.json", options.out)
-        print(f"written to {options.out}: run.json, {', '.join(f.name for f in files if f.suffix != '.png')}")
+        pictures = f" and {sum(f.suffix == '.svg' for f in files)} pictures" if len(files) > 2 else ""
+        said.append(f"written to {options.out}: run.json, report.md, results.csv{pictures}")
+    return said
 
 
 def _again(arguments: list[str]) -> str:
@@ -153,9 +195,6 @@ def main(arguments: list[str]) -> int:
     if options.resume and not options.out:
         parser.error("--resume: needs --out DIR, where the run to go on with lies")
     settings = _settings(options)
-    if not settings.on_cpu and not torch.cuda.is_available():
-        print(f"--device {options.device}: torch sees no CUDA device", file=sys.stderr)
-        return 2
     todo = jobs(settings)
     if not todo:
         print(f"no case contains {options.only!r}; --list shows them", file=sys.stderr)
@@ -163,30 +202,41 @@ def main(arguments: list[str]) -> int:
     if options.list:
         _list(settings)
         return 0
-    if settings.on_cpu:
+    if not settings.on_cpu:
+        index = torch.device(settings.device).index or 0
+        if index >= torch.cuda.device_count():
+            print(
+                f"--device {options.device}: torch sees {torch.cuda.device_count() or 'no'} CUDA device",
+                file=sys.stderr,
+            )
+            return 2
+        torch.cuda.set_device(index)
+    else:
         torch.set_num_threads(settings.threads)
         keep_freed_memory()
     gc.freeze()  # what is imported stays: to look through it after each variant took a third of a quick run
 
-    facts, path = environment(), options.out / "run.json" if options.out else None
+    facts = environment()
     document = new_document(dataclasses.asdict(settings), facts)
-    if options.resume and path is not None:
-        try:
+    try:
+        path = _prepare(options)
+        if options.resume and path is not None:
             document = resumed(path, dataclasses.asdict(settings), facts)
-        except ValueError as error:
-            print(error, file=sys.stderr)
-            return 2
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     if settings.on_cpu and load() > (facts["cores"] or 1):
         print("the machine is busy: rows that others disturbed are marked; trust their cpu ratio")
     carry_out(todo, document, path, budget=settings.budget, watch=None if settings.on_cpu else 1.5 * settings.timeout)
+    said = _write(options, document)
     _print(document)
-    _write(options, document)
+    print("\n".join(said))
     if document["left_out"] and options.out:
         print(f"what was left out: {_again(arguments)}")
     if document["state"] == "interrupted":
         return _INTERRUPTED
-    failed = [r for r in document["results"] if r["variant"] == OURS and r["status"] not in ("ok", "refused")]
+    failed = [r for r in document["results"] if r["variant"] == OURS and r["status"] in FAILED]
     for row in failed:
         print(f"{row['case']}: {OURS}: {row['status']}: {row['reason']}", file=sys.stderr)
-    return 1 if failed else 0
+    return 1 if failed or document["failed"] else 0

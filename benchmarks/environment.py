@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -17,6 +18,15 @@ def _first_line(*command: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return run.stdout.strip().split("\n")[0] if run.returncode == 0 else None
+
+
+def _changes() -> str | bool:
+    """A mark of what differs from the commit; False where nothing does."""
+    try:
+        run = subprocess.run(["git", "diff", "HEAD"], cwd=Path(__file__).parent, capture_output=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return hashlib.sha1(run.stdout).hexdigest()[:10] if run.returncode == 0 and run.stdout else False
 
 
 def _triton_version() -> str | None:
@@ -52,12 +62,12 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load": load(),
         "commit": _first_line("git", "rev-parse", "HEAD"),
-        "modified": bool(_first_line("git", "status", "--porcelain", "--untracked-files=no")),
+        "modified": _changes(),
         "backend": os.environ.get("FASTATTN_BACKEND", "auto"),
         "interpreted": os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"),
     }
     if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         facts |= {
             "gpu": properties.name,
             "gpu_memory_gib": round(properties.total_memory / 2**30, 1),

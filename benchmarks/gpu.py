@@ -9,7 +9,9 @@ written), 1 where a test failed or this package was wrong, else 0.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -52,35 +54,49 @@ def run_parity(out: Path, seconds: float) -> dict[str, Any]:
         pass
     started, log = time.monotonic(), out / "parity.log"
     with log.open("w") as stream:
-        try:
-            status = subprocess.run(
-                command, cwd=_ROOT, env=_environ(), stdout=stream, stderr=subprocess.STDOUT, timeout=seconds
-            ).returncode
-            verdict = "passed" if status == 0 else f"failed (pytest's exit status {status})"
-        except subprocess.TimeoutExpired:
-            verdict = f"not done after {seconds:.0f} s"
+        status = _run(command, seconds, stdout=stream, stderr=subprocess.STDOUT)
+    if status is None:
+        verdict = f"not done after {seconds:.0f} s"
+    else:
+        verdict = "passed" if status == 0 else f"failed (pytest's exit status {status})"
     last = (log.read_text(errors="replace").strip().split("\n") or [""])[-1]
     return {"verdict": verdict, "last_line": last, "seconds": round(time.monotonic() - started, 1)}
+
+
+def _run(command: list[str], seconds: float, **streams: Any) -> int | None:
+    """A process's exit status; None: it took longer, and was ended with all that it had begun.
+
+    A worker that hangs would keep its hold on the GPU while others are timed.
+    """
+    process = subprocess.Popen(command, cwd=_ROOT, env=_environ(), start_new_session=True, **streams)
+    try:
+        return process.wait(timeout=max(1.0, seconds))
+    except subprocess.TimeoutExpired:
+        return None
+    except KeyboardInterrupt:  # it has a session of its own: pass it on, for what is done to be written
+        process.send_signal(signal.SIGINT)
+        return process.wait(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def supervise(command: list[str], *, end: float) -> int:
     """Run the command, and again with ``--resume`` as long as it ends because the GPU gave no answer.
 
     Args:
-        command: whose last process's exit status is returned.
+        command: whose last process's exit status is returned; it is told its ``--budget``.
         end: on the monotonic clock, when to give up.
     """
-    status = HUNG
     more: list[str] = []
-    while status == HUNG and time.monotonic() < end:
-        # The run keeps its budget itself; a process that outlives it by this much is beyond Ctrl-C
-        try:
-            left = max(1.0, end + 30 - time.monotonic())
-            status = subprocess.run([*command, *more], cwd=_ROOT, env=_environ(), timeout=left).returncode
-        except subprocess.TimeoutExpired:
-            return HUNG
+    while (left := end - time.monotonic()) > 0:
+        # The run keeps its budget itself; a process that outlives it by this much is beyond help
+        status = _run([*command, "--budget", f"{max(left, 1.0):.0f}", *more], left + 30.0)
+        if status != HUNG:
+            return HUNG if status is None else status
         more = ["--resume"]
-    return status
+    return HUNG
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -101,21 +117,11 @@ def main(arguments: list[str] | None = None) -> int:
         parity = run_parity(options.out, PARITY_SECONDS)
         print(f"parity {parity['verdict']} in {parity['seconds']} s: {parity['last_line']}", flush=True)
 
-    left = TOTAL_SECONDS - (time.monotonic() - started)
-    chosen = _DRY if options.dry_run else ["--device", "cuda", "--only", options.only, "--timeout", str(CASE_SECONDS)]
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks",
-        *chosen,
-        "--budget",
-        f"{left:.0f}",
-        "--out",
-        str(options.out.resolve()),
-    ]
-    status = supervise(command, end=started + TOTAL_SECONDS)
-
     run = options.out / "run.json"
+    run.unlink(missing_ok=True)  # of an earlier time: what is shown below is of this one
+    chosen = _DRY if options.dry_run else ["--device", "cuda", "--only", options.only, "--timeout", str(CASE_SECONDS)]
+    command = [sys.executable, "-m", "benchmarks", *chosen, "--out", str(options.out.resolve())]
+    status = supervise(command, end=started + TOTAL_SECONDS)
     if not run.exists():
         print(f"the benchmarks wrote nothing: exit status {status}", file=sys.stderr)
         return 1

@@ -8,11 +8,13 @@ from typing import Any, get_args
 import torch
 
 from benchmarks.cases import AttentionCase, Case, Kind, Mask
+from benchmarks.families import sequence
 from benchmarks.families.norm import of_elements
 
 # Compiling takes longer than everything else of a case: FlexAttention and torch.compile stand where they are asked for.
 _FAST = (
     "fastattn",
+    "sdpa",
     "sdpa-flash",
     "sdpa-efficient",
     "sdpa-cudnn",
@@ -84,5 +86,8 @@ def matrix(*, quick: bool = False) -> list[tuple[Case, tuple[str, ...]]]:
         for head_dim in (128, 64):
             add(seqlen, head_dim, "none", *_FAST)
             add(seqlen, head_dim, "causal", *_FAST)
+    ways = tuple(v.name for v in sequence.FAMILY.variants)
+    for seqlen in (128, 1024, 2048, 8192, 16384):
+        add_layers("sequence", max(1, 4096 // seqlen), seqlen, *ways, mask="causal")
     entries = list(cases.items())
     return entries[:_QUICK] if quick else entries

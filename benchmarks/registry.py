@@ -27,6 +27,10 @@ def _no_allowance(case: Case, result: Tensor) -> float:
     return 0.0
 
 
+def _always(case: Case) -> bool:
+    return True
+
+
 class Refused(Exception):
     """Raised by a build or a first step: the variant cannot take the case after all; the message says why."""
 
@@ -59,12 +63,15 @@ class Variant(Generic[C]):
         build: makes the step that is checked and timed, for a case, in a dtype (float64 where it is its own truth).
         applies: None, or why it cannot take the case.
         slow: it takes seconds to build, and so has no place in a quick run.
+        definition: of what this variant computes, where the family has no reference that all share; else it is held
+            against itself in float64.
     """
 
     name: str
     build: Callable[[C, torch.dtype], Step]
     applies: Callable[[C], str | None] = _accepts
     slow: bool = False
+    definition: Callable[[C, torch.dtype], Step] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +85,8 @@ class Family(Generic[C]):
         comparable: what of a variant's results the reference has; it may leave some out, so that long truths fit.
         allowance: relative error that a result may have beside its budget, since its sums are long.
         work: what a variant's step has to do at least; where all compute the same, it is the same for all.
+        replays: whether the steps of a case may be captured as CUDA graphs; one that goes back through an older graph
+            may not.
         observed: of a case that draws numbers itself: the definition with those that a variant's results show.
     """
 
@@ -89,6 +98,7 @@ class Family(Generic[C]):
     allowance: Callable[[C, Tensor], float] = _no_allowance
     work: Callable[[C, str], Work] = _no_work
     observed: Callable[[C, tuple[Tensor, ...]], Callable[[C, torch.dtype], Step]] | None = None
+    replays: Callable[[C], bool] = _always
 
     def variant(self, name: str) -> Variant[C]:
         return next(v for v in self.variants if v.name == name)

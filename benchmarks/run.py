@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -17,12 +18,13 @@ from typing import Any
 
 from benchmarks.progress import Progress
 from benchmarks.reporting.document import SCHEMA, read_run, write_run
+from benchmarks.runner import DeviceLost
 
 # What a process whose GPU gives no answer ends with: it is to be started again, with --resume.
 HUNG = 75
 
 # In a resumed run the first figures stand beside the last: these have to be alike.
-_SAME = ("torch", "triton", "processor", "gpu", "threads", "backend", "interpreted", "commit")
+_SAME = ("torch", "triton", "processor", "gpu", "threads", "backend", "interpreted", "commit", "modified")
 
 Tell = Callable[[str, str], None]
 
@@ -56,6 +58,7 @@ def new_document(settings: dict[str, Any], environment: dict[str, Any]) -> dict[
         "done": [],
         "left_out": [],
         "hung": {},
+        "failed": {},
         "ceilings": {},
         "results": [],
         "tiles": [],
@@ -103,14 +106,14 @@ def carry_out(
         jobs: in the order of their worth: what the budget does not reach is left out, and named.
         document: grows; its state says in the end what became of the run.
         path: of its file, written after each job; None: nothing is written.
-        budget: seconds for the whole run, those before a resumption included.
+        budget: seconds from now on.
         watch: seconds without a sign of life after which the process is ended, with :data:`HUNG`; the file then says
             what hung. None: nobody watches.
     """
-    begun = time.monotonic() - document["seconds"]
+    begun, before = time.monotonic(), document["seconds"]
 
     def save() -> None:
-        document["seconds"] = time.monotonic() - begun
+        document["seconds"] = before + time.monotonic() - begun
         if path is not None:
             write_run(path, document)
 
@@ -133,8 +136,13 @@ def carry_out(
                 else:
                     tell = functools.partial(_tell, progress, watchdog, job.key)
                     tell("", "")
-                    _merge(document, job.work(document, hung, tell))
-                    document["done"].append(job.key)
+                    try:
+                        document.update(_with(document, job, job.work(document, hung, tell)))
+                    except DeviceLost as lost:
+                        bitten(job.key, str(lost))
+                        raise SystemExit(HUNG) from lost
+                    except Exception as error:  # a job that breaks down takes no other along
+                        document["failed"][job.key] = f"{type(error).__name__}: {error}"
                     expected, done = expected + job.seconds, done + time.monotonic() - started
                     save()
                 progress.advance(job.seconds)
@@ -154,12 +162,13 @@ def _tell(progress: Progress, watchdog: Watchdog | None, job: str, part: str, do
         watchdog.expect(job, part)
 
 
-def _merge(document: dict[str, Any], more: dict[str, Any]) -> None:
+def _with(document: dict[str, Any], job: Job, more: dict[str, Any]) -> dict[str, Any]:
+    """What changes in a document by a job that is done: all at once, or Ctrl-C could come between."""
+    changed: dict[str, Any] = {"done": [*document["done"], job.key]}
     for name, value in more.items():
-        if isinstance(value, list):
-            document[name].extend(value)
-        else:
-            document[name].update(value)
+        changed[name] = [*document[name], *value] if isinstance(value, list) else document[name] | value
+    failed = {key: reason for key, reason in document["failed"].items() if key != job.key}
+    return changed | {"failed": failed}
 
 
 class Watchdog:
@@ -183,5 +192,10 @@ class Watchdog:
             try:
                 sign = self._signs.get(timeout=self._seconds)
             except queue.Empty:
-                self._on_bite(*sign)
-                os._exit(HUNG)
+                try:
+                    print(
+                        f"\n{': '.join(filter(None, sign))}: no sign of life for {self._seconds:.0f} s", file=sys.stderr
+                    )
+                    self._on_bite(*sign)
+                finally:
+                    os._exit(HUNG)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import math
+import re
 import signal
 import threading
 from collections.abc import Callable, Collection, Iterator
@@ -19,13 +21,15 @@ from benchmarks.measure.memory import peak_mib, saved_tensors
 from benchmarks.measure.timing import Timing, TooSlow, time_on_cpu, time_on_cuda
 from benchmarks.registry import Family, Refused, Step, Variant, Work
 
-Status = Literal["ok", "refused", "wrong", "out of memory", "timed out", "error"]
+Status = Literal["ok", "refused", "wrong", "out of memory", "timed out", "error", "unchecked"]
 
 NO_WORK = Work()  # of a row that was not timed
 
-# Told which variant is at work, "*" for all of them in turn, and what is done with it.
-Show = Callable[[str, str], None]
-ALL = "*"
+Show = Callable[[str, str], None]  # told which variant is at work, and what is done with it
+
+
+class DeviceLost(Exception):
+    """After this variant the GPU takes no more work from this process."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +67,13 @@ class Row:
         def rate(amount: float | None) -> float | None:  # in units of 10^12 a second
             return amount / median / 1e9 if amount is not None and median else None
 
-        return {
+        row = {
             "case": self.case.name,
-            **{field.name: _plain(getattr(self.case, field.name)) for field in dataclasses.fields(self.case)},
+            **{field.name: getattr(self.case, field.name) for field in dataclasses.fields(self.case)},
             "variant": self.variant,
             "status": self.status,
             "reason": self.reason,
-            "error": self.accuracy and self.accuracy.error,
+            "error": _finite(self.accuracy.error if self.accuracy else None),
             "error_budget": self.accuracy and self.accuracy.budget,
             **timing,
             **dataclasses.asdict(self.work),
@@ -81,13 +85,24 @@ class Row:
             "peak_mib": self.peak_mib,
             "saved_mib": self.saved_mib,
         }
+        return _plain(row)
 
 
 _TIMES = [field.name for field in dataclasses.fields(Timing)]
 
 
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN; the reason says that it was one."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def _plain(value: Any) -> Any:
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+    """What JSON has words for; numbers to six digits, more than any stopwatch gives."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def run_case(
@@ -119,32 +134,34 @@ def run_case(
         with deadline(limit):
             gate = Gate(family, case)
     except Exception as error:
-        status, reason = _explained(error)
-        return [Row(case, v.name, status, f"no float64 truth: {reason}") for v in variants]
+        reason = f"no float64 truth: {': '.join(_explained(error))}"
+        return [Row(case, v.name, "unchecked", reason) for v in variants]
 
+    on_cuda = torch.device(case.device).type == "cuda"
     for variant in variants:
         show(variant.name, "checking")
-        if (reason := variant.applies(case)) is not None:
-            rows[variant.name] = Row(case, variant.name, "refused", reason)
-        elif variant.name in hung or ALL in hung:
+        if variant.name in hung:
             rows[variant.name] = Row(case, variant.name, "timed out", "gave no sign of life: its process was ended")
+            continue
+        try:
+            if (reason := variant.applies(case)) is not None:
+                raise Refused(reason)
+            with deadline(limit):
+                rows[variant.name], step = _checked(family, case, variant, gate)
+        except Exception as error:
+            rows[variant.name] = Row(case, variant.name, *_explained(error))
+            if on_cuda and not isinstance(error, Refused):
+                _still_there(variant.name)
         else:
-            try:
-                with deadline(limit):
-                    rows[variant.name], step = _checked(family, case, variant, gate)
-            except Exception as error:
-                rows[variant.name] = Row(case, variant.name, *_explained(error))
-            else:
-                if rows[variant.name].status == "ok":
-                    steps[variant.name] = step
-            if torch.device(case.device).type == "cuda":
-                _release_cuda()
+            if rows[variant.name].status == "ok":
+                steps[variant.name] = step
+        if on_cuda:
+            _release_cuda()
     del gate
     gc.collect()
 
     if steps:
-        show(ALL, "timing")
-        rows |= _timed(family, case, steps, rows, seconds, limit)
+        rows |= _timed(family, case, steps, rows, seconds, limit, show)
     return list(rows.values())
 
 
@@ -160,7 +177,7 @@ def _checked(family: Family, case: Case, variant: Variant, gate: Gate) -> tuple[
 
 def _saved_mib(case: Case, variant: Variant) -> float | None:
     """By a step of its own: a graph that is made under these hooks calls them each time that it is gone through."""
-    if not case.backward:
+    if not case.backward or (variant.slow and torch.device(case.device).type == "cuda"):  # it would compile again
         return None
     with saved_tensors() as saved:
         variant.build(case, case.dtype)()
@@ -168,20 +185,22 @@ def _saved_mib(case: Case, variant: Variant) -> float | None:
 
 
 def _timed(
-    family: Family, case: Case, steps: dict[str, Step], rows: dict[str, Row], seconds: float, limit: float
+    family: Family, case: Case, steps: dict[str, Step], rows: dict[str, Row], seconds: float, limit: float, show: Show
 ) -> dict[str, Row]:
     """The rows of the steps with their times."""
-    time_steps = time_on_cuda if torch.device(case.device).type == "cuda" else time_on_cpu
-    same = family.reference is not None
-    try:
-        timings = time_steps(steps, family.peer, seconds=seconds, same=same, limit=limit)
-    except Exception as error:
-        status, reason = _explained(error)
-        return {name: dataclasses.replace(rows[name], status=status, reason=reason) for name in steps}
+    options: dict[str, Any] = {"seconds": seconds, "same": family.reference is not None, "limit": limit}
+    options["turn"] = lambda name: show(name, "timing")
+    if torch.device(case.device).type == "cuda":
+        timings = time_on_cuda(steps, family.peer, replays=family.replays(case), **options)
+    else:
+        timings = time_on_cpu(steps, family.peer, **options)
     timed = {}
     for name, timing in timings.items():
         if isinstance(timing, TooSlow):
             timed[name] = dataclasses.replace(rows[name], status="timed out", reason=timing.reason)
+        elif isinstance(timing, Exception):
+            status, reason = _explained(timing)
+            timed[name] = dataclasses.replace(rows[name], status=status, reason=reason)
         else:
             timed[name] = dataclasses.replace(rows[name], timing=timing)
     return timed
@@ -210,15 +229,33 @@ def deadline(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _explained(error: Exception) -> tuple[Status, str]:
-    text = str(error).strip().split("\n")[0][:300]
+_NO_MEMORY = re.compile("out of memory|allocate memory|ALLOC_FAILED")
+
+
+def _explained(error: BaseException) -> tuple[Status, str]:
+    """What became of a variant, by the innermost of errors that wrap one another, and its first words."""
+    while (inner := getattr(error, "inner_exception", None) or error.__cause__) is not None:
+        error = inner
+    text = " ".join(str(error).split())[:300]
     if isinstance(error, Refused):
         return "refused", text
     if isinstance(error, TimeoutError):
         return "timed out", text
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _NO_MEMORY.search(str(error)):
         return "out of memory", text
     return "error", f"{type(error).__name__}: {text}"
+
+
+def _still_there(variant: str) -> None:
+    """An illegal access is the last thing that a process's GPU does: all that comes after would fail for it.
+
+    Raises:
+        DeviceLost: it is so.
+    """
+    try:
+        torch.cuda.synchronize()
+    except Exception as error:
+        raise DeviceLost(variant) from error
 
 
 def _release_cuda() -> None:

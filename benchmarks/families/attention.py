@@ -66,23 +66,25 @@ def _compiled(case: AttentionCase, dtype: torch.dtype) -> Step:
 
 
 def _reference(case: AttentionCase, dtype: torch.dtype) -> Step:
-    """The formula over what :func:`_first_head` leaves."""
-    tensors, arguments = list(_first_head(case, tuple(inputs(case, dtype)))), masks(case, dtype)
+    """The formula over what :func:`_ends` leaves."""
+    tensors, arguments = list(_ends(case, tuple(inputs(case, dtype)))), masks(case, dtype)
     if not case.weights:
         for name, tensor in arguments.items():
-            if name == "alibi_slopes":
-                arguments[name] = tensor[:1]
-            elif isinstance(tensor, Tensor) and (name != "attn_mask" or tensor.dim() == 4):
-                arguments[name] = tensor[:, :1] if name == "attn_mask" else tensor[:1]
+            if name == "alibi_slopes":  # [H]: of one head for each of the two entries
+                arguments[name] = tensor[[0, -1], None]
+            elif name == "attn_mask" and tensor.dim() == 4:
+                arguments[name] = tensor.expand(case.batch, case.heads, -1, -1)[[0, -1], [0, -1]].unsqueeze(1)
+            elif isinstance(tensor, Tensor) and name != "attn_mask":  # [B, S]
+                arguments[name] = tensor[[0, -1]]
     return step(_formula(case, tensors, arguments), tensors, case)
 
 
-def _first_head(case: AttentionCase, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The first head of the first batch entry, whose float64 truth fits where that of all of them would not.
+def _ends(case: AttentionCase, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The first head of the first batch entry and the last one of the last: where offsets begin and where they end.
 
-    Averaged weights need every head.
+    Their float64 truth fits where that of all of them would not. Averaged weights need every head.
     """
-    return results if case.weights else tuple(t[:1, :1] for t in results)
+    return results if case.weights else tuple(t[[0, -1], [0, -1]].unsqueeze(1) for t in results)
 
 
 def _formula(
@@ -149,7 +151,7 @@ FAMILY = Family(
     ),
     peer="sdpa",
     reference=_reference,
-    comparable=_first_head,
+    comparable=_ends,
     work=work,
 )
 

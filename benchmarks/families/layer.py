@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fastattn
 from benchmarks.cases import AttentionCase
-from benchmarks.families.module import work_of
+from benchmarks.families.module import allowance, work_of
 from benchmarks.families.peers import cannot_compile, compiled
 from benchmarks.registry import Family, Step, Variant, differentiated
 
@@ -67,6 +67,7 @@ FAMILY = Family(
     ),
     peer="nn.TransformerEncoderLayer",
     reference=_step(nn.TransformerEncoderLayer, training=True),  # never torch's fused inference
+    allowance=allowance,
     work=work_of(8 + 16),  # the projections, and a feed-forward four times as wide
 )
 

@@ -123,6 +123,16 @@ def work_of(products: int) -> Callable[[AttentionCase, str], Work]:
     return work
 
 
+def allowance(case: AttentionCase, result: Tensor) -> float:
+    """A bias's gradient sums the tokens; where one after the other, its errors are a random walk.
+
+    Of n terms of one size, the k-th partial sum is as large as sqrt(k) of them, and rounding it loses eps / sqrt(12) of
+    that: sqrt(n / 24) eps of the sum in the end.
+    """
+    eps = torch.finfo(torch.promote_types(case.dtype, torch.float32)).eps  # 16 bits are summed in float32
+    return eps * (case.batch * case.seqlen / 24) ** 0.5 if result.dim() == 1 else 0.0
+
+
 FAMILY = Family(
     "module",
     (
@@ -133,12 +143,8 @@ FAMILY = Family(
     ),
     peer="nn.MultiheadAttention",
     reference=_by_hand(_attend_naively),
+    allowance=allowance,
     work=work_of(8),
-)
-
-# The acceptance criterion: averaged weights at this size in at most half of nn.MultiheadAttention's memory.
-MEMORY_CASES = tuple(
-    AttentionCase("module", 1, 8, 2048, 64, backward=backward, weights=True) for backward in (False, True)
 )
 
 

@@ -16,7 +16,7 @@ from torch._functorch import config as functorch
 
 import fastattn
 from benchmarks.cases import Kind, NormCase
-from benchmarks.families.peers import cannot_compile, compiled, not_at_hand
+from benchmarks.families.peers import cannot_compile, compiled, imported, not_at_hand
 from benchmarks.registry import Family, Step, Variant, Work, differentiated
 from fastattn.reference import add_norm
 
@@ -78,6 +78,9 @@ def _observed(case: NormCase, results: tuple[Tensor, ...]) -> Callable[[NormCase
     keep = results[1] != _inputs(case, case.dtype)[1]
     if case.backward:  # a small element changes no large residual, and a gradient may be zero: seldom both at once
         keep |= results[2] != 0
+    share, expected = keep.double().mean().item(), 1 - case.dropout_p
+    if abs(share - expected) > 5 * (expected * case.dropout_p / keep.numel()) ** 0.5 + 5e-3:  # those that 16 bits hide
+        raise ValueError(f"dropout keeps {share:.4f} of the elements, where {expected:g} was asked for")
     return _step(functools.partial(_definition, keep=keep))
 
 
@@ -113,8 +116,7 @@ def _compiled(case: NormCase) -> Norm:
 
 
 def _liger(case: NormCase) -> Norm:
-    from liger_kernel.transformers import functional as liger  # type: ignore[import-not-found]
-
+    liger = imported("liger_kernel.transformers.functional", "liger-kernel")
     if case.kind == "rms":
         # "gemma" is what the others compute too: one rounding, at the end
         return functools.partial(liger.liger_fused_add_rms_norm, eps=_EPS, casting_mode="gemma", in_place=False)
@@ -137,7 +139,7 @@ def _liger_applies(case: NormCase) -> str | None:
 
 
 def _quack(case: NormCase) -> Norm:
-    from quack import rmsnorm  # type: ignore[import-not-found]
+    rmsnorm = imported("quack", "quack-kernels").rmsnorm
 
     def norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return rmsnorm(x, weight, residual=residual, eps=_EPS, prenorm=True)
@@ -189,6 +191,7 @@ FAMILY = Family(
     allowance=_allowance,
     work=work,
     observed=_observed,
+    replays=lambda case: not case.backward,
 )
 
 

@@ -50,7 +50,10 @@ def counts() -> list[dict[str, Any]]:
     interpret = "0" if torch.cuda.is_available() else "1"
     environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": interpret}
     command = [sys.executable, "-m", "benchmarks.measure.tiles"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    try:
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"tiles could not be counted: {error}") from error
     if result.returncode:
         raise RuntimeError(f"tiles could not be counted: {result.stderr.strip()[-300:]}")
     return json.loads(result.stdout)

@@ -13,13 +13,18 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from benchmarks.measure.spread import Spread
 
 Step = Callable[[], object]
+S = TypeVar("S")
+
+
+def _nobody(name: str) -> None:
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +34,14 @@ class Timing:
     Attributes:
         wall_ms: by the wall clock (CPU) or by events with a cold L2 (CUDA).
         process_ms: processor time of all threads; None on CUDA.
-        ratio: over the peer's, each pair measured back to back; None for the peer.
+        ratio: over the peer's, pair by pair: the two of a round; None for the peer.
         process_ratio: the same in processor time, which contention disturbs least; None on CUDA.
-        best: the fastest of the other variants, where all compute the same.
+        best: the fastest of the other variants, where all compute the same; other forms of this one are none.
         best_ratio: over that one's, pair by pair.
         rounds: how many samples these are.
         waited: the share of the wall time in which the process had no core; only of one thread on a CPU.
         others: cores that other processes kept busy meanwhile; None on CUDA and where the system does not say.
-        contended: others disturbed the measurement, see :func:`is_contended`.
+        contended: others disturbed the measurement, see :func:`is_contended`; never said of CUDA.
         warm_ms: CUDA: right after another such step, what fits into the L2 being there.
         graph_ms: CUDA: as ``wall_ms``, replayed as a CUDA graph; of small steps that can be captured.
         host_ms: CUDA: the host's time to launch it on an idle GPU.
@@ -116,8 +121,28 @@ def _ratio(samples: Samples, name: str, other: str | None) -> Spread | None:
 
 
 def _best_other(samples: Samples, name: str) -> str | None:
-    medians = {other: statistics.median(of_other) for other, of_other in samples.items() if other != name}
-    return min(medians, key=lambda other: medians[other], default=None)
+    """The fastest of those that are not another form of the same, as ``a-b`` is of ``a``."""
+    others = [o for o in samples if o != name and not o.startswith(f"{name}-") and not name.startswith(f"{o}-")]
+    return min(others, key=lambda other: statistics.median(samples[other]), default=None)
+
+
+def _take_turns(
+    names: Iterator[list[str]], sample: Callable[[str], S], turn: Callable[[str], None]
+) -> tuple[dict[str, list[S]], dict[str, Exception]]:
+    """Samples of each variant, round by round. One that fails has no more turns, and takes nobody along."""
+    samples: dict[str, list[S]] = {}
+    failures: dict[str, Exception] = {}
+    for of_round in names:
+        for name in of_round:
+            if name in failures:
+                continue
+            turn(name)
+            try:
+                samples.setdefault(name, []).append(sample(name))
+            except Exception as error:
+                failures[name] = error
+                samples.pop(name, None)
+    return samples, failures
 
 
 # ----------------------------------------------------------------------------------------------------------- contention
@@ -192,7 +217,8 @@ def time_on_cpu(
     same: bool = True,
     limit: float = math.inf,
     minimum_rounds: int = 6,
-) -> dict[str, Timing | TooSlow]:
+    turn: Callable[[str], None] = _nobody,
+) -> dict[str, Timing | TooSlow | Exception]:
     """Time the steps in turn, round after round, so that what disturbs one disturbs all.
 
     Args:
@@ -202,22 +228,24 @@ def time_on_cpu(
         same: they compute the same, so that one of them is the best.
         limit: seconds that the fewest rounds of a step may take; one that takes longer is left out.
         minimum_rounds: even where that takes longer than ``seconds``; six are the fewest that bound a median.
+        turn: is told whose turn it is.
+    Returns:
+        For each variant its times, or why there are none: it is too slow, or it failed.
     """
     repeats: dict[str, int] = {}
     slow: dict[str, TooSlow] = {}
     for name, step in steps.items():
+        turn(name)
         once = _sample(step, 1).wall / 1e3
         if (refusal := _too_slow(once, minimum_rounds, limit)) is not None:
             slow[name] = refusal
             continue
         once = min(once, _sample(step, 1).wall / 1e3)
         repeats[name] = max(1, round(_SAMPLE_SECONDS / max(once, 1e-7)))
-    samples: dict[str, list[_CpuSample]] = {name: [] for name in repeats}
     with without_collection():
         neighbours = Neighbours()
-        for names in _rounds(list(repeats), seconds=seconds, minimum=minimum_rounds):
-            for name in names:
-                samples[name].append(_sample(steps[name], repeats[name]))
+        rounds = _rounds(list(repeats), seconds=seconds, minimum=minimum_rounds)
+        samples, failures = _take_turns(rounds, lambda name: _sample(steps[name], repeats[name]), turn)
         others = neighbours.cores()
 
     wall = {name: [sample.wall for sample in of_step] for name, of_step in samples.items()}
@@ -241,7 +269,7 @@ def time_on_cpu(
             contended=is_contended(waited, others),
         )
 
-    return {name: slow[name] if name in slow else timing(name) for name in steps}
+    return {name: slow.get(name) or failures.get(name) or timing(name) for name in steps}
 
 
 # ----------------------------------------------------------------------------------------------------------------- CUDA
@@ -269,39 +297,43 @@ def time_on_cuda(
     same: bool = True,
     limit: float = math.inf,
     minimum_rounds: int = 6,
-) -> dict[str, Timing | TooSlow]:
+    turn: Callable[[str], None] = _nobody,
+    replays: bool = True,
+) -> dict[str, Timing | TooSlow | Exception]:
     """As :func:`time_on_cpu`, by CUDA events, each step with its inputs out of the L2 cache.
 
-    The GPU waits before each step, so that what is measured is its work and not the host's launching.
+    The GPU waits before each step, so that what is measured is its work and not the host's launching; of a step that
+    takes the host more than 50 ms to launch, that shows all the same. ``replays``: small steps may be captured.
     """
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
     head_starts: dict[str, float] = {}
     slow: dict[str, TooSlow] = {}
     for name, step in steps.items():
+        turn(name)
         host, once = _by_host(step)
         if (refusal := _too_slow(once, len(_CudaSample._fields) * minimum_rounds, limit)) is not None:
             slow[name] = refusal
             continue
         least, most = _HEAD_START_SECONDS
         head_starts[name] = min(max(least, 2.0 * host), most)
-    samples: dict[str, list[_CudaSample]] = {name: [] for name in head_starts}
     rounds = _rounds(list(head_starts), seconds=seconds, minimum=minimum_rounds, maximum=_MOST_ROUNDS)
+
+    def sample(name: str) -> _CudaSample:
+        step, head_start = steps[name], head_starts[name]
+        host = 1e3 * _by_host(step)[0]
+        return _CudaSample(host, _by_events(step, head_start, flush), _by_events(step, head_start))
+
     with without_collection():
-        for names in rounds:
-            for name in names:
-                step, head_start = steps[name], head_starts[name]
-                host = 1e3 * _by_host(step)[0]
-                samples[name].append(
-                    _CudaSample(host, _by_events(step, head_start, flush), _by_events(step, head_start))
-                )
+        samples, failures = _take_turns(rounds, sample, turn)
 
     cold = {name: [sample.cold for sample in of_step] for name, of_step in samples.items()}
 
     def timing(name: str) -> Timing:
         best = _best_other(cold, name) if same else None
-        replays = None
-        if statistics.median(cold[name]) < _GRAPH_MS:
-            replays = _by_replays(steps[name], len(cold[name]), flush)
+        replayed = None
+        if replays and statistics.median(cold[name]) < _GRAPH_MS:
+            turn(name)
+            replayed = _by_replays(steps[name], len(cold[name]), flush)
         return Timing(
             wall_ms=Spread.of(cold[name]),
             process_ms=None,
@@ -311,11 +343,11 @@ def time_on_cuda(
             best_ratio=_ratio(cold, name, best),
             rounds=len(cold[name]),
             warm_ms=Spread.of([sample.warm for sample in samples[name]]),
-            graph_ms=None if replays is None else Spread.of(replays),
+            graph_ms=None if replayed is None else Spread.of(replayed),
             host_ms=Spread.of([sample.host for sample in samples[name]]),
         )
 
-    return {name: slow[name] if name in slow else timing(name) for name in steps}
+    return {name: slow.get(name) or failures.get(name) or timing(name) for name in steps}
 
 
 def _by_host(step: Step) -> tuple[float, float]:
@@ -344,7 +376,12 @@ def _by_events(step: Step, head_start: float, flush: torch.Tensor | None = None)
 def _by_replays(step: Step, rounds: int, flush: torch.Tensor) -> list[float] | None:
     """Milliseconds of as many replays of the step as a CUDA graph; None where it cannot be captured."""
     graph = _captured(step)
-    return None if graph is None else [_by_events(graph.replay, _HEAD_START_SECONDS[0], flush) for _ in range(rounds)]
+    if graph is None:
+        return None
+    try:
+        return [_by_events(graph.replay, _HEAD_START_SECONDS[0], flush) for _ in range(rounds)]
+    except Exception:
+        return None
 
 
 def _captured(step: Step) -> torch.cuda.CUDAGraph | None:

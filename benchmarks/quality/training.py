@@ -59,8 +59,8 @@ class Curve:
             "parameters": self.parameters,
             "steps": last.step,
             "seconds": last.seconds,
-            "accuracy": last.accuracy,
-            "curve": {f.name: [getattr(s, f.name) for s in self.samples] for f in dataclasses.fields(Sample)},
+            "accuracy": round(last.accuracy, 5),
+            "curve": {f.name: [round(getattr(s, f.name), 5) for s in self.samples] for f in dataclasses.fields(Sample)},
         }
 
 

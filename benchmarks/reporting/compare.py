@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks.measure.spread import Spread
-from benchmarks.reporting.document import Document, Result, read_run
+from benchmarks.reporting.document import FAILED, OURS, Document, Result, read_run
 from benchmarks.reporting.text import Table, show
 
 Verdict = Literal["same", "faster", "slower", "machine"]
@@ -27,8 +27,8 @@ THRESHOLD = 0.05
 # hence the three rounds that do not count.
 _ROUNDS, _SPENT = 20, 3
 _PAGES = 1.0  # MiB: on a CPU a peak is counted in pages, and the allocator keeps some of them
-_FAILED = ("wrong", "error", "out of memory", "timed out")
-_FACTS = ("torch", "triton", "processor", "gpu", "cuda", "cores", "threads", "backend", "interpreted")
+_MEMORY_NOISE = 10.0  # MiB by which the same step may differ on a CPU
+_FACTS = ("torch", "triton", "processor", "gpu", "cuda", "cores", "threads", "backend", "interpreted", "driver")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,13 +131,28 @@ class Comparison:
 
     @property
     def failures(self) -> list[Key]:
-        """What began to fail; what fails in both runs is no change."""
-        new = {**{key: b for key, (_, b) in self.statuses.items()}, **self.appeared}
-        return [key for key, row in new.items() if row.status in _FAILED]
+        """Of ours, what began to fail, and what had a time in A and is refused, unchecked or missing in B.
+
+        What fails in both runs is no change, and what peers do is theirs.
+        """
+        new = {key: b.status in FAILED for key, b in self.appeared.items()}
+        new |= {key: b.status in FAILED or a.wall is not None for key, (a, b) in self.statuses.items()}
+        new |= {key: a.wall is not None for key, a in self.disappeared.items()}
+        return [key for key, failed in new.items() if failed and is_ours(key)]
+
+    @property
+    def grown(self) -> list[Key]:
+        """Of ours, whose peak memory is larger by more than a quarter, and by more than what the measurement misses."""
+        return [key for key, (a, b) in self.memory.items() if is_ours(key) and b > max(1.25 * a, a + _MEMORY_NOISE)]
 
     @property
     def regressed(self) -> bool:
-        return bool(self.failures) or any(change.verdict == "slower" for change in self.changes)
+        slower = any(change.verdict == "slower" and is_ours((change.case, change.variant)) for change in self.changes)
+        return bool(self.failures or self.grown) or slower
+
+
+def is_ours(key: Key) -> bool:
+    return key[1] == OURS or key[1].startswith(f"{OURS}-")
 
 
 def compare(a: Path, b: Path, *, threshold: float = THRESHOLD) -> Comparison:
@@ -148,11 +163,13 @@ def compare(a: Path, b: Path, *, threshold: float = THRESHOLD) -> Comparison:
         b: the run after.
         threshold: by which share a median has to move to count.
     Raises:
-        ValueError: one of them is no run of this schema.
+        ValueError: one of them is no run of this schema, or they have no row in common.
     """
     documents = read_run(a), read_run(b)
     before, after = (_measured(document) for document in documents)
     common = [key for key in after if key in before]
+    if not common:
+        raise ValueError(f"{a} and {b} have no case and variant in common: there is nothing to compare")
     return Comparison(
         changes=_changes(before, after, threshold),
         statuses={k: (before[k], after[k]) for k in common if before[k].status != after[k].status},
@@ -191,6 +208,13 @@ def _warnings(a: Document, b: Document) -> list[str]:
         for name in _FACTS
         if facts[0].get(name) != facts[1].get(name)
     ]
+    for name in ("seed", "seconds"):
+        asked = a["settings"].get(name), b["settings"].get(name)
+        if asked[0] != asked[1]:
+            warnings.append(f"--{name}: {asked[0]} in A, {asked[1]} in B")
+    for name, run in (("A", a), ("B", b)):
+        if run["state"] != "complete" or run["left_out"]:
+            warnings.append(f"{name} is {run['state']}, {len(run['left_out'])} jobs left out")
     for name in ("device", "dtype"):
         sets = [", ".join(sorted({str(row[name]) for row in run["results"] if name in row})) for run in (a, b)]
         if sets[0] != sets[1]:
@@ -233,13 +257,16 @@ def _print(comparison: Comparison, threshold: float) -> None:
 
     verdicts = [change.verdict for change in comparison.changes]
     counts = [f"{verdicts.count(name)} {name}" for name in ("slower", "faster", "machine", "same")]
-    print(f"\n{', '.join(counts)}, {len(comparison.failures)} began to fail")
+    print(
+        f"\n{', '.join(counts)}, {len(comparison.failures)} of {OURS} began to fail or are missing, "
+        f"{len(comparison.grown)} take more memory"
+    )
     if 4 * verdicts.count("machine") > len(verdicts):
         print("the machine was not the same: measure both again, one right after the other, before you trust a verdict")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; its exit status is 1 where something is slower or began to fail, 2 where a file is no run."""
+    """The command line; its exit status is 1 where something of ours is worse, 2 where there is nothing to compare."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks compare",
         description="What became slower, faster or wrong from run A to run B. 'machine': the peer, measured beside it, "
@@ -255,7 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"of a median that has to move to count (default: {THRESHOLD})",
     )
     options = parser.parse_args(arguments)
-    if options.threshold < 0:
+    if not options.threshold >= 0:  # NaN is neither
         parser.error(f"--threshold {options.threshold}: expected a share, 0 or more")
     try:
         comparison = compare(options.a, options.b, threshold=options.threshold)

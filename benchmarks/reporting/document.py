@@ -14,6 +14,7 @@ from typing import Any
 
 SCHEMA = 3
 OURS = "fastattn"
+FAILED = ("wrong", "error", "out of memory", "timed out")  # "unchecked" says nothing of the variant
 EQUIVARIANCE = "equivariance"  # the task of the rows of quality that nobody was trained for
 TIE = 0.02  # accuracies nearer than this are no difference: two standard errors of the smallest held-out set
 
@@ -22,7 +23,9 @@ Result = dict[str, Any]  # one variant on one case
 Spread = dict[str, float]  # median, p20, p80, and low to high: the 95 % confidence interval of the median
 
 _NEEDED = {"case", "family", "variant", "status", "reason", "wall_ms", "ratio", "best", "best_ratio", "rounds"}
-_NEEDED |= {"contended", "peak_mib"}
+_NEEDED |= {"contended", "others", "peak_mib"}
+_PARTS = {"state", "settings", "environment", "ceilings", "results", "left_out", "seconds"}
+_OF_SPREAD = {"median", "p20", "p80", "low", "high"}
 
 # The ways to process a sequence, by what the name of a variant or of a model holds.
 _WAYS = {
@@ -47,9 +50,16 @@ def read_run(path: Path) -> Document:
         raise ValueError(f"{expected}; it has no schema")
     if document["schema"] != SCHEMA:
         raise ValueError(f"{expected}; it has schema {document['schema']}: run it again")
-    results = document.get("results")
-    if not isinstance(results, list) or not all(isinstance(row, dict) and set(row) >= _NEEDED for row in results):
+    if missing := sorted(_PARTS - set(document)):
+        raise ValueError(f"{expected}; it has no {', '.join(missing)}")
+    rows = document["results"]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and set(row) >= _NEEDED for row in rows):
         raise ValueError(f"{expected}; its results are not rows with {', '.join(sorted(_NEEDED))}")
+    for row in rows:
+        for name in ("wall_ms", "ratio", "best_ratio"):
+            spread = row[name]
+            if spread is not None and not (isinstance(spread, dict) and set(spread) >= _OF_SPREAD):
+                raise ValueError(f"{expected}; {name} of {row['case']}, {row['variant']} is no spread: {spread!r}")
     return document
 
 

@@ -7,6 +7,7 @@ import itertools
 from collections import Counter
 
 from benchmarks.reporting.document import (
+    FAILED,
     OURS,
     TIE,
     Document,
@@ -35,7 +36,7 @@ def findings(document: Document) -> list[str]:
 
 
 def _failures(document: Document) -> list[str]:
-    failed = [r for r in document["results"] if r["variant"] == OURS and r["status"] not in ("ok", "refused")]
+    failed = [r for r in document["results"] if r["variant"] == OURS and r["status"] in FAILED]
     return [f"{OURS} failed: {row['status']} in {row['case']}." for row in failed]
 
 
@@ -137,14 +138,17 @@ def _learning(document: Document) -> list[str]:
         sentence += f" {'learns' if len(winners) == 1 else 'learn'} it best, to an accuracy of {best:.2f}"
         sentence += f", the others to {span(losers)}" if losers else ""
         sentences.append(sentence + f"; a guess has {next(iter(models.values()))['chance']:.2f}.")
+    if sentences:
+        sentences[-1] += " Each was trained once, from one seed."
     return sentences
 
 
 def _contention(document: Document) -> list[str]:
     watched = [row for row in timed_of(document["results"]) if row["others"] is not None]
-    disturbed = sum(row["contended"] for row in watched)
     if not watched:
         return []
-    if not disturbed:
-        return [f"Other processes disturbed none of the {len(watched)} timed rows."]
-    return [f"Other processes disturbed {disturbed} of the {len(watched)} timed rows: trust their cpu ratio."]
+    disturbed = sum(row["contended"] for row in watched)
+    most = max(row["others"] for row in watched)
+    count = f"{disturbed} of the {len(watched)} timed rows" if disturbed else f"None of the {len(watched)} timed rows"
+    advice = ": trust their cpu ratio" if disturbed else ""
+    return [f"{count} waited for a core{advice}; other processes kept up to {most:.1f} cores busy beside them."]

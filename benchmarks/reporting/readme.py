@@ -50,13 +50,11 @@ def fill(root: Path) -> list[Path]:
     Raises:
         ValueError: a mark, a block's name or its run is wrong; the message says where.
     """
-    changed = []
-    for name in FILES:
-        text, stale = _filled(root, name)
-        if stale:
-            (root / name).write_text(text)
-            changed.append(root / name)
-    return changed
+    filled = {root / name: _filled(root, name) for name in FILES}  # all or none, should a mark be wrong
+    changed = {path: text for path, (text, stale) in filled.items() if stale}
+    for path, text in changed.items():
+        path.write_text(text)
+    return list(changed)
 
 
 def outdated(root: Path) -> list[str]:
@@ -205,12 +203,16 @@ def module_memory(document: Document) -> str:
 
 
 def mask_ratios(document: Document) -> str:
-    """Attention alone at L >= 1024, without weights, beside the fastest other."""
+    """Attention alone at L >= 1024, without weights, beside the fastest other and, where that is not it, the peer."""
     grid: Grid = {}
+    peer = peer_of(by_family(document).get("attention", []))
     for row in _ours(_rows(document, "attention")):
         if row["seqlen"] >= 1024 and not row["weights"]:
             cells = grid.setdefault((_mask(row), _shape(row)), {})
-            cells[_direction(row)] = _beside(row["best_ratio"], row["best"])
+            beside = {row["best"]: row["best_ratio"], peer: row["ratio"]}
+            cells[_direction(row)] = "; ".join(
+                filter(None, (_beside(spread, other) for other, spread in beside.items()))
+            )
     return _table(("mask", "shape"), grid, ("evaluation", "training"))
 
 

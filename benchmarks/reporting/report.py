@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 _HOW_TO_READ = """\
 Bold is the fastest of a case. In brackets stand, behind a time, its 20th and 80th percentile, and behind a ratio the
-95 % interval of its median; ratios are of times measured one right after the other, and below 1 a row is faster than
-what it is held against. `of floor` is the time that the ceilings allow over the time taken; `error/budget` is against
+95 % interval of its median; ratios are of two times of the same round, and below 1 a row is faster than what it is held
+against. `of floor` is the time that the ceilings allow over the time taken; `error/budget` is against
 float64. `results.csv` has every row with every figure.
 """
 _UNFINISHED = {

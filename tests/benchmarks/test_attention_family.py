@@ -212,15 +212,36 @@ def test_cases_show_how_time_grows(backward):
         assert applies(dataclasses.replace(lengths["none"][4096], device="cuda")) is None or name == "compile"
 
 
-def test_reference_is_of_the_first_head_alone():
-    """A long truth fits; averaged weights take every head."""
-    case = dataclasses.replace(CASE, mask="bias", backward=True)
+@pytest.mark.parametrize("mask", get_args(Mask))
+def test_reference_is_of_the_first_and_the_last_head(mask):
+    """A long truth fits, and offsets are seen where they begin and where they end; averaged weights take every head."""
+    case = dataclasses.replace(CASE, mask=mask, backward=True)
     every = attention.FAMILY.variant("naive").build(case, torch.float64)()
-    for first, whole in zip(_reference(attention.FAMILY)(case, torch.float64)(), every, strict=True):
-        torch.testing.assert_close(first, whole[:1, :1])
+    for ends, whole in zip(_reference(attention.FAMILY)(case, torch.float64)(), every, strict=True):
+        torch.testing.assert_close(ends[0, 0], whole[0, 0])
+        torch.testing.assert_close(ends[1, 0], whole[-1, -1])
     results = _reference(attention.FAMILY)(dataclasses.replace(case, weights=True), torch.float64)()
     assert results[0].shape == every[0].shape
     assert results[1].shape == (3, 37, 37)
+
+
+@pytest.mark.parametrize("where", [(1, 0, 3, 2), (0, 0, 36, 0), (2, 1, 0, 5)], ids=str)
+def test_gate_stops_nan_and_a_wrong_row(where):
+    """NaN anywhere, also in heads that nothing else is compared of; and one row of thousands."""
+    right = attention.FAMILY.variant("fastattn")
+    step = right.build(CASE, CASE.dtype)
+    (out,) = step()
+    spoiled = out.clone()
+    spoiled[where] = float("nan")
+    gate = Gate(attention.FAMILY, CASE)
+    assert not gate.check(lambda: (spoiled,), right).passed
+    long = AttentionCase("attention", 1, 1, 2048, 8, dtype=torch.bfloat16)
+    step = right.build(long, long.dtype)
+    (out,) = step()
+    gate = Gate(attention.FAMILY, long)
+    assert gate.check(lambda: (out,), right).passed
+    out[0, 0, 1000] = 0
+    assert not gate.check(lambda: (out,), right).passed
 
 
 @pytest.mark.parametrize("wrong", range(4), ids=["out", "dq", "dk", "dv"])

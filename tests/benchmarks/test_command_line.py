@@ -1,9 +1,12 @@
 """``python -m benchmarks`` as its user meets it, and the run on a GPU that is made of it."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,7 +58,11 @@ def test_unknown_case_is_an_error(capsys):
     ("arguments", "named"),
     [
         (["--device", "tpu"], "'tpu'"),
-        (["--device", "meta"], "expected cpu or cuda"),
+        (["--device", "meta"], "expected cpu, cuda"),
+        (["--seconds", "inf"], "--seconds"),
+        (["--timeout", "nan"], "--timeout"),
+        (["--seed", "-1"], "--seed"),
+        (["--seed", "99999999999999999999"], "expected 0 to"),
         (["--seconds", "0"], "--seconds"),
         (["--budget", "-5"], "--budget"),
         (["--threads", "many"], "positive int"),
@@ -118,6 +125,51 @@ def test_run_without_time_names_what_it_left_out_and_resumes(capsys, tmp_path):
 def test_resume_of_nothing_is_an_error(capsys, tmp_path):
     assert command_line.main(["--quick", "--only", ONE, "--out", str(tmp_path), "--resume"]) == 2
     assert "run.json" in capsys.readouterr().err
+
+
+def test_run_that_lies_there_is_kept(capsys, tmp_path):
+    (tmp_path / "run.json").write_text("precious")
+    arguments = ["--quick", "--only", ONE, "--seconds", "0.01", "--out", str(tmp_path)]
+    assert command_line.main(arguments) == 0
+    assert (tmp_path / "run.json.old").read_text() == "precious"
+    assert "run.json.old" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--json", "--out"])
+def test_paths_of_no_use_are_refused_before_anything_is_measured(capsys, tmp_path, option):
+    path = tmp_path if option == "--json" else tmp_path / "file"
+    (tmp_path / "file").write_text("")
+    assert command_line.main(["--quick", "--only", ONE, option, str(path)]) == 2
+    captured = capsys.readouterr()
+    assert f"{option} {path}: expected" in captured.err
+    assert "ceilings" not in captured.out
+
+
+def test_family_by_its_name_is_that_family_alone():
+    assert {case.family for case, _ in plan.entries(Settings(quick=True, only="layer"))} == {"layer"}
+    assert {job.kind for job in plan.jobs(Settings(quick=True, only="attention"))} == {"ceilings", "attention"}
+
+
+def test_what_breaks_down_takes_no_other_along(capsys, tmp_path, monkeypatch):
+    def broken(*arguments, **options):
+        raise ZeroDivisionError("of nought")
+
+    monkeypatch.setattr(plan, "ceilings", broken)
+    arguments = ["--quick", "--only", ONE, "--seconds", "0.01", "--out", str(tmp_path)]
+    assert command_line.main(arguments) == 1
+    assert "ceilings broke down: ZeroDivisionError: of nought" in capsys.readouterr().out
+    document = json.loads((tmp_path / "run.json").read_text())
+    assert {r["case"] for r in document["results"]} == {ONE}
+    assert {r["of_floor"] for r in document["results"]} == {None}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes are POSIX's")
+def test_reader_that_has_enough_is_no_error():
+    command = f"{sys.executable} -m benchmarks --list --quick | head -1"
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(gpu._ROOT), str(gpu._ROOT / "kernels")])}
+    found = subprocess.run(command, shell=True, cwd=gpu._ROOT, env=environ, capture_output=True, text=True)
+    assert found.stdout.startswith("sequence-")
+    assert "Traceback" not in found.stderr
 
 
 def test_ctrl_c_prints_and_writes_what_is_done(capsys, tmp_path, monkeypatch):
@@ -218,18 +270,42 @@ sys.exit({HUNG} if len(log.readlines()) < 3 else 0)
 """
     status = gpu.supervise([sys.executable, "-c", code, "--out", "there"], end=time.monotonic() + 60)
     assert status == 0
-    assert log.read_text().splitlines() == ["--out there", "--out there --resume", "--out there --resume"]
+    lines = [re.sub("--budget [0-9]+", "--budget N", line) for line in log.read_text().splitlines()]
+    assert lines == ["--out there --budget N", *["--out there --budget N --resume"] * 2]
 
 
 def test_gpu_run_gives_up_at_its_end(monkeypatch):
     now, asked = [0.0], []
     monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
 
-    def run(command, **options):
-        asked.append(options["timeout"])
+    def run(command, seconds):
+        asked.append((command, seconds))
         now[0] += 40.0
-        return subprocess.CompletedProcess(command, HUNG)
+        return HUNG
 
-    monkeypatch.setattr(gpu.subprocess, "run", run)
+    monkeypatch.setattr(gpu, "_run", run)
     assert gpu.supervise(["never"], end=100.0) == HUNG
-    assert asked == [130.0, 90.0, 50.0]
+    assert asked == [
+        (["never", "--budget", "100"], 130.0),
+        (["never", "--budget", "60", "--resume"], 90.0),
+        (["never", "--budget", "20", "--resume"], 50.0),
+    ]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sessions are POSIX's")
+def test_gpu_process_that_takes_too_long_is_ended_with_its_children(tmp_path):
+    code = f"""
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+open({str(tmp_path / "child")!r}, "w").write(str(child.pid))
+time.sleep(60)
+"""
+    assert gpu._run([sys.executable, "-c", code], 2.0) is None
+    child = int((tmp_path / "child").read_text())
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and Path(f"/proc/{child}").exists():
+        if "State:\tZ" in Path(f"/proc/{child}/status").read_text():
+            break
+        time.sleep(0.05)
+    else:
+        assert not Path(f"/proc/{child}").exists()

@@ -33,6 +33,7 @@ def row(variant, wall, ratio=None, **more):
         "best_ratio": None,
         "rounds": len(wall) or None,
         "contended": False,
+        "others": 0.0,
         "peak_mib": None,
         **more,
     }
@@ -57,7 +58,8 @@ def write(tmp_path):
     def write(name, rows, **environment):
         path = tmp_path / f"{name}.json"
         facts = {"torch": "2.13.0", "threads": 1, **environment}
-        path.write_text(json.dumps({"schema": 3, "environment": facts, "results": rows}))
+        rest = {"state": "complete", "settings": {"seed": 0}, "ceilings": {}, "left_out": [], "seconds": 1.0}
+        path.write_text(json.dumps({"schema": 3, "environment": facts, "results": rows, **rest}))
         return path
 
     return write
@@ -132,7 +134,10 @@ def test_compare_threshold_is_respected(write):
 def test_compare_same_run_exits_0(write, capsys):
     path = write("a", draw(random.Random(7)))
     assert main([str(path), str(path)]) == 0
-    assert "0 slower, 0 faster, 0 machine, 2 same, 0 began to fail" in capsys.readouterr().out
+    assert (
+        "0 slower, 0 faster, 0 machine, 2 same, 0 of fastattn began to fail or are missing, 0 take more memory"
+        in capsys.readouterr().out
+    )
 
 
 def test_compare_slower_exits_1(write, capsys):
@@ -163,8 +168,33 @@ def test_compare_rows_that_come_and_go_are_listed(write, capsys):
     output = capsys.readouterr().out
     assert output.index("only in A") < output.index(PEER, output.index("only in A")) < output.index("only in B")
     assert "not installed" in output
-    new_and_wrong = write("c", [*rows, row("quack", [], status="wrong")])
+    new_and_wrong = write("c", [*rows, row("fastattn-torch", [], status="wrong")])
     assert main([str(a), str(new_and_wrong)]) == 1
+
+
+@pytest.mark.parametrize("becomes", ["refused", "unchecked", "missing"])
+def test_compare_ours_without_a_time_exits_1(write, becomes):
+    """What is not measured has not become faster."""
+    rows = draw(random.Random(10))
+    rest = [] if becomes == "missing" else [row("fastattn", [], status=becomes, reason="its reason")]
+    a, b = write("a", rows), write("b", [*rest, rows[1]])
+    assert main([str(a), str(b)]) == 1
+    assert main([str(b), str(a)]) == 0
+
+
+@pytest.mark.parametrize("status", ["wrong", "slower"])
+def test_compare_what_peers_do_is_theirs(write, status):
+    rows = draw(random.Random(10))
+    peer = row(PEER, [], status="wrong") if status == "wrong" else row(PEER, [50.0] * 20)
+    assert main([str(write("a", rows)), str(write("b", [rows[0], peer]))]) == 0
+
+
+def test_compare_runs_with_nothing_in_common_exit_2(write, capsys):
+    rows = draw(random.Random(10))
+    others = [{**r, "case": "another"} for r in rows]
+    assert main([str(write("a", rows)), str(write("b", others))]) == 2
+    assert main([str(write("a", rows)), str(write("b", []))]) == 2
+    assert "nothing to compare" in capsys.readouterr().err
 
 
 def test_compare_shows_the_memory_that_moved(write, capsys):
@@ -173,10 +203,19 @@ def test_compare_shows_the_memory_that_moved(write, capsys):
     a, b = ([row(name, [1.0] * 20, peak_mib=pair[i]) for name, pair in peaks.items()] for i in (0, 1))
     a, b = write("a", a), write("b", b)
     assert compare(a, b).memory == {(CASE, name): pair for name, pair in peaks.items()}
-    assert main([str(a), str(b)]) == 0
+    assert main([str(a), str(b)]) == 0  # 10 MiB more: by so much may one step differ
     lines = capsys.readouterr().out.split("\n")
     start = lines.index("peak memory, MiB, where it moved by 5%")
     assert [line.split() for line in lines[start + 2 : start + 4]] == [[CASE, "fastattn", "10", "20", "2.00"], []]
+
+
+def test_compare_ours_that_takes_more_memory_exits_1(write):
+    a, b, c = (
+        write(n, [row("fastattn", [1.0] * 20, peak_mib=mib)]) for n, mib in (("a", 40.0), ("b", 49.0), ("c", 60.0))
+    )
+    assert main([str(a), str(b)]) == 0
+    assert main([str(a), str(c)]) == 1
+    assert main([str(c), str(a)]) == 0
 
 
 def test_compare_warns_of_other_surroundings(write):
@@ -190,6 +229,11 @@ def test_compare_warns_of_other_surroundings(write):
     ]
 
 
+def _document(rows):
+    rest = '"state": "complete", "settings": {}, "environment": {}, "ceilings": {}, "left_out": [], "seconds": 1.0'
+    return f'{{"schema": 3, {rest}, "results": {rows}}}'
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -199,10 +243,11 @@ def test_compare_warns_of_other_surroundings(write):
         ("[]", "no schema"),
         ('{"results": []}', "no schema"),
         ('{"schema": 2, "results": []}', "schema 2: run it again"),
-        ('{"schema": 3}', "results"),
-        ('{"schema": 3, "results": [{"case": "x"}]}', "wall_ms"),
+        ('{"schema": 3}', "it has no ceilings, environment"),
+        (_document('[{"case": "x"}]'), "results are not rows with"),
+        (_document(json.dumps([{**row("fastattn", [1.0]), "wall_ms": "fast"}])), "is no spread: 'fast'"),
     ],
-    ids=["missing", "no-json", "binary", "list", "no-schema", "old-schema", "no-results", "no-rows"],
+    ids=["missing", "no-json", "binary", "list", "no-schema", "old-schema", "no-results", "no-rows", "no-spread"],
 )
 def test_compare_unreadable_file_exits_2(write, tmp_path, capsys, content, reason):
     path = tmp_path / "bad.json"

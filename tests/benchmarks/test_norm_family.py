@@ -93,7 +93,16 @@ def test_norm_gate_stops_dropout_of_other_elements_in_the_backward():
     step, other = right.build(case, case.dtype), right.build(case, case.dtype)
     gate = Gate(norm.FAMILY, case)
     assert gate.check(step, right).passed
-    assert not gate.check(lambda: (*step()[:2], *other()[2:]), right).passed
+    with pytest.raises(ValueError, match="dropout keeps"):
+        gate.check(lambda: (*step()[:2], *other()[2:]), right)
+
+
+def test_norm_gate_stops_dropout_of_everything():
+    case = dataclasses.replace(TINY, rows=64, dropout_p=0.5, backward=False)
+    right = norm.FAMILY.variant("eager")
+    everything = right.build(dataclasses.replace(case, dropout_p=0.0), case.dtype)
+    with pytest.raises(ValueError, match=r"dropout keeps 1\.0000 of the elements, where 0\.5 was asked for"):
+        Gate(norm.FAMILY, case).check(everything, right)
 
 
 def test_norm_backward_is_timed_alone():

@@ -13,6 +13,7 @@ import pytest
 from benchmarks import run
 from benchmarks.reporting.document import read_run
 from benchmarks.run import HUNG, Job, carry_out, new_document, resumed, spread_out
+from benchmarks.runner import DeviceLost
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"quick": True, "only": "", "budget": None}
@@ -20,7 +21,7 @@ FACTS = {"torch": "2.13.0", "threads": 1, "commit": "abc"}
 
 
 def row(key):
-    names = ("wall_ms", "ratio", "best", "best_ratio", "rounds", "contended", "peak_mib")
+    names = ("wall_ms", "ratio", "best", "best_ratio", "rounds", "contended", "others", "peak_mib")
     said = {"case": key, "family": "module", "variant": "fastattn", "status": "refused", "reason": "not here"}
     return {**dict.fromkeys(names), **said}
 
@@ -81,13 +82,33 @@ def test_run_interrupted_keeps_what_is_done_and_resumes(tmp_path):
     assert len(tries) == 2
 
 
-def test_run_that_breaks_down_keeps_what_is_done(tmp_path):
-    def fail():
-        raise ZeroDivisionError
+def test_job_that_breaks_down_is_named_and_tried_again(tmp_path):
+    path, tries = tmp_path / "run.json", []
 
-    with pytest.raises(ZeroDivisionError):
-        carry_out([job("a"), job("b", before=fail)], document(), tmp_path / "run.json")
-    assert keys(read_run(tmp_path / "run.json")) == ["a"]
+    def fail():
+        tries.append(1)
+        if len(tries) == 1:
+            raise ZeroDivisionError("of nought")
+
+    jobs = [job("a"), job("b", before=fail), job("c")]
+    carry_out(jobs, document(), path)
+    first = read_run(path)
+    assert (keys(first), first["failed"]) == (["a", "c"], {"b": "ZeroDivisionError: of nought"})
+    again = resumed(path, dict(SETTINGS), dict(FACTS))
+    carry_out(jobs, again, path)
+    assert (keys(again), again["failed"]) == (["a", "c", "b"], {})
+
+
+def test_run_whose_gpu_is_lost_ends_to_be_resumed(tmp_path):
+    def lose():
+        raise DeviceLost("fastattn")
+
+    path = tmp_path / "run.json"
+    with pytest.raises(SystemExit) as status:
+        carry_out([job("a"), job("b", before=lose)], document(), path)
+    assert status.value.code == HUNG
+    assert read_run(path)["hung"] == {"b": ["fastattn"]}
+    assert keys(read_run(path)) == ["a"]
 
 
 def test_run_leaves_out_what_its_budget_does_not_hold(tmp_path):
@@ -116,12 +137,13 @@ def test_run_knows_a_slow_machine(monkeypatch):
     assert found["seconds"] == 20.0
 
 
-def test_run_counts_the_time_before_a_resumption(monkeypatch):
+def test_budget_is_of_a_sitting(monkeypatch):
+    """So that what is printed for going on goes on."""
     now = [100.0]
     monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
     found = document() | {"seconds": 29.5}
     carry_out([job("a")], found, None, budget=30.0)
-    assert found["left_out"] == ["a"]
+    assert (found["left_out"], found["seconds"]) == ([], 29.5)
 
 
 @pytest.mark.parametrize(

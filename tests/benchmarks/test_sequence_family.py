@@ -213,3 +213,29 @@ def test_sequence_cases_keep_their_tokens():
     assert all(way.applies(case) is None for case in quick for way in sequence.WAYS)
     assert {case.seqlen for case in more} == {2**power for power in range(7, 15)}
     assert {case.batch * case.seqlen for case in more if case.seqlen <= 4096} == {4096}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("way", sequence.WAYS, ids=lambda way: way.name)
+def test_sequence_gate_stops_results_of_nothing(way, dtype):
+    """A long recurrence is allowed more, but never as much as zeros are off."""
+    case = AttentionCase("sequence", 1, 1, 512, 8, mask="causal", dtype=dtype)
+    variant = sequence.FAMILY.variant(way.name)
+    zeros = tuple(torch.zeros_like(t) for t in variant.build(case, dtype)())
+    assert not Gate(sequence.FAMILY, case).check(lambda: zeros, variant).passed
+
+
+@pytest.mark.parametrize("name", ["fastattn", "nn.MultiheadAttention", "qkv+sdpa"])
+def test_sequence_gate_stops_attention_that_sees_the_future(name):
+    """All attention has one definition: a variant that is wrong in float64 as well does not pass against itself."""
+    case = AttentionCase("sequence", 1, 2, 16, 8, mask="causal")
+    variant = sequence.FAMILY.variant(name)
+    way = next(way for way in sequence.WAYS if way.name == name)
+    module = way.module(case, case.dtype)
+    attention = module.attention
+    x = case.draw(1, 16, 16, dtype=case.dtype, generator=case.generator())
+    with torch.no_grad():
+        unmasked = attention(x, x, x, need_weights=False)[0]
+        gate = Gate(sequence.FAMILY, case)
+        assert gate.check(lambda: (module(x),) if isinstance(module(x), torch.Tensor) else module(x), variant).passed
+        assert not gate.check(lambda: (unmasked,), variant).passed

@@ -54,8 +54,7 @@ def test_run_is_written_whole_or_not_at_all(tmp_path):
         ("{", "Expecting"),
         ("[]", "it has no schema"),
         ('{"schema": 2, "results": []}', "it has schema 2: run it again"),
-        ('{"schema": 3}', "its results are not rows"),
-        ('{"schema": 3, "results": [{"case": "x"}]}', "its results are not rows"),
+        ('{"schema": 3}', "it has no ceilings, environment, left_out"),
     ],
 )
 def test_file_that_is_no_run_is_refused(tmp_path, content, reason):
@@ -327,14 +326,17 @@ def test_findings_say_who_learns_what():
     assert sentences == [f"{learned}; a guess has 0.03."]
     rows = [{"task": "t", "model": m, "accuracy": 1.0, "chance": 0.5} for m in ("gru", "lstm")]
     both = findings(document([], quality=rows))
-    assert both == ["t: gru and lstm learn it best, to an accuracy of 1.00; a guess has 0.50."]
+    seeds = "Each was trained once, from one seed."
+    assert both == [f"t: gru and lstm learn it best, to an accuracy of 1.00; a guess has 0.50. {seeds}"]
 
 
 def test_findings_count_contended_rows():
     rows = list(attention())
-    assert findings(document(rows))[-1] == "Other processes disturbed none of the 2 timed rows."
+    rows[0]["others"], rows[1]["others"] = 0.26, 0.1
+    beside = "other processes kept up to 0.3 cores busy beside them."
+    assert findings(document(rows))[-1] == f"None of the 2 timed rows waited for a core; {beside}"
     rows[0]["contended"] = True
-    assert findings(document(rows))[-1] == "Other processes disturbed 1 of the 2 timed rows: trust their cpu ratio."
+    assert findings(document(rows))[-1] == f"1 of the 2 timed rows waited for a core: trust their cpu ratio; {beside}"
     assert len(findings(document([{**r, "others": None} for r in rows]))) == 1  # nobody watched
 
 
