@@ -23,6 +23,9 @@ from benchmarks.reporting.document import (
 from benchmarks.reporting.text import span
 
 
+_ABOVE = 1.05  # of the floor: ceilings have their own noise
+
+
 def findings(document: Document) -> list[str]:
     """A few sentences in plain English, the most asked for first."""
     return [
@@ -31,6 +34,7 @@ def findings(document: Document) -> list[str]:
         *_sequences(document, backward=False),
         *_sequences(document, backward=True),
         *_learning(document),
+        *_ceilings(document),
         *_contention(document),
     ]
 
@@ -141,6 +145,16 @@ def _learning(document: Document) -> list[str]:
     if sentences:
         sentences[-1] += " Each was trained once, from one seed."
     return sentences
+
+
+def _ceilings(document: Document) -> list[str]:
+    """A row that is faster than its floor says that a ceiling is none."""
+    above = [row for row in timed_of(document["results"]) if (row.get("of_floor") or 0.0) > _ABOVE]
+    if not above:
+        return []
+    most = max(above, key=lambda row: row["of_floor"])
+    where = f"at most {most['of_floor']:.2f} times as fast ({most['variant']} in {most['case']})"
+    return [f"{len(above)} rows are faster than the measured ceilings allow, {where}: there, the floor is too high."]
 
 
 def _contention(document: Document) -> list[str]:

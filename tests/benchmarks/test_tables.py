@@ -330,6 +330,16 @@ def test_findings_say_who_learns_what():
     assert both == [f"t: gru and lstm learn it best, to an accuracy of 1.00; a guess has 0.50. {seeds}"]
 
 
+def test_findings_name_what_is_above_the_ceilings():
+    rows = list(attention())
+    rows[0]["of_floor"], rows[1]["of_floor"] = 1.04, 0.5
+    assert not any("ceilings" in sentence for sentence in findings(document(rows)))
+    rows[1]["of_floor"] = 1.5
+    (sentence,) = [sentence for sentence in findings(document(rows)) if "ceilings" in sentence]
+    assert sentence.startswith("1 rows are faster than the measured ceilings allow, at most 1.50 times as fast")
+    assert rows[1]["variant"] in sentence
+
+
 def test_findings_count_contended_rows():
     rows = list(attention())
     rows[0]["others"], rows[1]["others"] = 0.26, 0.1
