@@ -22,7 +22,6 @@ from benchmarks.reporting.document import (
 )
 from benchmarks.reporting.text import span
 
-
 _ABOVE = 1.05  # of the floor: ceilings have their own noise
 
 

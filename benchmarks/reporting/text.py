@@ -66,9 +66,9 @@ def table_of(
 
 def show(table: Table) -> None:
     """On a terminal with rich a drawn table, else aligned columns."""
-    widths = [max(map(len, column)) for column in zip(table.header, *table.lines)]
-    if sys.stdout.isatty() and _drawn(table, sum(widths) + 2 * len(widths) + 2):
+    if sys.stdout.isatty() and _drawn(table):
         return
+    widths = _widths(table)
     print(f"\n{table.title}")
     for line in (table.header, *table.lines):
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
@@ -76,8 +76,34 @@ def show(table: Table) -> None:
         print(table.note)
 
 
-def _drawn(table: Table, width: int) -> bool:
-    """Draw by rich, if it is there, never narrower than ``width``: cells that are broken cannot be compared."""
+# What a narrow terminal does without, the first first; the report has it all.
+_FIRST_TO_GO = ("saved MiB", "rate", "error/budget", "warm ms", "host ms", "graph ms", "cpu ms", "peak MiB", "of floor")
+
+
+def _widths(table: Table) -> list[int]:
+    return [max(map(len, column)) for column in zip(table.header, *table.lines)]
+
+
+def _fitted(table: Table, width: int) -> Table:
+    """As many of the columns as a terminal of this width has room for."""
+    gone: list[str] = []
+    for name in (None, *_FIRST_TO_GO):
+        if name in table.header:
+            kept = [i for i, other in enumerate(table.header) if other != name]
+            lines = tuple(tuple(line[i] for i in kept) for line in table.lines)
+            table = dataclasses.replace(table, header=tuple(table.header[i] for i in kept), lines=lines)
+            gone.append(str(name))
+        widths = _widths(table)
+        if sum(widths) + 2 * len(widths) + 2 <= width:
+            break
+    if not gone:
+        return table
+    without = f"in a wider terminal, and in the report: {', '.join(gone)}"
+    return dataclasses.replace(table, note="\n".join(filter(None, (table.note, without))))
+
+
+def _drawn(table: Table) -> bool:
+    """Draw by rich, if it is there; cells are never broken, as those that are cannot be compared."""
     try:
         from rich import box
         from rich.console import Console
@@ -85,13 +111,16 @@ def _drawn(table: Table, width: int) -> bool:
         from rich.text import Text
     except ImportError:
         return False
+    terminal = Console()
+    table = _fitted(table, terminal.width)
+    widths = _widths(table)
     drawn = Drawn(title=Text(table.title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in table.header:
         drawn.add_column(Text(name), no_wrap=True)
     for index, line in enumerate(table.lines):
         style = "cyan" if _is_heading(line) else "bold" if index in table.strong else None
         drawn.add_row(*map(Text, line), style=style)
-    console = Console(width=max(width, Console().width))
+    console = Console(width=max(sum(widths) + 2 * len(widths) + 2, terminal.width))
     console.print(drawn)
     if table.note:
         console.print(table.note, markup=False, highlight=False)

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.reporting.document import SCHEMA, peer_of, read_run, short_names, verdict, write_run
 from benchmarks.reporting.findings import findings
 from benchmarks.reporting.tables import all_tables, family_table, memory_table, quality_tables, summary
-from benchmarks.reporting.text import Table, as_markdown, number, rate, show, table_of
+from benchmarks.reporting.text import _FIRST_TO_GO, Table, as_markdown, number, rate, show, table_of
 from tests.benchmarks.documents import attention, document, module, norm, refused, row, sequence, spread, write
 
 
@@ -277,7 +277,9 @@ def test_terminal_with_rich_breaks_no_cell(capsys, monkeypatch):
     table = family_table(document(), "module")
     show(table)
     printed = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
-    for cell in (cell for line in (table.header, *table.lines) for cell in line):
+    kept = [i for i, name in enumerate(table.header) if name not in _FIRST_TO_GO]
+    assert 2 < len(kept) < len(table.header)
+    for cell in (line[i] for line in (table.header, *table.lines) for i in kept):
         assert cell in printed
     assert "…" not in printed
 
@@ -362,3 +364,20 @@ def test_reading_runs_needs_no_torch(tmp_path):
     subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True)
     assert json.loads(path.read_text())["schema"] == SCHEMA
     assert (tmp_path / "report.md").exists()
+
+
+def test_narrow_terminal_does_without_some_columns(capsys, monkeypatch):
+    pytest.importorskip("rich", reason="rich is not installed")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    table = family_table(document(), "attention")
+    shown = {}
+    for width in (250, 80):
+        monkeypatch.setenv("COLUMNS", str(width))
+        show(table)
+        shown[width] = capsys.readouterr().out
+    assert "error/budget" in shown[250]
+    assert "in a wider terminal" not in shown[250]
+    note = next(line for line in shown[80].split("\n") if line.startswith("in a wider terminal, and in the report: "))
+    assert "error/budget" in note
+    assert shown[80].count("error/budget") == 1
+    assert max(map(len, shown[80].split("\n"))) < max(map(len, shown[250].split("\n")))
