@@ -7,10 +7,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from benchmarks.reporting.document import (
     OURS,
@@ -31,7 +33,7 @@ from benchmarks.reporting.tables import tiles_table
 from benchmarks.reporting.text import Table, as_markdown, number, ratio
 
 ROOT = Path(__file__).parents[2]
-FILES = ("README.md", "docs/performance.md")
+FILES = ("README.md", "docs/performance.md", "docs/lecture.md")
 
 _MARK = re.compile(r"^<!-- *(measured\b.*?|end) *-->$", re.MULTILINE)
 _MEASURED = re.compile(r"measured: (\S+) from (\S+)")
@@ -88,10 +90,11 @@ def _filled(root: Path, name: str) -> tuple[str, list[str]]:
 
 
 def _made(root: Path, line: str, name: str, run: str) -> str:
-    if name not in BLOCKS:
-        raise ValueError(f"{line}: no block is called {name}: there are {', '.join(BLOCKS)}")
+    known = [*BLOCKS, EXPERIMENT]
+    if name not in known:
+        raise ValueError(f"{line}: no block is called {name}: there are {', '.join(known)}")
     try:
-        return BLOCKS[name](read_run(root / run))
+        return experiment(root / run) if name == EXPERIMENT else BLOCKS[name](read_run(root / run))
     except ValueError as error:
         raise ValueError(f"{line}: {name}: {error}") from error
 
@@ -286,6 +289,31 @@ def sentences(document: Document) -> str:
     if not found:
         raise ValueError("the run has nothing to find")
     return "".join(f"- {sentence}\n" for sentence in found)
+
+
+EXPERIMENT = "experiment"  # the one block that is no run's, but one experiment's of the lecture
+
+
+def experiment(path: Path) -> str:
+    """What the lecture claims and what was found, and the table of it.
+
+    Raises:
+        ValueError: the file holds no experiment; the message names it.
+    """
+    try:
+        found = json.loads(path.read_text())
+        claims, rows = found["claims"], found["rows"]
+        lines = [(c["text"], _value(c["value"]), _value(c["bound"]), "yes" if c["holds"] else "**no**") for c in claims]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected what `python -m benchmarks lecture --out DIR` writes; {error}") from error
+    text = as_markdown(Table("", ("claim", "found", "bound", "holds"), tuple(lines)))
+    header = tuple(dict.fromkeys(name for row in rows for name in row))
+    table = tuple(tuple(_value(row.get(name)) for name in header) for row in rows)
+    return f"{text}\n{as_markdown(Table('', header, table))}" if table else text
+
+
+def _value(value: Any) -> str:
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 BLOCKS: dict[str, Block] = {

@@ -1,5 +1,7 @@
 """The measured blocks: those of this repository say what its runs say; marks and blocks of a made-up one."""
 
+import json
+
 import pytest
 
 from benchmarks.reporting import readme
@@ -20,6 +22,7 @@ def root(tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text(f"# Title\n\n{block('quality')}\nAfter.\n")
     (tmp_path / "docs" / "performance.md").write_text(f"{block('tiles')}Between.\n\n{block('layer-ratios')}")
+    (tmp_path / "docs" / "lecture.md").write_text("# Lecture\n")
     return tmp_path
 
 
@@ -38,6 +41,23 @@ def test_fill_writes_blocks_and_nothing_else(root):
     assert docs.count("<!-- end -->") == 2
     assert "<!-- end -->\nBetween.\n\n<!-- measured: layer-ratios" in docs
     assert "old" not in readme_text + docs
+
+
+def test_fill_writes_an_experiment(root):
+    """Its claims, and its table below them."""
+    run = "benchmarks/results/lecture/dates.json"
+    (root / run).parent.mkdir(parents=True)
+    claims = [{"text": "more than half", "value": 0.75, "bound": 0.5, "holds": True}]
+    rows = [{"letters": 12.0, "right": 0.123456}, {"letters": 24.0, "note": "long"}]
+    (root / run).write_text(json.dumps({"claims": claims, "rows": rows}))
+    (root / "docs" / "lecture.md").write_text(block("experiment", run=run))
+    assert root / "docs" / "lecture.md" in fill(root)
+    lines = (root / "docs" / "lecture.md").read_text().split("\n")
+    assert "| more than half | 0.75 | 0.5 | yes |" in lines
+    assert lines[lines.index("| letters | right | note |") + 2 :][:2] == ["| 12 | 0.123 |  |", "| 24 |  | long |"]
+    (root / run).write_text(json.dumps({"rows": []}))
+    with pytest.raises(ValueError, match=r"lecture\.md:1: experiment: .*dates\.json: expected what .* writes"):
+        fill(root)
 
 
 def test_fill_twice_changes_nothing(root):

@@ -154,6 +154,7 @@ def test_committed_runs_are_reported_and_fill_the_blocks(tmp_path, monkeypatch, 
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text(f"# A title\n\n{block}\nThe rest.\n")
     (tmp_path / "docs" / "performance.md").write_text("nothing\n")
+    (tmp_path / "docs" / "lecture.md").write_text("nothing\n")
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     assert main(["--check"]) == 1
     assert "README.md: module-headline: out of date" in capsys.readouterr().err
