@@ -5,6 +5,7 @@ python -m benchmarks --list
 python -m benchmarks --only module-b8 --json results.json
 python -m benchmarks --budget 600 --out DIR      a bit of everything within ten minutes
 python -m benchmarks --budget 900 --out DIR --resume    what that one, or Ctrl-C, left out
+python -m benchmarks lecture --out DIR           the lecture's systems: each learns, and is drawn
 python -m benchmarks compare A.json B.json       did anything become slower? (the exit status says so, too)
 python -m benchmarks report RUN.json             a run as Markdown, CSV and pictures
 """
@@ -27,6 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
         from benchmarks.reporting import report
 
         return report.main(arguments[1:])
+    if arguments[:1] == ["lecture"]:
+        from benchmarks.lecture import command as lecture
+
+        return lecture.main(arguments[1:])
     from benchmarks import command
 
     return command.main(arguments)

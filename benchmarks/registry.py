@@ -106,9 +106,9 @@ class Family(Generic[C]):
 
 def _modules() -> list[Any]:
     """Those that define families; a run that ends early has met the first of them."""
-    from benchmarks.families import attention, layer, module, norm, sequence
+    from benchmarks.families import additive, attention, layer, module, norm, sequence
 
-    return [sequence, attention, norm, layer, module]
+    return [sequence, attention, norm, layer, module, additive]
 
 
 def families() -> dict[str, Family[Any]]:

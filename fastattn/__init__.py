@@ -2,9 +2,12 @@
 
 from fastattn.integrations import Fusion, fuse
 from fastattn.modules import (
+    AdditiveAttention,
     AddLayerNorm,
     AddRMSNorm,
+    LearnedPositionalEncoding,
     MultiheadAttention,
+    SelfAttention2d,
     TransformerDecoderLayer,
     TransformerEncoderLayer,
 )
@@ -12,6 +15,7 @@ from fastattn.ops import (
     Explanation,
     add_layer_norm,
     add_rms_norm,
+    additive_attention,
     attention,
     explain,
     layer_norm,
@@ -25,13 +29,17 @@ __version__ = "0.1.0"
 __all__ = [
     "AddLayerNorm",
     "AddRMSNorm",
+    "AdditiveAttention",
     "Explanation",
     "Fusion",
+    "LearnedPositionalEncoding",
     "MultiheadAttention",
+    "SelfAttention2d",
     "TransformerDecoderLayer",
     "TransformerEncoderLayer",
     "add_layer_norm",
     "add_rms_norm",
+    "additive_attention",
     "attention",
     "explain",
     "fuse",

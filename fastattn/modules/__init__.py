@@ -1,13 +1,19 @@
 """Floor 2: ``nn.Module``s over the operations of floor 1."""
 
+from fastattn.modules.additive_attention import AdditiveAttention
 from fastattn.modules.multihead_attention import MultiheadAttention
 from fastattn.modules.norm import AddLayerNorm, AddRMSNorm
+from fastattn.modules.positional_encoding import LearnedPositionalEncoding
+from fastattn.modules.self_attention_2d import SelfAttention2d
 from fastattn.modules.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
     "AddLayerNorm",
     "AddRMSNorm",
+    "AdditiveAttention",
+    "LearnedPositionalEncoding",
     "MultiheadAttention",
+    "SelfAttention2d",
     "TransformerDecoderLayer",
     "TransformerEncoderLayer",
 ]

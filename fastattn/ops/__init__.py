@@ -1,6 +1,7 @@
 """Floor 1: validation, dispatch and autograd over the kernels."""
 
 from fastattn.ops._dispatch import Explanation, use_backend
+from fastattn.ops.additive import additive_attention
 from fastattn.ops.attention import attention, explain, scaled_dot_product_attention
 from fastattn.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
@@ -8,6 +9,7 @@ __all__ = [
     "Explanation",
     "add_layer_norm",
     "add_rms_norm",
+    "additive_attention",
     "attention",
     "explain",
     "layer_norm",

@@ -67,7 +67,7 @@ def distance(rows, cols, shift):
 
 
 @triton.jit
-def _tanh(x):
+def tanh(x):
     """``tanh`` to float32's precision on every target: the exponential's form cancels near 0, where a series serves."""
     squared = x * x
     # fitted to (tanh(x) / x - 1) / x^2 on |x| < 0.65: relative error 7e-9 of the whole
@@ -84,7 +84,7 @@ def _tanh(x):
 def capped(scores, softcap):
     """Scores in base 2, bent smoothly to stay within the softcap (in natural units)."""
     limit = softcap * LOG2_E
-    return limit * _tanh(scores / limit)
+    return limit * tanh(scores / limit)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Tiles in and out of memory, and the product that keeps masked-out NaN and inf where they are.
+"""Tiles in and out of memory, the step of online softmax, and the product that keeps masked-out NaN and inf in place.
 
 A tensor ``[B, H, length, size]`` comes as (pointer, strides of batch, head, row, column), one head of it as (pointer,
 stride of row, stride of column).
@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 
 from fastattn_kernels._masking import INFINITY
+
+_WHOLE_HALF = tl.constexpr(256)
 
 
 @triton.jit
@@ -62,6 +64,18 @@ def store_tile(
 
 
 @triton.jit
+def softmax_step(acc, row_max, row_sum, scores, unit):
+    """``(P, acc, row_max, row_sum)`` after one more tile of scores: P is not divided by the sum yet, and ``acc`` is
+    relative to the new maximum. ``unit`` brings the scores to base 2, in the multiply-add of the exponent."""
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * unit)
+    # a row with no visible key keeps max = -inf; a finite pivot avoids -inf - -inf
+    pivot = tl.where(new_max == -INFINITY, 0.0, new_max)
+    p = tl.exp2(scores * unit - pivot[:, None])
+    correction = tl.exp2(row_max - pivot)
+    return p, acc * correction[:, None], new_max, row_sum * correction + tl.sum(p, 1)
+
+
+@triton.jit
 def store_statistics(statistics_ptr, row, seqlen_q, row_max, inverse_sum):
     """Store what :func:`load_statistics` loads, of the rows of one head."""
     tl.store(statistics_ptr + row, row_max, mask=row < seqlen_q)
@@ -102,16 +116,16 @@ def weighted_sum(weights, x, acc, CAREFUL: tl.constexpr, PRECISION: tl.constexpr
 def product(
     a, a_matrix, a_start, a_end, b, b_matrix, b_start, b_end,
     ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr, USED: tl.constexpr, PRECISION: tl.constexpr,
-    WHOLE_FLOAT32: tl.constexpr,
+    WHOLE_FLOAT32: tl.constexpr, WHOLE_HALF: tl.constexpr = _WHOLE_HALF,
 ):  # fmt: skip
     """``a @ b^T`` of tiles ``[ROWS, BLOCK]`` and ``[COLS, BLOCK]``.
 
-    Those wider than 256 (float32: WHOLE_FLOAT32) are read again, in strips: whole, they would fill the registers as
-    operands, float32 ones most of all, since multiply-adds want whole rows in every thread.
+    Those wider than WHOLE_HALF (float32: WHOLE_FLOAT32) are read again, in strips: whole, they would fill the registers
+    as operands, float32 ones most of all, since multiply-adds want whole rows in every thread.
     """
     IS_FLOAT32: tl.constexpr = a_matrix[0].dtype.element_ty == tl.float32
-    WIDTH: tl.constexpr = 64 if IS_FLOAT32 else 256
-    WHOLE: tl.constexpr = WHOLE_FLOAT32 if IS_FLOAT32 else 256
+    WIDTH: tl.constexpr = 64 if IS_FLOAT32 else WHOLE_HALF
+    WHOLE: tl.constexpr = WHOLE_FLOAT32 if IS_FLOAT32 else WHOLE_HALF
     if BLOCK > WHOLE:
         result = tl.zeros([ROWS, COLS], tl.float32)
         for strip in tl.static_range(BLOCK // WIDTH):

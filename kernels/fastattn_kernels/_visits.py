@@ -108,3 +108,15 @@ def visited_tile(position, edges, tiles, tiles_length, PARTIAL: tl.constexpr):
         else:
             tile = tl.where(position < prefix_full, position, position - prefix_full + full_begin)
     return tile
+
+
+@triton.jit
+def visited_in_any_way(position, full, edges, tiles, tiles_length):
+    """The tile at ``position`` among all that are visited, the ``full`` ones first."""
+    if tiles is not None:
+        tile = tl.load(tiles + tl.where(position < full, 2 + position, 1 + tiles_length - (position - full)))
+    else:
+        whole = visited_tile(position, edges, tiles, tiles_length, False)
+        in_part = visited_tile(position - full, edges, tiles, tiles_length, True)
+        tile = tl.where(position < full, whole, in_part)
+    return tile

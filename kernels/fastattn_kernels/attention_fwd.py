@@ -7,7 +7,15 @@ from torch import Tensor
 from fastattn_kernels._device import device_guard
 from fastattn_kernels._dropout import dropout_keep, dropout_scale
 from fastattn_kernels._masking import INFINITY, LN_2, LOG2_E, capped, masked_scores
-from fastattn_kernels._tiles import any_not_finite, head_of, load_tile, store_statistics, store_tile, weighted_sum
+from fastattn_kernels._tiles import (
+    any_not_finite,
+    head_of,
+    load_tile,
+    softmax_step,
+    store_statistics,
+    store_tile,
+    weighted_sum,
+)
 from fastattn_kernels._visits import count_visits, key_edges, list_of, visited_tile
 from fastattn_kernels.attention_config import Config, careful_config, dot_precision, forward_config, head_block
 from fastattn_kernels.attention_problem import RUN_TIME, Problem, strided
@@ -32,29 +40,19 @@ def _attend_keys(
         cols = start + tl.arange(0, BLOCK_N)[None, :]
         k = load_tile(key, start, seqlen_k, BLOCK_N, BLOCK_D, HEAD_DIM, PARTIAL)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if bias is None and slopes is None and softcap is None:
-            # unscaled: the scale then rides in the same multiply-add as the subtraction of the maximum
+        if bias is None and slopes is None and softcap is None:  # nothing is added in another unit
             scores = masked_scores(qk, rows, cols, at, sizes, rules, PARTIAL)
-            new_max = tl.maximum(row_max, tl.max(scores, 1) * unit)
-            # a row with no visible key keeps max = -inf; a finite pivot avoids -inf - -inf
-            pivot = tl.where(new_max == -INFINITY, 0.0, new_max)
-            p = tl.exp2(scores * unit - pivot[:, None])
+            p, acc, row_max, row_sum = softmax_step(acc, row_max, row_sum, scores, unit)
         else:
             scores = qk * unit
             if softcap is not None:
                 scores = capped(scores, softcap)
             scores = masked_scores(scores, rows, cols, at, sizes, rules, PARTIAL)
-            new_max = tl.maximum(row_max, tl.max(scores, 1))
-            pivot = tl.where(new_max == -INFINITY, 0.0, new_max)
-            p = tl.exp2(scores - pivot[:, None])
-        correction = tl.exp2(row_max - pivot)
-        row_sum = row_sum * correction + tl.sum(p, 1)
-        acc = acc * correction[:, None]
+            p, acc, row_max, row_sum = softmax_step(acc, row_max, row_sum, scores, 1.0)
         if dropout is not None:
             p = tl.where(dropout_keep(rows, cols, batch_head, dropout), p, 0.0)
         v = load_tile(value, start, seqlen_k, BLOCK_N, BLOCK_DV, VALUE_DIM, PARTIAL)
         acc = weighted_sum(p.to(v.dtype), v, acc, CAREFUL, PRECISION)
-        row_max = new_max
     return acc, row_max, row_sum
 
 

@@ -13,7 +13,7 @@ from fastattn_kernels._device import device_guard
 from fastattn_kernels._dropout import dropout_factor, dropout_keep
 from fastattn_kernels._masking import LOG2_E
 from fastattn_kernels._tiles import head_of, load_statistics, load_tile
-from fastattn_kernels._visits import count_visits, key_edges, visited_tile
+from fastattn_kernels._visits import count_visits, key_edges, visited_in_any_way
 from fastattn_kernels.attention_bwd import bent_scores, load_weights_gradient, probabilities
 from fastattn_kernels.attention_config import Config, dot_precision, head_block, weights_config
 from fastattn_kernels.attention_problem import RUN_TIME, Problem, WeightsGradient, strided
@@ -103,9 +103,7 @@ def _attention_weights_delta_kernel(
     edges = key_edges(row_start, at, sizes, rules, BLOCK_M, BLOCK_N)
     full, partial = count_visits(edges, None)
     for position in tl.range(0, full + partial):
-        whole = visited_tile(position, edges, None, 0, False)
-        in_part = visited_tile(position - full, edges, None, 0, True)
-        start = tl.where(position < full, whole, in_part) * BLOCK_N
+        start = visited_in_any_way(position, full, edges, None, 0) * BLOCK_N
         cols = start + tl.arange(0, BLOCK_N)[None, :]
         k = load_tile(key, start, seqlen_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)
         p = _weights(

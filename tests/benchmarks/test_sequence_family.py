@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -232,7 +233,7 @@ def test_sequence_gate_stops_attention_that_sees_the_future(name):
     variant = sequence.FAMILY.variant(name)
     way = next(way for way in sequence.WAYS if way.name == name)
     module = way.module(case, case.dtype)
-    attention = module.attention
+    attention: Any = module.attention
     x = case.draw(1, 16, 16, dtype=case.dtype, generator=case.generator())
     with torch.no_grad():
         unmasked = attention(x, x, x, need_weights=False)[0]

@@ -9,6 +9,7 @@ import itertools
 import math
 import operator
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def cpu(monkeypatch):
     return Cpu(monkeypatch)
 
 
-def _timed(timings: dict[str, Timing | TooSlow]) -> Any:
+def _timed(timings: Mapping[str, Timing | TooSlow | Exception]) -> Any:
     """They are timings, all of them."""
     assert all(isinstance(found, Timing) for found in timings.values()), timings
     return timings

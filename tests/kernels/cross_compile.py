@@ -7,6 +7,7 @@ own, without TRITON_INTERPRET: ``python cross_compile.py cuda:90 '[{"dtype": "bf
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -115,6 +116,8 @@ def resources(kernel: Any, target: str) -> dict[str, Any]:
     row["registers"], row["spilled"] = int(match[1]), int(match[2])
     row["products"] = len(re.findall(r"\b(?:HGMMA|HMMA|QGMMA|FFMA2?)\b", code))
     row["tensor_core_products"] = len(re.findall(r"\b(?:HGMMA|HMMA)\b", code))
+    row["tile"] = math.prod(_constant(kernel, name) or 1 for name in ("BLOCK_M", "BLOCK_N", "OWN", "OTHER", "CHUNK"))
+    row["tangents"] = len(re.findall(r"\bMUFU\.TANH\b", code))
     row["local_memory"] = len(re.findall(r"\b(?:LDL|STL)\b", code))
     return row
 
@@ -252,6 +255,55 @@ def launch_norm(case: dict[str, Any]) -> None:
     )  # fmt: skip
 
 
+def launch_additive(case: dict[str, Any]) -> None:
+    """Launch the kernels of additive attention for ``case``: dtype, attention_dim, value_dim, whether carefully, and
+    the features it names (causal, padding, mask, bias, weights)."""
+    from fastattn_kernels.additive_attention_bwd import launch_additive_bwd
+    from fastattn_kernels.additive_attention_fwd import launch_additive_fwd
+    from fastattn_kernels.additive_attention_pairs import launch_additive_weights
+    from fastattn_kernels.additive_attention_problem import AdditiveProblem
+    from fastattn_kernels.attention_problem import WeightsGradient
+    from fastattn_kernels.attention_tile_map import tile_map_for
+
+    dtype, size, value_dim = getattr(torch, case["dtype"]), case["attention_dim"], case.get("value_dim", 64)
+    batch, heads, length, keys = 2, 2, case.get("length", 256), case.get("keys", 512)
+
+    def only(feature: str, value: Any) -> Any:
+        return value if case.get(feature) else None
+
+    class OncePerLaunch(AdditiveProblem):
+        """Without the careful launch."""
+
+        def masks_pairs(self) -> bool:
+            return False
+
+    query, key = (
+        torch.empty(batch, heads, length, size, dtype=dtype),
+        torch.empty(batch, heads, keys, size, dtype=dtype),
+    )
+    value = torch.empty(batch, heads, keys, value_dim, dtype=dtype)
+    problem = (AdditiveProblem if case.get("careful") else OncePerLaunch)(
+        query,
+        key,
+        value,
+        scale=1.0,
+        bias=only("bias", torch.empty(1, heads, length, keys, dtype=dtype)),
+        mask=only("mask", torch.ones(batch, 1, length, keys, dtype=torch.bool)),
+        key_padding_mask=only("padding", torch.zeros(batch, keys, dtype=torch.bool)),
+        upper=only("causal", 1) and 0,
+        weight=torch.empty(1, size, dtype=dtype),
+    )
+    output, tile_map = torch.empty(batch, heads, length, value_dim, dtype=dtype), tile_map_for(problem)
+    statistics, weights = torch.empty(batch, heads, 2, length), torch.empty(batch, heads, length, keys, dtype=dtype)
+    launch_additive_fwd(problem, output, statistics, tile_map)
+    if case.get("weights"):
+        launch_additive_weights(problem, statistics, weights)
+    launch_additive_bwd(
+        problem, output, statistics, torch.empty(batch, heads, length), only("weights", weights),
+        only("weights", WeightsGradient(weights, heads)), query, key, value, tile_map,
+    )  # fmt: skip
+
+
 def main() -> None:
     """Compile every case given as JSON for the target and print one row a kernel."""
     target, cases = sys.argv[1], json.loads(sys.argv[2])
@@ -261,6 +313,8 @@ def main() -> None:
         compiled.kernels.clear()
         if "size" in case:
             launch_norm(case)
+        elif "attention_dim" in case:
+            launch_additive(case)
         else:
             launch_all(case, tuple(case.get("passes", ("fwd", "dkdv", "dq", "bias", "weights"))))
         rows += [{**resources(kernel, target), "case": case} for kernel in compiled.kernels]

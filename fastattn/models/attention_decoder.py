@@ -1,0 +1,190 @@
+"""A recurrent decoder and what it reads: one vector for all its steps, or at each step what attention finds anew.
+
+Both translation and captioning end in it. At step ``t``, with ``h`` the vectors that an encoder found:
+
+    e = w . tanh(W s[t-1] + U h),  a = softmax(e),  c[t] = sum a h        with attention (arXiv:1409.0473)
+    c[t] = c, one summary of all the vectors                              without (arXiv:1406.1078)
+    s[t] = GRU([y[t-1], c[t]], s[t-1]),  y[t] ~ softmax(head(s[t]))
+
+``y[t-1]`` is the target's last token in training (teacher forcing), and what the decoder said itself in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastattn.modules.additive_attention import AdditiveAttention
+
+# Of the states of K hypotheses [B, K, hidden] the contexts [B, K, memory_dim], and the weights [B, K, S] if asked for
+_Reader = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+
+class Memory(NamedTuple):
+    """What an encoder found.
+
+    Attributes:
+        vectors: ``[B, S, D]``.
+        summary: ``[B, D]``, one vector for all of them.
+        padding: boolean ``[B, S]``, True = padding.
+    """
+
+    vectors: Tensor
+    summary: Tensor
+    padding: Tensor | None = None
+
+
+class Decoded(NamedTuple):
+    """What a decoder said.
+
+    Attributes:
+        tokens: ``[B, 1 + T]``, from the start token on; behind its end a sequence says nothing but the end.
+        weights: ``[B, T, S]``: where it looked before each of the ``T``; None without attention, or if not asked for.
+        log_probability: ``[B]``: of each sequence, in nats.
+    """
+
+    tokens: Tensor
+    weights: Tensor | None
+    log_probability: Tensor
+
+
+class AttentionDecoder(nn.Module):
+    """A GRU that says one token after the other.
+
+    Args:
+        vocabulary: number of tokens.
+        memory_dim: size ``D`` of the vectors that it reads.
+        hidden: size of its state.
+        embedding: size of the vector that stands for a token.
+        attention_dim: size of the layer that scores the vectors; None: no attention, the summary at every step.
+    """
+
+    def __init__(
+        self, vocabulary: int, memory_dim: int, *, hidden: int = 64, embedding: int = 32, attention_dim: int | None = 64
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, embedding)
+        self.first_state = nn.Linear(memory_dim, hidden)
+        self.attention = None if attention_dim is None else AdditiveAttention(hidden, memory_dim, attention_dim)
+        self.cell = nn.GRUCell(embedding + memory_dim, hidden)
+        self.head = nn.Linear(hidden, vocabulary)
+
+    def forward(self, tokens: Tensor, memory: Memory, *, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Teacher forcing: what would be said behind each of ``tokens``, had all before it been said.
+
+        Args:
+            tokens: integers ``[B, T]``, from the start token on.
+            memory: what to read.
+            need_weights: also return the weights of the attention.
+
+        Returns:
+            Logits ``[B, T, vocabulary]`` of the tokens behind those, and the weights ``[B, T, S]`` or None.
+        """
+        read, state = self._reader(memory, need_weights), self._first_state(memory)
+        states, weights = [], []
+        for token in tokens.split(1, dim=1):
+            state, seen = self._step(token, state, read)
+            states.append(state)
+            weights.append(seen)
+        logits = self.head(torch.cat(states, dim=1))
+        return logits, torch.cat(weights, dim=1) if need_weights and self.attention is not None else None
+
+    def loss(self, tokens: Tensor, memory: Memory, padding: Tensor | None = None) -> Tensor:
+        """Mean cross entropy, in nats, of each of ``tokens`` ``[B, T]`` but the first, given those before it.
+
+        ``padding`` ``[B, T]`` is True where nothing is asked.
+        """
+        logits, targets = self(tokens[:, :-1], memory)[0], tokens[:, 1:]
+        if padding is None:
+            return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        asked = ~padding[:, 1:]
+        return F.cross_entropy(logits[asked], targets[asked])
+
+    @torch.no_grad()
+    def generate(
+        self,
+        memory: Memory,
+        length: int,
+        *,
+        start: int,
+        end: int | None = None,
+        beam: int = 1,
+        need_weights: bool = False,
+    ) -> Decoded:
+        """Free running: the likeliest tokens, each fed back, found by a beam search.
+
+        Args:
+            memory: what to read.
+            length: number of tokens to say at most.
+            start: the token that the decoder is started with.
+            end: the token at which a sequence ends.
+            beam: number of beginnings that are kept at each step; 1 takes the likeliest token each time (greedy).
+            need_weights: also return the weights of the attention.
+
+        Returns:
+            Of each sequence the likeliest that was found; shorter than ``length`` where all of them ended.
+
+        Raises:
+            ValueError: ``length`` or ``beam`` is too small.
+        """
+        for name, number, least in (("length", length, 0), ("beam", beam, 1)):
+            if number < least:
+                raise ValueError(f"{name}={number}: expected at least {least}")
+        read, state = self._reader(memory, need_weights), self._first_state(memory)
+        batch, vocabulary = state.shape[0], self.head.out_features
+        row = torch.arange(batch, device=state.device)[:, None]
+        tokens = torch.full((batch, 1, 1), start, device=state.device)  # [B, K, tokens so far], K the beginnings kept
+        score = state.new_zeros(batch, 1)
+        ended = torch.zeros_like(score, dtype=torch.bool)
+        only_end = None if end is None else state.new_full((vocabulary,), -torch.inf)
+        if only_end is not None:
+            only_end[end] = 0.0
+        weights: Tensor | None = None
+        for _ in range(length):
+            state, seen = self._step(tokens[..., -1], state, read)
+            logs = self.head(state).log_softmax(-1)
+            if only_end is not None:
+                logs = torch.where(ended[..., None], only_end, logs)
+            totals = (score[..., None] + logs).flatten(1)
+            score, best = totals.topk(min(beam, totals.shape[1]))
+            origin, new = best // vocabulary, best % vocabulary
+            tokens = torch.cat((tokens[row, origin], new[..., None]), dim=2)
+            state = state[row, origin]
+            if seen is not None:
+                seen = seen[:, :, None] if weights is None else torch.cat((weights, seen[:, :, None]), dim=2)
+                weights = seen[row, origin]
+            if end is not None:
+                ended = new == end
+                if bool(ended[:, 0].all()):  # nothing can overtake: saying more makes no beginning likelier
+                    break
+        return Decoded(tokens[:, 0], None if weights is None else weights[:, 0], score[:, 0])
+
+    # ------------------------------------------------------------------------------------------------------- one step
+
+    def _first_state(self, memory: Memory) -> Tensor:
+        """``s0``, ``[B, 1, hidden]``."""
+        return self.first_state(memory.summary).tanh()[:, None]
+
+    def _reader(self, memory: Memory, need_weights: bool) -> _Reader:
+        """What a state sees of ``memory``. Whatever does not depend on the state is computed here, once."""
+        attention = self.attention
+        if attention is None:
+            return lambda state: (memory.summary[:, None].expand(-1, state.shape[1], -1), None)
+        projected = attention.project_key(memory.vectors)
+        return lambda state: attention(
+            state,
+            memory.vectors,
+            projected_key=projected,
+            key_padding_mask=memory.padding,
+            need_weights=need_weights,
+        )
+
+    def _step(self, token: Tensor, state: Tensor, read: _Reader) -> tuple[Tensor, Tensor | None]:
+        """From ``token`` ``[B, K]`` and ``state`` ``[B, K, hidden]`` to the next state, and the weights on the way."""
+        context, weights = read(state)
+        entered = torch.cat((self.embedding(token), context), dim=-1)
+        return self.cell(entered.flatten(0, 1), state.flatten(0, 1)).view_as(state), weights

@@ -1,0 +1,329 @@
+"""The transformer: self-attention, residual, norm, an MLP on each vector alone, residual, norm; and the same again.
+
+Only the attention mixes vectors. One trunk, a stack of such blocks, serves four models (arXiv:1706.03762): without a
+mask it is an encoder; causal it is a language model; two of them, the second reading the first, turn one sequence into
+another; and with a linear layer on top it tells classes apart, for which it may have been a language model before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastattn.models._decoding import DecodingCache, decode, generate
+from fastattn.modules import AddLayerNorm, TransformerDecoderLayer, TransformerEncoderLayer
+from fastattn.modules.positional_encoding import LearnedPositionalEncoding
+
+# Of embeddings and of positions, at first: what a token is and where it stands count alike. Small, so that training
+# soon moves even the tokens that are rare; at torch's 1 they stay nearly as they were drawn
+_STD = 0.1
+_IGNORED = -100  # a target where nothing is asked: cross entropy's own index for it
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """The sizes of a stack.
+
+    Attributes:
+        width: of each vector, ``E``.
+        heads: of each attention; divides ``width``.
+        layers: number of blocks.
+        feed_forward: size between the two layers of an MLP; default four times ``width``.
+        max_length: number of positions that are known.
+        dropout: probability of dropping, in training, as in :class:`fastattn.TransformerEncoderLayer`.
+        norm_first: normalise what enters each block (pre-norm, and a last norm behind the stack) instead of what leaves
+            its add (post-norm, as the lecture and the paper draw it).
+        activation: of the MLPs, ``"relu"`` or ``"gelu"``.
+    """
+
+    width: int
+    heads: int
+    layers: int
+    feed_forward: int | None = None
+    max_length: int = 256
+    dropout: float = 0.0
+    norm_first: bool = False
+    activation: str = "relu"
+
+    def layer_arguments(self) -> dict[str, Any]:
+        """What a layer of :mod:`fastattn.modules` is made with."""
+        return {
+            "d_model": self.width,
+            "nhead": self.heads,
+            "dim_feedforward": 4 * self.width if self.feed_forward is None else self.feed_forward,
+            "dropout": self.dropout,
+            "activation": self.activation,
+            "batch_first": True,
+            "norm_first": self.norm_first,
+        }
+
+
+class TransformerTrunk(nn.Module):
+    """Embeddings of tokens and of positions, and a stack of blocks.
+
+    Args:
+        vocabulary: number of tokens.
+        config: the sizes.
+        causal: no position sees a later one.
+        reads_memory: each block also attends to the ``memory`` that :meth:`forward` takes (a decoder's).
+    """
+
+    def __init__(
+        self, vocabulary: int, config: TransformerConfig, *, causal: bool = False, reads_memory: bool = False
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.causal = causal
+        self.tokens = nn.Embedding(vocabulary, config.width)
+        nn.init.normal_(self.tokens.weight, std=_STD)
+        self.positions = LearnedPositionalEncoding(config.max_length, config.width, std=_STD)
+        self.dropout = nn.Dropout(config.dropout)
+        kind = TransformerDecoderLayer if reads_memory else TransformerEncoderLayer
+        self.layers = nn.ModuleList(kind(**config.layer_arguments()) for _ in range(config.layers))
+        self.norm = AddLayerNorm(config.width) if config.norm_first else nn.Identity()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        padding: Tensor | None = None,
+        *,
+        memory: Tensor | None = None,
+        memory_padding: Tensor | None = None,
+    ) -> Tensor:
+        """A vector for each token.
+
+        Args:
+            tokens: integers ``[B, L]``.
+            padding: boolean ``[B, L]``, True where a token is padding that nobody may see.
+            memory: ``[B, S, E]``, for a trunk that reads it.
+            memory_padding: boolean ``[B, S]``, True = padding.
+
+        Returns:
+            ``[B, L, E]``.
+
+        Raises:
+            ValueError: there are more tokens than positions.
+        """
+        x = self.dropout(self.positions(self.tokens(tokens)))
+        mask = self._causal_mask(tokens, padding) if self.causal else None
+        for layer in self.layers:
+            if memory is None:
+                x = layer(x, mask, padding, is_causal=self.causal)
+            else:
+                x = layer(
+                    x,
+                    memory,
+                    mask,
+                    tgt_key_padding_mask=padding,
+                    memory_key_padding_mask=memory_padding,
+                    tgt_is_causal=self.causal,
+                )
+        return self.norm(x)
+
+    def new_cache(self, memory: Tensor | None = None, memory_padding: Tensor | None = None) -> DecodingCache:
+        """What :meth:`step` keeps between its calls; arguments as for :meth:`forward`."""
+        return DecodingCache(self.layers, self.config.max_length, memory, memory_padding)
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, cache: DecodingCache) -> Tensor:
+        """What :meth:`forward` gives for tokens behind those of the steps before, without computing those again.
+
+        Args:
+            tokens: integers ``[B, T]``: the next ``T`` tokens, one or more.
+            cache: from :meth:`new_cache`; it grows by ``T`` positions.
+
+        Returns:
+            ``[B, T, E]``, without gradients and without dropout.
+
+        Raises:
+            ValueError: the trunk is not causal, or there are more tokens than positions.
+        """
+        if not self.causal:
+            raise ValueError("causal=False: what later tokens change cannot be kept")
+        x = self.positions(self.tokens(tokens), start=cache.length)
+        for layer, kept in zip(self.layers, cache.layers):
+            x = decode(layer, x, kept)
+        cache.length += tokens.shape[1]
+        return self.norm(x)
+
+    @staticmethod
+    def _causal_mask(tokens: Tensor, padding: Tensor | None) -> Tensor:
+        """Boolean ``[L, L]``, True = hidden."""
+        length = tokens.shape[1]
+        if padding is None:
+            # Never read, since the layers are told is_causal: one element stands for all of it
+            return torch.ones(1, 1, dtype=torch.bool, device=tokens.device).expand(length, length)
+        return torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)
+
+
+class TransformerLanguageModel(nn.Module):
+    """A causal trunk that says which token comes next.
+
+    Args:
+        vocabulary: number of tokens.
+        config: the sizes.
+    """
+
+    def __init__(self, vocabulary: int, config: TransformerConfig) -> None:
+        super().__init__()
+        self.trunk = TransformerTrunk(vocabulary, config, causal=True)
+        self.head = nn.Linear(config.width, vocabulary)
+
+    def forward(self, tokens: Tensor, padding: Tensor | None = None) -> Tensor:
+        """Logits ``[B, L, vocabulary]``: at each position those of the token behind it. Arguments as for the trunk."""
+        return self.head(self.trunk(tokens, padding))
+
+    def loss(self, tokens: Tensor, padding: Tensor | None = None) -> Tensor:
+        """Mean cross entropy, in nats, of each token that is no padding but the first, given those before it."""
+        return _cross_entropy(self(tokens[:, :-1], None if padding is None else padding[:, :-1]), tokens, padding)
+
+    @torch.no_grad()
+    def generate(
+        self, prompt: Tensor, length: int, *, temperature: float = 0.0, seed: int | None = None, end: int | None = None
+    ) -> Tensor:
+        """Go on with ``prompt``, one token after the other, by the cache.
+
+        Args:
+            prompt: integers ``[B, P]``, ``P`` at least 1, without padding.
+            length: number of tokens to add at most.
+            temperature: 0 takes the likeliest token, else one is drawn from ``softmax(logits / temperature)``.
+            seed: of the draws; None: torch's global generator.
+            end: the token at which a sequence ends; what follows it is ``end`` again.
+
+        Returns:
+            ``[B, P + length]``, or fewer where all sequences ended.
+
+        Raises:
+            ValueError: the prompt is empty, a number is negative, or there are more tokens than positions.
+        """
+        cache = self.trunk.new_cache()
+        return generate(
+            lambda new: self.head(self.trunk.step(new, cache)[:, -1]),
+            prompt,
+            length,
+            temperature=temperature,
+            seed=seed,
+            end=end,
+        )
+
+
+class TransformerClassifier(nn.Module):
+    """A trunk, new or pretrained, and a linear layer on the mean of its vectors.
+
+    Args:
+        trunk: taken as it is, not copied: a language model's goes on learning here.
+        classes: number of classes.
+    """
+
+    def __init__(self, trunk: TransformerTrunk, classes: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Linear(trunk.config.width, classes)
+
+    def forward(self, tokens: Tensor, padding: Tensor | None = None) -> Tensor:
+        """Logits ``[B, classes]`` of token sequences ``[B, L]``; ``padding`` as for the trunk, not all of a row."""
+        x = self.trunk(tokens, padding)
+        if padding is None:
+            return self.head(x.mean(dim=1))
+        kept = ~padding[..., None]
+        return self.head(torch.where(kept, x, 0).sum(dim=1) / kept.sum(dim=1))
+
+
+class TransformerEncoderDecoder(nn.Module):
+    """One sequence into another: an encoder reads the source, a causal decoder reads what it found.
+
+    Args:
+        source_vocabulary: number of tokens of the source.
+        target_vocabulary: number of tokens of the target.
+        config: the sizes of both.
+    """
+
+    def __init__(self, source_vocabulary: int, target_vocabulary: int, config: TransformerConfig) -> None:
+        super().__init__()
+        self.encoder = TransformerTrunk(source_vocabulary, config)
+        self.decoder = TransformerTrunk(target_vocabulary, config, causal=True, reads_memory=True)
+        self.head = nn.Linear(config.width, target_vocabulary)
+
+    def forward(
+        self,
+        source: Tensor,
+        target: Tensor,
+        source_padding: Tensor | None = None,
+        target_padding: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the token behind each of the target's.
+
+        Args:
+            source: integers ``[B, S]``.
+            target: integers ``[B, L]``, from the start token on.
+            source_padding: boolean ``[B, S]``, True = padding.
+            target_padding: boolean ``[B, L]``, True = padding.
+
+        Returns:
+            ``[B, L, target_vocabulary]``.
+
+        Raises:
+            ValueError: there are more tokens than positions.
+        """
+        memory = self.encoder(source, source_padding)
+        return self.head(self.decoder(target, target_padding, memory=memory, memory_padding=source_padding))
+
+    def loss(
+        self,
+        source: Tensor,
+        target: Tensor,
+        source_padding: Tensor | None = None,
+        target_padding: Tensor | None = None,
+    ) -> Tensor:
+        """Mean cross entropy, in nats, of each of the target's tokens behind its first; arguments as for the model."""
+        padding = None if target_padding is None else target_padding[:, :-1]
+        return _cross_entropy(self(source, target[:, :-1], source_padding, padding), target, target_padding)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        source: Tensor,
+        length: int,
+        *,
+        start: int,
+        source_padding: Tensor | None = None,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        end: int | None = None,
+    ) -> Tensor:
+        """The target of ``source``, from ``start`` on, by the cache.
+
+        Args:
+            source: integers ``[B, S]``.
+            length: number of tokens to say at most.
+            start: the token that the decoder is started with.
+            source_padding: boolean ``[B, S]``, True = padding.
+            temperature: as for :meth:`TransformerLanguageModel.generate`, and so are ``seed`` and ``end``.
+            seed: as there.
+            end: as there.
+
+        Returns:
+            ``[B, 1 + length]``, or fewer where all sequences ended.
+
+        Raises:
+            ValueError: a number is negative, or there are more tokens than positions.
+        """
+        cache = self.decoder.new_cache(self.encoder(source, source_padding), source_padding)
+        return generate(
+            lambda new: self.head(self.decoder.step(new, cache)[:, -1]),
+            torch.full_like(source[:, :1], start),
+            length,
+            temperature=temperature,
+            seed=seed,
+            end=end,
+        )
+
+
+def _cross_entropy(logits: Tensor, tokens: Tensor, padding: Tensor | None) -> Tensor:
+    """Of ``tokens`` ``[B, L]`` but the first, from ``logits`` ``[B, L - 1, vocabulary]``."""
+    targets = tokens if padding is None else tokens.masked_fill(padding, _IGNORED)
+    return F.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=_IGNORED)

@@ -1,0 +1,67 @@
+"""Additive attention on the torch backend: the formula where the intermediate fits one block, else blocks of rows."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastattn.ops import _additive_autograd
+from fastattn.ops._additive_blocks import block_elements
+from fastattn.ops._additive_call import AdditiveCall
+from fastattn.ops._torch_backend import is_eager_on_cpu
+from fastattn.reference import visibility
+from fastattn.reference.attention import NEGATIVE_INFINITY
+
+
+def run(call: AdditiveCall) -> tuple[Tensor, Tensor | None]:
+    """``(output, weights or None)``."""
+    if _is_small(call):
+        output, weights, trusted = _formula(call)
+        if trusted:
+            return output, weights if call.needs_weights else None
+    return _additive_autograd.apply(call, "torch")
+
+
+def _is_small(call: AdditiveCall) -> bool:
+    """Does the formula serve? For a decoder's single step the operators would take three times as long as it."""
+    query, keys = call.query, call.key.shape[2]
+    return (
+        query.dtype in (torch.float32, torch.float64)
+        and 0 < query.numel() * keys <= block_elements(query.device)
+        and is_eager_on_cpu(query)
+    )
+
+
+def _formula(call: AdditiveCall) -> tuple[Tensor, Tensor, bool]:
+    """Output and weights by the textbook, and whether to trust them: rows that see nothing, and NaN or inf in what is
+    hidden, show in the sum and are left to the blocks."""
+    bent = torch.tanh(call.query[..., :, None, :] + call.key[..., None, :, :])
+    shared = call.weight.shape[0] == 1
+    scores = bent @ call.weight[0] if shared else (bent @ call.weight[:, None, :, None]).squeeze(-1)
+    mask = _merged_mask(call)
+    if mask is not None:
+        scores = scores + mask
+    weights = torch.softmax(scores, dim=-1)
+    output = weights @ call.value
+    trusted = mask is None or math.isfinite(output.detach().sum().item() + call.key.detach().sum().item())
+    return output, weights, trusted
+
+
+def _merged_mask(call: AdditiveCall) -> Tensor | None:
+    """What is added to the scores; None where nothing is."""
+    visible = call.mask
+    if call.upper is not None or call.key_padding_mask is not None:
+        visible = visibility(
+            call.query.shape[2],
+            call.key.shape[2],
+            upper=call.upper,
+            mask=call.mask,
+            key_padding_mask=call.key_padding_mask,
+            device=call.device,
+        )
+    bias = None if call.bias is None else call.bias.to(call.query.dtype)
+    if visible is None:
+        return bias
+    return torch.where(visible, 0.0 if bias is None else bias, NEGATIVE_INFINITY).to(call.query.dtype)

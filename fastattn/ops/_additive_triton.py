@@ -1,0 +1,23 @@
+"""Additive attention on the Triton backend: the fused kernels of ``fastattn_kernels``."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastattn.ops import _additive_autograd, _availability
+from fastattn.ops._additive_call import AdditiveCall
+
+MAX_VALUE_DIM = 512
+
+
+def refusals(call: AdditiveCall) -> list[str]:
+    """Why the kernels cannot run ``call``; empty where they can."""
+    reasons = _availability.refusals("query", call.query)
+    if not 1 <= call.value.shape[3] <= MAX_VALUE_DIM:
+        reasons.append(f"value size={call.value.shape[3]}: it takes 1 to {MAX_VALUE_DIM}")
+    return reasons + _availability.dtype_refusals(("attn_mask", call.bias))
+
+
+def run(call: AdditiveCall) -> tuple[Tensor, Tensor | None]:
+    """``(output, weights or None)``."""
+    return _additive_autograd.apply(call, "triton")

@@ -1,0 +1,180 @@
+"""Forward of additive attention: scores column by column, then online softmax (arXiv:1409.0473, arXiv:2205.14135).
+
+``score(i, j) = sum_a w_a tanh(q_ia + k_ja)`` is no matrix product: a tile of scores is summed in registers over the
+columns ``a``, of each of which it wants BLOCK_M numbers of the queries and BLOCK_N of the keys. Nothing larger is made.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn_kernels._device import device_guard
+from fastattn_kernels._masking import INFINITY, LOG2_E, masked_scores, tanh
+from fastattn_kernels._tiles import (
+    any_not_finite,
+    head_of,
+    load_tile,
+    softmax_step,
+    store_statistics,
+    store_tile,
+    weighted_sum,
+)
+from fastattn_kernels._visits import count_visits, key_edges, list_of, visited_tile
+from fastattn_kernels.additive_attention_config import (
+    additive_careful_config,
+    additive_forward_config,
+    has_hardware_tanh,
+)
+from fastattn_kernels.additive_attention_problem import AdditiveProblem
+from fastattn_kernels.attention_config import Config, dot_precision, head_block
+from fastattn_kernels.attention_problem import RUN_TIME, strided
+from fastattn_kernels.attention_tile_map import TileMap, list_arguments
+
+# Columns in one turn of the loop: so many loads are on their way together.
+_UNROLLED = tl.constexpr(4)
+
+
+@triton.jit
+def bend(x, HARDWARE_TANH: tl.constexpr):
+    """``tanh(x)``, by one instruction if HARDWARE_TANH."""
+    if HARDWARE_TANH:
+        bent = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        bent = tanh(x)
+    return bent
+
+
+@triton.jit
+def columns_of(tensor, batch, head):
+    """The columns of one head, (pointer, stride of column), from (pointer, strides of batch, head, column, 1)."""
+    ptr, stride_b, stride_h, stride_a, _ = tensor
+    return ptr + batch * stride_b + head * stride_h, stride_a
+
+
+@triton.jit
+def weight_of(weight, head):
+    """The weight of one head: (pointer, stride)."""
+    weight_ptr, stride_h, stride_a = weight
+    return weight_ptr + head * stride_h, stride_a
+
+
+@triton.jit
+def additive_scores(
+    x, x_start, y, y_start, weight, size, ROWS: tl.constexpr, COLS: tl.constexpr, HARDWARE_TANH: tl.constexpr
+):
+    """``sum_a w_a tanh(x_ra + y_ca)`` in base 2, ``[ROWS, COLS]``: of queries and keys, or of keys and queries."""
+    x_ptr, stride_xa = x
+    y_ptr, stride_ya = y
+    weight_ptr, stride_w = weight
+    x_ptrs = x_ptr + x_start + tl.arange(0, ROWS)
+    y_ptrs = y_ptr + y_start + tl.arange(0, COLS)
+    # A product of nothing, for its layout: a row belongs to four threads, where elementwise arithmetic alone would give
+    # it to a warp. That takes a third of the loads, half of the registers and a tenth of a maximum's shuffles (sm_90),
+    # and leaves P as the next product wants it.
+    nothing = tl.zeros([ROWS, 16], tl.float16), tl.zeros([16, COLS], tl.float16)
+    scores = tl.dot(nothing[0], nothing[1])
+    for first in tl.range(0, size, _UNROLLED):
+        for offset in tl.static_range(_UNROLLED):
+            a = tl.minimum(first + offset, size - 1).to(tl.int64)  # one past the last has no weight
+            w = tl.load(weight_ptr + a * stride_w).to(tl.float32)
+            w = tl.where(first + offset < size, w * LOG2_E, 0.0)
+            x_a = tl.load(x_ptrs + a * stride_xa).to(tl.float32)
+            y_a = tl.load(y_ptrs + a * stride_ya).to(tl.float32)
+            scores += w * bend(x_a[:, None] + y_a[None, :], HARDWARE_TANH)
+    return scores
+
+
+@triton.jit
+def _attend_keys(
+    acc, row_max, row_sum, query, key, weight, value, row_start, at, size, sizes, rules, visits, edges, tiles,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr, VALUE_DIM: tl.constexpr,
+    PARTIAL: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr, HARDWARE_TANH: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the tiles of keys that are seen whole or, if PARTIAL, over those seen in part."""
+    seqlen_k = sizes[1]
+    rows = row_start + tl.arange(0, BLOCK_M)[:, None]
+    for position in tl.range(0, visits):
+        start = visited_tile(position, edges, tiles, tl.cdiv(seqlen_k, BLOCK_N), PARTIAL) * BLOCK_N
+        cols = start + tl.arange(0, BLOCK_N)[None, :]
+        scores = additive_scores(query, row_start, key, start, weight, size, BLOCK_M, BLOCK_N, HARDWARE_TANH)
+        scores = masked_scores(scores, rows, cols, at, sizes, rules, PARTIAL)
+        p, acc, row_max, row_sum = softmax_step(acc, row_max, row_sum, scores, 1.0)
+        v = load_tile(value, start, seqlen_k, BLOCK_N, BLOCK_DV, VALUE_DIM, PARTIAL)
+        acc = weighted_sum(p.to(v.dtype), v, acc, CAREFUL, PRECISION)
+    return acc, row_max, row_sum
+
+
+@triton.jit(do_not_specialize=[*RUN_TIME, "size"])
+def _additive_fwd_kernel(
+    query, key, weight, value, out, statistics_ptr, rules, tile_lists, lists_per_batch, lists_per_head,
+    heads, group, seqlen_q, seqlen_k, lower, upper, shift, size,
+    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, HARDWARE_TANH: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """One BLOCK_M tile of queries of one head against all visible keys. CAREFUL: only if its output is not finite."""
+    tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
+    batch_head = tl.program_id(0) // tiles_m
+    row_tile = tiles_m - 1 - tl.program_id(0) % tiles_m  # longest first, as in attention_fwd
+    row_start = row_tile * BLOCK_M
+    batch = (batch_head // heads).to(tl.int64)
+    head = (batch_head % heads).to(tl.int64)
+    out = head_of(out, batch, head)
+    if CAREFUL:
+        if not any_not_finite(load_tile(out, row_start, seqlen_q, BLOCK_M, BLOCK_DV, VALUE_DIM, True)):
+            return
+    at = (batch, head)
+    sizes = (seqlen_q, seqlen_k, lower, upper, shift)
+    query, key, weight = columns_of(query, batch, head), columns_of(key, batch, head), weight_of(weight, head)
+    value = head_of(value, batch, head)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    row_max = tl.full([BLOCK_M], -INFINITY, tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    tiles = None
+    if tile_lists is not None:
+        tiles_n = tl.cdiv(seqlen_k, BLOCK_N)
+        tiles = list_of(tile_lists, lists_per_batch, lists_per_head, at, row_tile, tiles_m, tiles_n)
+    edges = key_edges(row_start, at, sizes, rules, BLOCK_M, BLOCK_N)
+    full, partial = count_visits(edges, tiles)
+    acc, row_max, row_sum = _attend_keys(
+        acc, row_max, row_sum, query, key, weight, value, row_start, at, size, sizes, rules, full, edges, tiles,
+        BLOCK_M, BLOCK_N, BLOCK_DV, VALUE_DIM, False, CAREFUL, PRECISION, HARDWARE_TANH,
+    )  # fmt: skip
+    acc, row_max, row_sum = _attend_keys(
+        acc, row_max, row_sum, query, key, weight, value, row_start, at, size, sizes, rules, partial, edges, tiles,
+        BLOCK_M, BLOCK_N, BLOCK_DV, VALUE_DIM, True, CAREFUL, PRECISION, HARDWARE_TANH,
+    )  # fmt: skip
+
+    inverse_sum = tl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)  # a row that may see nothing is zero
+    store_tile(out, row_start, seqlen_q, acc * inverse_sum[:, None], BLOCK_M, BLOCK_DV, VALUE_DIM)
+    pivot = tl.where(row_max == -INFINITY, 0.0, row_max)
+    row = row_start + tl.arange(0, BLOCK_M)
+    store_statistics(statistics_ptr + 2 * batch_head.to(tl.int64) * seqlen_q, row, seqlen_q, pivot, inverse_sum)
+
+
+def launch_additive_fwd(
+    problem: AdditiveProblem,
+    out: Tensor,
+    statistics: Tensor,
+    tile_map: TileMap | None = None,
+    config: Config | None = None,
+) -> None:
+    """Write the output ``[B, H, L, Dv]`` (any strides), and the statistics ``[B, H, 2, L]``, contiguous and float32,
+    that the other launchers take."""
+    query, value = problem.query, problem.value
+    (batch, heads, seqlen_q, size), value_dim = query.shape, value.shape[3]
+    if statistics.numel() == 0:
+        return
+    config = config or additive_forward_config(query.device, query.dtype, value_dim, problem.load())
+    scored = problem.scored()
+    hardware_tanh = has_hardware_tanh(query.device, query.dtype)
+    for careful in (False, True) if problem.masks_pairs() else (False,):
+        tile = additive_careful_config() if careful else config
+        lists = tile_map.of_rows(tile) if tile_map is not None and not careful else None
+        with device_guard(query):
+            _additive_fwd_kernel[(triton.cdiv(seqlen_q, tile.block_m) * batch * heads,)](
+                *scored, strided(value), strided(out), statistics, problem.rules(), *list_arguments(lists),
+                *problem.sizes(), size,
+                VALUE_DIM=value_dim, BLOCK_DV=head_block(value_dim), PRECISION=dot_precision(query.dtype),
+                HARDWARE_TANH=hardware_tanh, CAREFUL=careful, **tile.launch_options(),
+            )  # fmt: skip

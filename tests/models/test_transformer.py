@@ -1,0 +1,375 @@
+"""The transformer: who sees whom, padding, learning, decoding by the cache, generation, fine-tuning, both backends."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastattn
+from fastattn.models.transformer import (
+    TransformerClassifier,
+    TransformerConfig,
+    TransformerEncoderDecoder,
+    TransformerLanguageModel,
+    TransformerTrunk,
+)
+from fastattn.testing import assert_within_budget
+
+VOCABULARY, SOURCE, LENGTH = 11, 9, 12
+CONFIG = TransformerConfig(width=16, heads=4, layers=2, max_length=LENGTH)
+NORMS = pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
+
+
+@pytest.fixture(autouse=True)
+def _compiled_code():
+    """What is tested is the models; the kernels have a test of their own below."""
+    with fastattn.use_backend("torch"):
+        yield
+
+
+def tokens(*shape, seed=0, vocabulary=VOCABULARY):
+    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def language_model(norm_first: bool = False, seed: int = 1, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
+    torch.manual_seed(seed)
+    config = dataclasses.replace(CONFIG, norm_first=norm_first, **changes)
+    return TransformerLanguageModel(VOCABULARY, config).to(dtype).eval()
+
+
+def encoder_decoder(norm_first: bool = False, seed: int = 1, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
+    torch.manual_seed(seed)
+    config = dataclasses.replace(CONFIG, norm_first=norm_first, **changes)
+    return TransformerEncoderDecoder(SOURCE, VOCABULARY, config).to(dtype).eval()
+
+
+def source_and_padding():
+    source = tokens(3, 7, seed=5, vocabulary=SOURCE)
+    padding = torch.arange(7) >= torch.tensor([[7], [4], [1]])
+    return source, padding
+
+
+# --------------------------------------------------------------------------------------------------- shapes, gradients
+
+
+@NORMS
+def test_language_model_gradients_reach_every_parameter(norm_first):
+    model = language_model(norm_first)
+    assert model(tokens(2, 7)).shape == (2, 7, VOCABULARY)
+    model.loss(tokens(4, LENGTH + 1)[:, :LENGTH]).backward()
+    _assert_every_parameter_learns(model)
+
+
+@NORMS
+def test_encoder_decoder_gradients_reach_every_parameter(norm_first):
+    model, (source, padding) = encoder_decoder(norm_first), source_and_padding()
+    assert model(source, tokens(3, 5), padding).shape == (3, 5, VOCABULARY)
+    model.loss(source, tokens(3, LENGTH), padding).backward()
+    _assert_every_parameter_learns(model)
+
+
+@NORMS
+@pytest.mark.parametrize("causal", [False, True])
+def test_classifier_gradients_reach_every_parameter(norm_first, causal):
+    torch.manual_seed(2)
+    config = dataclasses.replace(CONFIG, norm_first=norm_first)
+    model = TransformerClassifier(TransformerTrunk(VOCABULARY, config, causal=causal), 3).double()
+    logits = model(tokens(8, LENGTH))
+    assert logits.shape == (8, 3)
+    F.cross_entropy(logits, torch.arange(8) % 3).backward()
+    _assert_every_parameter_learns(model)
+
+
+def _assert_every_parameter_learns(model):
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        assert gradient is not None, name
+        if name.endswith("in_proj_bias"):  # the keys' part adds the same to all scores of a row: softmax sees nothing
+            gradient = gradient.view(3, -1)[[0, 2]]
+        assert gradient.abs().max() > 1e-12, name
+
+
+@NORMS
+def test_block_is_the_lectures(norm_first):
+    """Self-attention, residual, norm, an MLP on each vector, residual, norm; pre-norm moves the norms to the front."""
+    model = language_model(norm_first)
+    layer, x = model.trunk.layers[0], torch.randn(2, 5, 16, dtype=torch.float64)
+    mask = torch.ones(5, 5, dtype=torch.bool).triu(1)
+
+    def attend(x):
+        return layer.self_attn(x, x, x, attn_mask=mask, need_weights=False)[0]
+
+    def mlp(x):
+        return layer.linear2(layer.linear1(x).relu())
+
+    if norm_first:
+        expected = x + attend(layer.norm1(x))
+        expected = expected + mlp(layer.norm2(expected))
+    else:
+        expected = layer.norm1(x + attend(x))
+        expected = layer.norm2(expected + mlp(expected))
+    torch.testing.assert_close(layer(x, mask, is_causal=True), expected, rtol=0, atol=1e-13)
+
+
+def test_last_norm_is_that_of_a_pre_norm_stack():
+    assert isinstance(language_model(True).trunk.norm, fastattn.AddLayerNorm)
+    assert isinstance(language_model(False).trunk.norm, nn.Identity)
+
+
+# ------------------------------------------------------------------------------------------------------- who sees whom
+
+
+@NORMS
+def test_language_model_sees_no_later_token(norm_first):
+    model, x = language_model(norm_first), tokens(2, LENGTH)
+    changed = x.clone()
+    changed[:, 7:] = (changed[:, 7:] + 1) % VOCABULARY
+    assert torch.equal(model(changed)[:, :7], model(x)[:, :7])
+    assert not torch.isclose(model(changed)[:, 7:], model(x)[:, 7:]).all(-1).any()
+
+
+def test_encoder_sees_everything():
+    torch.manual_seed(3)
+    trunk, x = TransformerTrunk(VOCABULARY, CONFIG).double(), tokens(1, LENGTH)
+    changed = x.clone()
+    changed[:, -1] += 1
+    assert not torch.isclose(trunk(changed % VOCABULARY), trunk(x)).all(-1).any()
+
+
+@NORMS
+def test_causal_mask_is_the_same_with_padding_and_without(norm_first):
+    """Without padding the layers are promised a causal mask and given one element; with it, they read all of it."""
+    model, x = language_model(norm_first), tokens(2, LENGTH)
+    torch.testing.assert_close(model(x, torch.zeros_like(x, dtype=torch.bool)), model(x), rtol=0, atol=1e-13)
+
+
+@NORMS
+def test_padding_changes_nothing(norm_first):
+    """Whatever stands in it, and however long it is; in all models."""
+    x, padding = tokens(3, LENGTH), torch.arange(LENGTH) >= torch.tensor([[5], [5], [5]])
+    other = torch.where(padding, (x + 3) % VOCABULARY, x)
+    language = language_model(norm_first)
+    torch.testing.assert_close(language(other, padding)[:, :5], language(x[:, :5]), rtol=0, atol=1e-13)
+    torch.testing.assert_close(language.loss(other, padding), language.loss(x[:, :5]), rtol=0, atol=1e-13)
+
+    for causal in (False, True):
+        torch.manual_seed(4)
+        config = dataclasses.replace(CONFIG, norm_first=norm_first)
+        classifier = TransformerClassifier(TransformerTrunk(VOCABULARY, config, causal=causal), 3).double()
+        torch.testing.assert_close(classifier(other, padding), classifier(x[:, :5]), rtol=0, atol=1e-13)
+
+    model, (source, hidden) = encoder_decoder(norm_first), source_and_padding()
+    whole = model(source, x, hidden)
+    for row, length in enumerate((7, 4, 1)):
+        alone = model(source[row : row + 1, :length], x[row : row + 1])
+        torch.testing.assert_close(whole[row : row + 1], alone, rtol=0, atol=1e-13)
+    loss = model.loss(source, other, hidden, padding)
+    torch.testing.assert_close(loss, model.loss(source, x[:, :5], hidden), rtol=0, atol=1e-13)
+
+
+def test_positions_tell_the_order_of_tokens():
+    """Without them an encoder's mean could not tell a sequence from itself reversed."""
+    torch.manual_seed(5)
+    model, x = TransformerClassifier(TransformerTrunk(VOCABULARY, CONFIG), 3).double(), tokens(4, LENGTH)
+    assert not torch.isclose(model(x), model(x.flip(1))).any()
+    model.trunk.positions.weight.data.zero_()
+    torch.testing.assert_close(model(x), model(x.flip(1)), rtol=0, atol=1e-13)
+
+
+# ------------------------------------------------------------------------------------------------------------ learning
+
+
+def overfit(model, loss, steps=80):
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, fused=True)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    return loss().item()
+
+
+@NORMS
+def test_language_model_learns_sentences_by_heart(norm_first):
+    """And says them: the first token of each is another, so that everything behind it is known."""
+    model, x = language_model(norm_first, dtype=torch.float32), tokens(3, LENGTH)
+    x[:, 0] = torch.arange(3)
+    assert overfit(model, lambda: model.loss(x)) < 0.05
+    assert torch.equal(model.generate(x[:, :1], LENGTH - 1), x)
+
+
+@NORMS
+def test_encoder_decoder_learns_to_reverse_a_few(norm_first):
+    model, source = encoder_decoder(norm_first, dtype=torch.float32), tokens(4, 6, seed=8, vocabulary=SOURCE)
+    target = torch.cat((torch.full((4, 1), 10), source.flip(1)), dim=1)
+    assert overfit(model, lambda: model.loss(source, target)) < 0.05
+    assert torch.equal(model.generate(source, 6, start=10), target)
+
+
+def test_fine_tuning_goes_on_with_the_pretrained_trunk():
+    """The trunk is taken, not copied: what the classifier learns is learned by the language model's own parameters."""
+    language = language_model(dtype=torch.float32)
+    classifier = TransformerClassifier(language.trunk, 2)
+    assert classifier.trunk is language.trunk
+    before = {name: parameter.clone() for name, parameter in language.named_parameters()}
+    x = tokens(6, LENGTH)
+    assert overfit(classifier, lambda: F.cross_entropy(classifier(x), torch.arange(6) % 2), steps=40) < 0.05
+    changed = {name for name, parameter in language.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {name for name in before if name.startswith("trunk.")}
+
+
+# ------------------------------------------------------------------------------------------------------------ decoding
+
+
+@NORMS
+@pytest.mark.parametrize("parts", [[1] * LENGTH, [5, 1, 1, 5], [LENGTH]], ids=str)
+def test_steps_of_a_language_model_are_the_whole_sequence(norm_first, parts):
+    model, x = language_model(norm_first), tokens(3, LENGTH)
+    cache = model.trunk.new_cache()
+    stepwise = torch.cat([model.head(model.trunk.step(part, cache)) for part in x.split(parts, dim=1)], dim=1)
+    torch.testing.assert_close(stepwise, model(x), rtol=0, atol=1e-13)
+
+
+@NORMS
+@pytest.mark.parametrize("parts", [[1] * LENGTH, [5, 1, 1, 5]], ids=str)
+def test_steps_of_a_decoder_are_the_whole_sequence(norm_first, parts):
+    model, x, (source, padding) = encoder_decoder(norm_first), tokens(3, LENGTH), source_and_padding()
+    cache = model.decoder.new_cache(model.encoder(source, padding), padding)
+    stepwise = torch.cat([model.head(model.decoder.step(part, cache)) for part in x.split(parts, dim=1)], dim=1)
+    torch.testing.assert_close(stepwise, model(source, x, padding), rtol=0, atol=1e-13)
+
+
+@NORMS
+def test_steps_lose_no_more_than_the_whole_sequence(norm_first):
+    """In float32, against float64."""
+    x, one, two = tokens(3, LENGTH), language_model(norm_first), language_model(norm_first, dtype=torch.float32)
+    cache = two.trunk.new_cache()
+    with torch.no_grad():
+        stepwise = torch.cat([two.head(two.trunk.step(part, cache)) for part in x.split(1, dim=1)], dim=1)
+        assert_within_budget(stepwise, truth=one(x), peer=two(x), name="logits")
+
+
+def test_steps_take_every_parameter_from_the_layers():
+    """No copies: what is changed between two steps is what the next one computes with."""
+    model, x = language_model(), tokens(2, 4)
+    cache = model.trunk.new_cache()
+    model.trunk.step(x[:, :3], cache)
+    with torch.no_grad():
+        for parameter in model.trunk.layers.parameters():
+            parameter.zero_()
+    last = model.trunk.step(x[:, 3:], cache)
+    assert not last.any(), "a post-norm block whose last norm has no weight and no bias gives zero"
+
+
+def test_steps_look_at_the_new_tokens_alone(monkeypatch):
+    """The point of the cache: each step embeds, projects and feeds forward one token, not all so far."""
+    model, seen = language_model(), []
+    model.trunk.layers[0].linear1.register_forward_hook(lambda module, arguments, output: seen.append(output.shape[1]))
+    model.generate(tokens(2, 3), 4)
+    assert seen == [3, 1, 1, 1]
+
+
+@NORMS
+def test_greedy_generation_is_the_likeliest_token_each_time(norm_first):
+    model, x = language_model(norm_first), tokens(3, 2)
+    expected = x
+    for _ in range(6):
+        expected = torch.cat((expected, model(expected)[:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(model.generate(x, 6), expected)
+    assert model.generate(x, 0) is x
+
+
+def test_sampled_generation_depends_on_its_seed_alone():
+    model, x = language_model(), tokens(4, 2)
+    torch.manual_seed(1)
+    first = model.generate(x, 8, temperature=1.0, seed=3)
+    torch.manual_seed(2)
+    assert torch.equal(model.generate(x, 8, temperature=1.0, seed=3), first)
+    assert not torch.equal(model.generate(x, 8, temperature=1.0, seed=4), first)
+    assert torch.equal(model.generate(x, 8, temperature=1e-6, seed=4), model.generate(x, 8))
+
+
+def test_sampled_generation_draws_from_the_softmax():
+    """Of four thousand first tokens as many as the logits say, at a temperature that sharpens them."""
+    model, x = language_model(), tokens(1, 3).expand(4000, 3)
+    drawn = model.generate(x, 1, temperature=0.5, seed=0)[:, -1]
+    expected = (model(x[:1])[0, -1] / 0.5).softmax(-1)
+    found = torch.bincount(drawn, minlength=VOCABULARY) / 4000
+    assert (found - expected).abs().max() < 5 * (0.25 / 4000) ** 0.5  # five deviations of the widest
+
+
+def test_generation_ends():
+    """Each sequence at its own end; nothing but the end behind it; and no step more than the longest takes."""
+    model, x = language_model(), tokens(5, 2)
+    free = model.generate(x, 8, temperature=1.0, seed=0)
+    end = int(free[0, 4])
+    ended = model.generate(x, 8, temperature=1.0, seed=0, end=end)
+    for row, whole in zip(ended.tolist(), free.tolist()):
+        stop = whole.index(end, 2) + 1 if end in whole[2:] else len(whole)
+        assert row == (whole[:stop] + [end] * len(whole))[: len(row)]
+    alone = model.generate(x[:1], 8, temperature=0.0, end=int(model.generate(x[:1], 1)[0, -1]))
+    assert alone.shape == (1, 3)
+
+
+def test_encoder_decoder_generates_with_padding_as_without():
+    model, (source, padding) = encoder_decoder(), source_and_padding()
+    together = model.generate(source, 6, start=0, source_padding=padding)
+    assert together.shape == (3, 7)
+    for row, length in enumerate((7, 4, 1)):
+        assert torch.equal(model.generate(source[row : row + 1, :length], 6, start=0)[0], together[row])
+    drawn = [model.generate(source, 6, start=0, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_models_refuse():
+    model = language_model()
+    with pytest.raises(ValueError, match="the table holds max_length=12"):
+        model(tokens(1, LENGTH + 1))
+    with pytest.raises(ValueError, match="the table holds max_length=12"):
+        model.generate(tokens(1, 5), 9)
+    assert model.generate(tokens(1, 5), 8).shape == (1, 13), "the last token is said, never read"
+    with pytest.raises(ValueError, match=r"prompt has shape \(2, 0\)"):
+        model.generate(tokens(2, 0), 3)
+    with pytest.raises(ValueError, match="temperature=-1"):
+        model.generate(tokens(1, 1), 3, temperature=-1)
+    trunk = TransformerTrunk(VOCABULARY, CONFIG)
+    with pytest.raises(ValueError, match="causal=False"):
+        trunk.step(tokens(1, 1), trunk.new_cache())
+
+
+# ------------------------------------------------------------------------------------------------------------- kernels
+
+
+@pytest.mark.parametrize("make", [language_model, encoder_decoder])
+@NORMS
+def test_training_step_on_kernels_matches_torch(make, norm_first):
+    """The loss and every gradient; what the kernels may lose is what eager torch loses, twice."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    source, padding = source_and_padding()
+
+    def step(backend, dtype):
+        model = make(norm_first, dtype=torch.float32, layers=1).to(dtype)
+        with fastattn.use_backend(backend):
+            x = tokens(3, 6)
+            loss = model.loss(x) if make is language_model else model.loss(source, x, padding)
+            loss.backward()
+        gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        return loss.detach()[None], gradients
+
+    actual, peer, truth = step("triton", torch.float32), step("torch", torch.float32), step("torch", torch.float64)
+    for name, *three in zip(("loss", "gradients"), actual, peer, truth):
+        ours, theirs, exact = three
+        # Sums of some 50 terms in another order, through a block and back
+        allowance = 50 * torch.finfo(torch.float32).eps * exact.abs().max().item()
+        assert_within_budget(ours, truth=exact, peer=theirs, name=name, allowance=allowance)
+
+
+def test_decoding_on_kernels_says_the_same():
+    pytest.importorskip("triton", reason="triton is not installed")
+    model, x = language_model(dtype=torch.float32), tokens(2, 3)
+    expected = model.generate(x, 2)
+    with fastattn.use_backend("triton"):
+        assert torch.equal(model.generate(x, 2), expected)

@@ -1,0 +1,208 @@
+"""The operators of additive attention under opcheck, torch.compile, transforms, autocast, and what they keep."""
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import fastattn
+from fastattn.ops import _additive_blocks
+from fastattn.testing import random_tensor
+
+# What it returns depends on its arguments; a test knows which it gave.
+attend: Any = fastattn.ops.additive_attention
+
+B, H, L, S, A, DV = 2, 2, 5, 7, 3, 4
+BIAS = torch.randn(H, L, 1, generator=torch.Generator().manual_seed(0))
+CALLS = {
+    "plain": {},
+    "causal_weights": {"is_causal": True, "need_weights": True},
+    "heads": {"need_weights": True, "average_attn_weights": False},
+    "mask": {"attn_mask": torch.arange(S) != 2},
+    "bias": {"attn_mask": BIAS},
+    "padding": {"key_padding_mask": torch.arange(S).expand(B, S) > 4, "need_weights": True},
+}
+
+
+def leaves(device, dtype=torch.float32):
+    shapes = ((B, H, L, A), (B, H, S, A), (B, H, S, DV), (H, A))
+    return [random_tensor(*s, seed=i, dtype=dtype, device=device).requires_grad_() for i, s in enumerate(shapes)]
+
+
+def arguments(name, device):
+    return tree_map_only(torch.Tensor, lambda t: t.to(device), CALLS[name])
+
+
+def results_and_gradients(function, tensors):
+    found = function(*tensors)
+    outputs = found if isinstance(found, tuple) else (found,)
+    given = [random_tensor(*o.shape, seed=i, dtype=o.dtype, device=o.device) for i, o in enumerate(outputs)]
+    return [*outputs, *torch.autograd.grad(outputs, tensors, given)]
+
+
+class Watched(TorchDispatchMode):
+    """The calls of this package's operators, and the most elements that any tensor had."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.largest = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastattn":
+            self.calls.append((func, tree_map_only(torch.Tensor, torch.Tensor.detach, args)))
+        result = func(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        self.largest = max([self.largest, *sizes])
+        return result
+
+
+@pytest.fixture
+def _no_formula(monkeypatch):
+    """The torch backend's small calls go through the operators too."""
+    monkeypatch.setattr(_additive_blocks, "BLOCK_ELEMENTS", 40)
+    monkeypatch.setattr(_additive_blocks, "BLOCK_ELEMENTS_ON_GPU", 40)
+
+
+@pytest.mark.usefixtures("_no_formula")
+@pytest.mark.parametrize("name", CALLS)
+def test_additive_operators_pass_opcheck(name, backend, device):
+    with Watched() as watched:
+        results_and_gradients(lambda *t: attend(*t, **arguments(name, device), backend=backend), leaves(device))
+    operators = [operator for operator, _ in watched.calls]
+    assert operators == [torch.ops.fastattn.additive_forward.default, torch.ops.fastattn.additive_backward.default]
+    for operator, given in watched.calls:
+        torch.library.opcheck(operator, given)
+
+
+@pytest.mark.usefixtures("_no_formula")
+def test_additive_backward_of_a_mask_passes_opcheck(backend, device):
+    tensors, bias = leaves(device), BIAS.to(device).requires_grad_()
+    with Watched() as watched:
+        found = results_and_gradients(lambda *t: attend(*t[:4], attn_mask=t[4], backend=backend),
+                                      [*tensors, bias])  # fmt: skip
+    assert found[-1].shape == bias.shape
+    torch.library.opcheck(*watched.calls[1])
+
+
+# inductor takes seconds, and sees no more of the operators than aot_eager
+@pytest.mark.parametrize(
+    ("name", "compiler", "backend"),
+    [
+        ("causal_weights", "inductor", "torch"),
+        *((name, "aot_eager", backend) for name in ("causal_weights", "bias") for backend in ("torch", "triton")),
+    ],
+)
+def test_additive_compiles_in_one_graph(name, compiler, backend, device):
+    call = arguments(name, device)
+    function = lambda *t: attend(*t, **call, backend=backend)  # noqa: E731
+    expected = results_and_gradients(function, leaves(device))
+    found = results_and_gradients(torch.compile(function, backend=compiler, fullgraph=True), leaves(device))
+    for actual, wanted in zip(found, expected):
+        torch.testing.assert_close(actual, wanted)
+
+
+def test_additive_compiles_once_for_all_lengths(device):
+    counter = CompileCounter()
+    compiled = torch.compile(
+        lambda *t: attend(*t, is_causal=True, backend="torch"),
+        backend=counter,
+        dynamic=True,
+        fullgraph=True,
+    )
+    for length in (5, 9, 17):
+        tensors = [
+            random_tensor(*s, seed=0, device=device) for s in ((2, length, 3), (2, length, 3), (2, length, 4), (3,))
+        ]
+        torch.testing.assert_close(compiled(*tensors), attend(*tensors, is_causal=True, backend="torch"))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [("plain", False), ("plain", True), ("causal_weights", False), ("causal_weights", True), ("padding", False)],
+)
+def test_additive_derivatives_of_every_order(name, blocks, monkeypatch):
+    """Gradients, their gradients and forward mode, in float64; the formula in one piece and in blocks of rows."""
+    if blocks:
+        monkeypatch.setattr(_additive_blocks, "BLOCK_ELEMENTS", 40)
+    tensors = [t.detach()[..., :3, :2].requires_grad_() for t in leaves("cpu", torch.float64)]
+    tensors[3] = tensors[3].detach()[:, :2].requires_grad_()
+    call = dict(arguments(name, "cpu"))
+    if "key_padding_mask" in call:
+        call["key_padding_mask"] = call["key_padding_mask"][:, 2:5]
+    function = lambda *t: attend(*t, **call, backend="torch")  # noqa: E731
+    assert torch.autograd.gradcheck(function, tensors, check_forward_ad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, tensors, check_fwd_over_rev=True, fast_mode=True)
+
+
+@pytest.mark.usefixtures("_no_formula")
+def test_additive_second_derivatives_are_the_same_on_both_backends(device):
+    def of(backend):
+        tensors = leaves(device)
+        output = attend(*tensors, attn_mask=BIAS.to(device), backend=backend)
+        first = torch.autograd.grad(output.square().sum(), tensors, create_graph=True)
+        return torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), tensors)
+
+    pytest.importorskip("triton", reason="triton is not installed")
+    for actual, expected in zip(of("triton"), of("torch")):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_additive_vmap_is_a_loop(backend, device):
+    query, key, value, weight = (t.detach() for t in leaves(device))
+    weights = torch.stack([weight, 2 * weight])
+
+    def gradient(query, weight):
+        output = lambda q: attend(q, key, value, weight, backend=backend).square().sum()  # noqa: E731
+        return torch.func.grad(output)(query)
+
+    found = torch.func.vmap(gradient, in_dims=(None, 0))(query, weights)
+    for actual, each in zip(found, weights):
+        torch.testing.assert_close(actual, gradient(query, each), rtol=1e-4, atol=1e-5)
+
+
+def test_additive_autocast(backend, device):
+    tensors = [t.detach() for t in leaves(device)]
+    with torch.autocast(device.type, torch.bfloat16):
+        output = attend(*tensors, backend=backend)
+    assert output.dtype == torch.bfloat16
+    assert torch.equal(output, attend(*(t.bfloat16() for t in tensors), backend=backend))
+
+
+def test_additive_makes_no_tensor_of_pairs_times_columns(backend, device):
+    """Forward and backward: the largest tensor is a block, or one of pairs in the kernels' padding."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    length, size = (256, 32) if backend == "torch" else (64, 32)
+    shapes = ((1, length, size), (1, length, size), (1, length, 8), (size,))
+    tensors = [random_tensor(*s, seed=i, device=device).requires_grad_() for i, s in enumerate(shapes)]
+    with Watched() as watched:
+        attend(*tensors, backend=backend).sum().backward()
+    whole = length * length * size
+    most = _additive_blocks.block_elements(device) if backend == "torch" else length * length
+    assert most <= whole / 8
+    assert watched.largest <= most
+
+
+def test_additive_keeps_inputs_and_output_alone(backend, device):
+    """For the backward: nothing that grows with ``L S``."""
+    tensors = [random_tensor(*s, seed=i, device=device).requires_grad_()
+               for i, s in enumerate(((1, 600, 8), (1, 700, 8), (1, 700, 8), (8,)))][:4]  # fmt: skip
+    if backend == "triton":
+        tensors = [t.detach()[:, :60].requires_grad_() if t.dim() == 3 else t for t in tensors]
+    saved = []
+
+    def pack(tensor):
+        saved.append(weakref.ref(tensor))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = attend(*tensors, backend=backend)
+    gc.collect()
+    elements = [tensor.numel() for ref in saved if (tensor := ref()) is not None]
+    assert elements
+    assert max(elements) <= max(t.numel() for t in (*tensors, output))

@@ -1,0 +1,116 @@
+"""What additive attention does with what is hidden: NaN and inf stay where they are, empty rows are zero."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import fastattn
+from fastattn.ops import _additive_blocks
+from fastattn.testing import random_tensor
+
+# What it returns depends on its arguments; a test knows which it gave.
+attend: Any = fastattn.ops.additive_attention
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+B, L, S, A, DV = 2, 20, 50, 3, 5
+
+
+@pytest.fixture(params=["torch-formula", "torch-blocks", "triton-kernels"])
+def backend(request, monkeypatch):
+    """The torch backend in its two forms, and the kernels."""
+    name, form = request.param.split("-")
+    if name == "triton":
+        pytest.importorskip("triton", reason="triton is not installed")
+    if form == "blocks":
+        monkeypatch.setattr(_additive_blocks, "BLOCK_ELEMENTS", 800)
+        monkeypatch.setattr(_additive_blocks, "BLOCK_ELEMENTS_ON_GPU", 800)
+    return name
+
+
+def leaves(device):
+    shapes = ((B, L, A), (B, S, A), (B, S, DV), (A,))
+    return [random_tensor(*shape, seed=i, device=device).requires_grad_() for i, shape in enumerate(shapes)]
+
+
+def hiding(how, device):
+    """Arguments that hide keys from 35 on (20 where causal), and how many are seen."""
+    mask = torch.ones(L, S, dtype=torch.bool, device=device)
+    mask[:, 35:] = False
+    padding = (~mask[:1]).expand(B, S)
+    return {
+        "mask": ({"attn_mask": mask}, 35),
+        "bias": ({"attn_mask": torch.where(mask, 0.5, -math.inf)}, 35),
+        "padding": ({"key_padding_mask": padding}, 35),
+        "causal": ({"is_causal": True}, L),
+    }[how]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("how", ["mask", "bias", "padding", "causal"])
+def test_additive_hidden_values_do_not_leak(how, bad, backend, device):
+    arguments, seen = hiding(how, device)
+    tensors = leaves(device)
+
+    def results(tensors):
+        output, weights = attend(*tensors, **arguments, need_weights=True, backend=backend)
+        return output, weights, *torch.autograd.grad(output.square().sum() + weights.square().sum(), tensors)
+
+    expected = results(tensors)
+    spoilt = [t.detach().clone() for t in tensors]
+    spoilt[1][:, seen:] = bad
+    spoilt[2][:, seen:] = bad
+    found = results([t.requires_grad_() for t in spoilt])
+    for actual, wanted in zip(found, expected):
+        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["query", "key", "value"])
+def test_additive_visible_nan_shows(which, backend, device):
+    """And nowhere else: row 3 of the queries, or every row that sees key 30. Of a value torch's products, which know
+    0 * NaN, may take it to rows that do not."""
+    tensors = [t.detach() for t in leaves(device)]
+    mask = torch.ones(L, S, dtype=torch.bool, device=device)
+    mask[:10, 30] = False
+    tensors[which][0, 3 if which == 0 else 30] = math.nan
+    output = attend(*tensors, attn_mask=mask, backend=backend)
+    spoilt = torch.zeros(B, L, dtype=torch.bool, device=device)
+    spoilt[0, 3 if which == 0 else slice(10, None)] = True
+    found = output.isnan().any(-1)
+    assert found[spoilt].all()
+    if (which, backend) != (2, "torch"):
+        assert not found[~spoilt].any()
+
+
+@pytest.mark.parametrize("how", ["mask", "bias", "padding"])
+def test_additive_rows_without_keys_are_zero(how, backend, device):
+    mask = torch.ones(B, L, S, dtype=torch.bool, device=device)
+    if how == "padding":
+        mask[1] = False
+        arguments = {"key_padding_mask": ~mask[:, 0]}
+    else:
+        mask[:, 7:9] = False
+        arguments = {"attn_mask": mask if how == "mask" else torch.where(mask, 0.0, -math.inf)}
+    tensors = leaves(device)
+    output, weights = attend(*tensors, **arguments, need_weights=True, backend=backend)
+    d_query, *others = torch.autograd.grad(output.square().sum() + weights.square().sum(), tensors)
+    empty = ~mask.any(-1)
+    assert empty.any()
+    for tensor in (output, weights, d_query):
+        assert not tensor[empty].any()
+        assert tensor[~empty].any()
+    assert all(g.isfinite().all() for g in others)
+
+
+def test_additive_masks_broadcast_as_the_scores_do(backend, device):
+    """A mask of three dimensions is ``[B, L, S]`` in a call without heads, ``[H, L, S]`` in one with them."""
+    query, key, value, weight = (t.detach() for t in leaves(device))
+    mask = torch.rand(B, L, S, generator=torch.Generator().manual_seed(0)).to(device) < 0.7
+    whole = attend(query, key, value, weight, attn_mask=mask, backend=backend)
+    for entry in range(B):
+        alone = slice(entry, entry + 1)
+        one = attend(query[alone], key[alone], value[alone], weight, attn_mask=mask[entry], backend=backend)
+        torch.testing.assert_close(whole[alone], one)
+    headed = attend(query[None], key[None], value[None], weight, attn_mask=mask, backend=backend)
+    torch.testing.assert_close(headed[0], whole)
