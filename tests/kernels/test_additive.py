@@ -136,8 +136,8 @@ def test_additive_compiles_without_spills(dtype, target):
         assert row["shared"] <= SHARED_MEMORY[target], what
         assert row["spilled"] == 0, what
         if row["kernel"] in KERNELS and target.startswith("cuda"):
-            # Four columns a turn, in two loops of the forward where tiles may be seen whole; of each element once: under
-            # some layouts two warps do the same ones, which took twice the time and no register more.
+            # Four columns a turn, in two loops of the forward where tiles may be seen whole, and each element once: in
+            # some layouts two warps do the same ones, which takes twice the time and shows nowhere else.
             turns = {"_additive_fwd_kernel": 4 if row["case"].get("mask") else 8, "_additive_pairs_kernel": 4}
             expected = turns.get(row["kernel"], 1) * row["tile"] if dtype != "float32" else 0
             assert row["tangents"] * 32 * row["warps"] == expected, what
