@@ -44,7 +44,7 @@ class AdditiveBackwardConfig:
 _C = Config
 # The interpreter has no registers; its tiles are unequal, so that short sequences exercise every range.
 _INTERPRETED = _C(64, 32, 4, 1)
-# Columns of a tile of values -> the forward's tile, where every key is seen, or all up to a diagonal, and where not. Each
+# Columns of a tile of values -> the forward's tile where every key is seen or all up to a diagonal, and where not. Each
 # divides its tangents among its warps; at fewer than 64 keys, or 64 rows for 8 warps, two warps would do the same ones.
 _HALF = {
     64: (_C(64, 64, 4, 1), _C(32, 64, 4, 1)),
@@ -80,7 +80,7 @@ def additive_pairs_config(device: torch.device, dtype: torch.dtype, value_dim: i
         return _INTERPRETED
     if dtype == torch.float32:  # whole rows of dO and V in every thread
         return _C(32, 32, 8, 1) if value_dim <= 256 else _C(16, 16, 4, 1)
-    return _C(32, 64, 4, 1)
+    return _C(16, 64, 4, 1)
 
 
 def additive_backward_config(device: torch.device, dtype: torch.dtype, value_dim: int) -> AdditiveBackwardConfig:
