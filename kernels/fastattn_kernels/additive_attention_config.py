@@ -47,7 +47,7 @@ _INTERPRETED = _C(64, 32, 4, 1)
 # Columns of a tile of values -> the forward's tile where every key is seen or all up to a diagonal, and where not. Each
 # divides its tangents among its warps; at fewer than 64 keys, or 64 rows for 8 warps, two warps would do the same ones.
 _HALF = {
-    64: (_C(64, 64, 4, 1), _C(32, 64, 4, 1)),
+    64: (_C(64, 64, 4, 1), _C(32, 64, 8, 1)),
     128: (_C(64, 64, 4, 1), _C(32, 64, 8, 1)),
     256: (_C(32, 64, 8, 1), _C(32, 64, 8, 1)),
     512: (_C(32, 64, 8, 1), _C(16, 64, 8, 1)),
