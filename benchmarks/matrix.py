@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.cases import AttentionCase, Case, Kind, Mask
 from benchmarks.families import sequence
+from benchmarks.families.additive import of_tangents
 from benchmarks.families.norm import of_elements
 
 # Compiling takes longer than everything else of a case: FlexAttention and torch.compile stand where they are asked for.
@@ -71,6 +72,9 @@ def matrix(*, quick: bool = False) -> list[tuple[Case, tuple[str, ...]]]:
     for seqlen in (512, 4096):
         names = ("fastattn", "nn.MultiheadAttention", "nn.RNN", "nn.GRU", "nn.LSTM", "causal-conv", "dilated-tcn")
         add_layers("sequence", max(1, 4096 // seqlen), seqlen, *names, mask="causal")
+    for backward in (False, True):
+        case = of_tangents(1 << 31, 512, 256, backward=backward, dtype=torch.bfloat16, device="cuda")
+        cases[case] = ("fastattn", "eager")
     for size in (512, 2048, 256, 65536, 64, 32768, 262144, 4097):
         add_norms(size)
     add_norms(4096, kinds=["layer"], dtype=torch.float32)
