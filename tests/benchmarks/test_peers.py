@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastattn
 from benchmarks.cases import AttentionCase, Kind, Mask, NormCase
 from benchmarks.families import attention, peers
+from benchmarks.families.additive import AdditiveCase
 from benchmarks.measure.accuracy import Gate
 from benchmarks.registry import Refused, families
 
@@ -105,6 +106,8 @@ def test_every_compiled_variant_passes(family, variant):
     case = dataclasses.replace(CASE, family=family, mask="causal")
     if family == "norm":
         case = NormCase("norm", "rms", 37, 12)
+    elif family == "additive":
+        case = AdditiveCase("additive", 2, 37, 8)
     gate = Gate(families()[family], case)
     assert _outcome(families()[family], variant, case, gate) is None
 
