@@ -130,7 +130,7 @@ def looked_at(model: ImageCaptioner, pictures: Pictures) -> tuple[Tensor, Tensor
 
 # ------------------------------------------------------------------------------------------------------ the experiment
 
-QUICK = Size(cells=2, most=3, steps=600, asked=256)
+QUICK = Size(cells=2, most=3, steps=600, asked=256, channels=64)
 FULL = Size(cells=3, most=4, steps=1300, asked=512)
 
 

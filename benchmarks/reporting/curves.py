@@ -101,7 +101,7 @@ def sizes(rows: list[Result]) -> Figure | None:
     rows = [
         row
         for row in timed_of(rows)
-        if row.get("size") and row["of_floor"] is not None and not (row["wide_residual"] or row["dropout_p"])
+        if "wide_residual" in row and row["of_floor"] is not None and not (row["wide_residual"] or row["dropout_p"])
     ]
     if not rows:
         return None
