@@ -332,6 +332,12 @@ def test_findings_say_who_learns_what():
     assert both == [f"t: gru and lstm learn it best, to an accuracy of 1.00; a guess has 0.50. {seeds}"]
 
 
+def test_findings_of_a_single_model_are_none():
+    """A run that was cut short after the first of them has no best one."""
+    rows = [{"task": "t", "model": "attention", "accuracy": 0.6, "chance": 0.5}]
+    assert findings(document([], quality=rows)) == []
+
+
 def test_findings_name_what_is_above_the_ceilings():
     rows = list(attention())
     rows[0]["of_floor"], rows[1]["of_floor"] = 1.04, 0.5
