@@ -28,6 +28,7 @@ resources: $(STAMP)
 
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.ops.fuzz --seconds $(SECONDS)
+	$(BIN)/python -m pytest -n auto --dist worksteal tests/ops -k "random_combinations" --seed "$$(date +%s)"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

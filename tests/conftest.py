@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import random
 import sys
 import time
 import zlib
@@ -36,18 +35,14 @@ if WORKER:
 
 def pytest_addoption(parser):
     group = parser.getgroup("fastattn")
-    group.addoption("--seed", type=int, default=None, help="of the random sample; default: random, and printed")
+    group.addoption("--seed", type=int, default=0, help="of the random samples; `make fuzz` draws others")
     group.addoption("--error-table", action="store_true", help="end with errors against float64, ours beside eager's")
     group.addoption("--error-table-json", metavar="FILE", help="write the error table to FILE")
     group.addoption("--budget", type=float, metavar="SECONDS", help="skip what has not begun by then")
 
 
 def pytest_configure(config):
-    if WORKER:
-        config.seed = config.workerinput["fastattn_seed"]
-    else:
-        given = config.getoption("--seed")
-        config.seed = random.SystemRandom().randrange(10**6) if given is None else given
+    config.seed = config.workerinput["fastattn_seed"] if WORKER else config.getoption("--seed")
     config.deadline = time.monotonic() + (config.getoption("--budget") or math.inf)
     config.error_recording = contextlib.ExitStack()
     config.error_records = config.error_recording.enter_context(testing.record_errors())

@@ -168,7 +168,8 @@ class AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        gradients, inputs = ctx.saved_tensors[:3], Inputs(*ctx.saved_tensors[3:])
+        saved = ctx.saved_tensors  # once: checkpointing unpacks what was saved a single time
+        gradients, inputs = saved[:3], Inputs(*saved[3:])
         cotangents = (*grads[:3], *(g if needed else None for g, needed in zip(grads[3:], ctx.needs)))
         wanted = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[_BACKWARD_INPUTS][:DIFFERENTIABLE])
         found = _derivatives.backward_vjp(gradients, inputs, ctx.options, cotangents, wanted)
@@ -223,7 +224,8 @@ class AttentionBackwardWithForwardMode(AttentionBackward):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
-        gradients, inputs = ctx.saved_tensors[:3], Inputs(*ctx.saved_tensors[3:])
+        saved = ctx.saved_tensors
+        gradients, inputs = saved[:3], Inputs(*saved[3:])
         given = (*tangents[:3], *tangents[_BACKWARD_INPUTS][:DIFFERENTIABLE])
         found = _derivatives.backward_jvp(gradients, inputs, ctx.options, given)
         return *found[:3], *(t if needed else None for t, needed in zip(found[3:], ctx.needs))

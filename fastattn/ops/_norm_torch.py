@@ -148,12 +148,11 @@ class _RMSNorm(torch.autograd.Function):
             return next(found) if wants_x else None, next(found) if wants_weight else None, None
         d_x = d_weight = None
         if wants_x:
-            # torch's layer norm backward, told a mean of zero, subtracts one thing too many: mean(d_output * weight)
-            d_x, _, _ = torch.ops.aten.native_layer_norm_backward(
-                d_output, x, x.shape[-1:], torch.zeros_like(rstd), rstd, weight, None, [True, False, False]
-            )
-            sums = d_output.sum(-1) if weight is None else torch.mv(d_output.reshape(-1, x.shape[-1]), weight)
-            d_x += sums.view(rstd.shape).mul_(rstd).div_(x.shape[-1])
-        if wants_weight:  # it would sum the rows in one chain
+            # torch's layer norm backward, told a mean of zero, would do; but it sums a row in few chains, whose errors
+            # add up where gradients are alike
+            scaled = d_output * rstd if weight is None else (d_output * weight).mul_(rstd)
+            mean = (scaled * x).mean(-1, keepdim=True)
+            d_x = scaled.addcmul_(x, mean.mul_(rstd).mul_(rstd), value=-1.0)
+        if wants_weight:
             d_weight = (d_output * x).mul_(rstd).reshape(-1, x.shape[-1]).sum(0)
         return d_x, d_weight, None

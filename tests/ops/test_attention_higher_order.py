@@ -7,6 +7,7 @@ import torch
 from torch.func import grad, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from fastattn.ops import _torch_blocks
 from fastattn.ops._call import make_call
@@ -346,3 +347,19 @@ def test_attention_per_sample_gradients_of_what_is_added(what, backend, device):
     assert_close(vmap(grad(loss))(samples), torch.stack([grad(loss)(t) for t in samples]))
     shared = vmap(grad(loss), in_dims=(None, 0))(samples[0], queries)
     assert_close(shared, torch.stack([grad(loss)(samples[0], q) for q in queries]))
+
+
+def test_gradients_taken_inside_a_checkpoint_are_differentiable(backend, device):
+    """The operator's own backward read what it had saved twice, which checkpointing forbids."""
+    leaves = [t.requires_grad_() for t in inputs(torch.float32, device)]
+
+    def first(query, key, value):
+        output, _ = attend(query, key, value, is_causal=True, return_lse=True, backend=backend)[:2]
+        return torch.autograd.grad(output.sin().sum(), [query, key], create_graph=True)
+
+    def second(gradients):
+        return torch.autograd.grad(sum(g.square().sum() for g in gradients), leaves)
+
+    expected = second(first(*leaves))
+    for found, truth in zip(second(checkpoint(first, *leaves, use_reentrant=False)), expected):
+        assert torch.equal(found, truth)
