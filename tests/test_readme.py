@@ -1,6 +1,7 @@
 """The README is true: its code runs, and its support matrix is what the backends say."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 
 import fastattn
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README_PATH = Path(__file__).parents[1] / "README.md"
+README = README_PATH.read_text()
 
 DIFFERENTIABLE = {"requires_grad": True}
 
@@ -85,6 +87,31 @@ NORMS: dict[str, list[dict[str, Any]]] = {
     "per-sample gradients of norms": [{"order": "vmap"}],
 }
 
+# The same of additive attention: dtype, the values' size, heads, and arguments.
+ADDITIVE: dict[str, list[dict[str, Any]]] = {
+    "additive attention in float16, bfloat16, float32": [
+        {"dtype": d} for d in (torch.float16, torch.bfloat16, torch.float32)
+    ],
+    "additive attention in float64": [{"dtype": torch.float64}],
+    "values of 1 to 512 elements": [{"value_dim": d} for d in (1, 512)],
+    "wider values": [{"value_dim": 513}],
+    "several heads, each with its own vector": [{"heads": 3}],
+    "causal, boolean and additive masks, key padding": [
+        {"is_causal": True},
+        {"attn_mask": torch.ones(3, 5, dtype=torch.bool)},
+        {"attn_mask": torch.zeros(2, 1, 1, 5)},
+        {"key_padding_mask": torch.zeros(2, 5, dtype=torch.bool)},
+    ],
+    "additive rows that may see nothing": [{"attn_mask": torch.zeros(3, 5, dtype=torch.bool)}],
+    "weights of additive attention, with gradient": [
+        {"need_weights": True, "average_attn_weights": average, "heads": 2} for average in (True, False)
+    ],
+    "its gradients of everything, bitwise deterministic": [{"attn_mask": torch.zeros(3, 5), "order": "twice"}],
+    "second derivative of additive attention": [{"order": 2}],
+    "forward mode of additive attention": [{"order": "jvp"}],
+    "per-sample gradients of additive attention": [{"order": "vmap"}],
+}
+
 
 def matrix() -> dict[str, dict[str, str]]:
     assert "| feature | triton | torch |" in README
@@ -93,7 +120,7 @@ def matrix() -> dict[str, dict[str, str]]:
 
 
 def test_readme_matrix_rows_are_the_ones_checked():
-    assert list(matrix()) == [*CALLS, *NORMS]
+    assert list(matrix()) == [*CALLS, *NORMS, *ADDITIVE]
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -155,25 +182,62 @@ def test_readme_matrix_cell_of_norms_is_true(feature, backend, device):
         assert all(tensor.isfinite().all() for tensor in found)
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("feature", ADDITIVE)
+def test_readme_matrix_cell_of_additive_attention_is_true(feature, backend, device):
+    for given in ADDITIVE[feature]:
+        arguments: dict[str, Any] = {n: a.to(device) if isinstance(a, torch.Tensor) else a for n, a in given.items()}
+        make: Any = {"dtype": arguments.pop("dtype", torch.float32), "device": device, "requires_grad": True}
+        heads, order = arguments.pop("heads", 1), arguments.pop("order", 1)
+        query, key = torch.randn(2, heads, 3, 8, **make), torch.randn(2, heads, 5, 8, **make)
+        value = torch.randn(2, heads, 5, arguments.pop("value_dim", 4), **make)
+        weight = torch.randn(heads, 8, **make)
+        if "attn_mask" in arguments and arguments["attn_mask"].is_floating_point():
+            arguments["attn_mask"].requires_grad_()
+        leaves = (query, key, value, weight)
+
+        def attend(*leaves: torch.Tensor, arguments: dict[str, Any] = arguments) -> tuple[torch.Tensor, ...]:
+            result = fastattn.additive_attention(*leaves, backend=backend, **arguments)
+            return result if isinstance(result, tuple) else (result,)
+
+        if matrix()[feature][backend] == "no":
+            with pytest.raises(NotImplementedError, match=f"the {backend} backend refuses"):
+                attend(*leaves)
+        else:
+            found = differentiated(attend, leaves, [arguments.get("attn_mask")], order)
+            assert all(tensor.isfinite().all() for tensor in found)
+
+
 def derived(
     qkv: tuple[torch.Tensor, ...], order: int | str, backend: str, arguments: dict[str, Any]
 ) -> tuple[torch.Tensor, ...]:
     """The call's results and, where anything requires it, its gradients; or what ``order`` names."""
-    leaves = [t for t in (*qkv, *arguments.values()) if isinstance(t, torch.Tensor) and t.requires_grad]
 
     def attend(*qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
         result: Any = fastattn.attention(*qkv, backend=backend, **arguments)  # type: ignore[arg-type]
         return result if isinstance(result, tuple) else (result,)
 
+    return differentiated(attend, qkv, arguments.values(), order)
+
+
+def differentiated(
+    function: Any, inputs: tuple[torch.Tensor, ...], others: Iterable[Any], order: int | str
+) -> tuple[torch.Tensor, ...]:
+    """The results and the gradients of what requires any, among the inputs and what else a call is given."""
+    leaves = [t for t in (*inputs, *others) if isinstance(t, torch.Tensor) and t.requires_grad]
+
     def gradients(**options: Any) -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad([t.square().sum() for t in attend(*qkv)], leaves, **options)
+        return torch.autograd.grad([t.square().sum() for t in function(*inputs)], leaves, **options)
 
     if order == "jvp":
-        return torch.func.jvp(attend, qkv, qkv)[1]
+        return torch.func.jvp(function, inputs, inputs)[1]
     if order == "vmap":
-        per_sample = torch.func.grad(lambda *one: attend(*(t[None] for t in one))[0].sum(), argnums=(0, 1, 2))
-        return torch.func.vmap(per_sample)(*qkv)
-    results = attend(*qkv)
+
+        def loss(*qkv: torch.Tensor) -> torch.Tensor:
+            return function(*(t[None] for t in qkv), *inputs[3:])[0].sum()
+
+        return torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)))(*inputs[:3])
+    results = function(*inputs)
     if not leaves:
         return results
     first = gradients(create_graph=order == 2)
@@ -187,3 +251,20 @@ def derived(
 def test_readme_code_runs():
     for code in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
         exec(compile(code, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/lecture.md", "docs/design.md", "docs/performance.md"])
+def test_links_lead_somewhere(page):
+    path = README_PATH.parent / page
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text())
+    assert links or page != "README.md"
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/lecture.md"])
+def test_every_system_of_the_lecture_has_code_test_and_picture(page):
+    rows = re.findall(r"^\| (S\d+) \| (.+\.svg\)) \|$", (README_PATH.parent / page).read_text(), flags=re.MULTILINE)
+    assert [name for name, _ in rows] == [f"S{i}" for i in range(1, 11)]
+    for name, row in rows:
+        _, code, test, picture = row.split(" | ")
+        assert ".py)" in code and "tests/" in test and "results/" in picture, name

@@ -11,22 +11,6 @@ WORDS, START, END = 6, 0, 1
 ATTENTION = pytest.mark.parametrize("attention_dim", [None, 5], ids=["without", "attention"])
 
 
-@pytest.fixture(autouse=True)
-def _compiled_code():
-    """What is tested is the model; the kernels have a test of their own below."""
-    with fastattn.use_backend("torch"):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Many tiny steps: threads would spend their time waiting for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def captioner(attention_dim, dtype=torch.float64):
     torch.manual_seed(1)
     return ImageCaptioner(2, WORDS, (8, 12), channels=4, hidden=8, embedding=6, attention_dim=attention_dim).to(dtype)

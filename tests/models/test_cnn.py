@@ -16,12 +16,6 @@ BETWEEN = ["attention", "pointwise", "nothing"]
 every_net = pytest.mark.parametrize("between", BETWEEN)
 
 
-@pytest.fixture(autouse=True)
-def _compiled_code():
-    with fastattn.use_backend("torch"):
-        yield
-
-
 def make(between: Any = "attention", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     torch.manual_seed(4)
     return ConvNet(1, 3, width=8, between=between, **options).to(dtype)

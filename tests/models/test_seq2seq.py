@@ -14,22 +14,6 @@ SOURCE, VOCABULARY, START, END = 9, 7, 0, 1
 ATTENTION = pytest.mark.parametrize("attention_dim", [None, 5], ids=["without", "attention"])
 
 
-@pytest.fixture(autouse=True)
-def _compiled_code():
-    """What is tested is the models; the kernels have a test of their own below."""
-    with fastattn.use_backend("torch"):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Many tiny steps: threads would spend their time waiting for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tokens(*shape, vocabulary=VOCABULARY, seed=0):
     return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed))
 

@@ -23,13 +23,6 @@ CONFIG = TransformerConfig(width=16, heads=4, layers=2, max_length=LENGTH)
 NORMS = pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
 
 
-@pytest.fixture(autouse=True)
-def _compiled_code():
-    """What is tested is the models; the kernels have a test of their own below."""
-    with fastattn.use_backend("torch"):
-        yield
-
-
 def tokens(*shape, seed=0, vocabulary=VOCABULARY):
     return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed))
 

@@ -358,7 +358,7 @@ def test_gradients_taken_inside_a_checkpoint_are_differentiable(backend, device)
         return torch.autograd.grad(output.sin().sum(), [query, key], create_graph=True)
 
     def second(gradients):
-        return torch.autograd.grad(sum(g.square().sum() for g in gradients), leaves)
+        return torch.autograd.grad([g.square().sum() for g in gradients], leaves)
 
     expected = second(first(*leaves))
     for found, truth in zip(second(checkpoint(first, *leaves, use_reentrant=False)), expected):
