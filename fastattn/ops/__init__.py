@@ -2,7 +2,8 @@
 
 from fastattn.ops._dispatch import Explanation, use_backend
 from fastattn.ops.additive import additive_attention
-from fastattn.ops.attention import attention, explain, scaled_dot_product_attention
+from fastattn.ops.attention import attention, scaled_dot_product_attention
+from fastattn.ops.explain import explain
 from fastattn.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 __all__ = [

@@ -15,6 +15,11 @@ from fastattn.reference import visibility
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
 
+def describe(call: AdditiveCall) -> str:
+    """Which of the two forms the call takes."""
+    return "the formula in plain torch" if _is_small(call) else "plain torch in blocks of rows"
+
+
 def run(call: AdditiveCall) -> tuple[Tensor, Tensor | None]:
     """``(output, weights or None)``."""
     if _is_small(call):

@@ -18,6 +18,11 @@ def refusals(call: AdditiveCall) -> list[str]:
     return reasons + _availability.dtype_refusals(("attn_mask", call.bias))
 
 
+def describe(call: AdditiveCall) -> str:
+    """Where the kernels would run."""
+    return _availability.WHERE
+
+
 def run(call: AdditiveCall) -> tuple[Tensor, Tensor | None]:
     """``(output, weights or None)``."""
     return _additive_autograd.apply(call, "triton")

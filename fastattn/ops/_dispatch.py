@@ -17,7 +17,6 @@ from fastattn.ops._call import AttentionCall
 Backend = Literal["auto", "triton", "torch"]
 ENVIRONMENT_VARIABLE = "FASTATTN_BACKEND"
 
-_ATTENTION = {"triton": _triton_backend, "torch": _torch_backend}
 _logger = logging.getLogger("fastattn")
 
 
@@ -112,15 +111,20 @@ def _say_once(message: str) -> None:
         _logger.warning(message)
 
 
-def explain_call(call: AttentionCall, backend: str | None) -> Explanation:
-    """:func:`choose`, with its reasons instead of an exception."""
-    refusals = {name: tuple(candidate.refusals(call)) for name, candidate in _ATTENTION.items()}
-    refusals = {name: reasons for name, reasons in refusals.items() if reasons}
+def explain_call(
+    call: _Call,
+    backend: str | None,
+    refusals: Callable[[Any], list[str]],
+    describe: dict[str, Callable[[Any], str]],
+) -> Explanation:
+    """:func:`choose`, with its reasons instead of an exception, and what each backend says that it would do."""
+    reasons = tuple(refusals(call))
+    refused = {"triton": reasons} if reasons else {}
     try:
-        chosen = choose(call, backend, _triton_backend.refusals)
+        chosen = choose(call, backend, refusals)
     except NotImplementedError:
-        return Explanation(None, "", refusals)
-    return Explanation(chosen, _ATTENTION[chosen].describe(call), refusals)
+        return Explanation(None, "", refused)
+    return Explanation(chosen, describe[chosen](call), refused)
 
 
 def run(call: AttentionCall, backend: str | None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:

@@ -16,6 +16,13 @@ from fastattn.reference import add_norm
 _HALF = (torch.float16, torch.bfloat16)
 
 
+def describe(call: NormCall) -> str:
+    """Whose norm it is."""
+    if call.kind == "rms" and is_eager_on_cpu(call.x):
+        return "F.rms_norm, where it trains with one backward"
+    return f"F.{call.kind}_norm"
+
+
 def run(call: NormCall) -> tuple[Tensor, Tensor]:
     """``(output, new residual)``."""
     if call.is_plain:

@@ -31,6 +31,11 @@ def refusals(call: NormCall) -> list[str]:
     )
 
 
+def describe(call: NormCall) -> str:
+    """Where the kernels would run."""
+    return _availability.WHERE
+
+
 def run(call: NormCall) -> tuple[Tensor, Tensor]:
     """``(norm, new residual)``."""
     if not call.round_residual and call.residual_dtype != torch.float32:

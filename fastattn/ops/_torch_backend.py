@@ -15,11 +15,6 @@ from fastattn.reference import visibility
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
 
-def refusals(call: AttentionCall) -> list[str]:
-    """Nothing: it runs whatever torch runs."""
-    return []
-
-
 def describe(call: AttentionCall) -> str:
     """Which of the three forms the call takes."""
     if _sdpa_can(call):

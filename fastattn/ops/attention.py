@@ -103,27 +103,6 @@ def attention(
     return tuple(t for t in (output, weights, lse) if t is not None)
 
 
-def explain(
-    query: Tensor, key: Tensor, value: Tensor, *, backend: _dispatch.Backend | None = None, **arguments: object
-) -> _dispatch.Explanation:
-    """Say which backend :func:`attention` would run for these arguments, and why the others would not.
-
-    Args:
-        query: as for :func:`attention`, and so are all the others.
-        key: as for :func:`attention`.
-        value: as for :func:`attention`.
-        backend: as for :func:`attention`.
-        **arguments: the other arguments of :func:`attention`.
-
-    Returns:
-        An :class:`Explanation`; ``print`` it.
-
-    Raises:
-        TypeError, ValueError: as :func:`attention` would.
-    """
-    return _dispatch.explain_call(make_call(query, key, value, **arguments), backend)  # type: ignore[arg-type]
-
-
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,

@@ -139,6 +139,40 @@ def test_auto_says_once_that_it_fell_back(device, caplog, monkeypatch):
     assert "float64" in said[0]
 
 
+def others(device):
+    """A call of each other operator, by arguments that its kernels take, and the changes that they refuse."""
+    x, weight = torch.randn(3, 8, device=device), torch.randn(8, device=device)
+    rows = torch.randn(1, 3, 8, device=device)
+    return {
+        fastattn.add_layer_norm: ((x, x, weight), {"out_dtype": torch.float64}),
+        fastattn.add_rms_norm: ((x, None, weight), {"out_dtype": torch.float64}),
+        fastattn.layer_norm: ((x, 8, weight), {"weight": weight.double()}),
+        fastattn.rms_norm: ((x, 8), {"weight": weight.double()}),
+        fastattn.additive_attention: ((rows, rows, rows, weight), {"attn_mask": torch.zeros(3, 3).double()}),
+    }
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
+@pytest.mark.parametrize("name", [f.__name__ for f in others(torch.device("cpu"))])
+def test_explain_knows_every_operator(name, backend, device):
+    pytest.importorskip("triton", reason="triton is not installed")
+    function = getattr(fastattn, name)
+    arguments, refused = others(device)[function]
+    said = fastattn.explain(function, *arguments, backend=backend)
+    assert said.backend == ("torch" if backend == "torch" else "triton") and said.path and not said.refusals
+    refused = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in refused.items()}
+    said = fastattn.explain(
+        function, *(arguments[:2] if "weight" in refused else arguments), backend=backend, **refused
+    )
+    assert "float64" in said.refusals["triton"][0]
+    assert said.backend == (None if backend == "triton" else "torch")
+
+
+def test_explain_of_what_is_no_operator_says_what_is():
+    with pytest.raises(TypeError, match=r"'relu' cannot be explained: expected one of attention, additive_attention"):
+        fastattn.explain(torch.relu, torch.zeros(1))
+
+
 # -------------------------------------------------------------------------------------------------------- environment
 
 
