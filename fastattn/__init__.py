@@ -22,6 +22,7 @@ from fastattn.ops import (
     rms_norm,
     scaled_dot_product_attention,
     use_backend,
+    use_kernels,
 )
 
 __version__ = "0.1.0"
@@ -47,4 +48,5 @@ __all__ = [
     "rms_norm",
     "scaled_dot_product_attention",
     "use_backend",
+    "use_kernels",
 ]

@@ -1,6 +1,7 @@
 """Floor 1: validation, dispatch and autograd over the kernels."""
 
 from fastattn.ops._dispatch import Explanation, use_backend
+from fastattn.ops._kernels import use_kernels
 from fastattn.ops.additive import additive_attention
 from fastattn.ops.attention import attention, scaled_dot_product_attention
 from fastattn.ops.explain import explain
@@ -17,4 +18,5 @@ __all__ = [
     "rms_norm",
     "scaled_dot_product_attention",
     "use_backend",
+    "use_kernels",
 ]

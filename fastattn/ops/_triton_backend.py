@@ -23,8 +23,13 @@ def refusals(call: AttentionCall) -> list[str]:
 
 
 def describe(call: AttentionCall) -> str:
-    """Where the kernels would run."""
-    return _availability.WHERE
+    """Where the kernels would run, and which of them."""
+    if _availability.INTERPRETED:
+        return _availability.WHERE
+    from fastattn.ops import _triton_launch  # imports triton
+
+    seed = torch.empty(2, dtype=torch.int64) if call.dropout_p > 0.0 else None
+    return f"{_availability.WHERE}: {_triton_launch.describe(*_autograd.operands(call, seed, 'triton'))}"
 
 
 def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from fastattn.ops._contract import Inputs, Options, empty_in_order_of, statistics_shape, weights_shape
+from fastattn.ops._kernels import kernel_choice
+from fastattn_kernels import attention
 from fastattn_kernels.attention_bias_bwd import launch_attention_bias_bwd
-from fastattn_kernels.attention_bwd import launch_attention_bwd, launch_attention_delta
-from fastattn_kernels.attention_fwd import launch_attention_fwd
+from fastattn_kernels.attention_bwd import launch_attention_delta
 from fastattn_kernels.attention_problem import Problem, WeightsGradient
 from fastattn_kernels.attention_tile_map import tile_map_for
 from fastattn_kernels.attention_weights import (
@@ -45,6 +46,11 @@ def _problem(inputs: Inputs, options: Options) -> Problem:
     )
 
 
+def describe(inputs: Inputs, options: Options) -> str:
+    """Which kernels forward and backward would be."""
+    return attention.describe(_problem(inputs, options), kernel_choice().kernels)
+
+
 def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(output, lse, weights, statistics)``; the contract of ``fastattn::attention_forward``."""
     query, key, value = inputs.query, inputs.key, inputs.value
@@ -53,7 +59,8 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, T
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     weights = query.new_empty(weights_shape(query, key, options.weights))
     statistics = query.new_empty(statistics_shape(query, "triton"), dtype=torch.float32)
-    launch_attention_fwd(problem, output, lse, statistics, tile_map_for(problem))
+    kernels, _ = kernel_choice()
+    attention.launch_attention_fwd(problem, output, lse, statistics, tile_map_for(problem), kernels)
     if options.weights != "none":
         launch_attention_weights(problem, statistics, weights, average=options.weights == "average")
     return output, lse, weights, statistics
@@ -81,9 +88,10 @@ def backward(
     d_query, d_key, d_value = (empty_in_order_of(t, tuple(t.shape)) for t in (inputs.query, inputs.key, inputs.value))
     d_bias, d_slopes, d_sinks = (d_output.new_empty(0) for _ in range(3))
     of_rows = torch.zeros_like(delta) if needs_slopes else None
-    launch_attention_bwd(
-        problem, d_output, statistics, delta, d_weights, d_query, d_key, d_value, of_rows, tile_map_for(problem)
-    )
+    attention.launch_attention_bwd(
+        problem, d_output, statistics, delta, d_weights, d_query, d_key, d_value, of_rows, tile_map_for(problem),
+        *kernel_choice(),
+    )  # fmt: skip
     if needs_bias:
         d_bias = launch_attention_bias_bwd(problem, d_output, statistics, delta, d_weights)
     if of_rows is not None and inputs.alibi_slopes is not None:

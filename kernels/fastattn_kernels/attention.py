@@ -1,0 +1,163 @@
+"""Which kernels run a call of attention: Gluon's, written for Hopper, where they can, else plain Triton's.
+
+Both have one contract, so that a forward of the one kind may have a backward of the other: the statistics say all.
+"""
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import triton
+from torch import Tensor
+from triton.errors import TritonError
+
+from fastattn_kernels import attention_bwd, attention_fwd
+from fastattn_kernels._device import Target, target_of
+from fastattn_kernels.attention_problem import Problem, WeightsGradient
+from fastattn_kernels.attention_tile_map import TileMap
+
+Kernels = Literal["auto", "gluon", "triton"]
+Direction = Literal["forward", "backward"]
+
+_HOPPER = Target("cuda", 90)
+_logger = logging.getLogger("fastattn")
+# What this triton said of the Gluon kernels that it could not compile, by kind of problem.
+_broken: dict[tuple[object, ...], str] = {}
+
+
+def gluon_refusals(direction: Direction, problem: Problem, d_weights: WeightsGradient | None = None) -> list[str]:
+    """Why the Gluon kernels cannot run a problem; empty where they can.
+
+    Args:
+        direction: of the kernels.
+        problem: what they are to run.
+        d_weights: the gradient of returned weights that goes into the backward.
+    """
+    target = target_of(problem.query.device)
+    if target != _HOPPER:
+        return [f"they are for cuda:90, and this is {target.backend}:{target.arch}"]
+    module = _hopper(direction)
+    if isinstance(module, str):
+        return [module]
+    if _broken and (said := _broken.get(_kind(direction, problem))) is not None:
+        return [f"triton {triton.__version__} does not compile them: {said}"]
+    reasons = module.refusals(problem)
+    if d_weights is not None:
+        reasons.append("the gradient of weights is not in the Hopper kernels")
+    return reasons
+
+
+@functools.cache
+def _hopper(direction: Direction) -> Any:
+    """The module that launches the Gluon kernels of a direction, or why there is none."""
+    name = {"forward": "attention_fwd", "backward": "attention_bwd"}[direction]
+    try:
+        return importlib.import_module(f"fastattn_kernels.hopper.{name}")
+    except (ImportError, AttributeError) as error:
+        return f"triton {triton.__version__} has another Gluon: {error}"
+
+
+def _kind(direction: Direction, problem: Problem) -> tuple[object, ...]:
+    """What tells apart the kernels that one problem and another need, as far as compiling may fail."""
+    present = tuple(value is None for value in (*problem.rules(), problem.lower, problem.upper, problem.sinks))
+    return direction, problem.query.dtype, problem.query.shape[3], problem.value.shape[3], present
+
+
+def describe(problem: Problem, kernels: Kernels = "auto") -> str:
+    """Which kernels would run a problem's forward and backward, and why not those in Gluon."""
+    said = []
+    for direction in get_args(Direction):
+        refused = ["plain ones are asked for"] if kernels == "triton" else gluon_refusals(direction, problem)
+        said.append(
+            f"{direction} in plain Triton (not in Gluon: {'; '.join(refused)})" if refused else f"{direction} in Gluon"
+        )
+    return ", ".join(said)
+
+
+def launch_attention_fwd(
+    problem: Problem,
+    out: Tensor,
+    lse: Tensor,
+    statistics: Tensor,
+    tile_map: TileMap | None = None,
+    kernels: Kernels = "auto",
+) -> None:
+    """:func:`fastattn_kernels.attention_fwd.launch_attention_fwd` by the kernels that are chosen.
+
+    Raises:
+        NotImplementedError: Gluon is asked for by name and refuses; the message lists its reasons.
+    """
+    arguments = problem, out, lse, statistics, tile_map
+    if _takes_gluon("forward", kernels, lambda: gluon_refusals("forward", problem)):
+        if _compiles("forward", kernels, problem, lambda: _hopper("forward").launch_attention_fwd(*arguments)):
+            return
+    attention_fwd.launch_attention_fwd(*arguments)
+
+
+def launch_attention_bwd(
+    problem: Problem,
+    d_out: Tensor,
+    statistics: Tensor,
+    delta: Tensor,
+    d_weights: WeightsGradient | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    d_slopes: Tensor | None = None,
+    tile_map: TileMap | None = None,
+    kernels: Kernels = "auto",
+    deterministic: bool = True,
+) -> None:
+    """:func:`fastattn_kernels.attention_bwd.launch_attention_bwd` by the kernels that are chosen.
+
+    In one pass, which adds up dQ in no fixed order, where that is allowed (``deterministic=False``) and they can.
+
+    Raises:
+        NotImplementedError: as :func:`launch_attention_fwd`.
+    """
+    before, after = (problem, d_out, statistics, delta), (dq, dk, dv)
+
+    def refused() -> list[str]:
+        return gluon_refusals("backward", problem, d_weights)
+
+    def gluon() -> None:
+        _hopper("backward").launch_attention_bwd(*before, *after, tile_map, deterministic=deterministic)
+
+    if _takes_gluon("backward", kernels, refused) and _compiles("backward", kernels, problem, gluon):
+        return
+    if not deterministic:
+        from fastattn_kernels.attention_bwd_one_pass import launch_attention_bwd_one_pass
+
+        launch_attention_bwd_one_pass(*before, d_weights, *after, tile_map)
+    else:
+        attention_bwd.launch_attention_bwd(*before, d_weights, *after, d_slopes, tile_map)
+
+
+def _takes_gluon(direction: Direction, kernels: Kernels, reasons: Callable[[], list[str]]) -> bool:
+    if kernels == "triton":
+        return False
+    refused = reasons()
+    if refused and kernels == "gluon":
+        raise NotImplementedError(f"the Gluon kernels refuse this {direction}: {'; '.join(refused)}")
+    return not refused
+
+
+def _compiles(direction: Direction, kernels: Kernels, problem: Problem, launch: Callable[[], None]) -> bool:
+    """Launch; False, said once, where this triton cannot compile the kernel and nobody asked for it by name."""
+    try:
+        launch()
+    except Exception as error:
+        if kernels == "gluon" or not _is_of_the_compiler(error):
+            raise
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        _broken[_kind(direction, problem)] = said
+        _logger.warning("attention's %s: plain Triton runs, since Gluon's kernel does not compile: %s", direction, said)
+        return False
+    return True
+
+
+def _is_of_the_compiler(error: Exception) -> bool:
+    """Whether an exception of a launch comes from compiling, before anything ran: MLIR's passes raise RuntimeError."""
+    return isinstance(error, TritonError) or (isinstance(error, RuntimeError) and "PassManager" in str(error))

@@ -1,0 +1,161 @@
+"""Which kernels run a call of attention: Gluon's or plain Triton's, by device, problem, wish, and what compiles."""
+
+import types
+
+import pytest
+import torch
+from triton.compiler.errors import CompilationError
+
+import fastattn
+from fastattn_kernels import attention
+from fastattn_kernels._device import Target
+from fastattn_kernels.attention_problem import Problem
+
+
+class Kernels:
+    """Stand-ins that note what is launched; the Gluon ones refuse, fail or work."""
+
+    def __init__(self, monkeypatch, target=("cuda", 90)):
+        self.launched, self.reasons, self.error = [], [], None
+        modules = types.SimpleNamespace(
+            refusals=lambda problem: list(self.reasons),
+            launch_attention_fwd=self._gluon,
+            launch_attention_bwd=self._gluon,
+        )
+        monkeypatch.setattr(attention, "target_of", lambda device: Target(*target))
+        monkeypatch.setattr(attention, "_hopper", lambda direction: modules)
+        monkeypatch.setattr(attention, "_broken", {})
+        for name in ("fwd", "bwd"):
+            module = getattr(attention, f"attention_{name}")
+            monkeypatch.setattr(module, f"launch_attention_{name}", lambda *a, **k: self.launched.append("plain"))
+
+    def _gluon(self, *arguments, **keywords):
+        if self.error is not None:
+            raise self.error
+        self.launched.append("gluon")
+
+    def run(self, kernels="auto", direction="forward", **changes):
+        """What one launch launched."""
+        before = len(self.launched)
+        if direction == "forward":
+            attention.launch_attention_fwd(problem(**changes), *(None,) * 3, kernels=kernels)
+        else:
+            attention.launch_attention_bwd(problem(**changes), *(None,) * 7, kernels=kernels)
+        return self.launched[before:]
+
+
+def problem(**changes):
+    query = torch.zeros(1, 2, 4, 16, dtype=torch.bfloat16)
+    return Problem(query, query, query, **{"scale": 0.25, **changes})
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    return Kernels(monkeypatch)
+
+
+BOTH = pytest.mark.parametrize("direction", ["forward", "backward"])
+
+
+@BOTH
+def test_gluon_runs_where_it_can(kernels, direction):
+    assert kernels.run(direction=direction) == ["gluon"]
+    assert kernels.run("gluon", direction) == ["gluon"]
+    assert kernels.run("triton", direction) == ["plain"]
+
+
+@BOTH
+def test_what_gluon_refuses_runs_plain_unless_it_was_asked_for_by_name(kernels, direction):
+    kernels.reasons = ["it rains", "it pours"]
+    assert kernels.run(direction=direction) == ["plain"]
+    with pytest.raises(NotImplementedError, match=f"refuse this {direction}: it rains; it pours"):
+        kernels.run("gluon", direction)
+    assert "forward in plain Triton (not in Gluon: it rains; it pours)" in attention.describe(problem())
+
+
+@pytest.mark.parametrize("target", [("cuda", 80), ("cuda", 100), ("hip", "gfx942"), ("interpreter", 0)])
+def test_other_devices_have_plain_kernels(monkeypatch, target):
+    kernels = Kernels(monkeypatch, target)
+    assert kernels.run() == ["plain"]
+    with pytest.raises(NotImplementedError, match=f"this is {target[0]}:{target[1]}"):
+        kernels.run("gluon")
+
+
+COMPILER = [CompilationError(None, None, "no such layout"), RuntimeError("PassManager::run failed")]
+
+
+@BOTH
+@pytest.mark.parametrize("error", COMPILER, ids=["triton", "mlir"])
+def test_a_kernel_that_does_not_compile_is_replaced_and_said_once(kernels, direction, error, caplog):
+    kernels.error = error
+    for _ in range(2):
+        assert kernels.run(direction=direction) == ["plain"]
+    assert [record.getMessage() for record in caplog.records if "does not compile" in record.getMessage()] == [
+        caplog.messages[0]
+    ]
+    assert "does not compile them" in attention.gluon_refusals(direction, problem())[0]
+    # what needs another kernel is tried
+    kernels.error = None
+    assert kernels.run(direction=direction, softcap=3.0) == ["gluon"]
+    assert kernels.run(direction=direction) == ["plain"]
+
+
+@BOTH
+def test_a_kernel_asked_for_by_name_fails_as_it_fails(kernels, direction):
+    kernels.error = COMPILER[0]
+    with pytest.raises(CompilationError):
+        kernels.run("gluon", direction)
+
+
+def test_an_error_that_is_not_the_compilers_is_nobodys_to_hide(kernels):
+    kernels.error = RuntimeError("an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        kernels.run()
+    assert kernels.launched == []
+
+
+def test_another_gluon_is_a_reason(monkeypatch):
+    hopper = attention._hopper.__wrapped__
+    kernels = Kernels(monkeypatch)
+
+    def missing(name):
+        raise ImportError("cannot import name 'warpgroup_mma'")
+
+    monkeypatch.setattr(attention.importlib, "import_module", missing)
+    monkeypatch.setattr(attention, "_hopper", hopper)
+    assert kernels.run() == ["plain"]
+    with pytest.raises(NotImplementedError, match="has another Gluon: cannot import name 'warpgroup_mma'"):
+        kernels.run("gluon")
+
+
+def test_use_kernels_reaches_the_launch(device, monkeypatch):
+    seen = []
+    original = attention.launch_attention_fwd
+
+    def launch(*arguments):
+        seen.append(arguments[-1])
+        original(*arguments[:-1], "auto")
+
+    monkeypatch.setattr(attention, "launch_attention_fwd", launch)
+    query = torch.randn(1, 1, 4, 16, device=device)
+    with fastattn.use_kernels("gluon"):
+        with fastattn.use_kernels("triton"):
+            fastattn.attention(query, query, query, backend="triton")
+        fastattn.attention(query, query, query, backend="triton")
+    fastattn.attention(query, query, query, backend="triton")
+    assert seen == ["triton", "gluon", "auto"]
+
+
+def test_kernels_asked_for_by_name_refuse_with_reasons(device):
+    query = torch.randn(1, 1, 4, 16, device=device)  # float32
+    with (
+        fastattn.use_kernels("gluon"),
+        pytest.raises(NotImplementedError, match="the Gluon kernels refuse this forward"),
+    ):
+        fastattn.attention(query, query, query, backend="triton")
+
+
+def test_use_kernels_says_what_it_accepts():
+    accepted = "kernels='cuda': expected one of 'auto', 'gluon', 'triton'"
+    with pytest.raises(ValueError, match=accepted), fastattn.use_kernels("cuda"):  # type: ignore[arg-type]
+        pass
