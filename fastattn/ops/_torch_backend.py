@@ -9,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.ops import _autograd, _torch_blocks
+from fastattn.ops import _autograd, _torch_blocks, _torch_tiles
 from fastattn.ops._call import AttentionCall
 from fastattn.reference import visibility
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
 
 def describe(call: AttentionCall) -> str:
-    """Which of the three forms the call takes."""
+    """Which of the four forms the call takes."""
+    if _tiles_serve(call):
+        return "F.scaled_dot_product_attention over the keys that each tile of rows may see"
     if _sdpa_can(call):
         return "F.scaled_dot_product_attention"
     if _is_small(call):
@@ -27,6 +29,11 @@ def describe(call: AttentionCall) -> str:
 
 def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(output, weights or None, lse or None)``."""
+    if (
+        _tiles_serve(call)
+        and (output := _torch_tiles.run(call, *_autograd.operands(call, None, "torch"), _sdpa)) is not None
+    ):
+        return output, None, None
     if _sdpa_can(call):
         if call.dropout_p == 0.0 and _is_transformed_on_cpu(call.query):
             return _autograd.apply(call, None, "torch")
@@ -41,6 +48,10 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if trusted:
             return output, weights, None
     return _autograd.apply(call, keep, "torch")
+
+
+def _tiles_serve(call: AttentionCall) -> bool:
+    return _torch_tiles.can_run(call) and is_eager_on_cpu(call.query) and torch.autograd.forward_ad._current_level < 0
 
 
 def is_eager_on_cpu(tensor: Tensor) -> bool:

@@ -101,7 +101,7 @@ def blocks(inputs: Inputs, options: Options, batch: slice, *, looks: bool, skips
     rows = max(1, min(length, most_rows, BLOCK_ELEMENTS // (heads * keys)))
     for row in range(0, length, rows):
         block = Block(batch, slice(row, min(row + rows, length)), slice(0, inputs.key.shape[2]))
-        block = block._replace(keys=_keys_of_band(inputs, options, block, looks))
+        block = block._replace(keys=keys_of_band(inputs, options, block, looks))
         if looks and block.keys.start < block.keys.stop:
             block = block._replace(keys=_keys_of_masks(inputs, options, block))
         if block.keys.start < block.keys.stop:
@@ -119,7 +119,7 @@ def _span(inputs: Inputs, options: Options) -> tuple[int, int]:
     return width, min(keys, 2 * width)  # as many rows as the band is wide: half of the block is in it
 
 
-def _keys_of_band(inputs: Inputs, options: Options, block: Block, looks: bool) -> slice:
+def keys_of_band(inputs: Inputs, options: Options, block: Block, looks: bool) -> slice:
     """From the first to the last key that band and prefix let some row of the block see."""
     start, stop = 0, block.keys.stop
     if options.lower is not None and inputs.prefix is None:
