@@ -1,6 +1,7 @@
 # make test | bench | report | parity | resources | fuzz | lint: each makes .venv once and works on a fresh machine, GPU
 # or not. make report writes the reports and the measured tables of README and docs anew from the committed runs.
-# make gpu: installs nothing, uses the python3 on the path, which has to hold torch and triton.
+# make gpu: installs nothing, uses the python3 on the path, which has to hold torch and triton; SWEEP=1: every
+# configuration of the attention kernels instead of the matrix.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -24,6 +25,7 @@ parity: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal -m parity --error-table
 
 resources: $(STAMP)
+	$(BIN)/python -m benchmarks static --write
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "resources or not resources" tests/kernels
 
 fuzz: $(STAMP)
@@ -36,7 +38,7 @@ lint: $(STAMP)
 	$(BIN)/pyrefly check
 
 gpu:
-	PYTHONPATH=.:kernels python3 -m benchmarks.gpu --out "$(OUT)"
+	PYTHONPATH=.:kernels python3 -m benchmarks.gpu --out "$(OUT)" $(if $(SWEEP),--sweep)
 
 $(STAMP): pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

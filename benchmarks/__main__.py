@@ -8,6 +8,7 @@ python -m benchmarks --budget 900 --out DIR --resume    what that one, or Ctrl-C
 python -m benchmarks lecture --out DIR           the lecture's systems: each learns, and is drawn
 python -m benchmarks compare A.json B.json       did anything become slower? (the exit status says so, too)
 python -m benchmarks report RUN.json             a run as Markdown, CSV and pictures
+python -m benchmarks static --target cuda:90     what the kernels take, compiled for GPUs that need not be here
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
         from benchmarks.lecture import command as lecture
 
         return lecture.main(arguments[1:])
+    if arguments[:1] == ["static"]:
+        from benchmarks.static import command as static
+
+        return static.main(arguments[1:])
     from benchmarks import command
 
     return command.main(arguments)

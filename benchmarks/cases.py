@@ -72,9 +72,14 @@ class AttentionCase(Case):
     def name(self) -> str:
         """As in ``module-b1-h2-l16-d32-train-causal-weights-float32``."""
         parts = [self.family, f"b{self.batch}", f"h{self.heads}", f"l{self.seqlen}", f"d{self.head_dim}"]
-        parts += ["train" if self.backward else "eval", "" if self.mask == "none" else self.mask]
+        parts += [self.direction, "" if self.mask == "none" else self.mask]
         parts += ["weights" if self.weights else "", self.dtype_name]
         return "-".join(filter(None, parts))
+
+    @property
+    def direction(self) -> str:
+        """What a step is, in a word."""
+        return "train" if self.backward else "eval"
 
     def tiny(self) -> AttentionCase:
         return dataclasses.replace(self, batch=1, heads=1, seqlen=4, head_dim=4)
@@ -82,6 +87,15 @@ class AttentionCase(Case):
     @property
     def embed_dim(self) -> int:
         return self.heads * self.head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelCase(AttentionCase):
+    """Attention as its kernels meet it. ``backward`` is the backward alone."""
+
+    @property
+    def direction(self) -> str:
+        return "backward" if self.backward else "forward"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,6 +63,14 @@ def _parser() -> argparse.ArgumentParser:
         help="for a variant (default: 20 quick, else 60)",
     )
     parser.add_argument("--seed", type=_seed, default=0, help="of inputs and weights (default: 0)")
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help="every configuration of our kernels beside the fastest peers; on a CPU a trial of it",
+    )
+    parser.add_argument(
+        "--launched", metavar="FILE", type=Path, help="the first launches of a GPU run: what failed there is not run"
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the run to FILE")
     parser.add_argument("--out", metavar="DIR", type=Path, help="write run.json there, as it grows, and its report")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
@@ -110,6 +118,8 @@ def _settings(options: argparse.Namespace) -> Settings:
         seed=options.seed,
         only=options.only,
         budget=options.budget or (_QUICK_BUDGET if options.quick and on_cpu else None),
+        sweep=options.sweep,
+        launched=str(options.launched or ""),
     )
 
 
@@ -192,6 +202,8 @@ def main(arguments: list[str]) -> int:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.launched and not options.launched.is_file():
+        parser.error(f"--launched {options.launched}: expected the file that a GPU run has written")
     if options.resume and not options.out:
         parser.error("--resume: needs --out DIR, where the run to go on with lies")
     settings = _settings(options)

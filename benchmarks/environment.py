@@ -64,6 +64,7 @@ def environment() -> dict[str, Any]:
         "commit": _first_line("git", "rev-parse", "HEAD"),
         "modified": _changes(),
         "backend": os.environ.get("FASTATTN_BACKEND", "auto"),
+        "kernels": os.environ.get("FASTATTN_KERNELS", "auto"),
         "interpreted": os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"),
     }
     if torch.cuda.is_available():

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import torch
 
 from benchmarks.cases import AttentionCase, Case, Kind, Mask
-from benchmarks.families import sequence
+from benchmarks.families import kernels, sequence
 from benchmarks.families.additive import of_tangents
 from benchmarks.families.norm import of_elements
 
@@ -31,7 +31,7 @@ _QUICK = 16  # cases of a quick run
 
 def matrix(*, quick: bool = False) -> list[tuple[Case, tuple[str, ...]]]:
     """Cases and their variants: what the time does not reach is the least missed."""
-    cases: dict[Case, tuple[str, ...]] = {}
+    cases: dict[Case, tuple[str, ...]] = dict(kernels.telling())
 
     def add(
         seqlen: int, head_dim: int, mask: Mask, *names: str, dtype: torch.dtype = torch.bfloat16, weights: bool = False

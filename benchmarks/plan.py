@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from benchmarks import first_launches
 from benchmarks.cases import AttentionCase, Case
-from benchmarks.families import sequence
+from benchmarks.families import kernels, sequence
 from benchmarks.matrix import matrix
 from benchmarks.measure.ceilings import ceilings
 from benchmarks.measure.tiles import counts
@@ -18,7 +21,7 @@ from benchmarks.quality.tasks import Task, tasks
 from benchmarks.quality.training import train
 from benchmarks.registry import all_cases, families, quick_cases
 from benchmarks.run import Job, Tell, spread_out
-from benchmarks.runner import run_case
+from benchmarks.runner import Row, Status, run_case
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Settings:
         seed: of the cases and of what is trained.
         only: a family's name, or a part of the jobs' keys.
         budget: seconds for the run; None: as long as it takes.
+        sweep: the configurations of our kernels, and nothing else; on a CPU a trial of it.
+        launched: the file of the first launches, whose failures are not run; empty: there were none.
     """
 
     quick: bool
@@ -46,6 +51,8 @@ class Settings:
     seed: int = 0
     only: str = ""
     budget: float | None = None
+    sweep: bool = False
+    launched: str = ""
 
     @property
     def on_cpu(self) -> bool:
@@ -54,7 +61,10 @@ class Settings:
 
 def entries(settings: Settings) -> list[tuple[Case, tuple[str, ...]]]:
     """The cases, each with the names of the variants that it is worth."""
-    if settings.on_cpu:
+    found: Sequence[tuple[Case, tuple[str, ...]]]
+    if settings.sweep:
+        found = kernels.trial() if settings.on_cpu else kernels.sweep()
+    elif settings.on_cpu:
         cases = quick_cases() if settings.quick else all_cases()
         found = [(case, _names(case, slow=not settings.quick)) for case in cases]
     else:
@@ -80,6 +90,8 @@ def jobs(settings: Settings) -> list[Job]:
     chosen = entries(settings)
     cases = [_of_case(case, names, settings) for case, names in chosen]
     rest = [*_tiles(settings), *_theory([case for case, _ in chosen]), *_quality(settings)]
+    if settings.sweep:
+        rest = []
     first = [_of_ceilings(settings, [case for case, _ in chosen])] if chosen else []
     return first + (spread_out([*cases, *rest]) if settings.on_cpu else [*cases, *rest])
 
@@ -96,15 +108,17 @@ def _of_ceilings(settings: Settings, cases: list[Case]) -> Job:
 
 def _of_case(case: Case, names: tuple[str, ...], settings: Settings) -> Job:
     def work(document: dict[str, Any], hung: list[str], tell: Tell) -> dict[str, Any]:
+        barred = first_launches.barred(settings.launched, case) | _hung_elsewhere(document, case)
         rows = run_case(
             families()[case.family],
             case,
             seconds=settings.seconds,
             limit=settings.timeout,
-            only=names,
+            only=[name for name in names if name not in barred],
             hung=hung,
             show=tell,
         )
+        rows += [Row(case, name, *barred[name]) for name in names if name in barred]
         return {"results": [row.as_json(document["ceilings"]) for row in rows]}
 
     # Checking takes about as long as timing; compiling some seconds more. On CUDA, only there can it be asked
@@ -112,6 +126,14 @@ def _of_case(case: Case, names: tuple[str, ...], settings: Settings) -> Job:
     variants = [v for v in families()[case.family].variants if v.slow and v.name in names]
     slow = sum(v.applies(case) is None for v in variants) if can_ask else len(variants)
     return Job(case.name, case.family, 0.4 + 1.5 * settings.seconds + 6.0 * slow, work)
+
+
+def _hung_elsewhere(document: dict[str, Any], case: Case) -> dict[str, tuple[Status, str]]:
+    """The variants that hung in two cases alike: each more would cost the run a watchdog's patience."""
+    direction = getattr(case, "direction", "")
+    alike = [key for key in document["hung"] if {case.family, direction} <= {"", *key.split("-")}]
+    hangs = collections.Counter(part for key in alike for part in set(document["hung"][key]))
+    return {name: ("timed out", f"hung in {count} cases before") for name, count in hangs.items() if count >= 2}
 
 
 def _tiles(settings: Settings) -> list[Job]:

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch
 
 from benchmarks.cases import Case
 
@@ -106,9 +107,9 @@ class Family(Generic[C]):
 
 def _modules() -> list[Any]:
     """Those that define families; a run that ends early has met the first of them."""
-    from benchmarks.families import additive, attention, layer, module, norm, sequence
+    from benchmarks.families import additive, attention, kernels, layer, module, norm, sequence
 
-    return [sequence, attention, norm, layer, module, additive]
+    return [sequence, attention, norm, layer, module, additive, kernels]
 
 
 def families() -> dict[str, Family[Any]]:
@@ -156,3 +157,26 @@ def differentiated(
         return output.detach(), *(t.detach() for t in rest), *gradients
 
     return forward_backward
+
+
+def backward_alone(
+    function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], d_outputs: Callable[[Tensor], Tensor]
+) -> Step:
+    """A step that goes back through the graph of ``function(*inputs)``, which is made here, once.
+
+    Args:
+        function: what is differentiated.
+        inputs: whose gradients are taken.
+        d_outputs: the gradient of an output like this; asked once for each, in their order.
+    """
+    leaves = [t.requires_grad_() for t in inputs]
+    # torch.compile would let the backward overwrite what it saved, and it runs many times here
+    with functorch.patch(donated_buffer=False):
+        outputs = function(*leaves)
+    gradients = [d_outputs(t) for t in outputs]
+    made = tuple(t.detach() for t in outputs)
+
+    def step() -> tuple[Tensor, ...]:
+        return *made, *torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
+
+    return step

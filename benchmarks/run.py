@@ -24,7 +24,7 @@ from benchmarks.runner import DeviceLost
 HUNG = 75
 
 # In a resumed run the first figures stand beside the last: these have to be alike.
-_SAME = ("torch", "triton", "processor", "gpu", "threads", "backend", "interpreted", "commit", "modified")
+_SAME = ("torch", "triton", "processor", "gpu", "threads", "backend", "kernels", "interpreted", "commit", "modified")
 
 Tell = Callable[[str, str], None]
 

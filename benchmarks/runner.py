@@ -134,7 +134,7 @@ def run_case(
         with deadline(limit):
             gate = Gate(family, case)
     except Exception as error:
-        reason = f"no float64 truth: {': '.join(_explained(error))}"
+        reason = f"no float64 truth: {': '.join(explained(error))}"
         return [Row(case, v.name, "unchecked", reason) for v in variants]
 
     on_cuda = torch.device(case.device).type == "cuda"
@@ -149,7 +149,7 @@ def run_case(
             with deadline(limit):
                 rows[variant.name], step = _checked(family, case, variant, gate)
         except Exception as error:
-            rows[variant.name] = Row(case, variant.name, *_explained(error))
+            rows[variant.name] = Row(case, variant.name, *explained(error))
             if on_cuda and not isinstance(error, Refused):
                 _still_there(variant.name)
         else:
@@ -199,7 +199,7 @@ def _timed(
         if isinstance(timing, TooSlow):
             timed[name] = dataclasses.replace(rows[name], status="timed out", reason=timing.reason)
         elif isinstance(timing, Exception):
-            status, reason = _explained(timing)
+            status, reason = explained(timing)
             timed[name] = dataclasses.replace(rows[name], status=status, reason=reason)
         else:
             timed[name] = dataclasses.replace(rows[name], timing=timing)
@@ -232,9 +232,12 @@ def deadline(seconds: float) -> Iterator[None]:
 _NO_MEMORY = re.compile("out of memory|allocate memory|ALLOC_FAILED")
 
 
-def _explained(error: BaseException) -> tuple[Status, str]:
+def explained(error: BaseException) -> tuple[Status, str]:
     """What became of a variant, by the innermost of errors that wrap one another, and its first words."""
-    while (inner := getattr(error, "inner_exception", None) or error.__cause__) is not None:
+    while not isinstance(error, Refused):
+        inner = getattr(error, "inner_exception", None) or error.__cause__
+        if inner is None:
+            break
         error = inner
     text = " ".join(str(error).split())[:300]
     if isinstance(error, Refused):

@@ -110,8 +110,8 @@ def _compiled_applies(case: AttentionCase) -> str | None:
 
 
 def flops(case: AttentionCase) -> tuple[float, str]:
-    """``4 D`` operations a head and visible pair, 3.5 times that in training (arXiv:2307.08691), and in symbols."""
-    each = 14 if case.backward else 4
+    """``4 D`` operations a head and visible pair, 2.5 times that in the backward (arXiv:2307.08691), and in symbols."""
+    each = {"eval": 4, "forward": 4, "train": 14, "backward": 10}[case.direction]
     pairs = visible_pairs(case)
     return float(each * case.head_dim * case.heads * pairs), f"{each} D H P, P = {PAIRS_IN_SYMBOLS[case.mask]}"
 
@@ -124,7 +124,7 @@ def work(case: AttentionCase, variant: str) -> Work:
     """
     operations, in_symbols = flops(case)
     element, squared = case.dtype.itemsize, case.seqlen**2
-    tensors, passes = (12, 2) if case.backward else (4, 1)
+    tensors, passes = {"eval": (4, 1), "forward": (4, 1), "train": (12, 2), "backward": (8, 1)}[case.direction]
     moved = tensors * element * case.batch * case.heads * case.seqlen * case.head_dim
     moved_in_symbols = f"{tensors * element} B H L D"
     if case.mask in ("boolean", "sparse"):

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import AttentionCase
-from benchmarks.registry import Step, differentiated
+from benchmarks.cases import AttentionCase, KernelCase
+from benchmarks.registry import Step, backward_alone, differentiated
 
 SOFTCAP = 30.0
 
@@ -26,29 +26,27 @@ def inputs(case: AttentionCase, dtype: torch.dtype) -> list[Tensor]:
 def step(function: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor], case: AttentionCase) -> Step:
     """A step of ``function(query, key, value)`` over what :func:`inputs` draws."""
     *qkv, d_output = tensors
+    if isinstance(case, KernelCase) and case.backward:
+        return backward_alone(function, tuple(qkv), lambda output: d_output)
     return differentiated(function, tuple(qkv), case, d_output)
 
 
 def masks(case: AttentionCase, dtype: torch.dtype) -> dict[str, Any]:
     """The keyword arguments of ``fastattn.attention`` that rule the scores, in its words."""
-    generator, seqlen = torch.Generator().manual_seed(case.seed + 2), case.seqlen
+    seqlen = case.seqlen
     if case.mask == "none":
         return {}
     if case.mask == "padding":
         return {"key_padding_mask": padding_mask(case)}
-    if case.mask == "boolean":
-        return {"attn_mask": (torch.rand(seqlen, seqlen, generator=generator) < 0.75).to(case.device)}
-    if case.mask == "sparse":  # a quarter of the blocks of 128 x 128, and the diagonal
-        blocks = -(-seqlen // 128)
-        seen = (torch.rand(blocks, blocks, generator=generator) < 0.25) | torch.eye(blocks, dtype=torch.bool)
-        seen = seen.repeat_interleave(128, 0).repeat_interleave(128, 1)[:seqlen, :seqlen]
-        return {"attn_mask": seen.contiguous().to(case.device)}
+    if case.mask in ("boolean", "sparse"):
+        return {"attn_mask": _random_mask(case.mask, seqlen, case.seed + 2, case.device)}
     if case.mask == "bias":
         # On the device: a CPU takes seconds over the largest, each time that it is drawn
         drawn = case.draw(1, case.heads, seqlen, seqlen, dtype=dtype, generator=case.generator(2))
         return {"attn_mask": drawn}
     causal: dict[str, Any] = {"is_causal": True}
     if case.mask == "documents":  # of unequal lengths, about eight to a sequence
+        generator = torch.Generator().manual_seed(case.seed + 2)
         ends = torch.rand(case.batch, seqlen, generator=generator) < 8 / seqlen
         return causal | {"document_ids": ends.cumsum(1).int().to(case.device)}
     if case.mask == "window":
@@ -58,6 +56,18 @@ def masks(case: AttentionCase, dtype: torch.dtype) -> dict[str, Any]:
     if case.mask == "softcap":
         return causal | {"softcap": SOFTCAP}
     return causal
+
+
+@functools.lru_cache(maxsize=2)
+def _random_mask(mask: str, seqlen: int, seed: int, device: str) -> Tensor:
+    """Drawn on the CPU, the same numbers for every device; once for all variants: the largest takes it seconds."""
+    generator = torch.Generator().manual_seed(seed)
+    if mask == "boolean":
+        return (torch.rand(seqlen, seqlen, generator=generator) < 0.75).to(device)
+    blocks = -(-seqlen // 128)  # a quarter of the blocks of 128 x 128, and the diagonal
+    seen = (torch.rand(blocks, blocks, generator=generator) < 0.25) | torch.eye(blocks, dtype=torch.bool)
+    seen = seen.repeat_interleave(128, 0).repeat_interleave(128, 1)[:seqlen, :seqlen]
+    return seen.contiguous().to(device)
 
 
 def window(case: AttentionCase) -> int:

@@ -12,12 +12,11 @@ from typing import Any, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._functorch import config as functorch
 
 import fastattn
 from benchmarks.cases import Kind, NormCase
 from benchmarks.families.peers import cannot_compile, compiled, imported, not_at_hand
-from benchmarks.registry import Family, Step, Variant, Work, differentiated
+from benchmarks.registry import Family, Step, Variant, Work, backward_alone, differentiated
 from fastattn.reference import add_norm
 
 _EPS = 1e-5
@@ -48,18 +47,8 @@ def _step(make: Callable[[NormCase], Norm]) -> Callable[[NormCase, torch.dtype],
 
 
 def _backward(case: NormCase, norm: Norm, inputs: tuple[Tensor, ...]) -> Step:
-    leaves = [t.requires_grad_() for t in inputs]
-    # torch.compile would let the backward overwrite what it saved, and it runs many times here
-    with functorch.patch(donated_buffer=False):
-        outputs = norm(*leaves)
     generator = case.generator(1)
-    d_outputs = [case.draw(*t.shape, dtype=t.dtype, generator=generator) for t in outputs]
-    made = tuple(t.detach() for t in outputs)
-
-    def step() -> tuple[Tensor, ...]:
-        return *made, *torch.autograd.grad(outputs, leaves, d_outputs, retain_graph=True)
-
-    return step
+    return backward_alone(norm, inputs, lambda t: case.draw(*t.shape, dtype=t.dtype, generator=generator))
 
 
 # ---------------------------------------------------------------------------------------------------------- definition

@@ -142,11 +142,11 @@ def _sdpa_pinned(kind: str, backend: SDPBackend) -> Variant[AttentionCase]:
             with sdpa_kernel(backend):
                 return attend(*qkv)
 
-        made = step(function, inputs(case, dtype), case)
         # Here and not in each step, whose time it would lengthen: torch gives its reasons as warnings
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             try:
+                made = step(function, inputs(case, dtype), case)
                 made()
             except RuntimeError as error:
                 if not str(error).startswith(("No available kernel", "No viable backend")):

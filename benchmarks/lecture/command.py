@@ -19,9 +19,10 @@ from benchmarks.reporting.text import Table, number, show
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks lecture",
-        description="The lecture's systems, S1 to S10: each learns what the lecture says that it learns.",
+        description="The lecture's systems, S1 to S8 and S10: what the lecture says of each, learned or computed. S9, "
+        "whose claims are times and memory, is `python -m benchmarks --only sequence --out DIR`.",
     )
-    parser.add_argument("--quick", action="store_true", help="the short form, some 20 seconds each instead of 90")
+    parser.add_argument("--quick", action="store_true", help="the short form: fewer steps, smaller tasks")
     parser.add_argument("--only", metavar="NAME", choices=[*experiments()], help=f"one of {', '.join(experiments())}")
     parser.add_argument("--seed", type=int, default=0, help="of data and weights (default: 0)")
     parser.add_argument("--out", metavar="DIR", type=Path, help="write NAME.json, NAME.svg and NAME.png there")
@@ -37,13 +38,14 @@ def main(arguments: list[str]) -> int:
     for experiment in chosen:
         print(f"\n{experiment.name} ({', '.join(experiment.systems)}): {experiment.claim}")
         began = time.perf_counter()
-        result = experiment.run(options.quick, options.seed, lambda line: print(line, flush=True))
+        result: dict[str, Any] = experiment.run(options.quick, options.seed, lambda line: print(line, flush=True))
         for table in tables(experiment, result):
             show(table)
-        print(f"{time.perf_counter() - began:.0f} s")
+        seconds = round(time.perf_counter() - began, 1)
+        print(f"{seconds:.0f} s")
         if options.out:
             about = {"name": experiment.name, "systems": experiment.systems, "claim": experiment.claim}
-            about |= {"quick": options.quick, "seed": options.seed}
+            about |= {"quick": options.quick, "seed": options.seed, "seconds": seconds}
             files = write(experiment, about | result, options.out)
             print(f"written to {options.out}: {', '.join(file.name for file in files)}")
         failed += [(experiment.name, claim["text"]) for claim in result["claims"] if not claim["holds"]]

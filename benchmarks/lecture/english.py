@@ -32,7 +32,8 @@ def documents(source: str) -> list[str]:
         import numpy
 
         return _docstrings(numpy, numpy.ndarray, numpy.linalg, numpy.fft, numpy.ma, numpy.random)
-    assert source == "torch", f"source={source!r}: expected one of {SOURCES}"
+    if source != "torch":
+        raise ValueError(f"source={source!r}: expected one of {', '.join(map(repr, SOURCES))}")
     nn = torch.nn
     return _docstrings(torch, torch.Tensor, nn, nn.functional, torch.optim, torch.distributions, torch.linalg)
 

@@ -1,7 +1,8 @@
-"""S5 to S7 without any training: what holds of self-attention whatever its weights are.
+"""S4 to S7 without any training: what holds of attention whatever its weights are.
 
-S5: permuted inputs give permuted outputs, unless a positional encoding says where each stands. S6: behind a causal mask
-no output depends on a later input. S7: H heads are H single heads side by side.
+S4: over sqrt(D), scores are as large at any D; plain, they grow with it, and softmax of them is nearly one-hot. S5:
+permuted inputs give permuted outputs, unless a positional encoding says where each stands. S6: behind a causal mask no
+output depends on a later input. S7: H heads are H single heads side by side.
 """
 
 from __future__ import annotations
@@ -32,7 +33,39 @@ TO_THE_BIT = (EXACT_SUMS, ROUNDED)
 WITH_POSITIONS = "MultiheadAttention behind learned positions"
 UNMASKED = "self-attention"
 
+HEAD_DIMS, KEYS = (1, 4, 16, 64, 256, 1024), 64
+SCALED, UNSCALED = "entropy, scores over sqrt(D)", "entropy, plain scores"
+
 Vectors = Sequence[Sequence[float]]
+
+
+# ------------------------------------------------------------------------------------------------------- S4: the scale
+
+
+def entropies(seed: int) -> list[dict[str, Any]]:
+    """S4: the entropy of a row's weights over the logarithm of the number of keys, 1 where all count alike, 0 where one
+    does alone; on average, for queries and keys of D normal numbers."""
+    torch.manual_seed(seed)
+    rows = []
+    for head_dim in HEAD_DIMS:
+        query, key = torch.randn(2, 1, 1, KEYS, head_dim)
+        row: dict[str, Any] = {"system": "S4", "property": "spread of the weights", "computed by": f"D = {head_dim}"}
+        for name, scale in ((SCALED, None), (UNSCALED, 1.0)):
+            _, weights = fastattn.attention(query, key, key, scale=scale, need_weights=True)
+            row[name] = (torch.special.entr(weights).sum(-1) / math.log(KEYS)).mean().item()
+        rows.append(row)
+    return rows
+
+
+def claims_of_entropies(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Scores of variance 1 leave 1 - 1 / (2 log S) of the entropy, nearly, and scores of variance D next to nothing."""
+    least, last = min(row[SCALED] for row in rows), rows[-1][UNSCALED]
+    return [
+        {"text": f"S4, entropy over log S, scores over sqrt(D): at every D up to {HEAD_DIMS[-1]} at least",
+         "value": least, "bound": 0.75, "holds": least >= 0.75},
+        {"text": f"S4, entropy over log S, plain scores: at D = {HEAD_DIMS[-1]} at most",
+         "value": last, "bound": 0.1, "holds": last <= 0.1},
+    ]  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------- S5: permutations
@@ -162,8 +195,8 @@ def _row(system: str, what: str, way: str, a: Tensor, b: Tensor) -> dict[str, An
 def run(quick: bool, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Rows, claims, and the maps of who depends on whom; both forms are one."""
     with torch.random.fork_rng(devices=[]):
-        rows, maps = equivariance(seed) + heads(seed), dependences(seed)
-    claims: list[dict[str, Any]] = []
+        of_scale, rows, maps = entropies(seed), equivariance(seed) + heads(seed), dependences(seed)
+    claims = claims_of_entropies(of_scale)
     for row in rows:
         what, apart = f"{row['system']}, {row['property']}, ulp apart: {row['computed by']}", row["ulp apart"]
         if row["computed by"] == WITH_POSITIONS:
@@ -186,20 +219,64 @@ def run(quick: bool, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
         text = f"S6, derivatives by earlier inputs: {name}, all above"
         claims.append({"text": text, "value": earlier, "bound": 0.0, "holds": earlier > 0})
     say(f"{sum(claim['holds'] for claim in claims)} of {len(claims)} properties hold")
-    return {"rows": rows, "claims": claims, "maps": {name: matrix.tolist() for name, matrix in maps.items()}}
+    return {"rows": of_scale + rows, "claims": claims, "maps": {name: matrix.tolist() for name, matrix in maps.items()}}
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    """Who depends on whom; white is exactly nothing."""
-    import numpy
-    from matplotlib.colors import LogNorm
+    """Above, S4 and how far apart are results that S5 and S7 say are the same; below, S6."""
     from matplotlib.figure import Figure
 
-    from benchmarks.reporting.looks import WIDTH, title
+    from benchmarks.reporting.looks import WIDTH
 
-    figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
-    title(figure, "How much each output depends on each input (norm of the derivative; white: exactly 0)")
-    maps = {name: numpy.array(matrix) for name, matrix in result["maps"].items()}
+    figure = Figure(figsize=(WIDTH, 6.6), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1, 1))
+    panels = parts[0].subplots(1, 2, width_ratios=(2, 3))
+    _draw_entropies(panels[0], [row for row in result["rows"] if row["system"] == "S4"])
+    _draw_differences(panels[1], [row for row in result["rows"] if row["system"] in ("S5", "S7")])
+    _draw_maps(parts[1], result["maps"])
+    return figure
+
+
+def _draw_entropies(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """How evenly the keys are weighted, against the head size."""
+    from benchmarks.reporting.looks import BLUE, ORANGE
+
+    sizes = [int(row["computed by"].removeprefix("D = ")) for row in rows]
+    for name, colour, marker in ((SCALED, BLUE, "o"), (UNSCALED, ORANGE, "s")):
+        label = name.removeprefix("entropy, ")
+        axes.plot(sizes, [row[name] for row in rows], color=colour, marker=marker, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="head size D", ylabel="entropy / log S", ylim=(0, 1.02), xticks=sizes, xticklabels=sizes)
+    axes.set_title(f"S4: weights of {KEYS} keys")
+    axes.legend(loc="center right")
+
+
+def _draw_differences(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """Units in the last place between the two sides of each equation; 0 has its place on the axis."""
+    from benchmarks.reporting.looks import BLUE, GREEN, GREY, ORANGE
+
+    for i, row in enumerate(rows):
+        colour = ORANGE if row["computed by"] == WITH_POSITIONS else {"S5": BLUE, "S7": GREEN}[row["system"]]
+        axes.barh(i, max(row["ulp apart"], 0.04), color=colour, height=0.6)  # of 0, so much that it can be seen
+    axes.axvline(ULPS, color=GREY, linestyle="--")
+    axes.set_xscale("symlog", linthresh=1)
+    labels = [f"{row['system']}  {row['computed by']}".replace(", ", ",\n", 1) for row in rows]
+    axes.set(yticks=range(len(rows)), xlim=(0, 1e8), xlabel="units in the last place apart")
+    axes.set_yticklabels([label.replace(" behind", "\nbehind") for label in labels], fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_title("S5: f(s(x)) = s(f(x))    S7: heads alone")
+
+
+def _draw_maps(figure: Any, matrices: dict[str, Any]) -> None:
+    """S6: who depends on whom; white is exactly nothing."""
+    import numpy
+    from matplotlib.colors import LogNorm
+
+    from benchmarks.reporting.looks import title
+
+    title(figure, "S6: how much each output depends on each input (norm of the derivative; white: exactly 0)")
+    maps = {name: numpy.array(matrix) for name, matrix in matrices.items()}
     least = min(matrix[matrix > 0].min() for matrix in maps.values())
     scale = LogNorm(least / 5, max(matrix.max() for matrix in maps.values()))
     panels = figure.subplots(1, len(maps), sharey=True)
@@ -210,13 +287,13 @@ def draw(result: dict[str, Any]) -> Figure:
         axes.grid(False)
     panels[0].set_ylabel("output")
     figure.colorbar(shown, ax=panels)
-    return figure
 
 
 EXPERIMENT = Experiment(
     "properties",
-    ("S5", "S6", "S7"),
-    "Self-attention knows no order, masked it sees nothing later, and its heads are independent: by any weights.",
+    ("S4", "S5", "S6", "S7"),
+    "Scores over sqrt(D) weigh alike at any D; self-attention knows no order, masked it sees nothing later, and its "
+    "heads are independent: by any weights.",
     run,
     draw,
 )

@@ -20,6 +20,7 @@ from benchmarks.reporting.document import (
     verdict,
     way_of,
 )
+from benchmarks.reporting.kernels import kernel_findings
 from benchmarks.reporting.text import span
 
 _ABOVE = 1.05  # of the floor: ceilings have their own noise
@@ -30,6 +31,7 @@ def findings(document: Document) -> list[str]:
     return [
         *_failures(document),
         *_speed(document),
+        *kernel_findings(document),
         *_sequences(document, backward=False),
         *_sequences(document, backward=True),
         *_learning(document),

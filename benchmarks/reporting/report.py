@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.reporting import readme
 from benchmarks.reporting.document import Document, Result, by_family, read_run
 from benchmarks.reporting.findings import findings
+from benchmarks.reporting.kernels import kernel_tables
 from benchmarks.reporting.tables import (
     ceilings_table,
     environment_table,
@@ -88,6 +89,7 @@ def _markdown(document: Document, drawn: list[Picture] | None) -> str:
     sections += [_section(table) for table in rest if table.lines]
     for index, table in enumerate(quality_tables(document)):
         sections.append(_section(table, pictures.get("quality", "") if index == 0 else ""))
+    sections += [_section(table) for table in kernel_tables(document)]
     if document["left_out"]:
         sections.append("## Left out\n\n" + "".join(f"- {name}\n" for name in document["left_out"]))
     return "\n".join(sections)

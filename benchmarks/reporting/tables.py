@@ -19,6 +19,7 @@ from benchmarks.reporting.document import (
     short_names,
     timed_of,
 )
+from benchmarks.reporting.kernels import kernel_tables
 from benchmarks.reporting.text import Table, number, rate, ratio, table_of
 
 _SAME_CLOCK = 0.05  # a processor time nearer to the wall clock's than this says nothing new
@@ -302,4 +303,5 @@ def all_tables(document: Document) -> list[Table]:
     tables = [ceilings_table(document)]
     tables += [family_table(document, family) for family in by_family(document)]
     tables += [memory_table(document), tiles_table(document), *theory_tables(document), *quality_tables(document)]
+    tables += kernel_tables(document)
     return [table for table in tables if table.lines or table.note]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn.models._checks import check_number, check_temperature, check_token, check_tokens
 from fastattn.modules import MultiheadAttention, TransformerDecoderLayer
 from fastattn.ops import attention
 
@@ -44,7 +45,8 @@ class LayerCache:
 
 
 class DecodingCache:
-    """What a stack of layers keeps between two steps of decoding; without gradients.
+    """What a stack of layers keeps between two steps of decoding; without gradients, and without the graph that made
+    the memory.
 
     Args:
         layers: of the stack.
@@ -53,6 +55,7 @@ class DecodingCache:
         memory_padding: boolean ``[B, S]``, True = padding.
     """
 
+    @torch.no_grad()
     def __init__(
         self,
         layers: Iterable[nn.Module],
@@ -112,6 +115,7 @@ def generate(
     step: Callable[[Tensor], Tensor],
     prompt: Tensor,
     length: int,
+    vocabulary: int,
     *,
     temperature: float = 0.0,
     seed: int | None = None,
@@ -124,6 +128,7 @@ def generate(
             token behind them.
         prompt: ``[B, P]``, ``P`` at least 1.
         length: number of tokens to add at most.
+        vocabulary: number of tokens that there are.
         temperature: 0 takes the likeliest token, else one is drawn from ``softmax(logits / temperature)``.
         seed: of the draws; None: torch's global generator.
         end: a sequence that said it says nothing else any more; when all have, generation stops.
@@ -132,13 +137,14 @@ def generate(
         ``[B, P + length]``, or fewer where all sequences ended.
 
     Raises:
-        ValueError: the prompt is empty, or a number is negative.
+        TypeError: the prompt is not of integers.
+        ValueError: the prompt is empty, a number is negative, or ``end`` is no token.
     """
-    if prompt.dim() != 2 or prompt.shape[1] == 0:
-        raise ValueError(f"prompt has shape {tuple(prompt.shape)}: expected [batch, at least 1]")
-    for name, number in {"length": length, "temperature": temperature}.items():
-        if number < 0:
-            raise ValueError(f"{name}={number}: expected a number that is not negative")
+    check_tokens("prompt", prompt, least=1)
+    check_number("length", length, 0)
+    check_temperature(temperature)
+    if end is not None:
+        check_token("end", end, vocabulary)
     generator = None if seed is None else torch.Generator(prompt.device).manual_seed(seed)
     tokens = new = prompt
     ended = torch.zeros_like(prompt[:, :1], dtype=torch.bool)
@@ -147,7 +153,8 @@ def generate(
         if temperature == 0.0:
             new = logits.argmax(-1, keepdim=True)
         else:
-            new = torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator)
+            below = logits - logits.amax(-1, keepdim=True)  # so that no quotient is inf
+            new = torch.multinomial(torch.softmax(below / temperature, dim=-1), 1, generator=generator)
         if end is not None:
             new = torch.where(ended, end, new)
             ended |= new == end

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn.models._checks import check_number, check_targets, check_token, check_tokens, cross_entropy, evaluating
 from fastattn.modules.additive_attention import AdditiveAttention
 
 # Of the states of K hypotheses [B, K, hidden] the contexts [B, K, memory_dim], and the weights [B, K, S] if asked for
@@ -67,6 +67,8 @@ class AttentionDecoder(nn.Module):
         self, vocabulary: int, memory_dim: int, *, hidden: int = 64, embedding: int = 32, attention_dim: int | None = 64
     ) -> None:
         super().__init__()
+        for name, size in (("vocabulary", vocabulary), ("hidden", hidden), ("embedding", embedding)):
+            check_number(name, size)
         self.embedding = nn.Embedding(vocabulary, embedding)
         self.first_state = nn.Linear(memory_dim, hidden)
         self.attention = None if attention_dim is None else AdditiveAttention(hidden, memory_dim, attention_dim)
@@ -83,7 +85,12 @@ class AttentionDecoder(nn.Module):
 
         Returns:
             Logits ``[B, T, vocabulary]`` of the tokens behind those, and the weights ``[B, T, S]`` or None.
+
+        Raises:
+            TypeError: ``tokens`` are no integers.
+            ValueError: there are none, or as many rows as the memory has not.
         """
+        check_tokens("tokens", tokens, least=1, batch=memory.vectors.shape[0])
         read, state = self._reader(memory, need_weights), self._first_state(memory)
         states, weights = [], []
         for token in tokens.split(1, dim=1):
@@ -96,13 +103,10 @@ class AttentionDecoder(nn.Module):
     def loss(self, tokens: Tensor, memory: Memory, padding: Tensor | None = None) -> Tensor:
         """Mean cross entropy, in nats, of each of ``tokens`` ``[B, T]`` but the first, given those before it.
 
-        ``padding`` ``[B, T]`` is True where nothing is asked.
+        ``padding``, boolean ``[B, T]``, is True where nothing is asked.
         """
-        logits, targets = self(tokens[:, :-1], memory)[0], tokens[:, 1:]
-        if padding is None:
-            return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        asked = ~padding[:, 1:]
-        return F.cross_entropy(logits[asked], targets[asked])
+        check_targets("tokens", tokens, padding)
+        return cross_entropy(self(tokens[:, :-1], memory)[0], tokens, padding)
 
     @torch.no_grad()
     def generate(
@@ -129,11 +133,20 @@ class AttentionDecoder(nn.Module):
             Of each sequence the likeliest that was found; shorter than ``length`` where all of them ended.
 
         Raises:
-            ValueError: ``length`` or ``beam`` is too small.
+            ValueError: ``length`` or ``beam`` is too small, or ``start`` or ``end`` is no token.
         """
-        for name, number, least in (("length", length, 0), ("beam", beam, 1)):
-            if number < least:
-                raise ValueError(f"{name}={number}: expected at least {least}")
+        check_number("length", length, 0)
+        check_number("beam", beam)
+        for name, token in (("start", start), ("end", end)):
+            if token is not None:
+                check_token(name, token, self.head.out_features)
+        with evaluating(self):
+            return self._generate(memory, length, start, end, beam, need_weights)
+
+    def _generate(
+        self, memory: Memory, length: int, start: int, end: int | None, beam: int, need_weights: bool
+    ) -> Decoded:
+        """The search, of arguments that were checked."""
         read, state = self._reader(memory, need_weights), self._first_state(memory)
         batch, vocabulary = state.shape[0], self.head.out_features
         row = torch.arange(batch, device=state.device)[:, None]
@@ -143,7 +156,9 @@ class AttentionDecoder(nn.Module):
         only_end = None if end is None else state.new_full((vocabulary,), -torch.inf)
         if only_end is not None:
             only_end[end] = 0.0
-        weights: Tensor | None = None
+        weights: Tensor | None = None  # [B, K, T, S]
+        if need_weights and self.attention is not None:
+            weights = state.new_empty(batch, 1, 0, memory.vectors.shape[1])
         for _ in range(length):
             state, seen = self._step(tokens[..., -1], state, read)
             logs = self.head(state).log_softmax(-1)
@@ -154,9 +169,8 @@ class AttentionDecoder(nn.Module):
             origin, new = best // vocabulary, best % vocabulary
             tokens = torch.cat((tokens[row, origin], new[..., None]), dim=2)
             state = state[row, origin]
-            if seen is not None:
-                seen = seen[:, :, None] if weights is None else torch.cat((weights, seen[:, :, None]), dim=2)
-                weights = seen[row, origin]
+            if weights is not None and seen is not None:
+                weights = torch.cat((weights, seen[:, :, None]), dim=2)[row, origin]
             if end is not None:
                 ended = new == end
                 if bool(ended[:, 0].all()):  # nothing can overtake: saying more makes no beginning likelier

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn.models._checks import check_channels, check_image_size, check_images, check_number, evaluating
 from fastattn.models.attention_decoder import AttentionDecoder, Decoded, Memory
 from fastattn.modules.positional_encoding import LearnedPositionalEncoding
 
@@ -32,7 +33,7 @@ class ImageCaptioner(nn.Module):
         grid: height ``h`` and width ``w`` of the grid, a quarter of the image's.
 
     Raises:
-        ValueError: ``size`` is no multiple of 4.
+        ValueError: ``size`` is no multiple of 4, ``channels`` is odd, or a number is not positive.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class ImageCaptioner(nn.Module):
         attention_dim: int | None = 64,
     ) -> None:
         super().__init__()
-        if any(pixels <= 0 or pixels % 4 for pixels in size):
-            raise ValueError(f"size={size}: expected positive multiples of 4")
+        check_number("in_channels", in_channels)
+        check_channels("channels", channels)
+        check_image_size(size)
+        self.in_channels, self.size = in_channels, size
         self.grid = size[0] // 4, size[1] // 4
         widths = in_channels, channels // 2, channels, channels
         pairs = list(itertools.pairwise(widths))
@@ -63,6 +66,7 @@ class ImageCaptioner(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """The grid ``[B, C, h, w]`` of images ``[B, in_channels, 4 h, 4 w]``."""
+        check_images(images, self.in_channels, self.size)
         x = images
         for i, (convolution, norm) in enumerate(zip(self.convolutions, self.norms)):
             x = F.relu(norm(convolution(x)))
@@ -72,7 +76,8 @@ class ImageCaptioner(nn.Module):
 
     def encode(self, images: Tensor) -> Memory:
         """The grid's vectors ``[B, h * w, C]``, each told where it stands, and one summary ``[B, C]`` of all."""
-        vectors = self.positions(self.features(images).flatten(2).mT)  # the grid is a view, never rearranged
+        # Channels last in shape, but not in memory: the positions are added to a view of the grid
+        vectors = self.positions(self.features(images).flatten(2).mT)
         return Memory(vectors, self.summary(vectors.flatten(1)))
 
     def forward(self, images: Tensor, captions: Tensor, *, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -104,5 +109,6 @@ class ImageCaptioner(nn.Module):
         need_weights: bool = False,
     ) -> Decoded:
         """The captions of ``images``; the rest as for :meth:`AttentionDecoder.generate`."""
-        memory = self.encode(images)
-        return self.decoder.generate(memory, length, start=start, end=end, beam=beam, need_weights=need_weights)
+        with evaluating(self):
+            memory = self.encode(images)
+            return self.decoder.generate(memory, length, start=start, end=end, beam=beam, need_weights=need_weights)

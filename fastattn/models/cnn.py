@@ -7,6 +7,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn.models._checks import check_channels, check_image_size, check_images, check_number
 from fastattn.modules.positional_encoding import LearnedPositionalEncoding
 from fastattn.modules.self_attention_2d import SelfAttention2d
 
@@ -24,6 +25,7 @@ class PointwiseResidual(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        check_number("channels", channels)
         self.widen = nn.Conv2d(channels, 2 * channels, 1)
         self.narrow = nn.Conv2d(2 * channels, channels, 1)
 
@@ -50,7 +52,8 @@ class ConvNet(nn.Module):
             front of ``between``; default none. Attention by itself does not know where a position is.
 
     Raises:
-        ValueError: ``between`` is none of these, or ``size`` is no multiple of 4.
+        ValueError: ``between`` is none of these, ``size`` is no multiple of 4, ``width`` is odd, or a number is not
+            positive.
     """
 
     def __init__(
@@ -64,8 +67,12 @@ class ConvNet(nn.Module):
         size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        if size is not None and (size[0] % 4 or size[1] % 4):
-            raise ValueError(f"size={size}: expected multiples of 4")
+        check_number("in_channels", in_channels)
+        check_number("classes", classes)
+        check_channels("width", width)
+        if size is not None:
+            check_image_size(size)
+        self.size = size
         self.conv1 = nn.Conv2d(in_channels, width // 2, 3, padding=1, bias=False)
         self.norm1 = nn.BatchNorm2d(width // 2)
         self.conv2 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
@@ -86,6 +93,7 @@ class ConvNet(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """What comes before ``between``: ``[B, width, H // 4, W // 4]`` for images ``[B, in_channels, H, W]``."""
+        check_images(images, self.conv1.in_channels, self.size)
         x = F.max_pool2d(F.relu(self.norm1(self.conv1(images))), 2)
         x = F.max_pool2d(F.relu(self.norm2(self.conv2(x))), 2)
         return x if self.positions is None else self.positions(x.flatten(2).mT).mT.reshape(x.shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastattn.models._checks import check_number, check_padding, check_targets, check_tokens, evaluating
 from fastattn.models.attention_decoder import AttentionDecoder, Decoded, Memory
 
 
@@ -34,6 +35,8 @@ class Seq2Seq(nn.Module):
         attention_dim: int | None = 64,
     ) -> None:
         super().__init__()
+        for name, size in (("source_vocabulary", source_vocabulary), ("target_vocabulary", target_vocabulary)):
+            check_number(name, size)
         self.embedding = nn.Embedding(source_vocabulary, embedding)
         self.encoder = nn.GRU(embedding, hidden, batch_first=True)
         self.decoder = AttentionDecoder(
@@ -51,8 +54,11 @@ class Seq2Seq(nn.Module):
             Vectors ``[B, S, hidden]`` and the summary ``[B, hidden]``.
 
         Raises:
-            ValueError: a sequence has no token, or padding before one.
+            TypeError: ``source`` is not of integers, or ``source_padding`` is not boolean.
+            ValueError: their shapes do not fit, or a sequence has no token, or padding before one.
         """
+        check_tokens("source", source, least=1)
+        check_padding("source_padding", source_padding, source.shape)
         states, last = self.encoder(self.embedding(source))
         if source_padding is None:
             return Memory(states, last[0])
@@ -83,7 +89,7 @@ class Seq2Seq(nn.Module):
             Logits ``[B, T, target_vocabulary]``, and the weights ``[B, T, S]`` or None.
 
         Raises:
-            ValueError: as for :meth:`encode`.
+            TypeError, ValueError: as for :meth:`encode`.
         """
         return self.decoder(target, self.encode(source, source_padding), need_weights=need_weights)
 
@@ -95,6 +101,7 @@ class Seq2Seq(nn.Module):
         target_padding: Tensor | None = None,
     ) -> Tensor:
         """Mean cross entropy, in nats, of each of the target's tokens behind its first that is no padding."""
+        check_targets("target", target, target_padding)
         return self.decoder.loss(target, self.encode(source, source_padding), target_padding)
 
     @torch.no_grad()
@@ -110,5 +117,6 @@ class Seq2Seq(nn.Module):
         need_weights: bool = False,
     ) -> Decoded:
         """The translation of ``source`` ``[B, S]``; the rest as for :meth:`AttentionDecoder.generate`."""
-        memory = self.encode(source, source_padding)
-        return self.decoder.generate(memory, length, start=start, end=end, beam=beam, need_weights=need_weights)
+        with evaluating(self):
+            memory = self.encode(source, source_padding)
+            return self.decoder.generate(memory, length, start=start, end=end, beam=beam, need_weights=need_weights)

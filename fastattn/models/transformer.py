@@ -11,9 +11,18 @@ import dataclasses
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn.models._checks import (
+    check_not_all_padding,
+    check_number,
+    check_padding,
+    check_targets,
+    check_token,
+    check_tokens,
+    cross_entropy,
+    evaluating,
+)
 from fastattn.models._decoding import DecodingCache, decode, generate
 from fastattn.modules import AddLayerNorm, TransformerDecoderLayer, TransformerEncoderLayer
 from fastattn.modules.positional_encoding import LearnedPositionalEncoding
@@ -21,7 +30,6 @@ from fastattn.modules.positional_encoding import LearnedPositionalEncoding
 # Of embeddings and of positions, at first: what a token is and where it stands count alike. Small, so that training
 # soon moves even the tokens that are rare; at torch's 1 they stay nearly as they were drawn
 _STD = 0.1
-_IGNORED = -100  # a target where nothing is asked: cross entropy's own index for it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +46,10 @@ class TransformerConfig:
         norm_first: normalise what enters each block (pre-norm, and a last norm behind the stack) instead of what leaves
             its add (post-norm, as the lecture and the paper draw it).
         activation: of the MLPs, ``"relu"`` or ``"gelu"``.
+
+    Raises:
+        TypeError: a size is no int.
+        ValueError: a number is out of its range, or ``heads`` does not divide ``width``.
     """
 
     width: int
@@ -48,6 +60,17 @@ class TransformerConfig:
     dropout: float = 0.0
     norm_first: bool = False
     activation: str = "relu"
+
+    def __post_init__(self) -> None:
+        for name in ("width", "heads", "layers", "feed_forward", "max_length"):
+            if (size := getattr(self, name)) is not None:
+                check_number(name, size)
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width}: heads={self.heads} does not divide it")
+        if not 0.0 <= self.dropout <= 1.0:
+            raise ValueError(f"dropout={self.dropout}: expected a probability between 0 and 1")
+        if self.activation not in ("relu", "gelu"):
+            raise ValueError(f"activation={self.activation!r}: expected 'relu' or 'gelu'")
 
     def layer_arguments(self) -> dict[str, Any]:
         """What a layer of :mod:`fastattn.modules` is made with."""
@@ -76,8 +99,10 @@ class TransformerTrunk(nn.Module):
         self, vocabulary: int, config: TransformerConfig, *, causal: bool = False, reads_memory: bool = False
     ) -> None:
         super().__init__()
+        check_number("vocabulary", vocabulary)
         self.config = config
         self.causal = causal
+        self.reads_memory = reads_memory
         self.tokens = nn.Embedding(vocabulary, config.width)
         nn.init.normal_(self.tokens.weight, std=_STD)
         self.positions = LearnedPositionalEncoding(config.max_length, config.width, std=_STD)
@@ -106,8 +131,13 @@ class TransformerTrunk(nn.Module):
             ``[B, L, E]``.
 
         Raises:
-            ValueError: there are more tokens than positions.
+            TypeError: an argument is not of the type that is said here.
+            ValueError: shapes do not fit, there are more tokens than positions, or there is a memory and the trunk
+                reads none, or the other way round.
         """
+        check_tokens("tokens", tokens)
+        check_padding("padding", padding, tokens.shape)
+        self._check_memory(memory, memory_padding, tokens.shape[0])
         x = self.dropout(self.positions(self.tokens(tokens)))
         mask = self._causal_mask(tokens, padding) if self.causal else None
         for layer in self.layers:
@@ -126,6 +156,7 @@ class TransformerTrunk(nn.Module):
 
     def new_cache(self, memory: Tensor | None = None, memory_padding: Tensor | None = None) -> DecodingCache:
         """What :meth:`step` keeps between its calls; arguments as for :meth:`forward`."""
+        self._check_memory(memory, memory_padding, None)
         return DecodingCache(self.layers, self.config.max_length, memory, memory_padding)
 
     @torch.no_grad()
@@ -140,8 +171,10 @@ class TransformerTrunk(nn.Module):
             ``[B, T, E]``, without gradients and without dropout.
 
         Raises:
+            TypeError: ``tokens`` are no integers.
             ValueError: the trunk is not causal, or there are more tokens than positions.
         """
+        check_tokens("tokens", tokens)
         if not self.causal:
             raise ValueError("causal=False: what later tokens change cannot be kept")
         x = self.positions(self.tokens(tokens), start=cache.length)
@@ -149,6 +182,19 @@ class TransformerTrunk(nn.Module):
             x = decode(layer, x, kept)
         cache.length += tokens.shape[1]
         return self.norm(x)
+
+    def _check_memory(self, memory: Tensor | None, padding: Tensor | None, batch: int | None) -> None:
+        """Raise unless there is a memory where one is read, for a batch of so many."""
+        if memory is None:
+            if self.reads_memory:
+                raise ValueError("memory=None: a trunk with reads_memory=True reads one, [batch, length, width]")
+            return
+        shape, width = tuple(memory.shape), self.config.width
+        if not self.reads_memory:
+            raise ValueError(f"memory has shape {shape}: a trunk with reads_memory=False reads none")
+        if len(shape) != 3 or shape[2] != width or batch not in (None, shape[0]):
+            raise ValueError(f"memory has shape {shape}: expected [{batch or 'batch'}, length, {width}]")
+        check_padding("memory_padding", padding, memory.shape[:2])
 
     @staticmethod
     def _causal_mask(tokens: Tensor, padding: Tensor | None) -> Tensor:
@@ -179,7 +225,8 @@ class TransformerLanguageModel(nn.Module):
 
     def loss(self, tokens: Tensor, padding: Tensor | None = None) -> Tensor:
         """Mean cross entropy, in nats, of each token that is no padding but the first, given those before it."""
-        return _cross_entropy(self(tokens[:, :-1], None if padding is None else padding[:, :-1]), tokens, padding)
+        check_targets("tokens", tokens, padding)
+        return cross_entropy(self(tokens[:, :-1], None if padding is None else padding[:, :-1]), tokens, padding)
 
     @torch.no_grad()
     def generate(
@@ -198,17 +245,20 @@ class TransformerLanguageModel(nn.Module):
             ``[B, P + length]``, or fewer where all sequences ended.
 
         Raises:
-            ValueError: the prompt is empty, a number is negative, or there are more tokens than positions.
+            TypeError: the prompt is not of integers.
+            ValueError: the prompt is empty, a number is out of its range, or there are more tokens than positions.
         """
         cache = self.trunk.new_cache()
-        return generate(
-            lambda new: self.head(self.trunk.step(new, cache)[:, -1]),
-            prompt,
-            length,
-            temperature=temperature,
-            seed=seed,
-            end=end,
-        )
+        with evaluating(self):
+            return generate(
+                lambda new: self.head(self.trunk.step(new, cache)[:, -1]),
+                prompt,
+                length,
+                self.head.out_features,
+                temperature=temperature,
+                seed=seed,
+                end=end,
+            )
 
 
 class TransformerClassifier(nn.Module):
@@ -221,11 +271,15 @@ class TransformerClassifier(nn.Module):
 
     def __init__(self, trunk: TransformerTrunk, classes: int) -> None:
         super().__init__()
+        check_number("classes", classes)
         self.trunk = trunk
         self.head = nn.Linear(trunk.config.width, classes)
 
     def forward(self, tokens: Tensor, padding: Tensor | None = None) -> Tensor:
         """Logits ``[B, classes]`` of token sequences ``[B, L]``; ``padding`` as for the trunk, not all of a row."""
+        check_tokens("tokens", tokens, least=1)
+        check_padding("padding", padding, tokens.shape)
+        check_not_all_padding("padding", padding)
         x = self.trunk(tokens, padding)
         if padding is None:
             return self.head(x.mean(dim=1))
@@ -269,6 +323,7 @@ class TransformerEncoderDecoder(nn.Module):
         Raises:
             ValueError: there are more tokens than positions.
         """
+        check_tokens("source", source, least=1)
         memory = self.encoder(source, source_padding)
         return self.head(self.decoder(target, target_padding, memory=memory, memory_padding=source_padding))
 
@@ -280,8 +335,9 @@ class TransformerEncoderDecoder(nn.Module):
         target_padding: Tensor | None = None,
     ) -> Tensor:
         """Mean cross entropy, in nats, of each of the target's tokens behind its first; arguments as for the model."""
+        check_targets("target", target, target_padding)
         padding = None if target_padding is None else target_padding[:, :-1]
-        return _cross_entropy(self(source, target[:, :-1], source_padding, padding), target, target_padding)
+        return cross_entropy(self(source, target[:, :-1], source_padding, padding), target, target_padding)
 
     @torch.no_grad()
     def generate(
@@ -310,20 +366,19 @@ class TransformerEncoderDecoder(nn.Module):
             ``[B, 1 + length]``, or fewer where all sequences ended.
 
         Raises:
-            ValueError: a number is negative, or there are more tokens than positions.
+            TypeError: the source is not of integers.
+            ValueError: the source is empty, a number is out of its range, or there are more tokens than positions.
         """
-        cache = self.decoder.new_cache(self.encoder(source, source_padding), source_padding)
-        return generate(
-            lambda new: self.head(self.decoder.step(new, cache)[:, -1]),
-            torch.full_like(source[:, :1], start),
-            length,
-            temperature=temperature,
-            seed=seed,
-            end=end,
-        )
-
-
-def _cross_entropy(logits: Tensor, tokens: Tensor, padding: Tensor | None) -> Tensor:
-    """Of ``tokens`` ``[B, L]`` but the first, from ``logits`` ``[B, L - 1, vocabulary]``."""
-    targets = tokens if padding is None else tokens.masked_fill(padding, _IGNORED)
-    return F.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=_IGNORED)
+        check_tokens("source", source, least=1)
+        check_token("start", start, self.head.out_features)
+        with evaluating(self):
+            cache = self.decoder.new_cache(self.encoder(source, source_padding), source_padding)
+            return generate(
+                lambda new: self.head(self.decoder.step(new, cache)[:, -1]),
+                torch.full_like(source[:, :1], start),
+                length,
+                self.head.out_features,
+                temperature=temperature,
+                seed=seed,
+                end=end,
+            )

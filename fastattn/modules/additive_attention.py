@@ -77,6 +77,7 @@ class AdditiveAttention(nn.Module):
         projected_key: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
+        is_causal: bool = False,
         need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """A context vector for every query.
@@ -88,6 +89,7 @@ class AdditiveAttention(nn.Module):
             projected_key: what :meth:`project_key` made of the key.
             key_padding_mask: boolean ``[B, S]``, True = padding.
             attn_mask: boolean (True = may attend) or floating (added to the scores), broadcastable to ``[B, L, S]``.
+            is_causal: query ``i`` sees keys ``j <= i``.
             need_weights: also return the weights.
 
         Returns:
@@ -104,6 +106,7 @@ class AdditiveAttention(nn.Module):
             self.weight,
             attn_mask=attn_mask,
             key_padding_mask=key_padding_mask,
+            is_causal=is_causal,
             need_weights=need_weights,
             backend=self.backend,
         )

@@ -56,18 +56,24 @@ class LearnedPositionalEncoding(nn.Module):
             start: the position of the first vector; for decoding, the number of those that came before.
 
         Returns:
-            ``[..., L, E]``, or with ``concatenate`` ``[..., L, E + width]``.
+            ``[..., L, E]``, or with ``concatenate`` ``[..., L, E + width]``, in the dtype of ``x``.
 
         Raises:
-            ValueError: the table is too short, or vectors that are to be added are not as wide as ``x``.
+            TypeError: ``x`` is not floating.
+            ValueError: ``x`` has no two dimensions, the table is too short, or vectors that are to be added are not as
+                wide as ``x``.
         """
         max_length, width = self.weight.shape
+        if not x.is_floating_point():
+            raise TypeError(f"x is {x.dtype}: expected a floating dtype")
+        if x.dim() < 2:
+            raise ValueError(f"x has shape {tuple(x.shape)}: expected [..., length, size]")
         length = x.shape[-2]
         if start < 0 or start + length > max_length:
             raise ValueError(f"positions {start} to {start + length - 1}: the table holds max_length={max_length}")
-        positions = self.weight[start : start + length]
+        positions = self.weight[start : start + length].to(x.dtype)
         if self.concatenate:
-            return torch.cat((x, positions.to(x.dtype).expand(*x.shape[:-1], width)), dim=-1)
+            return torch.cat((x, positions.expand(*x.shape[:-1], width)), dim=-1)
         if x.shape[-1] != width:
             raise ValueError(f"x has shape {tuple(x.shape)}: expected [..., {width}], as wide as the table")
         return x + positions

@@ -36,6 +36,7 @@ class SelfAttention2d(nn.Module):
             :func:`fastattn.use_backend` says at the call.
 
     Raises:
+        TypeError: a number of channels or heads is no int.
         ValueError: a number of channels or heads is not positive, ``num_heads`` does not divide them, or ``backend`` is
             unknown.
     """
@@ -61,6 +62,8 @@ class SelfAttention2d(nn.Module):
         sizes = {"channels": channels, "num_heads": num_heads}
         sizes |= {"qk_channels": qk_channels, "value_channels": value_channels}
         for name, size in sizes.items():
+            if not isinstance(size, int):
+                raise TypeError(f"{name}={size!r}: expected an int, got {type(size).__name__}")
             if size <= 0:
                 raise ValueError(f"{name}={size}: expected a positive number")
         for name in ("qk_channels", "value_channels"):
@@ -99,11 +102,11 @@ class SelfAttention2d(nn.Module):
             ``[B, heads, H, W, H, W]`` not: those of the position that the first two name, over all positions.
 
         Raises:
-            ValueError: ``x`` is not ``[B, C, H, W]``.
+            ValueError: ``x`` is not ``[B, C, H, W]``, ``H`` and ``W`` at least 1.
             NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
         """
-        if x.dim() != 4 or x.shape[1] != self.query.in_channels:
-            raise ValueError(f"x has shape {tuple(x.shape)}: expected [B, {self.query.in_channels}, H, W]")
+        if x.dim() != 4 or x.shape[1] != self.query.in_channels or min(x.shape[2:]) == 0:
+            raise ValueError(f"x has shape {tuple(x.shape)}: expected [B, {self.query.in_channels}, H, W], not empty")
         attended = attention(
             self._positions(self.query(x)),
             self._positions(self.key(x)),

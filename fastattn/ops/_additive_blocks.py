@@ -86,7 +86,10 @@ def _visible(own: AdditiveInputs, options: AdditiveOptions) -> Tensor | None:
         key_padding_mask=own.key_padding_mask,
         device=own.query.device,
     )
-    return visible if own.bias is None else visible & (own.bias != NEGATIVE_INFINITY)
+    if own.bias is None:
+        return visible
+    # as it is added: in float64 a bias may be finite that is -inf in the scores' dtype
+    return visible & (own.bias.to(statistics_dtype(own.query.dtype)) != NEGATIVE_INFINITY)
 
 
 def _weights(own: AdditiveInputs, bent: Tensor, visible: Tensor | None) -> Tensor:
@@ -116,7 +119,8 @@ def forward(inputs: AdditiveInputs, options: AdditiveOptions) -> tuple[Tensor, T
 
 def _forward(inputs: AdditiveInputs, options: AdditiveOptions) -> tuple[Tensor, Tensor, Tensor]:
     output, weights, statistics = empty_results(inputs, options)
-    output.zero_(), weights.zero_()  # for what no block writes
+    for result in (output, weights):
+        result.zero_()  # for what no block writes
     dtype = statistics_dtype(inputs.query.dtype)
     for block in blocks(inputs, options):
         own, rules = cut(block, inputs, options)

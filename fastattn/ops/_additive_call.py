@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.ops._call import check_attn_mask, check_key_padding_mask
+from fastattn.ops._call import DTYPES, check_attn_mask, check_key_padding_mask, under_autocast
 
 
 class AdditiveCall(NamedTuple):
@@ -39,7 +39,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> 
     for name, tensor in (("query", query), ("key", key), ("value", value), ("weight", weight)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
+        if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} is {tensor.dtype}: expected float16, bfloat16, float32 or float64")
         if tensor.dtype != query.dtype:
             raise TypeError(f"{name} is {tensor.dtype} but query is {query.dtype}: expected one dtype for all four")
@@ -77,8 +77,10 @@ def make_call(
     key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
     need_weights: bool = False,
+    average_attn_weights: bool = True,
 ) -> AdditiveCall:
     """Check every argument of :func:`fastattn.additive_attention`; under autocast, cast as attention does."""
+    query, key, value, weight = under_autocast(query, key, value, weight)
     check_tensors(query, key, value, weight)
     if query.dim() == 3:
         query, key, value = (t.unsqueeze(1) for t in (query, key, value))
@@ -90,13 +92,10 @@ def make_call(
         bias, mask = (None, attn_mask) if attn_mask.dtype == torch.bool else (attn_mask, None)
     if key_padding_mask is not None:
         check_key_padding_mask(key_padding_mask, key)
-    for name, flag in (("is_causal", is_causal), ("need_weights", need_weights)):
+    flags = {"is_causal": is_causal, "need_weights": need_weights, "average_attn_weights": average_attn_weights}
+    for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise TypeError(f"{name}={flag!r}: expected True or False")
     if weight.dim() == 1:
         weight = weight.unsqueeze(0)
-    device_type = query.device.type
-    if query.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        query, key, value, weight = (t.to(dtype) for t in (query, key, value, weight))
     return AdditiveCall(query, key, value, weight, bias, mask, key_padding_mask, 0 if is_causal else None, need_weights)

@@ -114,19 +114,22 @@ def _assembled(
     shapes: Sequence[Sequence[int]],
     axes: Sequence[Axes],
 ) -> list[Tensor]:
-    """Tensors of these shapes, the sums of what the blocks give, in at least float32."""
-    totals: list[Tensor | None] = [None] * len(shapes)
-    for block, parts in pieces:
-        for i, (part, shape, part_axes) in enumerate(zip(parts, shapes, axes)):
-            total = totals[i]
-            if part.shape == torch.Size(shape):
-                totals[i] = part if total is None else total + part
-                continue
-            if total is None:  # made from the part, so that it carries the same transforms
-                total = totals[i] = part.new_zeros(shape, dtype=statistics_dtype(part.dtype))
-            view = block.of(total, part_axes)
-            view += part
+    """Tensors of these shapes, the sums of what the blocks give and of its dtype, added up in at least float32."""
     like = blocked.primals[0]
     assert like is not None
-    dtype = statistics_dtype(like.dtype)
-    return [like.new_zeros(s, dtype=dtype) if t is None else t for s, t in zip(shapes, totals)]
+    totals: list[Tensor | None] = [None] * len(shapes)
+    dtypes = [statistics_dtype(like.dtype)] * len(shapes)
+    # Without autocast: the formula casts up what it computes wider than it comes, and a backward may run under one that
+    # the forward did not know
+    with torch.autocast(like.device.type, enabled=False):
+        for block, parts in pieces:
+            for i, (part, shape, part_axes) in enumerate(zip(parts, shapes, axes)):
+                total, wide, dtypes[i] = totals[i], statistics_dtype(part.dtype), part.dtype
+                if part.shape == torch.Size(shape):
+                    totals[i] = part.to(wide) if total is None else total + part
+                    continue
+                if total is None:  # made from the part, so that it carries the same transforms
+                    total = totals[i] = part.new_zeros(shape, dtype=wide)
+                view = block.of(total, part_axes)
+                view += part
+    return [like.new_zeros(s, dtype=d) if t is None else t.to(d) for s, t, d in zip(shapes, totals, dtypes)]

@@ -54,6 +54,26 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
+# What is computed with; a dtype that is narrower is for storage.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where it is on: all but float64, as torch's own operators take them.
+
+    What is no tensor, or of no such dtype, is left for the checks behind this to name.
+    """
+    return tuple(_under_autocast(t) if isinstance(t, Tensor) and t.dtype in DTYPES else t for t in tensors)
+
+
+def _under_autocast(tensor: Tensor) -> Tensor:
+    device_type = tensor.device.type
+    # meta: autocast knows no such device, and raises
+    if device_type == "meta" or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device_type))
+
+
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise unless query, key and value are 4-D floating tensors that fit one another."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -63,7 +83,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise ValueError(
                 f"{name} has shape {_shape(tensor)}: expected 4 dimensions [batch, heads, length, head_dim]"
             )
-        if not tensor.is_floating_point():
+        if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} is {tensor.dtype}: expected float16, bfloat16, float32 or float64")
         if tensor.dtype != query.dtype:
             raise TypeError(f"{name} is {tensor.dtype} but query is {query.dtype}: expected one dtype for all three")
@@ -230,6 +250,7 @@ def make_call(
     return_lse: bool = False,
 ) -> AttentionCall:
     """Check every argument of :func:`fastattn.attention`; under autocast, cast as torch's own attention does."""
+    query, key, value = under_autocast(query, key, value)
     check_tensors(query, key, value)
     bias = mask = None
     if attn_mask is not None:
@@ -275,10 +296,6 @@ def make_call(
         upper = None if right is None else shift + right
     if lower is None and upper is None:
         prefix = None  # every key is visible anyway
-    device_type = query.device.type
-    if query.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     return AttentionCall(
         query=query,
         key=key,

@@ -28,11 +28,16 @@ def additive_attention(
     average_attn_weights: bool = True,
     backend: _dispatch.Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Additive attention (Bahdanau's, arXiv:1409.0473) without its ``[B, L, S, A]`` intermediate.
+    """Additive attention (Bahdanau's, arXiv:1409.0473) without its ``[B, H, L, S, A]`` intermediate.
 
     ``score(i, j) = sum_a weight_a tanh(query_ia + key_ja)``, softmax over ``j``, and the weighted sum of the values:
-    with ``query = W s`` and ``key = U h`` it is the lecture's alignment function. The forward keeps nothing of size
-    ``L S`` unless weights are asked for; the backward makes one such tensor a head, in float32.
+    with ``query = W s`` and ``key = U h`` it is the lecture's alignment function.
+
+    Memory, where no weights are asked for: on the kernels the forward makes nothing of size ``L S``, and the backward
+    two such tensors a head, the scores' gradient in float32 and the weights in ``query.dtype``. On the torch backend
+    both make the intermediate in blocks of rows, of 2^18 elements on a CPU and 2^24 on a GPU or of one row, and keep
+    nothing but their inputs; but a CPU call in float32 or float64 that fits one block is the plain formula, quicker by
+    far, and in training keeps that block.
 
     Args:
         query: ``[B, L, A]`` or ``[B, H, L, A]``, float16, bfloat16, float32 or float64, projected already; any strides.
@@ -68,6 +73,7 @@ def additive_attention(
         key_padding_mask=key_padding_mask,
         is_causal=is_causal,
         need_weights=need_weights,
+        average_attn_weights=average_attn_weights,
     )
     output, weights = _run(call, backend)
     if query.dim() == 3:

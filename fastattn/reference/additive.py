@@ -58,12 +58,13 @@ def additive_attention(
         device=query.device,
     )
     if bias is not None:
+        bias = bias.to(query.dtype)  # first: what is finite in float64 may be -inf in the dtype of the scores
         visible = visible & (bias != NEGATIVE_INFINITY)
     seen_by_somebody = visible.any(dim=-2)[..., None]  # 0 * NaN is NaN, so what nobody sees has to go before it
     key, value = (torch.where(seen_by_somebody, t, 0) for t in (key, value))
     scores = additive_scores(query, key, weight)
     if bias is not None:
-        scores = scores + torch.where(visible, bias, 0).to(scores.dtype)
+        scores = scores + torch.where(visible, bias, 0)
     row_has_terms = visible.any(dim=-1, keepdim=True)
     # softmax of an empty row is NaN, and so is its gradient
     scores = torch.where(row_has_terms, torch.where(visible, scores, NEGATIVE_INFINITY), 0)

@@ -121,7 +121,8 @@ def launch_additive_bwd(
     d_scores = torch.empty(shape, dtype=torch.float32, device=query.device)
     found = d_scores[:, :, :seqlen_q, :seqlen_k]
     if not found.numel():
-        dq.zero_(), dk.zero_(), dv.zero_()
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
         return query.new_zeros(heads, size, dtype=torch.float32), found
     made = None
     if weights is None:
@@ -129,7 +130,8 @@ def launch_additive_bwd(
         weights = made[:, :, :seqlen_q, :seqlen_k]
     config = config or additive_backward_config(query.device, query.dtype, problem.value.shape[3])
     launch_additive_scores_bwd(problem, d_out, statistics, delta, d_weights, d_scores, made, config.pairs)
-    dv.copy_(weights.mT @ d_out)
+    with torch.autocast(query.device.type, enabled=False):  # that would round a float32 product to 16 bits
+        dv.copy_(weights.mT @ d_out)
 
     # where dS is 0 a tangent of NaN must not count; where it is not, dS is NaN itself
     queries, keys, weight = problem.scored(finite=True)

@@ -4,17 +4,18 @@ Both have one contract, so that a forward of the one kind may have a backward of
 """
 
 import functools
-import importlib
 import logging
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
+import torch
 import triton
 from torch import Tensor
 from triton.errors import TritonError
 
 from fastattn_kernels import attention_bwd, attention_fwd
 from fastattn_kernels._device import Target, target_of
+from fastattn_kernels.attention_bwd_one_pass import launch_attention_bwd_one_pass, one_pass_refusals
 from fastattn_kernels.attention_problem import Problem, WeightsGradient
 from fastattn_kernels.attention_tile_map import TileMap
 
@@ -38,25 +39,37 @@ def gluon_refusals(direction: Direction, problem: Problem, d_weights: WeightsGra
     target = target_of(problem.query.device)
     if target != _HOPPER:
         return [f"they are for cuda:90, and this is {target.backend}:{target.arch}"]
-    module = _hopper(direction)
-    if isinstance(module, str):
-        return [module]
+    gluon = _hopper(direction)
+    if isinstance(gluon, str):
+        return [gluon]
     if _broken and (said := _broken.get(_kind(direction, problem))) is not None:
         return [f"triton {triton.__version__} does not compile them: {said}"]
-    reasons = module.refusals(problem)
+    reasons = gluon.refusals(problem)
     if d_weights is not None:
         reasons.append("the gradient of weights is not in the Hopper kernels")
     return reasons
 
 
+class _Gluon(NamedTuple):
+    """The Gluon kernels of a direction."""
+
+    refusals: Callable[[Problem], list[str]]
+    launch: Callable[..., None]
+
+
 @functools.cache
-def _hopper(direction: Direction) -> Any:
-    """The module that launches the Gluon kernels of a direction, or why there is none."""
-    name = {"forward": "attention_fwd", "backward": "attention_bwd"}[direction]
+def _hopper(direction: Direction) -> _Gluon | str:
+    """The Gluon kernels of a direction, or why there are none. Imported late: few have a use for them."""
     try:
-        return importlib.import_module(f"fastattn_kernels.hopper.{name}")
+        if direction == "forward":
+            from fastattn_kernels.hopper.attention_fwd import launch_attention_fwd as launch
+            from fastattn_kernels.hopper.problem import refusals
+        else:
+            from fastattn_kernels.hopper.attention_bwd import launch_attention_bwd as launch
+            from fastattn_kernels.hopper.attention_bwd import refusals
     except (ImportError, AttributeError) as error:
         return f"triton {triton.__version__} has another Gluon: {error}"
+    return _Gluon(refusals, launch)
 
 
 def _kind(direction: Direction, problem: Problem) -> tuple[object, ...]:
@@ -90,10 +103,9 @@ def launch_attention_fwd(
         NotImplementedError: Gluon is asked for by name and refuses; the message lists its reasons.
     """
     arguments = problem, out, lse, statistics, tile_map
-    if _takes_gluon("forward", kernels, lambda: gluon_refusals("forward", problem)):
-        if _compiles("forward", kernels, problem, lambda: _hopper("forward").launch_attention_fwd(*arguments)):
-            return
-    attention_fwd.launch_attention_fwd(*arguments)
+    gluon = _gluon("forward", kernels, problem)
+    if gluon is None or not _compiles("forward", kernels, problem, lambda: gluon.launch(*arguments)):
+        attention_fwd.launch_attention_fwd(*arguments)
 
 
 def launch_attention_bwd(
@@ -118,30 +130,29 @@ def launch_attention_bwd(
         NotImplementedError: as :func:`launch_attention_fwd`.
     """
     before, after = (problem, d_out, statistics, delta), (dq, dk, dv)
-
-    def refused() -> list[str]:
-        return gluon_refusals("backward", problem, d_weights)
-
-    def gluon() -> None:
-        _hopper("backward").launch_attention_bwd(*before, *after, tile_map, deterministic=deterministic)
-
-    if _takes_gluon("backward", kernels, refused) and _compiles("backward", kernels, problem, gluon):
-        return
-    if not deterministic:
-        from fastattn_kernels.attention_bwd_one_pass import launch_attention_bwd_one_pass
-
-        launch_attention_bwd_one_pass(*before, d_weights, *after, tile_map)
-    else:
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    gluon = _gluon("backward", kernels, problem, d_weights)
+    if gluon is not None:
+        launch = functools.partial(gluon.launch, *before, *after, tile_map, deterministic=deterministic)
+        if _compiles("backward", kernels, problem, launch):
+            return
+    if deterministic or one_pass_refusals(problem, needs_slopes=d_slopes is not None):
         attention_bwd.launch_attention_bwd(*before, d_weights, *after, d_slopes, tile_map)
+    else:
+        launch_attention_bwd_one_pass(*before, d_weights, *after, tile_map)
 
 
-def _takes_gluon(direction: Direction, kernels: Kernels, reasons: Callable[[], list[str]]) -> bool:
+def _gluon(
+    direction: Direction, kernels: Kernels, problem: Problem, d_weights: WeightsGradient | None = None
+) -> _Gluon | None:
+    """The Gluon kernels, unless others are to run the problem."""
     if kernels == "triton":
-        return False
-    refused = reasons()
+        return None
+    refused = gluon_refusals(direction, problem, d_weights)
     if refused and kernels == "gluon":
         raise NotImplementedError(f"the Gluon kernels refuse this {direction}: {'; '.join(refused)}")
-    return not refused
+    found = None if refused else _hopper(direction)
+    return None if isinstance(found, str) else found
 
 
 def _compiles(direction: Direction, kernels: Kernels, problem: Problem, launch: Callable[[], None]) -> bool:

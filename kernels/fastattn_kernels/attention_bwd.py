@@ -105,14 +105,27 @@ def _through_softcap(ds, scores, softcap):
 
 
 @triton.jit
+def _add_grad_of_queries(
+    d_query_ptr, ds, k, row, seqlen_q, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Add ``dS K``, without the scale, to one head's float32 dQ, in whatever order programs come to it."""
+    # [M, D]: its transpose, of which wgmma could do tiles of fewer than 64 rows, spills on sm_80 (16 to 400 bytes)
+    dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
+    col = tl.arange(0, BLOCK_D)[None, :]
+    ptrs = d_query_ptr + row.to(tl.int64)[:, None] * HEAD_DIM + col
+    tl.atomic_add(ptrs, dq, mask=(row < seqlen_q)[:, None] & (col < HEAD_DIM), sem="relaxed")
+
+
+@triton.jit
 def _grad_of_keys(
     dk, dv, k, v, unit, query, key, value, d_out, statistics_ptr, delta_ptr, col_start, batch, kv_head, heads, group,
-    sizes, rules, dropout, d_weights, visits, edges, tiles,
+    sizes, rules, dropout, d_weights, d_query_ptr, visits, edges, tiles,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     PARTIAL: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to dK and dV what the tiles of rows that see these keys whole (if PARTIAL: in part) give, head after head.
+    """Add to dK and dV what the tiles of rows that see these keys whole (if PARTIAL: in part) give, head after
+    head; and to dQ, where there is one to add to, what these keys give.
 
     One loop over heads and rows: nothing is summed between programs, and two nested loops would spill (96 bytes more on
     sm_90 at head size 128). Tiles are transposed, ``[N, M]``, so that P and dS are left operands in registers.
@@ -150,7 +163,12 @@ def _grad_of_keys(
             PRECISION, 256,
         )  # fmt: skip
         ds = score_gradient(p, factor, dp, delta[None, :], rows, cols, at, sizes, rules, d_weights, PARTIAL)
-        dk = weighted_sum(_through_softcap(ds, scores, rules[6]).to(q.dtype), q, dk, CAREFUL, PRECISION)
+        ds = _through_softcap(ds, scores, rules[6]).to(q.dtype)
+        dk = weighted_sum(ds, q, dk, CAREFUL, PRECISION)
+        if d_query_ptr is not None:
+            _add_grad_of_queries(
+                d_query_ptr + batch_head * seqlen_q * HEAD_DIM, ds, k, row, seqlen_q, BLOCK_D, HEAD_DIM, PRECISION
+            )
     return dk, dv
 
 
@@ -160,8 +178,12 @@ def _attention_bwd_dkdv_kernel(
     tile_lists, lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
+    d_query_ptr=None,
 ):  # fmt: skip
-    """dK and dV of one BLOCK_N tile of keys, from all query rows that see it. CAREFUL: only if they are not finite."""
+    """dK and dV of one BLOCK_N tile of keys, from all query rows that see it. CAREFUL: only if they are not finite.
+
+    With ``d_query_ptr``, to zeros ``[B, H, L, D]``, it is the whole backward in one pass; see attention_bwd_one_pass.
+    """
     tiles_n = tl.cdiv(seqlen_k, BLOCK_N)
     kv_heads = heads // group
     batch_head = tl.program_id(0) // tiles_n
@@ -193,12 +215,12 @@ def _attention_bwd_dkdv_kernel(
     full, partial = count_visits(edges, tiles)
     dk, dv = _grad_of_keys(
         dk, dv, k, v, unit, query, key, value, d_out, statistics_ptr, delta_ptr, col_start, batch, kv_head, heads,
-        group, sizes, rules, dropout, d_weights, partial, edges, tiles,
+        group, sizes, rules, dropout, d_weights, d_query_ptr, partial, edges, tiles,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, True, CAREFUL, PRECISION,
     )  # fmt: skip
     dk, dv = _grad_of_keys(
         dk, dv, k, v, unit, query, key, value, d_out, statistics_ptr, delta_ptr, col_start, batch, kv_head, heads,
-        group, sizes, rules, dropout, d_weights, full, edges, tiles,
+        group, sizes, rules, dropout, d_weights, d_query_ptr, full, edges, tiles,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, False, CAREFUL, PRECISION,
     )  # fmt: skip
     store_tile(d_key, col_start, seqlen_k, dk * scale, BLOCK_N, BLOCK_D, HEAD_DIM)
@@ -327,6 +349,48 @@ def launch_attention_bwd(
 ) -> None:
     """Write dQ, dK and dV (any strides) from the forward's statistics and delta; and into ``d_slopes``, ``[B, H, L]``
     contiguous float32, the gradient of its ALiBi slope that each row gives."""
+    query = problem.query
+    sizes = query.shape[3], problem.value.shape[3]
+    config = config or backward_config(query.device, query.dtype, *sizes, problem.load(d_weights))
+    arguments = problem, d_out, statistics, delta, d_weights, dq, dk, dv, d_slopes
+    _launch_passes(*arguments, tile_map, config, careful=False)
+    if problem.masks_pairs():
+        launch_careful_bwd(*arguments)
+
+
+def launch_careful_bwd(
+    problem: Problem,
+    d_out: Tensor,
+    statistics: Tensor,
+    delta: Tensor,
+    d_weights: WeightsGradient | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    d_slopes: Tensor | None = None,
+) -> None:
+    """Write again, with 0 * NaN = 0, those tiles of gradients that are not finite: what follows the launch of any
+    kernel on a problem that masks pairs."""
+    smallest = careful_config(problem.query.dtype, problem.query.shape[3], problem.value.shape[3])
+    config = BackwardConfig(smallest, smallest)
+    _launch_passes(problem, d_out, statistics, delta, d_weights, dq, dk, dv, d_slopes, None, config, careful=True)
+
+
+def _launch_passes(
+    problem: Problem,
+    d_out: Tensor,
+    statistics: Tensor,
+    delta: Tensor,
+    d_weights: WeightsGradient | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    d_slopes: Tensor | None,
+    tile_map: TileMap | None,
+    config: BackwardConfig,
+    *,
+    careful: bool,
+) -> None:
     query, key, value = problem.query, problem.key, problem.value
     batch, heads, seqlen_q, head_dim = query.shape
     kv_heads, seqlen_k, value_dim = key.shape[1], key.shape[2], value.shape[3]
@@ -340,21 +404,16 @@ def launch_attention_bwd(
         "BLOCK_DV": head_block(value_dim),
         "PRECISION": dot_precision(query.dtype),
     }
-    config = config or backward_config(query.device, query.dtype, head_dim, value_dim, problem.load(d_weights))
-    smallest = careful_config(query.dtype, head_dim, value_dim)
-    for careful in (False, True) if problem.masks_pairs() else (False,):
-        tiles = BackwardConfig(smallest, smallest) if careful else config
-        lists = None if careful else tile_map
-        with device_guard(query):
-            if dk.numel() or dv.numel():
-                _attention_bwd_dkdv_kernel[(triton.cdiv(seqlen_k, tiles.dkdv.block_n) * batch * kv_heads,)](
-                    *inputs, strided(dk), strided(dv), *rules,
-                    *list_arguments(lists and lists.of_keys(tiles.dkdv)), *numbers, **sizes,
-                    CAREFUL=careful, **tiles.dkdv.launch_options(),
-                )  # fmt: skip
-            if dq.numel():
-                _attention_bwd_dq_kernel[(triton.cdiv(seqlen_q, tiles.dq.block_m) * batch * heads,)](
-                    *inputs, strided(dq), d_slopes, *rules,
-                    *list_arguments(lists and lists.of_rows(tiles.dq)), *numbers, **sizes,
-                    CAREFUL=careful, **tiles.dq.launch_options(),
-                )  # fmt: skip
+    with device_guard(query):
+        if dk.numel() or dv.numel():
+            _attention_bwd_dkdv_kernel[(triton.cdiv(seqlen_k, config.dkdv.block_n) * batch * kv_heads,)](
+                *inputs, strided(dk), strided(dv), *rules,
+                *list_arguments(tile_map and tile_map.of_keys(config.dkdv)), *numbers, **sizes,
+                CAREFUL=careful, **config.dkdv.launch_options(),
+            )  # fmt: skip
+        if dq.numel():
+            _attention_bwd_dq_kernel[(triton.cdiv(seqlen_q, config.dq.block_m) * batch * heads,)](
+                *inputs, strided(dq), d_slopes, *rules,
+                *list_arguments(tile_map and tile_map.of_rows(config.dq)), *numbers, **sizes,
+                CAREFUL=careful, **config.dq.launch_options(),
+            )  # fmt: skip

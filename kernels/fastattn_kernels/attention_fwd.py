@@ -26,33 +26,98 @@ TINY = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
+def _pointers(matrix, rows, cols):
+    """Pointers to ``rows`` and ``cols`` of a matrix. The rows' offsets change with the tile, so that none are kept from
+    tile to tile: those of ``tile_pointers`` take 32 registers at a head size of 128, which the pipelined loop lacks."""
+    ptr, stride_row, stride_col = matrix
+    return ptr + rows.to(tl.int64) * stride_row + cols.to(tl.int64) * stride_col
+
+
+@triton.jit
+def _load_rows(
+    matrix, row_start, row_end, ROWS: tl.constexpr, COLS: tl.constexpr, USED_COLS: tl.constexpr, BOUND: tl.constexpr,
+    PIPELINED: tl.constexpr,
+):  # fmt: skip
+    """:func:`load_tile`, in a pipelined kernel by way of :func:`_pointers`."""
+    if not PIPELINED:
+        return load_tile(matrix, row_start, row_end, ROWS, COLS, USED_COLS, BOUND)
+    rows = row_start + tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, COLS)[None, :]
+    ptrs = _pointers(matrix, rows, cols)
+    if BOUND and USED_COLS < COLS:
+        tile = tl.load(ptrs, mask=(rows < row_end) & (cols < USED_COLS), other=0.0)
+    elif BOUND:
+        tile = tl.load(ptrs, mask=rows < row_end, other=0.0)
+    elif USED_COLS < COLS:
+        tile = tl.load(ptrs, mask=cols < USED_COLS, other=0.0)
+    else:
+        tile = tl.load(ptrs)
+    return tile
+
+
+@triton.jit
+def _attend_tile(
+    acc, row_max, row_sum, qk, unit, rows, cols, at, batch_head, sizes, rules, dropout, PARTIAL: tl.constexpr
+):
+    """``(P, acc, row_max, row_sum)`` after one more tile of products: a step of online softmax, but for adding P V."""
+    _, bias, _, _, _, slopes, softcap = rules
+    if bias is None and slopes is None and softcap is None:  # nothing is added in another unit
+        scores = masked_scores(qk, rows, cols, at, sizes, rules, PARTIAL)
+        p, acc, row_max, row_sum = softmax_step(acc, row_max, row_sum, scores, unit)
+    else:
+        scores = qk * unit
+        if softcap is not None:
+            scores = capped(scores, softcap)
+        scores = masked_scores(scores, rows, cols, at, sizes, rules, PARTIAL)
+        p, acc, row_max, row_sum = softmax_step(acc, row_max, row_sum, scores, 1.0)
+    if dropout is not None:
+        p = tl.where(dropout_keep(rows, cols, batch_head, dropout), p, 0.0)
+    return p, acc, row_max, row_sum
+
+
+@triton.jit
 def _attend_keys(
     acc, row_max, row_sum, q, unit, key, value, rows, at, batch_head, sizes, rules, dropout, visits, edges, tiles,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    PARTIAL: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
+    PARTIAL: tl.constexpr, PIPELINED: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the tiles of keys that are seen whole or, if PARTIAL, over those seen in part."""
+    """Online softmax over the tiles of keys that are seen whole or, if PARTIAL, over those seen in part.
+
+    PIPELINED: the next tile's Q K^T comes before a tile's P V, and so a tile's exponentials, ahead of both, run while
+    the tensor cores still do the P V of the tile before.
+    """
     seqlen_k = sizes[1]
-    _, bias, _, _, _, slopes, softcap = rules
-    for position in tl.range(0, visits):
-        start = visited_tile(position, edges, tiles, tl.cdiv(seqlen_k, BLOCK_N), PARTIAL) * BLOCK_N
-        cols = start + tl.arange(0, BLOCK_N)[None, :]
-        k = load_tile(key, start, seqlen_k, BLOCK_N, BLOCK_D, HEAD_DIM, PARTIAL)
+    if PIPELINED and not PARTIAL:
+        start = tl.where(visits > 0, visited_tile(0, edges, tiles, tl.cdiv(seqlen_k, BLOCK_N), PARTIAL), 0) * BLOCK_N
+        k = _load_rows(key, start, seqlen_k, BLOCK_N, BLOCK_D, HEAD_DIM, True, PIPELINED)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if bias is None and slopes is None and softcap is None:  # nothing is added in another unit
-            scores = masked_scores(qk, rows, cols, at, sizes, rules, PARTIAL)
-            p, acc, row_max, row_sum = softmax_step(acc, row_max, row_sum, scores, unit)
-        else:
-            scores = qk * unit
-            if softcap is not None:
-                scores = capped(scores, softcap)
-            scores = masked_scores(scores, rows, cols, at, sizes, rules, PARTIAL)
-            p, acc, row_max, row_sum = softmax_step(acc, row_max, row_sum, scores, 1.0)
-        if dropout is not None:
-            p = tl.where(dropout_keep(rows, cols, batch_head, dropout), p, 0.0)
-        v = load_tile(value, start, seqlen_k, BLOCK_N, BLOCK_DV, VALUE_DIM, PARTIAL)
-        acc = weighted_sum(p.to(v.dtype), v, acc, CAREFUL, PRECISION)
+        for position in tl.range(0, visits):
+            cols = start + tl.arange(0, BLOCK_N)[None, :]
+            # acc still is what P V is being added to: 1.0 in its place becomes the factor that it needs
+            p, correction, row_max, row_sum = _attend_tile(
+                1.0, row_max, row_sum, qk, unit, rows, cols, at, batch_head, sizes, rules, dropout, PARTIAL
+            )
+            p = p.to(value[0].dtype.element_ty)  # before the next products, which else would spill
+            v = _load_rows(value, start, seqlen_k, BLOCK_N, BLOCK_DV, VALUE_DIM, PARTIAL, PIPELINED)
+            # the last tile's keys are multiplied again, in vain: a tail of its own behind the loop would spill, and a
+            # branch around all of this, for its beginning, would serialise the loop's wgmma (C7515)
+            following = tl.minimum(position + 1, visits - 1)
+            start = visited_tile(following, edges, tiles, tl.cdiv(seqlen_k, BLOCK_N), PARTIAL) * BLOCK_N
+            k = _load_rows(key, start, seqlen_k, BLOCK_N, BLOCK_D, HEAD_DIM, PARTIAL, PIPELINED)
+            qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            acc = weighted_sum(p, v, acc * correction, CAREFUL, PRECISION)
+    else:
+        for position in tl.range(0, visits):
+            start = visited_tile(position, edges, tiles, tl.cdiv(seqlen_k, BLOCK_N), PARTIAL) * BLOCK_N
+            cols = start + tl.arange(0, BLOCK_N)[None, :]
+            k = _load_rows(key, start, seqlen_k, BLOCK_N, BLOCK_D, HEAD_DIM, PARTIAL, PIPELINED)
+            qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            p, acc, row_max, row_sum = _attend_tile(
+                acc, row_max, row_sum, qk, unit, rows, cols, at, batch_head, sizes, rules, dropout, PARTIAL
+            )
+            v = _load_rows(value, start, seqlen_k, BLOCK_N, BLOCK_DV, VALUE_DIM, PARTIAL, PIPELINED)
+            acc = weighted_sum(p.to(v.dtype), v, acc, CAREFUL, PRECISION)
     return acc, row_max, row_sum
 
 
@@ -62,6 +127,7 @@ def _attention_fwd_kernel(
     tile_lists, lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
+    PIPELINED: tl.constexpr = False,  # pyrefly: ignore[bad-function-definition]
 ):  # fmt: skip
     """One BLOCK_M tile of queries of one head against all visible keys. CAREFUL: only if its output is not finite."""
     tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
@@ -81,9 +147,11 @@ def _attention_fwd_kernel(
     value = head_of(value, batch, head // group)
     row = row_start + tl.arange(0, BLOCK_M)
     rows = row[:, None]
-    q = load_tile(head_of(query, batch, head), row_start, seqlen_q, BLOCK_M, BLOCK_D, HEAD_DIM, True)
-    # max(scale * qk) = scale * max(qk) wants scale > 0: a negative one's sign moves into q, which is exact
-    q = tl.where(scale < 0, -q, q)
+    q = _load_rows(head_of(query, batch, head), row_start, seqlen_q, BLOCK_M, BLOCK_D, HEAD_DIM, True, PIPELINED)
+    if not PIPELINED:
+        # max(scale * qk) = scale * max(qk) wants scale > 0: a negative one's sign moves into q, which is exact. Not if
+        # pipelined: q as it is loaded stays in shared memory, a computed one is an operand in 32 registers.
+        q = tl.where(scale < 0, -q, q)
     unit = tl.maximum(tl.abs(scale) * LOG2_E, TINY)
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -101,22 +169,44 @@ def _attention_fwd_kernel(
     full, partial = count_visits(edges, tiles)
     acc, row_max, row_sum = _attend_keys(
         acc, row_max, row_sum, q, unit, key, value, rows, at, batch_head, sizes, rules, dropout, full, edges, tiles,
-        BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, False, CAREFUL, PRECISION,
+        BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, False, PIPELINED, CAREFUL, PRECISION,
     )  # fmt: skip
     acc, row_max, row_sum = _attend_keys(
         acc, row_max, row_sum, q, unit, key, value, rows, at, batch_head, sizes, rules, dropout, partial, edges, tiles,
-        BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, True, CAREFUL, PRECISION,
+        BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, True, PIPELINED, CAREFUL, PRECISION,
     )  # fmt: skip
 
     inverse_sum = tl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)  # a row that may see nothing is zero
     norm = inverse_sum
     if dropout is not None:
         norm = norm * dropout_scale(dropout)
-    store_tile(out, row_start, seqlen_q, acc * norm[:, None], BLOCK_M, BLOCK_DV, VALUE_DIM)
+    o = acc * norm[:, None]
+    if PIPELINED:
+        cols = tl.arange(0, BLOCK_DV)[None, :]
+        inside = (rows < seqlen_q) & (cols < VALUE_DIM)
+        tl.store(_pointers(out, rows, cols), o.to(out[0].dtype.element_ty), mask=inside)
+    else:
+        store_tile(out, row_start, seqlen_q, o, BLOCK_M, BLOCK_DV, VALUE_DIM)
     pivot = tl.where(row_max == -INFINITY, 0.0, row_max)
     rows_of = batch_head.to(tl.int64) * seqlen_q
     tl.store(lse_ptr + rows_of + row, (pivot + tl.log2(row_sum)) * LN_2, mask=row < seqlen_q)
     store_statistics(statistics_ptr + 2 * rows_of, row, seqlen_q, pivot, inverse_sum)
+
+
+def _launch(
+    problem: Problem, out: Tensor, lse: Tensor, statistics: Tensor, lists: Tensor | None, config: Config, careful: bool
+) -> None:
+    query, value = problem.query, problem.value
+    batch, heads, seqlen_q, head_dim = query.shape
+    value_dim = value.shape[3]
+    with device_guard(query):
+        _attention_fwd_kernel[(triton.cdiv(seqlen_q, config.block_m) * batch * heads,)](
+            strided(query), strided(problem.key), strided(value), strided(out), lse, statistics,
+            problem.rules(), strided(problem.sinks), problem.dropout(), *list_arguments(lists),
+            *problem.sizes(), problem.scale,
+            HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=head_block(head_dim), BLOCK_DV=head_block(value_dim),
+            PRECISION=dot_precision(query.dtype), CAREFUL=careful, **config.launch_options(),
+        )  # fmt: skip
 
 
 def launch_attention_fwd(
@@ -131,18 +221,18 @@ def launch_attention_fwd(
     the statistics ``[B, H, 2, L]`` that the other launchers take."""
     if lse.numel() == 0:
         return
-    query, key, value = problem.query, problem.key, problem.value
-    batch, heads, seqlen_q, head_dim = query.shape
-    value_dim = value.shape[3]
-    config = config or forward_config(query.device, query.dtype, head_dim, value_dim, problem.load())
-    for careful in (False, True) if problem.masks_pairs() else (False,):
-        tile = careful_config(query.dtype, head_dim, value_dim) if careful else config
-        lists = tile_map.of_rows(tile) if tile_map is not None and not careful else None
-        with device_guard(query):
-            _attention_fwd_kernel[(triton.cdiv(seqlen_q, tile.block_m) * batch * heads,)](
-                strided(query), strided(key), strided(value), strided(out), lse, statistics,
-                problem.rules(), strided(problem.sinks), problem.dropout(), *list_arguments(lists),
-                *problem.sizes(), problem.scale,
-                HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=head_block(head_dim), BLOCK_DV=head_block(value_dim),
-                PRECISION=dot_precision(query.dtype), CAREFUL=careful, **tile.launch_options(),
-            )  # fmt: skip
+    query = problem.query
+    config = config or forward_config(query.device, query.dtype, query.shape[3], problem.value.shape[3], problem.load())
+    whole = query.shape[3] == problem.value.shape[3] == head_block(query.shape[3])  # padded heads would spill
+    if problem.scale < 0 or not whole:  # its sign moves into q, which the pipelined order leaves as it is loaded
+        config = config._replace(pipelined=False)
+    lists = None if tile_map is None else tile_map.of_rows(config)
+    _launch(problem, out, lse, statistics, lists, config, careful=False)
+    if problem.masks_pairs():
+        launch_careful_fwd(problem, out, lse, statistics)
+
+
+def launch_careful_fwd(problem: Problem, out: Tensor, lse: Tensor, statistics: Tensor) -> None:
+    """Do again, with ``0 * NaN = 0 * inf = 0``, the tiles of a stored output that are not finite."""
+    config = careful_config(problem.query.dtype, problem.query.shape[3], problem.value.shape[3])
+    _launch(problem, out, lse, statistics, None, config, careful=True)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ import torch
 import fastattn
 from benchmarks import __main__ as command_line
 from benchmarks import gpu, plan
+from benchmarks.families.kernels import trial
 from benchmarks.matrix import matrix
 from benchmarks.plan import Settings
 from benchmarks.registry import families
 from benchmarks.run import HUNG
+from tests.benchmarks.documents import document
 
 ONE = "module-b1-h2-l16-d32-eval-causal-float32"
 
@@ -68,6 +71,7 @@ def test_unknown_case_is_an_error(capsys):
         (["--threads", "many"], "positive int"),
         (["--dtype", "int8"], "--dtype"),
         (["--resume"], "--out"),
+        (["--launched", "nowhere.json"], "--launched nowhere.json: expected"),
     ],
 )
 def test_bad_options_are_refused_by_name(capsys, arguments, named):
@@ -222,7 +226,7 @@ def test_every_family_begins_early():
     found = plan.jobs(Settings(quick=True))
     assert found[0].key == "ceilings"
     early = {job.kind for job in found[: len(found) // 3]}
-    assert {*families(), "quality"} <= early
+    assert {*families(), "quality"} - {"kernels"} <= early  # those have no case on a CPU
     assert len({job.key for job in found}) == len(found)
 
 
@@ -242,13 +246,80 @@ def test_matrix_has_every_family():
     assert {case.family for case, _ in matrix()} == set(families())
 
 
-def test_gpu_dry_run_writes_every_case(capfd, tmp_path):
+def test_gpu_dry_run_writes_every_part(capfd, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # the interpreter would take its time over the kernels
     assert gpu.main(["--dry-run", "--out", str(tmp_path)]) == 0
     document = json.loads((tmp_path / "run.json").read_text())
     assert document["state"] == "complete"
-    assert document["results"]
+    assert {(r["case"], r["variant"]) for r in document["results"]} == {(c.name, v) for c, vs in trial() for v in vs}
     assert all(r["status"] in ("ok", "refused") for r in document["results"])
-    assert document["results"][0]["case"] in capfd.readouterr().out
+    launches = json.loads((tmp_path / "first_launches.json").read_text())
+    assert document["first_launches"] == launches
+    ours = {(r["variant"], r["backward"]) for r in document["results"] if r["variant"].startswith("fastattn")}
+    assert {(row["variant"], "-backward-" in row["case"]) for row in launches["launches"]} == ours
+    printed = capfd.readouterr().out
+    assert document["results"][0]["case"] in printed
+    assert "first launches: " in printed
+    assert "kernels: the best of ours beside each peer" in printed
+    assert printed.strip().split("\n")[-1].startswith("kernels, backward: in 1 case")
+
+
+@pytest.fixture
+def on_gpu(monkeypatch, tmp_path):
+    """A GPU run whose parts only say that they were asked for, and with what."""
+    asked: list[Any] = []
+
+    def run_first_launches(settings, out, seconds):
+        asked.append(("launches", settings.sweep, out, seconds))
+        return {"launches": launches, "left_out": []}
+
+    def run_parity(out, seconds, environ):
+        asked.append(("parity", environ))
+        return {"verdict": "passed", "last_line": "all"}
+
+    def supervise(command, *, end):
+        asked.append(("matrix", command[3:]))
+        path = Path(command[command.index("--out") + 1]) / "run.json"
+        path.write_text(json.dumps(document([])))
+        return 0
+
+    launches = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for function in (run_first_launches, run_parity, supervise):
+        monkeypatch.setattr(gpu, function.__name__, function)
+
+    def run(*arguments, hung=()):
+        launches[:] = [{"variant": v, "case": "a", "status": "timed out", "reason": "", "seconds": 60.0} for v in hung]
+        assert gpu.main(["--out", str(tmp_path), *arguments]) == 0
+        return asked
+
+    return run
+
+
+def test_gpu_run_launches_first_and_times_last(on_gpu, tmp_path):
+    launched, parity, (_, command) = on_gpu()
+    assert launched == ("launches", False, tmp_path, gpu.LAUNCH_SECONDS)
+    assert parity == ("parity", {})
+    assert command[command.index("--launched") + 1] == str(tmp_path / "first_launches.json")
+    assert "--sweep" not in command
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert found["first_launches"]["launches"] == []
+    assert found["parity"]["verdict"] == "passed"
+    assert gpu.LAUNCH_SECONDS + gpu.PARITY_SECONDS < gpu.TOTAL_SECONDS / 2
+    assert gpu.TOTAL_SECONDS + 30 <= 9.5 * 60
+
+
+def test_gpu_sweep_is_a_run_of_its_own(on_gpu, tmp_path):
+    (launched, (_, command)) = on_gpu("--sweep", "--only", "d128")
+    assert launched == ("launches", True, tmp_path / "sweep", gpu.SWEPT_LAUNCH_SECONDS)
+    assert "--sweep" in command
+    assert command[command.index("--only") + 1] == "d128"
+    assert command[command.index("--out") + 1] == str(tmp_path / "sweep")
+
+
+def test_gpu_parity_runs_in_plain_triton_where_a_pick_hung(on_gpu):
+    assert on_gpu(hung=["fastattn"])[1] == ("parity", {"FASTATTN_KERNELS": "triton"})
+    assert on_gpu(hung=["fastattn-gluon-n64-s3"])[-2] == ("parity", {})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")

@@ -114,9 +114,11 @@ def test_learning_repeats():
     assert not torch.equal(other["summary.weight"], states[0]["summary.weight"])
 
 
-def test_quick_experiment_holds(tmp_path):
+# Each seed takes the half of a minute: further ones run by ``python -m pytest -m resources tests/benchmarks``
+@pytest.mark.parametrize("run_seed", [0, *(pytest.param(s, marks=pytest.mark.resources) for s in (1, 2))])
+def test_quick_experiment_holds(run_seed, tmp_path):
     """With attention captions of three digits are right, without they are not; and each word looks at its digit."""
-    result = EXPERIMENT.run(True, 0, lambda line: None)
+    result = EXPERIMENT.run(True, run_seed, lambda line: None)
     assert [claim for claim in result["claims"] if not claim["holds"]] == []
     assert json.loads(json.dumps(result)) == result
     for example in result["shown"]:

@@ -179,9 +179,11 @@ def test_both_networks_see_the_same_lines(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(seen[:5], seen[5:]))
 
 
-def test_quick_experiment_holds(tmp_path):
+# Each seed takes the half of a minute: further ones run by ``python -m pytest -m resources tests/benchmarks``
+@pytest.mark.parametrize("run_seed", [0, *(pytest.param(s, marks=pytest.mark.resources) for s in (1, 2))])
+def test_quick_experiment_holds(run_seed, tmp_path):
     """With attention lines of two dates are translated, without they are not; and it looks at the right fields."""
-    result = EXPERIMENT.run(True, 0, lambda line: None)
+    result = EXPERIMENT.run(True, run_seed, lambda line: None)
     assert [claim for claim in result["claims"] if not claim["holds"]] == []
     assert json.loads(json.dumps(result)) == result
     alignment = result["alignment"]

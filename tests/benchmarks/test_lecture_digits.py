@@ -102,9 +102,11 @@ def test_who_knows_both_digits_and_not_which_is_right_as_often_as_said(seed):
     assert (drawn.digits[:, 1] == drawn.labels).double().mean().item() == pytest.approx(digits.CHANCE, abs=0.03)
 
 
-def test_quick_experiment_holds(tmp_path):
+# Each seed takes the half of a minute: further ones run by ``python -m pytest -m resources tests/benchmarks``
+@pytest.mark.parametrize("run_seed", [0, *(pytest.param(s, marks=pytest.mark.resources) for s in (1, 2))])
+def test_quick_experiment_holds(run_seed, tmp_path):
     """With attention the network chooses, without it cannot; and the pointer looks at the digit that it means."""
-    result = EXPERIMENT.run(True, 0, lambda line: None)
+    result = EXPERIMENT.run(True, run_seed, lambda line: None)
     assert [claim for claim in result["claims"] if not claim["holds"]] == []
     assert json.loads(json.dumps(result)) == result
     assert {row["network"] for row in result["rows"]} == set(result["curves"])

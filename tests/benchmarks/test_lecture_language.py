@@ -35,6 +35,11 @@ def test_documents_are_many(source):
     assert texts == documents(source)
 
 
+def test_documents_of_another_source_are_refused():
+    with pytest.raises(ValueError, match="source='pandas': expected one of 'python', 'numpy', 'torch'"):
+        documents("pandas")
+
+
 def test_paragraphs_are_sentences_without_code_and_names():
     text = (
         "Return the sum of the elements of a `tensor` over the :attr:`axis` given.\n"
@@ -109,10 +114,12 @@ def test_classifier_learns_what_it_is_shown(data):
     assert classify(language.new_model(len(data.vocabulary), 1).trunk, shown, shown, 40, 2) == 1.0
 
 
-def test_quick_experiment_holds(tmp_path):
+# Each seed takes the half of a minute: further ones run by ``python -m pytest -m resources tests/benchmarks``
+@pytest.mark.parametrize("run_seed", [0, *(pytest.param(s, marks=pytest.mark.resources) for s in (1, 2))])
+def test_quick_experiment_holds(run_seed, tmp_path):
     """The language model learned more than word frequencies, and who learned it needs fewer labels."""
     said = []
-    result = EXPERIMENT.run(True, 0, said.append)
+    result = EXPERIMENT.run(True, run_seed, said.append)
     assert [claim for claim in result["claims"] if not claim["holds"]] == []
     assert json.loads(json.dumps(result)) == result
     assert result["continuation"].startswith("returns the ")

@@ -1,6 +1,7 @@
-"""S5 to S7: the properties hold for several seeds, and each test of them would notice if it did not."""
+"""S4 to S7: the properties hold for several seeds, and each test of them would notice if it did not."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def test_properties_hold(quick, run_seed):
     state = torch.get_rng_state()
     result = EXPERIMENT.run(quick, run_seed, lambda line: None)
     assert [claim for claim in result["claims"] if not claim["holds"]] == []
-    assert {row["system"] for row in result["rows"]} == {"S5", "S6", "S7"} == set(EXPERIMENT.systems)
+    assert {row["system"] for row in result["rows"]} == {"S4", "S5", "S6", "S7"} == set(EXPERIMENT.systems)
     assert json.loads(json.dumps(result)) == result == EXPERIMENT.run(quick, run_seed, lambda line: None)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -63,6 +64,20 @@ def test_heads_that_are_mixed_up_are_noticed(monkeypatch):
     assert min(row["ulp apart"] for row in properties.heads(0)) > 1000
 
 
+def test_entropy_is_of_the_weights():
+    """Of one number a vector the scale is 1: both are the same. And by hand, for the last row."""
+    rows = properties.entropies(0)
+    assert rows[0][properties.SCALED] == rows[0][properties.UNSCALED]
+    assert [row[properties.UNSCALED] for row in rows] == sorted(
+        (row[properties.UNSCALED] for row in rows), reverse=True
+    )
+    torch.manual_seed(0)
+    *_, (query, key) = (torch.randn(2, properties.KEYS, head_dim).double() for head_dim in properties.HEAD_DIMS)
+    p = (query @ key.T / query.shape[1] ** 0.5).softmax(-1)
+    entropy = -(p * p.log()).sum(-1).mean().item() / math.log(properties.KEYS)
+    assert rows[-1][properties.SCALED] == pytest.approx(entropy, rel=1e-5)
+
+
 def test_properties_are_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     figure = EXPERIMENT.draw(EXPERIMENT.run(True, 0, lambda line: None))
@@ -71,3 +86,5 @@ def test_properties_are_drawn(tmp_path):
     assert [axes.get_title(loc="left") or axes.get_title() for axes in panels] == [
         "self-attention", "masked self-attention", "two causal blocks",
     ]  # fmt: skip
+    titles = [axes.get_title(loc="left") or axes.get_title() for axes in figure.axes]
+    assert [title[:2] for title in titles if title.startswith("S")] == ["S4", "S5"]

@@ -172,5 +172,5 @@ def test_gpu_matrix_has_norms_beyond_the_cache_early():
     assert any(case.wide_residual for case in norms)
     assert any(case.dropout_p for case in norms)
     assert any(case.dtype == torch.float32 for case in norms)
-    first = cases[: len(cases) // 3]
-    assert {"attention", "norm"} <= {case.family for case in first}
+    others = [case for case in cases if case.family != "kernels"]
+    assert {"attention", "norm"} <= {case.family for case in others[: len(others) // 3]}

@@ -96,7 +96,13 @@ def test_every_variant_passes_or_says_why_not(case):
     assert {name for name, reason in outcomes.items() if reason is None} >= sure, outcomes
 
 
-SLOW = [(family.name, variant) for family in families().values() for variant in family.variants if variant.slow]
+# Those of the family of kernels are attention's
+SLOW = [
+    (family.name, variant)
+    for family in families().values()
+    for variant in family.variants
+    if variant.slow and family.name != "kernels"
+]
 
 
 @pytest.mark.skipif(peers.cannot_compile(CASE) is not None, reason=str(peers.cannot_compile(CASE)))

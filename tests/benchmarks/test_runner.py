@@ -68,6 +68,17 @@ def test_tiles_visited_are_counted():
     assert found == {"mask": "causal", "tiles": 128, "whole": 56, "in_part": 16}
 
 
+def test_refusal_is_one_whatever_it_was_raised_from():
+    def build(case, dtype):
+        try:
+            raise ImportError("undefined symbol")
+        except ImportError as error:
+            raise Refused("does not load") from error
+
+    (row,) = run(_family_with(build), TINY, only=["other"])
+    assert (row.status, row.reason) == ("refused", "does not load")
+
+
 def _family_with(build):
     family = families()["module"]
     return dataclasses.replace(family, variants=(*family.variants, Variant("other", build)))

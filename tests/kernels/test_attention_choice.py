@@ -1,29 +1,30 @@
 """Which kernels run a call of attention: Gluon's or plain Triton's, by device, problem, wish, and what compiles."""
 
-import types
+import sys
+from typing import Any
 
 import pytest
 import torch
 from triton.compiler.errors import CompilationError
 
 import fastattn
-from fastattn_kernels import attention
+from fastattn_kernels import attention as module
 from fastattn_kernels._device import Target
 from fastattn_kernels.attention_problem import Problem
+
+attention: Any = module  # stand-ins take the place of tensors
 
 
 class Kernels:
     """Stand-ins that note what is launched; the Gluon ones refuse, fail or work."""
 
-    def __init__(self, monkeypatch, target=("cuda", 90)):
-        self.launched, self.reasons, self.error = [], [], None
-        modules = types.SimpleNamespace(
-            refusals=lambda problem: list(self.reasons),
-            launch_attention_fwd=self._gluon,
-            launch_attention_bwd=self._gluon,
-        )
+    def __init__(self, monkeypatch, target: Any = ("cuda", 90)):
+        self.launched: list[str] = []
+        self.reasons: list[str] = []
+        self.error: Exception | None = None
+        gluon = attention._Gluon(lambda problem: list(self.reasons), self._gluon)
         monkeypatch.setattr(attention, "target_of", lambda device: Target(*target))
-        monkeypatch.setattr(attention, "_hopper", lambda direction: modules)
+        monkeypatch.setattr(attention, "_hopper", lambda direction: gluon)
         monkeypatch.setattr(attention, "_broken", {})
         for name in ("fwd", "bwd"):
             module = getattr(attention, f"attention_{name}")
@@ -44,9 +45,10 @@ class Kernels:
         return self.launched[before:]
 
 
-def problem(**changes):
+def problem(**changes: Any) -> Problem:
     query = torch.zeros(1, 2, 4, 16, dtype=torch.bfloat16)
-    return Problem(query, query, query, **{"scale": 0.25, **changes})
+    arguments: Any = {"scale": 0.25, **changes}
+    return Problem(query, query, query, **arguments)
 
 
 @pytest.fixture
@@ -81,7 +83,8 @@ def test_other_devices_have_plain_kernels(monkeypatch, target):
         kernels.run("gluon")
 
 
-COMPILER = [CompilationError(None, None, "no such layout"), RuntimeError("PassManager::run failed")]
+NOWHERE: Any = None
+COMPILER = [CompilationError(NOWHERE, NOWHERE, "no such layout"), RuntimeError("PassManager::run failed")]
 
 
 @BOTH
@@ -114,18 +117,16 @@ def test_an_error_that_is_not_the_compilers_is_nobodys_to_hide(kernels):
     assert kernels.launched == []
 
 
-def test_another_gluon_is_a_reason(monkeypatch):
+@BOTH
+def test_another_gluon_is_a_reason(monkeypatch, direction):
     hopper = attention._hopper.__wrapped__
     kernels = Kernels(monkeypatch)
-
-    def missing(name):
-        raise ImportError("cannot import name 'warpgroup_mma'")
-
-    monkeypatch.setattr(attention.importlib, "import_module", missing)
+    for name in ("fwd", "bwd"):
+        monkeypatch.setitem(sys.modules, f"fastattn_kernels.hopper.attention_{name}", None)
     monkeypatch.setattr(attention, "_hopper", hopper)
-    assert kernels.run() == ["plain"]
-    with pytest.raises(NotImplementedError, match="has another Gluon: cannot import name 'warpgroup_mma'"):
-        kernels.run("gluon")
+    assert kernels.run(direction=direction) == ["plain"]
+    with pytest.raises(NotImplementedError, match="has another Gluon: import of"):
+        kernels.run("gluon", direction)
 
 
 def test_use_kernels_reaches_the_launch(device, monkeypatch):
@@ -159,3 +160,33 @@ def test_use_kernels_says_what_it_accepts():
     accepted = "kernels='cuda': expected one of 'auto', 'gluon', 'triton'"
     with pytest.raises(ValueError, match=accepted), fastattn.use_kernels("cuda"):  # type: ignore[arg-type]
         pass
+
+
+def test_one_pass_is_for_those_who_let_it(kernels, monkeypatch):
+    """The gradient of slopes sums over a row's keys, and one pass holds a tile of keys."""
+    monkeypatch.setattr(attention, "launch_attention_bwd_one_pass", lambda *a: kernels.launched.append("one pass"))
+    slopes = torch.ones(1, 2)
+    for deterministic, d_slopes, expected in [
+        (True, None, "plain"),
+        (False, None, "one pass"),
+        (False, slopes, "plain"),
+    ]:
+        arguments = (problem(slopes=slopes), *(None,) * 7, d_slopes)
+        attention.launch_attention_bwd(*arguments, kernels="triton", deterministic=deterministic)
+        assert kernels.launched[-1] == expected
+
+
+def test_gradients_that_may_differ_in_the_last_bit_are_right(device):
+    """Through the public function; on Triton, where the choice is."""
+    tensors = [torch.randn(1, 2, 70, 16, device=device, requires_grad=True) for _ in range(3)]
+
+    def gradients():
+        output = fastattn.attention(*tensors, is_causal=True, backend="triton")
+        assert isinstance(output, torch.Tensor)
+        return torch.autograd.grad(output.square().sum(), tensors)
+
+    expected = gradients()
+    with fastattn.use_kernels(deterministic=False):
+        found = gradients()
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

@@ -108,7 +108,7 @@ def test_conv_net_training_step_on_kernels_matches_torch():
 def test_conv_net_refuses():
     with pytest.raises(ValueError, match="between='pooling': expected one of 'attention'"):
         ConvNet(1, 2, between="pooling")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"size=\(10, 48\): expected multiples of 4"):
+    with pytest.raises(ValueError, match=r"size=\(10, 48\): expected positive multiples of 4"):
         ConvNet(1, 2, size=(10, 48))
     with pytest.raises(ValueError, match="has no attention map"):
         make("pointwise").attention_map(torch.zeros(1, 1, *SIZE))

@@ -366,3 +366,43 @@ def test_decoding_on_kernels_says_the_same():
     expected = model.generate(x, 2)
     with fastattn.use_backend("triton"):
         assert torch.equal(model.generate(x, 2), expected)
+
+
+def test_classifier_on_kernels_matches_torch():
+    """A training step: nothing is causal here, and padding hides keys from both sides of a row."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    x, padding = tokens(3, 6), torch.arange(6) >= torch.tensor([[6], [4], [1]])
+
+    def step(backend, dtype):
+        torch.manual_seed(4)
+        config = dataclasses.replace(CONFIG, layers=1)
+        model = TransformerClassifier(TransformerTrunk(VOCABULARY, config), 3).to(dtype)
+        with fastattn.use_backend(backend):
+            logits = model(x, padding)
+            F.cross_entropy(logits, torch.arange(3)).backward()
+        gradients = [torch.as_tensor(parameter.grad).flatten() for parameter in model.parameters()]
+        return logits.detach(), torch.cat(gradients)
+
+    actual, peer, truth = step("triton", torch.float32), step("torch", torch.float32), step("torch", torch.float64)
+    for name, ours, theirs, exact in zip(("logits", "gradients"), actual, peer, truth):
+        # Sums of some 50 terms in another order, through a block and back
+        allowance = 50 * torch.finfo(torch.float32).eps * exact.abs().max().item()
+        assert_within_budget(ours, truth=exact, peer=theirs, name=name, allowance=allowance)
+
+
+def test_encoder_decoder_on_kernels_says_the_same():
+    """By the cache: of the tokens said, and of the memory's keys and values under its padding."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    model, (source, padding) = encoder_decoder(dtype=torch.float32, layers=1), source_and_padding()
+    x, expected = tokens(3, 3), model.generate(source, 2, start=0, source_padding=padding)
+
+    def steps():
+        cache = model.decoder.new_cache(model.encoder(source, padding), padding)
+        return torch.cat([model.head(model.decoder.step(part, cache)) for part in x.split([2, 1], dim=1)], dim=1)
+
+    of_torch = steps()
+    with fastattn.use_backend("triton"), torch.no_grad():
+        assert torch.equal(model.generate(source, 2, start=0, source_padding=padding), expected)
+        # Sums of some 50 terms in another order, through two blocks and a head
+        allowance = 100 * torch.finfo(torch.float32).eps * of_torch.abs().max().item()
+        torch.testing.assert_close(steps(), of_torch, rtol=0, atol=allowance)

@@ -102,6 +102,28 @@ def test_additive_module_padding_changes_nothing(inputs, backend, device):
     assert not weights[..., S:].any()
 
 
+def test_additive_module_under_autocast(inputs, backend, device):
+    """What the projections give is bfloat16, the value float32 as it came."""
+    query, key = inputs
+    module = make(device, backend=backend)
+    expected, _ = module(query, key)
+    with torch.autocast(device.type, torch.bfloat16):
+        context, weights = module(query, key, need_weights=True)
+    assert context.dtype == weights.dtype == torch.bfloat16
+    # a weighted mean of keys up to 3 or so; every factor has 8 bits
+    torch.testing.assert_close(context.float(), expected, rtol=0, atol=8 * 2**-8)
+
+
+def test_additive_module_causal_is_its_mask(inputs, backend, device):
+    module = make(device, backend=backend)
+    query, key = inputs
+    mask = torch.ones(L, S, dtype=torch.bool, device=device).tril()
+    expected, of_keys = module(query, key, attn_mask=mask, need_weights=True)
+    context, weights = module(query, key, is_causal=True, need_weights=True)
+    torch.testing.assert_close(context, expected)
+    torch.testing.assert_close(weights, of_keys)
+
+
 def test_additive_module_parameters(device):
     module = make(device, dtype=torch.float64)
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}

@@ -70,6 +70,16 @@ def test_positions_beyond_the_table_are_refused(length, start):
         LearnedPositionalEncoding(7, 4)(torch.zeros(1, length, 4), start)
 
 
+@pytest.mark.parametrize("concatenate", [False, True])
+def test_positions_take_the_dtype_of_the_input(concatenate):
+    encoding = LearnedPositionalEncoding(7, 4, concatenate=concatenate)
+    assert encoding(torch.zeros(1, 5, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    with pytest.raises(TypeError, match=r"x is torch\.int64: expected a floating dtype"):
+        encoding(torch.zeros(1, 5, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"x has shape \(4,\): expected \[..., length, size\]"):
+        encoding(torch.zeros(4))
+
+
 def test_positions_of_another_width_are_not_added():
     with pytest.raises(ValueError, match=r"x has shape \(1, 5, 3\): expected \[..., 4\]"):
         LearnedPositionalEncoding(7, 4)(torch.zeros(1, 5, 3))

@@ -97,6 +97,38 @@ def test_self_attention_2d_attends_to_views_of_the_convolutions_outputs(channels
         assert tensor.numel() == feature_map.numel()
 
 
+@pytest.mark.parametrize("options", [{}, {"qk_channels": 2, "value_channels": 8}, {"qk_channels": 1}], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["channels-first", "channels-last"])
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_self_attention_2d_allocates_no_tensor_of_positions_times_positions(training, channels_last, options):
+    """In no layout, and with values that are as wide as the queries or not."""
+    threads, side = torch.get_num_threads(), 48
+    torch.set_num_threads(1)  # torch's kernel has some room for each
+    layer = SelfAttention2d(16, 1, backend="torch", **options)
+    x = testing.random_tensor(1, 16, side, side, seed=1)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.set_grad_enabled(training), torch.profiler.profile(activities=activities, profile_memory=True) as found:
+        y = layer(x)
+        if training:
+            y.sum().backward()
+    torch.set_num_threads(threads)
+    events: Any = found.events()
+    assert any("flash_attention_for_cpu" in event.name for event in events)
+    largest = max(event.cpu_memory_usage for event in events)
+    assert x.nbytes <= largest < side**4 * 4 / 4
+
+
+@pytest.mark.parametrize("options", [{"value_channels": 6}, {"qk_channels": 2}], ids=str)
+def test_self_attention_2d_derivatives_of_two_orders(options):
+    """Through rows that are widened for torch's kernel, too."""
+    layer = make(4, **options)
+    x = testing.random_tensor(1, 4, 1, 3, seed=2, dtype=torch.float64).requires_grad_()
+    with fastattn.use_backend("torch"):
+        assert torch.autograd.gradcheck(layer, [x], fast_mode=True)
+        assert torch.autograd.gradgradcheck(layer, [x], fast_mode=True)
+
+
 def test_self_attention_2d_with_a_new_gate_is_the_identity(seed):
     """And learns all the same: the gate first, then, once it is open, everything behind it."""
     layer = make(gate=True)
@@ -162,7 +194,12 @@ def test_self_attention_2d_refuses(arguments, message):
         SelfAttention2d(**arguments)
 
 
-@pytest.mark.parametrize("shape", [(2, 12, 15), (2, 11, 3, 5)], ids=str)
+def test_self_attention_2d_refuses_what_is_no_number():
+    with pytest.raises(TypeError, match=r"num_heads=2.0: expected an int, got float"):
+        SelfAttention2d(4, 2.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 15), (2, 11, 3, 5), (2, 12, 0, 5)], ids=str)
 def test_self_attention_2d_refuses_other_shapes(shape):
     with pytest.raises(ValueError, match=r"expected \[B, 12, H, W\]"):
         make(dtype=torch.float32)(torch.zeros(shape))

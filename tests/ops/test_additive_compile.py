@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastattn
 from fastattn.ops import _additive_blocks
+from fastattn.ops._additive_contract import AdditiveInputs, AdditiveOptions, implementation
+from fastattn.ops._torch_blocks import Block
 from fastattn.testing import random_tensor
 
 # What it returns depends on its arguments; a test knows which it gave.
@@ -46,7 +48,7 @@ def results_and_gradients(function, tensors):
 
 
 class Watched(TorchDispatchMode):
-    """The calls of this package's operators, and the most elements that any tensor had."""
+    """The calls of this package's operators, and the most bytes that any tensor had."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +58,7 @@ class Watched(TorchDispatchMode):
         if func.namespace == "fastattn":
             self.calls.append((func, tree_map_only(torch.Tensor, torch.Tensor.detach, args)))
         result = func(*args, **(kwargs or {}))
-        sizes = [t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        sizes = [t.nbytes for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
         self.largest = max([self.largest, *sizes])
         return result
 
@@ -174,18 +176,89 @@ def test_additive_autocast(backend, device):
     assert torch.equal(output, attend(*(t.bfloat16() for t in tensors), backend=backend))
 
 
+def test_attention_under_autocast_takes_what_projections_made_and_what_they_did_not(backend, device):
+    """A projected key in bfloat16 and a value as it came, in float32: both are cast before they are compared."""
+    narrow, wide = (
+        random_tensor(B, L, A, seed=0, device=device).bfloat16(),
+        random_tensor(B, L, A, seed=1, device=device),
+    )
+    weight = random_tensor(A, seed=2, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        additive = attend(narrow, narrow, wide, weight, backend=backend)
+        plain: Any = fastattn.attention(*(t[:, None] for t in (narrow, narrow, wide)), backend=backend)
+        with pytest.raises(TypeError, match=r"value is torch\.float64 but query is torch\.bfloat16"):
+            attend(narrow, narrow, wide.double(), weight, backend=backend)
+    assert additive.dtype == plain.dtype == torch.bfloat16
+    with pytest.raises(TypeError, match=r"value is torch\.float32 but query is torch\.bfloat16"):
+        attend(narrow, narrow, wide, weight.bfloat16(), backend=backend)
+
+
+@pytest.mark.usefixtures("_no_formula")
+@pytest.mark.parametrize("order", [1, 2])
+def test_additive_backward_under_autocast_is_as_exact_as_without(order, backend, device):
+    tensors = leaves(device)
+    found = attend(*tensors, backend=backend)
+    if order == 2:
+        found = torch.cat([g.flatten() for g in torch.autograd.grad(found.square().sum(), tensors, create_graph=True)])
+    gradient = random_tensor(*found.shape, seed=5, device=device)
+    expected = torch.autograd.grad(found, tensors, gradient, retain_graph=True)
+    with torch.autocast(device.type, torch.bfloat16):
+        for actual, wanted in zip(torch.autograd.grad(found, tensors, gradient), expected):
+            assert torch.equal(actual, wanted)
+
+
+def test_additive_second_derivatives_lose_nothing_in_small_blocks(monkeypatch, device):
+    """In bfloat16, over 64 blocks: what they add up is not rounded at every step. Each share is, once, and so is the
+    sum: two roundings of 2^-9 of the largest, and as many in the first derivatives that they start from."""
+    length, keys, size = 128, 16, 8
+    shapes = ((1, length, size), (1, keys, size), (1, keys, size), (size,))
+    narrow = [random_tensor(*s, seed=i, device=device).bfloat16() for i, s in enumerate(shapes)]
+    given = random_tensor(1, length, size, seed=9, device=device).bfloat16()
+    monkeypatch.setattr(_additive_blocks, "BLOCK_ELEMENTS", 2 * keys * size)
+    monkeypatch.setattr(_additive_blocks, "BLOCK_ELEMENTS_ON_GPU", 2 * keys * size)
+
+    def second(dtype):
+        tensors = [t.to(dtype).requires_grad_() for t in narrow]
+        output = attend(*tensors, backend="torch")
+        first = torch.autograd.grad(output, tensors, given.to(dtype), create_graph=True)
+        cotangents = [random_tensor(*g.shape, seed=i, device=device).bfloat16().to(dtype) for i, g in enumerate(first)]
+        return torch.autograd.grad(first, tensors, cotangents)
+
+    for actual, truth in zip(second(torch.bfloat16), second(torch.float64)):
+        assert (actual - truth).abs().max() <= 4 * 2**-9 * truth.abs().max()
+
+
+def largest_made(backend, device, length, size):
+    """The most bytes that any tensor had which the two operators made on their way.
+
+    Their implementations are called by themselves: a dispatch mode does not see into an operator.
+    """
+    shapes = ((1, 1, length, size), (1, 1, length, size), (1, 1, length, 8), (1, size))
+    tensors = [random_tensor(*s, seed=i, device=device) for i, s in enumerate(shapes)]
+    query, key, value, weight = tensors
+    inputs, options = AdditiveInputs(query, key, value, weight, None, None, None), AdditiveOptions(None, False, backend)
+    operators = implementation(backend)
+    with Watched() as watched:
+        results = operators.forward(inputs, options)
+        operators.backward((torch.ones_like(results[0]), None), results, False, inputs, options)
+    return watched.largest
+
+
 def test_additive_makes_no_tensor_of_pairs_times_columns(backend, device):
     """Forward and backward: the largest tensor is a block, or one of pairs in the kernels' padding."""
     pytest.importorskip("triton", reason="triton is not installed")
     length, size = (256, 32) if backend == "torch" else (64, 32)
-    shapes = ((1, length, size), (1, length, size), (1, length, 8), (size,))
-    tensors = [random_tensor(*s, seed=i, device=device).requires_grad_() for i, s in enumerate(shapes)]
-    with Watched() as watched:
-        attend(*tensors, backend=backend).sum().backward()
-    whole = length * length * size
-    most = _additive_blocks.block_elements(device) if backend == "torch" else length * length
-    assert most <= whole / 8
-    assert watched.largest <= most
+    pairs = 4 * length * length  # bytes of one float32 each
+    most = 4 * _additive_blocks.block_elements(device) if backend == "torch" else pairs
+    assert most <= pairs * size / 8
+    assert pairs <= largest_made(backend, device, length, size) <= most
+
+
+def test_a_block_that_is_everything_is_noticed(monkeypatch, device):
+    """What the test above would measure, were the torch backend's blocks not cut."""
+    whole = Block(slice(0, 1), slice(0, 64), slice(0, 64))
+    monkeypatch.setattr(_additive_blocks, "blocks", lambda inputs, options: [whole])
+    assert largest_made("torch", device, 64, 32) == 4 * 64 * 64 * 32
 
 
 def test_additive_keeps_inputs_and_output_alone(backend, device):

@@ -18,6 +18,7 @@ MASK = torch.ones(4, 6, dtype=torch.bool)
 WRONG = {
     "list": (TypeError, "query: expected a torch.Tensor, got list", {"query": [1.0]}),
     "integer": (TypeError, "value is torch.int64: expected float16", {"value": V.long()}),
+    "narrow": (TypeError, "query is torch.float8_e4m3fn: expected float16", {"query": Q.to(torch.float8_e4m3fn)}),
     "dtypes": (TypeError, "weight is torch.float64 but query is torch.float32", {"weight": W.double()}),
     "device": (ValueError, "key is on meta but query is on cpu", {"key": K.to("meta")}),
     "two_dimensions": (ValueError, "query has shape (4, 5): expected [batch, length, size]", {"query": Q[0, 0]}),
@@ -36,6 +37,7 @@ WRONG = {
                       {"key_padding_mask": torch.zeros(2, 5, dtype=torch.bool)}),
     "causal": (TypeError, "is_causal='yes': expected True or False", {"is_causal": "yes"}),
     "weights": (TypeError, "need_weights=1: expected True or False", {"need_weights": 1}),
+    "average": (TypeError, "average_attn_weights='no': expected True or False", {"average_attn_weights": "no"}),
     "backend": (ValueError, "backend='cuda': expected one of 'auto', 'triton', 'torch'", {"backend": "cuda"}),
 }  # fmt: skip
 
@@ -67,6 +69,12 @@ def test_additive_triton_backend_says_why_it_refuses(name, reason, arguments):
     with pytest.raises(NotImplementedError, match=re.escape(reason)):
         attend(**call, backend="triton")
     assert torch.equal(attend(**call), attend(**call, backend="torch"))
+
+
+def test_additive_of_meta_tensors_has_the_shapes_of_its_results():
+    meta = [t.to("meta") for t in (Q, K, V, W)]
+    output, weights = attend(*meta, need_weights=True, backend="torch")
+    assert (output.device.type, output.shape, weights.shape) == ("meta", (2, 3, 4, 7), (2, 4, 6))
 
 
 def test_additive_follows_use_backend():

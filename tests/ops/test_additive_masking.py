@@ -8,6 +8,7 @@ import torch
 
 import fastattn
 from fastattn.ops import _additive_blocks
+from fastattn.reference import additive_attention as reference
 from fastattn.testing import random_tensor
 
 # What it returns depends on its arguments; a test knows which it gave.
@@ -47,7 +48,8 @@ def hiding(how, device):
     }[how]
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+# The last is finite, and its product with a gradient is not
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38])
 @pytest.mark.parametrize("how", ["mask", "bias", "padding", "causal"])
 def test_additive_hidden_values_do_not_leak(how, bad, backend, device):
     arguments, seen = hiding(how, device)
@@ -55,15 +57,44 @@ def test_additive_hidden_values_do_not_leak(how, bad, backend, device):
 
     def results(tensors):
         output, weights = attend(*tensors, **arguments, need_weights=True, backend=backend)
-        return output, weights, *torch.autograd.grad(output.square().sum() + weights.square().sum(), tensors)
+        return output, weights, *torch.autograd.grad(20 * output.square().sum() + weights.square().sum(), tensors)
 
     expected = results(tensors)
     spoilt = [t.detach().clone() for t in tensors]
-    spoilt[1][:, seen:] = bad
+    spoilt[1][:, seen:] = 0.0 if math.isfinite(bad) else bad
     spoilt[2][:, seen:] = bad
     found = results([t.requires_grad_() for t in spoilt])
     for actual, wanted in zip(found, expected):
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("elements", [1 << 18, 800], ids=["formula", "blocks"])
+def test_additive_bias_is_what_it_is_in_the_dtype_of_the_scores(elements, monkeypatch, device):
+    """A float64 bias of -1e300 is -inf in float32: it hides keys, and a row of it is zero and not NaN."""
+    monkeypatch.setattr(_additive_blocks, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(_additive_blocks, "BLOCK_ELEMENTS_ON_GPU", elements)
+    bias = torch.zeros(L, S, dtype=torch.float64, device=device)
+    bias[3] = -1e300
+    bias[:, 35:] = -1e300
+    tensors = leaves(device)
+
+    def results(function, bias):
+        output, weights = function(bias)
+        return output, weights, *torch.autograd.grad(output.square().sum() + weights.square().sum(), tensors)
+
+    def defined(bias):
+        query, key, value, weight = tensors
+        found = reference(query[:, None], key[:, None], value[:, None], weight[None], bias=bias)
+        return found.output[:, 0], found.weights[:, 0]
+
+    def ours(bias):
+        return attend(*tensors, attn_mask=bias, need_weights=True, backend="torch")
+
+    expected = results(ours, torch.where(bias == 0, 0.0, -math.inf))
+    assert not expected[0][:, 3].any()
+    for function in (ours, defined):
+        for actual, wanted in zip(results(function, bias), expected):
+            torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["query", "key", "value"])

@@ -1,0 +1,61 @@
+"""``python -m benchmarks static``: what the kernels take, compiled for GPUs that need not be here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.reporting.text import show
+from benchmarks.static import table
+from benchmarks.static.cases import TARGETS, table_jobs
+from benchmarks.static.compile import compile_all
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks static",
+        description="Compile every kernel for its targets, without a GPU, and print what it takes.",
+    )
+    parser.add_argument("--target", choices=TARGETS, help="one of them; without it all, which takes minutes")
+    parser.add_argument("--only", metavar="TEXT", default="", help="rows whose kernel or case holds TEXT")
+    parser.add_argument("--write", action="store_true", help=f"write {table.PATH.name} anew; takes all rows")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows, with all opcodes and loops, to FILE")
+    parser.add_argument("--sass", metavar="DIR", type=Path, help="write machine code to DIR")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="at a time (default: %(default)s)")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """The command line. Its exit status is 1 where a case does not compile; the page then stays as it is."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.write and (options.target or options.only):
+        parser.error("--write writes all rows: it goes without --target and --only")
+    jobs = [(target, cases) for target, cases in table_jobs() if options.target in (None, target)]
+    # a text that no case has is a kernel's name, and which cases launch that is known once they are compiled
+    if any(options.only in case["name"] for _, cases in jobs for case in cases):
+        chosen = [(target, [case for case in cases if options.only in case["name"]]) for target, cases in jobs]
+        jobs = [(target, cases) for target, cases in chosen if cases]
+    if options.sass:
+        options.sass.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    rows, failures = compile_all(jobs, options.processes, options.sass)
+    rows = [row for key, row in table.keyed(rows) if options.only in key.case or options.only in key.kernel]
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    if not rows:
+        print(f"no kernel or case holds {options.only!r}", file=sys.stderr)
+        return 2
+    for one in table.tables(rows).values():
+        show(one)
+    print(f"\nkernels: {len(rows)}, seconds: {time.perf_counter() - began:.0f}, triton {rows[0]['triton']}")
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if options.write and not failures:
+        table.PATH.write_text(table.document(rows))
+        print(f"written: {table.PATH}")
+    return 1 if failures else 0

@@ -1,0 +1,239 @@
+"""What a case of the laboratory launches: the launchers that ``fastattn`` calls, on small tensors of no content.
+
+A case is a dictionary of plain values, for it is handed to another process: dtype, sizes, the features that it has, and
+whether the careful launch is wanted, too. It is of a norm where it has a ``size``, of additive attention where it has
+an ``attention_dim``, else of attention, by the kernels for Hopper if it says ``hopper``.
+"""
+# ruff: noqa: TID251  # the laboratory looks at the kernels themselves
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+Case = dict[str, Any]
+PASSES = ("fwd", "dkdv", "dq", "bias", "weights")
+
+
+def launch(case: Case) -> None:
+    """Launch every kernel of a case."""
+    if "size" in case:
+        launch_norm(case)
+    elif "attention_dim" in case:
+        launch_additive(case)
+    elif case.get("hopper"):
+        launch_hopper(case)
+    else:
+        launch_attention(case)
+
+
+# ---------------------------------------------------------------------------------------------------------- attention
+
+
+def launch_attention(case: Case) -> None:
+    """Launch the ``passes`` of attention; with ``unless_under`` without those whose tile that heavier load has, too."""
+    from fastattn_kernels import (
+        attention_bias_bwd,
+        attention_bwd,
+        attention_bwd_one_pass,
+        attention_fwd,
+        attention_weights,
+    )
+    from fastattn_kernels.attention_problem import WeightsGradient
+    from fastattn_kernels.attention_tile_map import tile_map_for
+
+    problem = _attention_problem(case)
+    query, key, value = problem.query, problem.key, problem.value
+    dtype, (batch, heads, length), keys = query.dtype, query.shape[:3], key.shape[2]
+    output = torch.empty(batch, heads, length, value.shape[3], dtype=dtype)
+    lse, statistics = torch.empty(batch, heads, length), torch.empty(batch, heads, 2, length)
+    d_weights = WeightsGradient(torch.empty(batch, length, keys, dtype=dtype), heads) if case.get("weights") else None
+    passes = case.get("passes", PASSES)
+    if "unless_under" in case:
+        tiles, heavier = _tiles_of(case, problem.load(d_weights)), _tiles_of(case, case["unless_under"])
+        passes = [name for name in passes if name not in tiles or tiles[name] != heavier[name]]
+    if "fwd" in passes:
+        attention_fwd.launch_attention_fwd(problem, output, lse, statistics, tile_map_for(problem))
+    for name in ("dkdv", "dq"):
+        if name in passes:
+            delta = attention_bwd.launch_attention_delta(output, output, None)
+            nothing = query[:0]
+            d_query, d_key, d_value = (nothing, key, value) if name == "dkdv" else (query, nothing, nothing)
+            attention_bwd.launch_attention_bwd(
+                problem, output, statistics, delta, d_weights, d_query, d_key, d_value,
+                torch.zeros(batch, heads, length) if case.get("slopes") else None, tile_map_for(problem),
+            )  # fmt: skip
+    if "one_pass" in passes:
+        attention_bwd_one_pass.launch_attention_bwd_one_pass(
+            problem, output, statistics, lse, d_weights, query, key, value, tile_map_for(problem)
+        )
+    if "bias" in passes:
+        attention_bias_bwd.launch_attention_bias_bwd(problem, output, statistics, lse, d_weights)
+    if "weights" in passes:
+        weights = torch.empty(batch, length, keys, dtype=dtype)
+        attention_weights.launch_attention_weights(problem, statistics, weights, average=True)
+        gradient = WeightsGradient(weights, heads)
+        attention_weights.launch_attention_weights_delta(problem, statistics, gradient, lse)
+
+
+def launch_hopper(case: Case) -> None:
+    """Launch the ``passes`` of attention on Hopper: fwd, pair (dK and dV, then dQ) and one pass (all three)."""
+    from fastattn_kernels.attention_tile_map import tile_map_for
+    from fastattn_kernels.hopper import attention_bwd, attention_fwd
+
+    problem = _attention_problem(case)
+    query, key, value = problem.query, problem.key, problem.value
+    output = torch.empty(*query.shape[:3], value.shape[3], dtype=query.dtype)
+    lse, statistics = torch.empty(query.shape[:3]), torch.empty(*query.shape[:2], 2, query.shape[2])
+    tile_map = tile_map_for(problem)
+    if "fwd" in case["passes"]:
+        attention_fwd.launch_attention_fwd(problem, output, lse, statistics, tile_map)
+    for name in ("pair", "one pass"):
+        if name in case["passes"]:
+            attention_bwd.launch_attention_bwd(
+                problem, output, statistics, lse, query, key, value, tile_map, deterministic=name == "pair"
+            )
+
+
+def _attention_problem(case: Case) -> Any:
+    """Of two batch entries and four heads in two groups, with the dtype, sizes and features of the case."""
+    from fastattn_kernels.attention_problem import Problem
+
+    class OncePerLaunch(Problem):
+        """Without the careful launch, which takes as long to compile as all else."""
+
+        def masks_pairs(self) -> bool:
+            return False
+
+    def only(feature: str, value: Any) -> Any:
+        return value if case.get(feature) else None
+
+    dtype, head_dim = getattr(torch, case["dtype"]), case["head_dim"]
+    batch, heads, kv_heads, length, keys = 2, 4, 2, case.get("length", 128), case.get("keys", 256)
+    return (Problem if case.get("careful") else OncePerLaunch)(
+        query=torch.empty(batch, heads, length, head_dim, dtype=dtype),
+        key=torch.empty(batch, kv_heads, keys, head_dim, dtype=dtype),
+        value=torch.empty(batch, kv_heads, keys, case.get("value_dim", head_dim), dtype=dtype),
+        scale=0.1,
+        bias=only("bias", torch.empty(1, heads, length, keys, dtype=dtype)),
+        slopes=only("slopes", torch.empty(1, heads)),
+        sinks=only("sinks", torch.empty(1, heads)),
+        mask=only("mask", torch.ones(batch, 1, length, keys, dtype=torch.bool)),
+        key_padding_mask=only("padding", torch.zeros(batch, keys, dtype=torch.bool)),
+        query_documents=only("documents", torch.zeros(batch, length, dtype=torch.int32)),
+        key_documents=only("documents", torch.zeros(batch, keys, dtype=torch.int32)),
+        prefix=only("prefix", torch.zeros(batch, dtype=torch.int32)),
+        lower=only("window", keys - length - 100),
+        upper=only("causal", keys - length),
+        shift=keys - length,
+        softcap=only("softcap", 30.0),
+        seed=only("dropout", torch.zeros(2, dtype=torch.int64)),
+        dropout_p=0.1 if case.get("dropout") else 0.0,
+    )
+
+
+def _tiles_of(case: Case, load: Any) -> dict[str, Any]:
+    """The tiles that a case's kernels have under a load."""
+    from fastattn_kernels import attention_config as config
+
+    arguments = torch.device("cpu"), getattr(torch, case["dtype"]), case["head_dim"], case["head_dim"], load
+    backward = config.backward_config(*arguments)
+    return {"fwd": config.forward_config(*arguments), "dkdv": backward.dkdv, "dq": backward.dq}
+
+
+# ------------------------------------------------------------------------------------------------------------- norms
+
+
+def launch_norm(case: Case) -> None:
+    """Launch the norm kernels for ``case``: dtype, size, rows, kind ("layer" or "rms"), and the features that it has
+    (residual, x_bias, row_scale, dropout, unit_offset, vectors: weight and bias; float32_residual)."""
+    from fastattn_kernels.residual_norm_bwd import launch_residual_norm_bwd
+    from fastattn_kernels.residual_norm_fwd import launch_residual_norm_fwd
+    from fastattn_kernels.residual_norm_problem import NormProblem
+
+    dtype, rows, size = getattr(torch, case["dtype"]), case.get("rows", 4096), case["size"]
+    residual_dtype = torch.float32 if case.get("float32_residual") else dtype
+
+    def only(feature: str, *shape: int, dtype: torch.dtype = dtype) -> Any:
+        return torch.empty(shape, dtype=dtype) if case.get(feature) else None
+
+    x, total = torch.empty(rows, size, dtype=dtype), torch.empty(rows, size, dtype=residual_dtype)
+    d_output = x
+    if case.get("strided"):  # heads that lie inside, in front and in the gradient
+        x, total = (t.view(2, 4, rows // 8, size) for t in (x, total))
+        d_output = x.transpose(1, 2).contiguous().transpose(1, 2)
+    problem = NormProblem(
+        x,
+        total if case.get("residual") else None,
+        only("vectors", size),
+        only("vectors", size),
+        only("x_bias", size),
+        only("row_scale", rows, 1, dtype=torch.float32),
+        is_rms=case.get("kind") == "rms",
+        unit_offset=bool(case.get("unit_offset")),
+        seed=only("dropout", 2, dtype=torch.int64),
+        dropout_p=0.1 if case.get("dropout") else 0.0,
+    )
+    added = any(case.get(feature) for feature in ("residual", "x_bias", "row_scale", "dropout"))
+    statistics = torch.empty(3, rows)
+    output = torch.empty_like(d_output)
+    launch_residual_norm_fwd(problem, output, total if added else None, statistics, residual_dtype)
+    apart = case.get("row_scale") or case.get("dropout") or residual_dtype != dtype
+    vectors = (bool(case.get("vectors")), bool(case.get("vectors")), bool(case.get("x_bias")))
+    launch_residual_norm_bwd(
+        problem, d_output, total if added else None, total, statistics, total if apart else None, x, vectors,
+        bool(case.get("row_scale")), dtype,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- additive attention
+
+
+def launch_additive(case: Case) -> None:
+    """Launch the kernels of additive attention for ``case``: dtype, attention_dim, value_dim, whether carefully, and
+    the features it names (causal, padding, mask, bias, weights)."""
+    from fastattn_kernels.additive_attention_bwd import launch_additive_bwd
+    from fastattn_kernels.additive_attention_fwd import launch_additive_fwd
+    from fastattn_kernels.additive_attention_pairs import launch_additive_weights
+    from fastattn_kernels.additive_attention_problem import AdditiveProblem
+    from fastattn_kernels.attention_problem import WeightsGradient
+    from fastattn_kernels.attention_tile_map import tile_map_for
+
+    dtype, size, value_dim = getattr(torch, case["dtype"]), case["attention_dim"], case.get("value_dim", 64)
+    batch, heads, length, keys = 2, 2, case.get("length", 256), case.get("keys", 512)
+
+    def only(feature: str, value: Any) -> Any:
+        return value if case.get(feature) else None
+
+    class OncePerLaunch(AdditiveProblem):
+        """Without the careful launch."""
+
+        def masks_pairs(self) -> bool:
+            return False
+
+    query, key = (
+        torch.empty(batch, heads, length, size, dtype=dtype),
+        torch.empty(batch, heads, keys, size, dtype=dtype),
+    )
+    value = torch.empty(batch, heads, keys, value_dim, dtype=dtype)
+    problem = (AdditiveProblem if case.get("careful") else OncePerLaunch)(
+        query,
+        key,
+        value,
+        scale=1.0,
+        bias=only("bias", torch.empty(1, heads, length, keys, dtype=dtype)),
+        mask=only("mask", torch.ones(batch, 1, length, keys, dtype=torch.bool)),
+        key_padding_mask=only("padding", torch.zeros(batch, keys, dtype=torch.bool)),
+        upper=only("causal", 1) and 0,
+        weight=torch.empty(1, size, dtype=dtype),
+    )
+    output, tile_map = torch.empty(batch, heads, length, value_dim, dtype=dtype), tile_map_for(problem)
+    statistics, weights = torch.empty(batch, heads, 2, length), torch.empty(batch, heads, length, keys, dtype=dtype)
+    launch_additive_fwd(problem, output, statistics, tile_map)
+    if case.get("weights"):
+        launch_additive_weights(problem, statistics, weights)
+    launch_additive_bwd(
+        problem, output, statistics, torch.empty(batch, heads, length), only("weights", weights),
+        only("weights", WeightsGradient(weights, heads)), query, key, value, tile_map,
+    )  # fmt: skip

@@ -1,0 +1,67 @@
+"""How the Hopper kernels are launched, and the heuristics that choose it.
+
+Nothing here has been timed on a GPU yet. The forward's tiles are those that compile without spills into the shared
+memory of a thread block, and that a model of the loop's instructions finds fastest.
+"""
+
+import dataclasses
+
+from torch import Tensor
+
+from fastattn_kernels.attention_problem import Problem
+
+# Rows of a warpgroup's tile: what one wgmma computes.
+CONSUMER_ROWS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardConfig:
+    """How the forward is launched.
+
+    Attributes:
+        block_m: rows of a tile; every 64 of them have a warpgroup, two in all.
+        block_n: keys of a tile.
+        stages: tiles of keys, values and biases in shared memory at a time.
+        stage_output: whether the output leaves through shared memory of its own, under the next tile's products, or
+            through the queries', which the next tile's then wait for.
+        ping_pong: whether the warpgroups take turns at starting their products, so that one's softmax runs under the
+            other's products (arXiv:2407.08608, section 3.1), and not only under its own. To be timed.
+    """
+
+    block_m: int
+    block_n: int
+    stages: int
+    stage_output: bool
+    ping_pong: bool = False
+
+
+def head_block(head_dim: int, value_dim: int) -> int:
+    """Columns of a tile that holds a head: a power of two, at least 64, which is the width of a swizzle."""
+    widest = max(head_dim, value_dim)
+    return 64 if widest <= 64 else 128 if widest <= 128 else 256
+
+
+def is_of_keys(bias: Tensor) -> bool:
+    """Whether a bias broadcasts over rows: it is then a number for each key, and no tile."""
+    return bias.shape[2] == 1 or bias.stride(2) == 0
+
+
+def forward_config(problem: Problem) -> ForwardConfig:
+    """The forward's tile. Two warpgroups: three would have 160 registers a thread, too few for the accumulators.
+
+    A stage lasts as long as a tile computes, about 600 cycles for 128 keys of 64 columns, and a load takes as many or
+    more: hence more stages where tiles are small. Where a tile of bias takes the shared memory, the output gives way.
+    """
+    block = head_block(problem.query.shape[3], problem.value.shape[3])
+    bias = problem.bias
+    bias_bytes = 0 if bias is None or is_of_keys(bias) else bias.element_size()
+    if block == 256:
+        return ForwardConfig(128, 64, 2, stage_output=False)
+    if block == 128:
+        # the documents' numbers beside a tile of bias spill where it holds 128 keys
+        if bias_bytes > 2 or (bias_bytes and problem.query_documents is not None):
+            return ForwardConfig(128, 64, 3, stage_output=False)
+        return ForwardConfig(128, 128, 2, stage_output=not bias_bytes)
+    if bias_bytes > 2:
+        return ForwardConfig(128, 64, 4, stage_output=True)
+    return ForwardConfig(128, 128, 3 if bias_bytes else 4, stage_output=True)
