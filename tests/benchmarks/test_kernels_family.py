@@ -162,7 +162,7 @@ def hopper(monkeypatch):
 
     fields = {
         "problem": {"refusals": lambda problem: found.refusals},
-        "config": {"ForwardConfig": lambda *numbers, stage_output: (*numbers, stage_output)},
+        "config": {"ForwardConfig": lambda *numbers, stage_output, ping_pong: (*numbers, stage_output, ping_pong)},
         "_bwd_config": {"BackwardConfig": config, "backward_config": backward_config},
         "attention_fwd": {"launch_attention_fwd": launch_fwd},
         "attention_bwd": {"launch_attention_bwd": launch_bwd, "refusals": lambda problem: found.refusals},
@@ -183,7 +183,7 @@ def test_hopper_kernels_are_launched_as_configured(hopper):
     case = dataclasses.replace(CASE, head_dim=64, batch=1)
     assert passes(case, "fastattn-gluon-n64-s4")
     assert passes(case, "fastattn-gluon")
-    assert hopper.launched == [(128, 64, 4, True)] * 2 + [None] * 2  # built and checked
+    assert hopper.launched == [(128, 64, 4, True, False)] * 2 + [None] * 2  # built and checked
     hopper.launched.clear()
     for name in ("fastattn-gluon-pair", "fastattn-gluon-one-pass-m64-s3", "fastattn-gluon-pair-m64-n128-s3"):
         assert passes(dataclasses.replace(case, backward=True), name)
