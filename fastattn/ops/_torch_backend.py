@@ -18,7 +18,7 @@ from fastattn.reference.attention import NEGATIVE_INFINITY
 def describe(call: AttentionCall) -> str:
     """Which of the four forms the call takes."""
     if _tiles_serve(call):
-        return "F.scaled_dot_product_attention over the keys that each tile of rows may see"
+        return "F.scaled_dot_product_attention, over the keys that each tile of rows may see if that leaves out many"
     if _sdpa_can(call):
         return "F.scaled_dot_product_attention"
     if _is_small(call):

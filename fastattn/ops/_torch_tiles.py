@@ -37,6 +37,7 @@ def can_run(call: AttentionCall) -> bool:
         and any(argument is not None for argument in hides)
         and (call.mask is None or call.mask.shape[1] == 1)
         and call.query.shape[2] >= 2 * ROWS
+        and call.query.shape[0] > 0
         and call.key.shape[2] > 0
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in (call.query, call.key, call.value)))
     )

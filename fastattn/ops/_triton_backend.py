@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastattn.ops import _autograd, _availability
 from fastattn.ops._call import AttentionCall
@@ -24,7 +25,7 @@ def refusals(call: AttentionCall) -> list[str]:
 
 def describe(call: AttentionCall) -> str:
     """Where the kernels would run, and which of them."""
-    if _availability.INTERPRETED:
+    if _availability.INTERPRETED or isinstance(call.query, FakeTensor):  # which lies nowhere
         return _availability.WHERE
     from fastattn.ops import _triton_launch  # imports triton
 

@@ -47,8 +47,9 @@ def _problem(inputs: Inputs, options: Options) -> Problem:
 
 
 def describe(inputs: Inputs, options: Options) -> str:
-    """Which kernels forward and backward would be."""
-    return attention.describe(_problem(inputs, options), kernel_choice().kernels)
+    """Which kernels forward and backward would be; returned weights have a gradient."""
+    d_weights = None if options.weights == "none" else WeightsGradient(inputs.query, inputs.query.shape[1])
+    return attention.describe(_problem(inputs, options), kernel_choice().kernels, d_weights)
 
 
 def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -28,13 +28,16 @@ _logger = logging.getLogger("fastattn")
 _broken: dict[tuple[object, ...], str] = {}
 
 
-def gluon_refusals(direction: Direction, problem: Problem, d_weights: WeightsGradient | None = None) -> list[str]:
+def gluon_refusals(
+    direction: Direction, problem: Problem, d_weights: WeightsGradient | None = None, deterministic: bool = True
+) -> list[str]:
     """Why the Gluon kernels cannot run a problem; empty where they can.
 
     Args:
         direction: of the kernels.
         problem: what they are to run.
         d_weights: the gradient of returned weights that goes into the backward.
+        deterministic: whether the backward is to be.
     """
     target = target_of(problem.query.device)
     if target != _HOPPER:
@@ -42,7 +45,7 @@ def gluon_refusals(direction: Direction, problem: Problem, d_weights: WeightsGra
     gluon = _hopper(direction)
     if isinstance(gluon, str):
         return [gluon]
-    if _broken and (said := _broken.get(_kind(direction, problem))) is not None:
+    if _broken and (said := _broken.get(_kind(direction, problem, deterministic))) is not None:
         return [f"triton {triton.__version__} does not compile them: {said}"]
     reasons = gluon.refusals(problem)
     if d_weights is not None:
@@ -72,20 +75,30 @@ def _hopper(direction: Direction) -> _Gluon | str:
     return _Gluon(refusals, launch)
 
 
-def _kind(direction: Direction, problem: Problem) -> tuple[object, ...]:
+def _kind(direction: Direction, problem: Problem, deterministic: bool) -> tuple[object, ...]:
     """What tells apart the kernels that one problem and another need, as far as compiling may fail."""
     present = tuple(value is None for value in (*problem.rules(), problem.lower, problem.upper, problem.sinks))
-    return direction, problem.query.dtype, problem.query.shape[3], problem.value.shape[3], present
+    bias = problem.bias
+    of_bias = None if bias is None else (bias.dtype, bias.shape[2] == 1 or bias.stride(2) == 0)
+    sizes = problem.query.dtype, problem.query.shape[3], problem.value.shape[3]
+    return direction, deterministic, *sizes, of_bias, present
 
 
-def describe(problem: Problem, kernels: Kernels = "auto") -> str:
+def describe(problem: Problem, kernels: Kernels = "auto", d_weights: WeightsGradient | None = None) -> str:
     """Which kernels would run a problem's forward and backward, and why not those in Gluon."""
     said = []
     for direction in get_args(Direction):
-        refused = ["plain ones are asked for"] if kernels == "triton" else gluon_refusals(direction, problem)
-        said.append(
-            f"{direction} in plain Triton (not in Gluon: {'; '.join(refused)})" if refused else f"{direction} in Gluon"
-        )
+        of_backward = d_weights if direction == "backward" else None
+        refused = gluon_refusals(direction, problem, of_backward)
+        reasons = "; ".join(refused)
+        if kernels == "triton":
+            said.append(f"{direction} in plain Triton, as asked for")
+        elif refused and kernels == "gluon":
+            said.append(f"{direction} refused: Gluon is asked for ({reasons})")
+        elif refused:
+            said.append(f"{direction} in plain Triton (not in Gluon: {reasons})")
+        else:
+            said.append(f"{direction} in Gluon")
     return ", ".join(said)
 
 
@@ -104,7 +117,7 @@ def launch_attention_fwd(
     """
     arguments = problem, out, lse, statistics, tile_map
     gluon = _gluon("forward", kernels, problem)
-    if gluon is None or not _compiles("forward", kernels, problem, lambda: gluon.launch(*arguments)):
+    if gluon is None or not _compiles("forward", kernels, problem, True, lambda: gluon.launch(*arguments)):
         attention_fwd.launch_attention_fwd(*arguments)
 
 
@@ -131,10 +144,14 @@ def launch_attention_bwd(
     """
     before, after = (problem, d_out, statistics, delta), (dq, dk, dv)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    gluon = _gluon("backward", kernels, problem, d_weights)
+    if problem.query.shape[1] == 0:  # no heads to give the keys a gradient
+        dk.zero_()
+        dv.zero_()
+        return
+    gluon = _gluon("backward", kernels, problem, d_weights, deterministic)
     if gluon is not None:
         launch = functools.partial(gluon.launch, *before, *after, tile_map, deterministic=deterministic)
-        if _compiles("backward", kernels, problem, launch):
+        if _compiles("backward", kernels, problem, deterministic, launch):
             return
     if deterministic or one_pass_refusals(problem, needs_slopes=d_slopes is not None):
         attention_bwd.launch_attention_bwd(*before, d_weights, *after, d_slopes, tile_map)
@@ -143,19 +160,25 @@ def launch_attention_bwd(
 
 
 def _gluon(
-    direction: Direction, kernels: Kernels, problem: Problem, d_weights: WeightsGradient | None = None
+    direction: Direction,
+    kernels: Kernels,
+    problem: Problem,
+    d_weights: WeightsGradient | None = None,
+    deterministic: bool = True,
 ) -> _Gluon | None:
     """The Gluon kernels, unless others are to run the problem."""
     if kernels == "triton":
         return None
-    refused = gluon_refusals(direction, problem, d_weights)
+    refused = gluon_refusals(direction, problem, d_weights, deterministic)
     if refused and kernels == "gluon":
         raise NotImplementedError(f"the Gluon kernels refuse this {direction}: {'; '.join(refused)}")
     found = None if refused else _hopper(direction)
     return None if isinstance(found, str) else found
 
 
-def _compiles(direction: Direction, kernels: Kernels, problem: Problem, launch: Callable[[], None]) -> bool:
+def _compiles(
+    direction: Direction, kernels: Kernels, problem: Problem, deterministic: bool, launch: Callable[[], None]
+) -> bool:
     """Launch; False, said once, where this triton cannot compile the kernel and nobody asked for it by name."""
     try:
         launch()
@@ -163,12 +186,17 @@ def _compiles(direction: Direction, kernels: Kernels, problem: Problem, launch: 
         if kernels == "gluon" or not _is_of_the_compiler(error):
             raise
         said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        _broken[_kind(direction, problem)] = said
+        _broken[_kind(direction, problem, deterministic)] = said
         _logger.warning("attention's %s: plain Triton runs, since Gluon's kernel does not compile: %s", direction, said)
         return False
     return True
 
 
+# What MLIR's passes and LLVM's translation say, in a RuntimeError.
+_OF_THE_COMPILER = ("PassManager", "failed to translate")
+
+
 def _is_of_the_compiler(error: Exception) -> bool:
-    """Whether an exception of a launch comes from compiling, before anything ran: MLIR's passes raise RuntimeError."""
-    return isinstance(error, TritonError) or (isinstance(error, RuntimeError) and "PassManager" in str(error))
+    """Whether an exception of a launch comes from compiling, before anything ran."""
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in _OF_THE_COMPILER)
+    return isinstance(error, TritonError) or said

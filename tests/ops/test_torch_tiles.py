@@ -122,3 +122,9 @@ def test_output_lies_as_the_query_does(tiles):
     packed = torch.randn(2, 300, 4, 16).transpose(1, 2)
     output = attend((packed, packed, packed), window=(8, 0))
     assert tiles and output.transpose(1, 2).is_contiguous()
+
+
+def test_an_empty_batch_is_no_tile(tiles):
+    tensors = [t[:0] for t in attention_inputs(1, 2, 300, 300, 16, seed=1)]
+    output = attend(tensors, key_padding_mask=torch.zeros(0, 300, dtype=torch.bool))
+    assert output.shape == (0, 2, 300, 16) and not tiles

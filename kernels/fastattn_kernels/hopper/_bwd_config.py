@@ -3,7 +3,7 @@
 import dataclasses
 
 from fastattn_kernels.attention_problem import Problem
-from fastattn_kernels.hopper.config import head_block
+from fastattn_kernels.hopper.config import head_block, is_of_keys
 
 LARGEST_HEAD = 128
 
@@ -33,7 +33,7 @@ def backward_config(problem: Problem, deterministic: bool = True) -> BackwardCon
     """
     block = head_block(problem.query.shape[3], problem.value.shape[3])
     bias = problem.bias
-    tile_of_bias = bias is not None and bias.shape[2] > 1
+    tile_of_bias = bias is not None and not is_of_keys(bias)
     hides = bool(problem.masks) or problem.prefix is not None
     if block == 64:
         # 128 rows of bias beside dS and dQ do not fit; a softcap's registers would serialise the products (C7519)

@@ -10,7 +10,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fastattn_kernels.attention_problem import Argument, Problem, strided
 from fastattn_kernels.hopper._mask_bits import pack_mask
-from fastattn_kernels.hopper.problem import bias_for_tma, suits_tma
+from fastattn_kernels.hopper.config import is_of_keys
+from fastattn_kernels.hopper.problem import bias_for_tma, suits_tma, unexpanded
 
 _WIDEST_TILE = 128
 
@@ -39,8 +40,8 @@ def pieces_descriptor(pieces: Tensor) -> TensorDescriptor:
 def bias_arguments(problem: Problem) -> tuple[Tensor | None, tuple[int, int] | None, Argument]:
     """A bias by tiles, whether it has an axis of batches and one of heads; or one that broadcasts over rows."""
     bias = problem.bias
-    if bias is None or bias.shape[2] == 1:
-        return None, None, strided(bias)
+    if bias is None or is_of_keys(bias):
+        return None, None, strided(None if bias is None else unexpanded(bias))
     bias = bias_for_tma(bias)
     return bias, (int(bias.shape[0] > 1), int(bias.shape[1] > 1)), None
 
@@ -50,6 +51,7 @@ def _words(mask: Tensor | None, columns: int, hidden: bool = False) -> Argument:
     mask of keys, packed for tiles ``[keys, rows]``, would grow by a factor of rows."""
     if mask is None:
         return None
+    mask = unexpanded(mask, axes=(0, 1, 2, 3))
     broadcasts = mask.shape[3] == 1
     words = strided(pack_mask(mask, _WIDEST_TILE if broadcasts else columns, hidden)) or ()
     return (*words[:4], 0 if broadcasts else 1)

@@ -8,13 +8,15 @@ subtraction and a multiplication. In base 2, a bias near the lowest float32 woul
 from triton.experimental.gluon import language as gl
 
 from fastattn_kernels import _masking
-from fastattn_kernels._masking import INFINITY, LN_2, LOG2_E, LOWEST_BIAS
+from fastattn_kernels._masking import INFINITY, LN_2, LOWEST_BIAS
 from fastattn_kernels.hopper._compat import gluon, shared
 from fastattn_kernels.hopper._mask_bits import ROWS, load_words, unpack_words
 from fastattn_kernels.hopper._schedule import opaque
 
 visible = shared(_masking.visible)
 accurate_tanh = shared(_masking.tanh)
+
+HALF_LOG2_E = gl.constexpr(0.5 * 1.4426950408889634)
 
 
 @gluon.jit
@@ -33,15 +35,15 @@ def tanh(x, dtype: gl.constexpr):
 
 
 @gluon.jit
-def softmax_step(scores, row_max, row_sum, unit, NATURAL: gl.constexpr):
+def softmax_step(scores, row_max, row_sum, unit, HALVED: gl.constexpr):
     """``(P, row_max, row_sum, correction)`` after one more tile; P is not divided by the sum yet, and what was summed
-    up before is to be multiplied by the correction. The maximum is in base 2, or NATURAL."""
+    up before is to be multiplied by the correction. The maximum is in base 2, or if HALVED in half of it."""
     # a row with no visible key keeps max = -inf; a finite pivot avoids -inf - -inf
-    if NATURAL:
+    if HALVED:
         new_max = gl.maximum(row_max, gl.max(scores, 1))
         pivot = gl.where(new_max == -INFINITY, 0.0, new_max)
-        p = gl.exp2((scores - pivot[:, None]) * LOG2_E)
-        correction = gl.exp2((row_max - pivot) * LOG2_E)
+        p = gl.exp2((scores - pivot[:, None]) * 2.0)
+        correction = gl.exp2((row_max - pivot) * 2.0)
     else:
         new_max = gl.maximum(row_max, gl.max(scores, 1) * unit)
         pivot = gl.where(new_max == -INFINITY, 0.0, new_max)
@@ -105,20 +107,21 @@ def within_bounds(row_start, col_start, sizes, SCORES: gl.constexpr, BLOCK_N: gl
 @gluon.jit
 def probabilities(
     scores, col_start, addends, row_max, row_sum, at, row_start, sizes, rules, factors,
-    dtype: gl.constexpr, SCORES: gl.constexpr, NATURAL: gl.constexpr, PARTIAL: gl.constexpr,
+    dtype: gl.constexpr, SCORES: gl.constexpr, HALVED: gl.constexpr, PARTIAL: gl.constexpr,
 ):  # fmt: skip
     """One step of online softmax on products of queries and keys; see :func:`softmax_step`."""
     BLOCK_N: gl.constexpr = scores.shape[1]
     bias, words = addends
     _, _, lower, upper, _ = sizes
     mask, _, padding, documents, prefix, _, softcap = rules
-    inner, outer, unit = factors
+    inner, unit = factors
     if softcap is not None:
         scores = tanh(scores * inner, dtype)
-    if NATURAL:
+    if HALVED:
+        bias = bias.to(gl.float32) * HALF_LOG2_E
         if len(bias.shape) == 1:
             bias = gl.convert_layout(bias, gl.SliceLayout(0, SCORES))[None, :]
-        scores = scores * outer + bias.to(gl.float32)
+        scores = scores * (unit * 0.5) + bias
     if PARTIAL:
         BITS: gl.constexpr = mask is not None or padding is not None
         if BITS:  # 0 past the last key
@@ -131,19 +134,19 @@ def probabilities(
             cols = col_start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))[None, :]
             seen = visible(rows, cols, at, sizes, (None, None, None, documents, prefix, None, None))
             scores = gl.where(seen, scores, -INFINITY)
-    return softmax_step(scores, row_max, row_sum, unit, NATURAL)
+    return softmax_step(scores, row_max, row_sum, unit, HALVED)
 
 
 @gluon.jit
-def row_results(row_max, row_sum, NATURAL: gl.constexpr):
+def row_results(row_max, row_sum, HALVED: gl.constexpr):
     """``(pivot, inverse sum, LSE)`` of rows: the statistics, whose pivot is in base 2, and the natural LSE."""
     pivot = gl.where(row_max == -INFINITY, 0.0, row_max)
     inverse_sum = gl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)  # a row that may see nothing is zero
     log_sum = gl.log2(row_sum) * LN_2
-    if NATURAL:
-        lse = pivot + log_sum
+    if HALVED:
+        lse = pivot * (2.0 * LN_2) + log_sum
         # as the scores that others recompute in base 2 are cut off
-        pivot = gl.maximum(pivot * LOG2_E, LOWEST_BIAS)
+        pivot = gl.maximum(pivot * 2.0, LOWEST_BIAS)
     else:
         lse = pivot * LN_2 + log_sum
     return pivot, inverse_sum, lse

@@ -16,6 +16,7 @@ The order in which products are retired is load-bearing. After every edit look f
 output and for LDL and STL in the loops.
 """
 
+import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -394,7 +395,8 @@ def launch_attention_bwd(
     if delta.numel() == 0:
         return
     config = config or backward_config(problem, deterministic)
-    d_out = d_out if suits_tma(d_out) else d_out.contiguous()
+    # a copy in any case: a contiguous one may still begin at an odd address
+    d_out = d_out if suits_tma(d_out) else d_out.clone(memory_format=torch.contiguous_format)
     with writable_by_tma(d_query, d_key, d_value) as (written_dq, written_dk, written_dv):
         pieces = empty_dq_pieces(delta, config.block_m) if config.one_pass else None
         _launch(problem, d_out, statistics, delta, pieces, written_dk, written_dv, tile_map, config)

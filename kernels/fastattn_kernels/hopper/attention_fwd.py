@@ -38,7 +38,7 @@ from fastattn_kernels.hopper._schedule import (
     row_tile_of,
     visits_of,
 )
-from fastattn_kernels.hopper._softmax import load_addends, pack, probabilities, row_results, unpack
+from fastattn_kernels.hopper._softmax import HALF_LOG2_E, load_addends, pack, probabilities, row_results, unpack
 from fastattn_kernels.hopper.config import CONSUMER_ROWS, ForwardConfig, forward_config, head_block, is_of_keys
 from fastattn_kernels.hopper.problem import bias_for_tma, bias_of_keys, descriptor, element_rules, head_descriptor
 
@@ -131,7 +131,7 @@ def _attend_keys(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_N, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_D, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
-    NATURAL: gl.constexpr = b_s is not None or row_bias is not None
+    HALVED: gl.constexpr = b_s is not None or row_bias is not None
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
     for position in range(begin, end):
         previous, previous_parity = ring(count, STAGES)
@@ -155,10 +155,12 @@ def _attend_keys(
             col_start, slot, at, row_start, sizes, rules, b_s, row_bias, INDEX, SCORES, CONSUMERS, BLOCK_N, PARTIAL
         )
         scores = warpgroup_mma_wait(1, deps=[scores])
+        if b_s is not None:
+            fence_async_shared()  # the bias has been read before TMA writes there again
         mbarrier.arrive(k_empty.index(slot), count=1)
         p, row_max, row_sum, correction = probabilities(
             scores, col_start, addends, row_max, row_sum, at, row_start, sizes, rules, factors, v_s.dtype,
-            SCORES, NATURAL, PARTIAL,
+            SCORES, HALVED, PARTIAL,
         )  # fmt: skip
         # Wait for the next keys HERE: the wait's loop ends a basic block. Without it ptxas hoists the wait for the
         # second product above the exponentials, and nothing runs under it. Not after the last tile: by then the
@@ -190,16 +192,15 @@ def _consumer(
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_D, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
-    NATURAL: gl.constexpr = b_s is not None or row_bias is not None
+    HALVED: gl.constexpr = b_s is not None or row_bias is not None
     LISTED: gl.constexpr = lists[0] is not None
     seqlen_q = sizes[0]
     tiles_m, tiles = schedule[0], schedule[1]
     softcap = rules[6]
     if softcap is not None:  # softcap * tanh(scale / softcap * product)
-        inner, outer = scale / softcap, softcap
+        factors = (scale / softcap, gl.maximum(softcap * LOG2_E, TINY))
     else:
-        inner, outer = scale, scale
-    factors = (inner, outer, gl.maximum(outer * LOG2_E, TINY))
+        factors = (scale, gl.maximum(scale * LOG2_E, TINY))
     q = q_s.index(INDEX).reshape([ROWS, BLOCK_D])
     count = 0  # tiles of keys so far, over all tiles of rows
     rounds = 0
@@ -219,7 +220,7 @@ def _consumer(
         if sinks is not None:  # a sink is a key that every row has seen before the first
             sinks_ptr, stride_sb, stride_sh = sinks
             sink = gl.load(sinks_ptr + at[0] * stride_sb + at[1] * stride_sh).to(gl.float32)
-            row_max = gl.maximum(row_max, sink if NATURAL else sink * LOG2_E)
+            row_max = gl.maximum(row_max, sink * (HALF_LOG2_E if HALVED else LOG2_E))
             row_sum = gl.where(row_max == -INFINITY, 0.0, 1.0)
 
         # The first tile of keys, whichever it is, goes by the predicate, which is right for all.
@@ -238,10 +239,12 @@ def _consumer(
             col_start, slot, at, row_start, bounds, rules, b_s, row_bias, INDEX, SCORES, CONSUMERS, BLOCK_N, True
         )
         scores = warpgroup_mma_wait(0, deps=[scores])
+        if b_s is not None:
+            fence_async_shared()  # the bias has been read before TMA writes there again
         mbarrier.arrive(k_empty.index(slot), count=1)
         p, row_max, row_sum, _ = probabilities(
             scores, col_start, addends, row_max, row_sum, at, row_start, bounds, rules, factors, v_s.dtype,
-            SCORES, NATURAL, True,
+            SCORES, HALVED, True,
         )  # fmt: skip
         pairs = pack(p, v_s.dtype)
         slot, parity = ring(count + 1, STAGES)
@@ -264,7 +267,7 @@ def _consumer(
         mbarrier.wait(v_full.index(slot), parity)
         v = v_s.index(slot).reshape([BLOCK_N, BLOCK_D])
         acc = warpgroup_mma(unpack(pairs, v_s.dtype, OPERAND), v, acc, is_async=True)
-        pivot, inverse_sum, lse = row_results(row_max, row_sum, NATURAL)
+        pivot, inverse_sum, lse = row_results(row_max, row_sum, HALVED)
         rows_of = batch_head.to(gl.int64) * seqlen_q
         row = row_start + gl.arange(0, ROWS, layout=ROW)
         gl.store(lse_ptr + rows_of + row, lse, mask=row < seqlen_q)

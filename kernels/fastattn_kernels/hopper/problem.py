@@ -68,7 +68,7 @@ def head_descriptor(tensor: Tensor, rows: int, problem: Problem) -> TensorDescri
     return descriptor(tensor, rows, head_block(problem.query.shape[3], problem.value.shape[3]))
 
 
-def _unexpanded(tensor: Tensor, axes: tuple[int, ...] = (0, 1, 2)) -> Tensor:
+def unexpanded(tensor: Tensor, axes: tuple[int, ...] = (0, 1, 2)) -> Tensor:
     """The axes that were expanded, back to size 1."""
     for axis in axes:
         if tensor.stride(axis) == 0 and tensor.shape[axis] > 1:
@@ -79,7 +79,7 @@ def _unexpanded(tensor: Tensor, axes: tuple[int, ...] = (0, 1, 2)) -> Tensor:
 def bias_for_tma(bias: Tensor) -> Tensor:
     """A bias that TMA takes: itself, or a copy with padded rows. Reading it in place, as few bytes at a time as its
     alignment allows, would cost every tile 64 loads a thread."""
-    bias = _unexpanded(bias, (0, 1))  # not the rows: boxes are zero past the only one
+    bias = unexpanded(bias, (0, 1))  # not the rows: boxes are zero past the only one
     if bias.dtype == torch.float64:
         bias = bias.float()
     if suits_tma(bias):
@@ -93,7 +93,7 @@ def bias_of_keys(bias: Tensor | None) -> Argument:
     """A bias that broadcasts over rows and its strides of batch and head; its keys are contiguous."""
     if bias is None:
         return None
-    bias = _unexpanded(bias)
+    bias = unexpanded(bias)
     argument = strided(bias if bias.stride(3) == 1 else bias.contiguous()) or ()
     return argument[:3]
 
@@ -106,9 +106,9 @@ def element_rules(problem: Problem) -> tuple[object, ...]:
         documents = (*(strided(problem.query_documents) or ()), *(strided(problem.key_documents) or ()))
     seqlen_k = problem.key.shape[2]
     if mask is not None:
-        mask = pack_mask(_unexpanded(mask), seqlen_k)
+        mask = pack_mask(unexpanded(mask), seqlen_k)
     if padding is not None:
-        padding = pack_mask(_unexpanded(padding[:, None, None]), seqlen_k, hidden=True)
+        padding = pack_mask(unexpanded(padding[:, None, None]), seqlen_k, hidden=True)
     return _packed(mask), None, _packed(padding), documents, strided(problem.prefix), None, problem.softcap
 
 

@@ -24,7 +24,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 from fastattn_kernels._masking import LOWEST_BIAS
 from fastattn_kernels.attention_problem import Problem
 from fastattn_kernels.attention_tile_map import TileMap
+from fastattn_kernels.hopper._bwd_problem import bias_arguments, rules_of_keys, rules_of_rows
 from fastattn_kernels.hopper.attention_bwd import backward_config, launch_attention_bwd, refusals
+from fastattn_kernels.hopper.attention_fwd import launch_attention_fwd
 from tests.conftest import INTERPRETING
 from tests.kernels.hopper.emulator import emulating
 
@@ -158,7 +160,7 @@ CASES: dict[str, Callable[[], Problem]] = {
         query_documents=document_ids(1, 70), key_documents=document_ids(1, 140),
     ),
 }  # fmt: skip
-NOT_IN_ONE_PASS = ("bias", "bias-float32", "softcap-d128-fp16", "all-at-once")
+NOT_IN_ONE_PASS = ("bias", "bias-float32", "softcap", "softcap-d128-fp16", "all-at-once")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -231,3 +233,46 @@ def test_what_is_masked_out_never_leaks(one_pass: bool) -> None:
 def test_refusals_name_what_they_refuse() -> None:
     assert "head_dim=160" in " ".join(refusals(make_problem(8, 8, 160)))
     assert not refusals(make_problem(8, 8, 128))
+
+
+@pytest.mark.parametrize("least", [-1e8, -1e9])
+@pytest.mark.parametrize("shape", [(1, 1, 70, 80), (1, 1, 1, 80)], ids=["tiles", "of-keys"])
+def test_large_finite_biases_of_all_keys_keep_probabilities_in_proportion(shape: tuple[int, ...], least: float) -> None:
+    """Rows whose every key has one large bias, as padded rows have: forward and backward round the sums alike, or the
+    recomputed probabilities would be off by powers of two."""
+    bias = torch.full(shape, least, dtype=torch.float32)
+    problem = make_problem(70, 80, bias=bias)
+    output = problem.query.new_empty(1, 1, 70, 64)
+    lse, statistics = torch.empty(1, 1, 70), torch.empty(1, 1, 2, 70)
+    with emulating():
+        launch_attention_fwd(problem, output, lse, statistics)
+    pivot, inverse_sum = statistics.unbind(2)
+    products = problem.query.float() @ problem.key.float().mT * (problem.scale * math.log2(math.e))
+    weights = torch.exp2(products + bias * math.log2(math.e) - pivot[..., None]) * inverse_sum[..., None]
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 1, 70), rtol=1e-3, atol=1e-3)
+    d_out = gradient_of_output(problem)
+    gradients = gradients_of(problem, statistics, d_out, output.double(), one_pass=False)
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+    assert gradients[2].float().abs().max() < 100
+
+
+def test_gradients_at_odd_addresses_are_copied() -> None:
+    """Autograd hands over slices of a concatenation: contiguous, and not aligned."""
+    problem = make_problem(70, 80)
+    d_out, statistics = gradient_of_output(problem), statistics_of(problem)
+    output, _ = reference(problem, d_out, torch.float64)
+    expected = gradients_of(problem, statistics, d_out, output, one_pass=False)
+    odd = torch.cat([d_out.new_zeros(1), d_out.reshape(-1)])[1:].view_as(d_out)
+    assert odd.is_contiguous() and odd.data_ptr() % 16
+    for actual, other in zip(gradients_of(problem, statistics, odd, output, one_pass=False), expected, strict=True):
+        assert torch.equal(actual, other)
+
+
+def test_expanded_masks_and_biases_stay_small() -> None:
+    mask = torch.ones(1, 1, 70, 80, dtype=torch.bool).expand(2, 4, 70, 80)
+    problem = make_problem(70, 80, batch=2, heads=4, kv_heads=4, mask=mask)
+    for words, *_ in (rules_of_rows(problem)[0], rules_of_keys(problem)[0]):  # type: ignore[misc]
+        assert words.shape[:2] == (1, 1)
+    of_keys = make_problem(70, 80, batch=2, bias=bias_of(2, 1, 1, 80).expand(2, 1, 70, 80))
+    tiles, _, row_bias = bias_arguments(of_keys)
+    assert tiles is None and row_bias is not None and row_bias[0].shape == (2, 1, 1, 80)  # type: ignore[attr-defined]

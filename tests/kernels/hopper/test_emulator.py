@@ -53,6 +53,10 @@ def seeded(tmp_path, monkeypatch, old, new) -> Any:
 
 
 K_READ = "        scores = warpgroup_mma_wait(1, deps=[scores])\n"
+FENCE = (
+    "        if b_s is not None:\n"
+    "            fence_async_shared()  # the bias has been read before TMA writes there again\n"
+)
 K_RELEASED = "        mbarrier.arrive(k_empty.index(slot), count=1)\n"
 V_READ = "        acc = warpgroup_mma_wait(0, deps=[acc])\n"
 V_RELEASED = "        mbarrier.arrive(v_empty.index(previous), count=1)\n"
@@ -60,7 +64,7 @@ BIAS_READ = "        addends = load_addends(\n            col_start, slot, at, r
 
 # A fault, what stood there, what stands there now.
 WRONG: dict[str, tuple[str, str]] = {
-    "keys_released_before_they_are_read": (K_READ + K_RELEASED, K_RELEASED + K_READ),
+    "keys_released_before_they_are_read": (K_READ + FENCE + K_RELEASED, K_RELEASED + K_READ + FENCE),
     "values_released_before_they_are_read": (V_READ + V_RELEASED, V_RELEASED + V_READ),
     "bias_released_before_it_is_read": (BIAS_READ, K_RELEASED + BIAS_READ),
     "keys_not_waited_for": ("next_parity, pred=count < last", "next_parity, pred=False"),
@@ -78,7 +82,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "product_used_before_it_is_done": (V_READ + V_RELEASED, V_RELEASED),
 }
 DEADLOCKS: dict[str, tuple[str, str]] = {
-    "keys_never_released": (K_READ + K_RELEASED, K_READ),
+    "keys_never_released": (K_READ + FENCE + K_RELEASED, K_READ + FENCE),
     "one_tile_less_loaded_than_read": (
         "for position in range(0, all_visits):", "for position in range(0, all_visits - 1):",
     ),
