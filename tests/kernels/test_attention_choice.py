@@ -190,3 +190,30 @@ def test_gradients_that_may_differ_in_the_last_bit_are_right(device):
         found = gradients()
     for one, other in zip(found, expected):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_describe_says_what_is_refused_by_name(kernels):
+    kernels.reasons = ["it rains"]
+    assert attention.describe(problem(), "gluon").startswith("forward refused: Gluon is asked for (it rains)")
+    kernels.reasons = []
+    weights = attention.WeightsGradient(torch.zeros(1, 4, 4), 2)
+    said = attention.describe(problem(), d_weights=weights)
+    refused = "the gradient of weights is not in the Hopper kernels"
+    assert said == f"forward in Gluon, backward in plain Triton (not in Gluon: {refused})"
+
+
+def test_one_kernel_that_does_not_compile_bars_no_other(kernels):
+    kernels.error = RuntimeError("failed to translate module to LLVM IR")
+    wide = torch.zeros(1, 2, 4, 4)
+    assert kernels.run(bias=wide) == ["plain"]
+    kernels.error = None
+    assert kernels.run(bias=wide) == ["plain"]
+    assert kernels.run(bias=wide.bfloat16()) == kernels.run(bias=wide[:, :, :1]) == kernels.run() == ["gluon"]
+
+
+def test_keys_without_query_heads_have_no_gradient():
+    query, key = torch.zeros(1, 0, 4, 16), torch.zeros(1, 2, 4, 16)
+    dk, dv = torch.full_like(key, 7.0), torch.full_like(key, 7.0)
+    arguments = Problem(query, key, key, scale=1.0), query, query, query, None, query, dk, dv
+    attention.launch_attention_bwd(*arguments)
+    assert not dk.any() and not dv.any()
