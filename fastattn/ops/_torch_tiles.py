@@ -75,7 +75,7 @@ def _entries(inputs: Inputs) -> list[slice]:
     batch = inputs.query.shape[0]
     rules = (inputs.mask, inputs.key_padding_mask, inputs.query_documents, inputs.key_documents, inputs.prefix)
     if all(tensor is None or tensor.shape[0] == 1 for tensor in rules):
-        return [slice(0, batch)] if batch else []
+        return [slice(0, batch)]
     return [slice(b, b + 1) for b in range(batch)]
 
 

@@ -18,6 +18,7 @@ from fastattn_kernels._device import Target, target_of
 from fastattn_kernels.attention_bwd_one_pass import launch_attention_bwd_one_pass, one_pass_refusals
 from fastattn_kernels.attention_problem import Problem, WeightsGradient
 from fastattn_kernels.attention_tile_map import TileMap
+from fastattn_kernels.hopper.config import is_of_keys
 
 Kernels = Literal["auto", "gluon", "triton"]
 Direction = Literal["forward", "backward"]
@@ -79,7 +80,7 @@ def _kind(direction: Direction, problem: Problem, deterministic: bool) -> tuple[
     """What tells apart the kernels that one problem and another need, as far as compiling may fail."""
     present = tuple(value is None for value in (*problem.rules(), problem.lower, problem.upper, problem.sinks))
     bias = problem.bias
-    of_bias = None if bias is None else (bias.dtype, bias.shape[2] == 1 or bias.stride(2) == 0)
+    of_bias = None if bias is None else (bias.dtype, is_of_keys(bias))
     sizes = problem.query.dtype, problem.query.shape[3], problem.value.shape[3]
     return direction, deterministic, *sizes, of_bias, present
 

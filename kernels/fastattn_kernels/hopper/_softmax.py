@@ -1,8 +1,10 @@
 """From products of queries and keys to probabilities, in registers: what is added, what is hidden, online softmax.
 
 A warpgroup holds ``[64, BLOCK_N]`` scores. They stay products as long as they can, and ``unit`` brings them to base 2
-in the multiply-add of the exponent. A bias ends that: then they are scores in natural units, and the exponent costs a
-subtraction and a multiplication. In base 2, a bias near the lowest float32 would be -inf, and it has to stay finite.
+in the multiply-add of the exponent. A bias ends that: then they are scores in half of base 2, and the exponent costs a
+subtraction and a multiplication. In base 2, a bias near the lowest float32 would be -inf, and it has to stay finite; in
+natural units, sums with a large bias would be rounded at other places than where others recompute them from the
+statistics, in base 2: one of -1e8 for all keys of a row moved their exponents by 16.
 """
 
 from triton.experimental.gluon import language as gl
