@@ -10,7 +10,7 @@ from torch import Tensor
 from fastattn.ops import _additive_autograd
 from fastattn.ops._additive_blocks import block_elements
 from fastattn.ops._additive_call import AdditiveCall
-from fastattn.ops._torch_backend import is_eager_on_cpu
+from fastattn.ops._tracing import is_eager_on_cpu
 from fastattn.reference import visibility
 from fastattn.reference.attention import NEGATIVE_INFINITY
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.ops._norm_call import NormCall
-from fastattn.ops._torch_backend import is_eager_on_cpu, is_traced, saved_tensors
+from fastattn.ops._tracing import is_eager_on_cpu, is_traced, saved_tensors
 from fastattn.reference import add_norm
 
 _HALF = (torch.float16, torch.bfloat16)

@@ -1,253 +1,86 @@
-"""The torch backend: ``F.scaled_dot_product_attention`` where it can express the call, else blocks of plain torch."""
+"""The torch backend: ``F.scaled_dot_product_attention`` where it can express the call, else plain torch.
+
+Eager calls on a CPU take the first of four paths that serves them, in memory linear in the length:
+
+* ``_torch_tiles``: torch's kernel over the keys that each tile of rows may see, in evaluation;
+* ``_torch_sdpa``: torch's kernel over the whole call;
+* ``_torch_formula``: the textbook, for small calls with weights or dropout;
+* ``_torch_blocks``, behind the operators: everything, a block of rows at a time.
+
+A path that finds, at a look at the numbers, that it would be wrong or slow leaves the call to the next. In a graph, under
+``torch.func`` and on other devices nothing looks at numbers, and SDPA and the operators share the calls.
+"""
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.ops import _autograd, _torch_blocks, _torch_tiles
+from fastattn.ops import _autograd, _torch_dropout, _torch_formula, _torch_sdpa, _torch_tiles
 from fastattn.ops._call import AttentionCall
-from fastattn.reference import visibility
-from fastattn.reference.attention import NEGATIVE_INFINITY
+from fastattn.ops._tracing import is_eager_on_cpu, is_traced, is_transformed
 
 
 def describe(call: AttentionCall) -> str:
-    """Which of the four forms the call takes."""
-    if _tiles_serve(call):
-        return "F.scaled_dot_product_attention, over the keys that each tile of rows may see if that leaves out many"
-    if _sdpa_can(call):
-        return "F.scaled_dot_product_attention"
-    if _is_small(call):
-        return "the formula in plain torch (weights are asked for, and the scores fit one block)"
-    why = "weights or LSE are asked for" if call.is_plain else "F.scaled_dot_product_attention has not all of its terms"
-    return f"plain torch in blocks of rows ({why})"
+    """Which of the paths the call takes."""
+    sdpa, looks = "F.scaled_dot_product_attention", _may_look(call)
+    if looks and _torch_tiles.takes(call):
+        return f"{sdpa}, over the keys that each tile of rows may see if that leaves out many"
+    if _torch_sdpa.takes(call) if looks else _sdpa_serves_unseen(call):
+        return sdpa
+    if looks and _torch_formula.takes(call):
+        return "the formula in plain torch (weights or dropout are asked for, and the scores fit one block)"
+    if not call.is_plain:
+        return f"plain torch in blocks of rows ({sdpa} has not all of its terms)"
+    if call.weights != "none" or call.return_lse:
+        return "plain torch in blocks of rows (weights or LSE are asked for)"
+    return f"plain torch in blocks of rows ({sdpa} would make all scores, or a mask as large)"
 
 
 def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(output, weights or None, lse or None)``."""
-    if (
-        _tiles_serve(call)
-        and (output := _torch_tiles.run(call, *_autograd.operands(call, None, "torch"), _sdpa)) is not None
-    ):
-        return output, None, None
-    if _sdpa_can(call):
-        if call.dropout_p == 0.0 and _is_transformed_on_cpu(call.query):
-            return _autograd.apply(call, None, "torch")
-        return _sdpa(call), None, None
-    keep = None
-    if call.dropout_p > 0.0:
-        # Drawn whole, as nn.MultiheadAttention draws it, so that one seed gives the same dropout in both.
-        shape = (*call.query.shape[:3], call.key.shape[2])
-        keep = torch.empty(shape, dtype=torch.bool, device=call.query.device).bernoulli_(1.0 - call.dropout_p)
-    if _is_small(call):
-        output, weights, trusted = _formula(call, keep)
-        if trusted:
-            return output, weights, None
+    if not _may_look(call):
+        return _run_unseen(call)
+    if _torch_sdpa.takes(call) and not _torch_sdpa.hides(call):
+        return _torch_sdpa.attend(_torch_sdpa.without_keys_past_the_diagonal(call), None), None, None
+    by_tiles, whole = _torch_tiles.takes(call), _torch_sdpa.takes(call)
+    if (by_tiles or whole) and _torch_sdpa.is_tame(call):
+        output = None
+        if by_tiles:
+            output = _torch_tiles.run(call, *_autograd.operands(call, None, "torch"), may_decline=whole)
+        if output is None and whole:
+            output = _torch_sdpa.run(call)
+        if output is not None:
+            return output, None, None
+    keep = None if call.dropout_p == 0.0 else _torch_dropout.draw(call.query, call.key.shape[2], call.dropout_p)
+    if _torch_formula.takes(call) and (found := _torch_formula.run(call, keep)) is not None:
+        return *found, None
     return _autograd.apply(call, keep, "torch")
 
 
-def _tiles_serve(call: AttentionCall) -> bool:
-    return _torch_tiles.can_run(call) and is_eager_on_cpu(call.query) and torch.autograd.forward_ad._current_level < 0
+def _may_look(call: AttentionCall) -> bool:
+    """Is this a call whose numbers may be looked at, and whose derivatives are those of reverse mode?"""
+    return is_eager_on_cpu(call.query) and torch.autograd.forward_ad._current_level < 0
 
 
-def is_eager_on_cpu(tensor: Tensor) -> bool:
-    """Is this a plain call on the CPU, that nothing traces or transforms, so that looking at numbers is allowed?"""
-    return (
-        tensor.device.type == "cpu"
-        and type(tensor) is Tensor
-        and not is_traced()
-        and not torch._C._are_functorch_transforms_active()
-    )
+def _run_unseen(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """:func:`run` for graphs, ``torch.func``, forward mode and other devices."""
+    if _sdpa_serves_unseen(call):
+        return _torch_sdpa.run_unseen(call), None, None
+    keep = None if call.dropout_p == 0.0 else _torch_dropout.draw(call.query, call.key.shape[2], call.dropout_p)
+    return _autograd.apply(call, keep, "torch")
 
 
-def is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or bool(torch._C._len_torch_dispatch_stack())
-
-
-def _sdpa_can(call: AttentionCall) -> bool:
-    return call.weights == "none" and not call.return_lse and call.is_plain
-
-
-# ------------------------------------------------------------------------------------------------------ small calls
-
-
-def _is_small(call: AttentionCall) -> bool:
-    """Does the formula serve? The operators, their autograd rules and their caution cost more than a small call."""
-    query, key = call.query, call.key
-    return (
-        not call.return_lse
-        and call.is_plain
-        and query.shape[1] == key.shape[1]
-        and 0 < query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] <= _torch_blocks.BLOCK_ELEMENTS
-        and is_eager_on_cpu(query)
-    )
-
-
-def _formula(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor, bool]:
-    """Output and weights by the textbook, and whether to trust them: rows that see nothing, and NaN or inf in what is
-    hidden, show in the sum and are left to the blocks."""
-    mask, shape = _merged_mask(call), call.query.shape[:3]
-    # flat, because a product of 4-D tensors is the same product under six more nodes of autograd
-    query, key, value = (t.flatten(0, 1) for t in (call.query * call.scale, call.key, call.value))
-    if mask is None:
-        scores = torch.bmm(query, key.mT)
-    else:
-        if mask.dtype == torch.bool:  # added, not filled in: filling takes as long as a product
-            mask = torch.where(mask, 0.0, NEGATIVE_INFINITY).to(query.dtype)
-        if mask.shape[:2] == (1, 1):
-            scores = torch.baddbmm(mask.squeeze(0), query, key.mT)
-        else:
-            scores = (torch.bmm(query, key.mT).view(*shape, -1) + mask).flatten(0, 1)
-    weights = torch.softmax(scores, dim=-1)
-    if keep is not None:
-        weights = weights * keep.flatten(0, 1) * (1.0 / (1.0 - call.dropout_p) if call.dropout_p < 1.0 else 0.0)
-    output = torch.bmm(weights, value).view(*shape, -1)
-    weights = weights.view(*shape, -1)
-    trusted = mask is None or math.isfinite(output.detach().sum().item() + call.key.detach().sum().item())
-    return output, weights.mean(dim=1) if call.weights == "average" else weights, trusted
-
-
-# ------------------------------------------------------------------------------------------------------------- SDPA
-
-
-def _sdpa(call: AttentionCall) -> Tensor:
-    call = _without_keys_past_the_diagonal(call)
-    key, value, mask = call.key, call.value, _merged_mask(call)
-    if mask is not None and not _is_known_finite(key, value):
-        key, value = _without_unseen(key, value, mask)
-    query, scale = call.query, call.scale
-    if scale <= 0.0:  # torch's CPU kernel scales what it has hidden: -inf * 0 is NaN, and -inf * -1 everything
-        query, scale = (-query, -scale) if scale < 0.0 else (query * 0.0, 1.0)
-    if query.device.type == "cpu" and call.dropout_p == 0.0:
-        query, key, value = _as_the_cpu_kernel_takes_them(query, key, value)
-    output = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        dropout_p=call.dropout_p,
-        is_causal=call.upper is not None and mask is None,
-        scale=scale,
-        # A branch, and not the comparison: under torch.jit.trace that is a tensor, in a dynamic graph a SymBool.
-        **({"enable_gqa": True} if call.query.shape[1] != call.key.shape[1] else {}),
-    )
-    output = _twice_differentiable(output)  # before it is cut: the hook is on the kernel's own node
-    return output if output.shape[3] == call.value.shape[3] else output[..., : call.value.shape[3]]
-
-
-def _as_the_cpu_kernel_takes_them(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-    """The three with the elements of a row side by side, and all rows as wide.
-
-    Others go to a form of SDPA that makes all scores: for a feature map with channels first, of positions times
-    positions. Zeros behind a row change no score, and those behind a value are columns of zeros in the output. At 2304
-    positions this takes 18 ms (D = Dv = 32; D 4, Dv 16: 9), that form 42 (35), blocks of rows 29 (17); rows have to
-    differ eightfold in width before either is faster.
-    """
-    width = max(query.shape[3], value.shape[3])
-    taken = [t if t.shape[3] == width else F.pad(t, (0, width - t.shape[3])) for t in (query, key, value)]
-    # not .contiguous(), to which a row of one element is contiguous whatever its stride
-    return [t if t.stride(3) == 1 else t.clone(memory_format=torch.contiguous_format) for t in taken]
-
-
-def _is_transformed_on_cpu(tensor: Tensor) -> bool:
-    """Is this a call under ``torch.func`` or in forward mode, for which SDPA's CPU kernel has no rules?"""
-    return (
-        tensor.device.type == "cpu"
-        and not is_traced()
-        and (torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0)
-    )
-
-
-def _twice_differentiable(output: Tensor) -> Tensor:
-    """``output`` of SDPA, whose gradient, where it came from the CPU kernel, has a gradient too.
-
-    torch has none for that kernel's backward. A hook costs a training step 10 to 20 microseconds; a Function of our own
-    in the kernel's place costs 30.
-    """
-    if output.device.type == "cpu" and not is_traced():
-        node = output.grad_fn
-        if node is not None and node.name() == "ScaledDotProductFlashAttentionForCpuBackward0":
-            node.register_hook(_differentiable_gradients)
-    return output
-
-
-def _differentiable_gradients(
-    d_inputs: tuple[Tensor | None, ...], d_outputs: tuple[Tensor | None, ...]
-) -> tuple[Tensor | None, ...] | None:
-    """In the place of the CPU kernel's gradients, those of our operators, where somebody may differentiate them."""
-    if not torch.is_grad_enabled() or d_outputs[0] is None:
-        return None
-    node: Any = torch._C._current_autograd_node()
-    query, key, value, bias = saved_tensors(node, "query", "key", "value", "attn_mask")
-    call = AttentionCall(
-        *(t.view_as(t) for t in (query, key, value)),  # one tensor may be all three, or made from another
-        bias=bias,
-        upper=0 if node._saved_is_causal else None,
-        scale=1.0 / math.sqrt(query.shape[-1]) if node._saved_scale is None else node._saved_scale,
-    )
-    wanted = [t for t, d_input in zip((call.query, call.key, call.value, bias), d_inputs) if d_input is not None]
-    output, _, _ = _autograd.apply(call, None, "torch")
-    found = iter(torch.autograd.grad([output], wanted, [d_outputs[0]], create_graph=True))
-    return tuple(None if d_input is None else next(found) for d_input in d_inputs)
-
-
-def saved_tensors(node: Any, *names: str) -> list[Tensor]:
-    """What a node of autograd saved, read in a backward pass of its own: checkpointing unpacks a tensor once a pass."""
-    found: list[Tensor] = []
-    leaf = torch.zeros((), requires_grad=True)
-    leaf.register_hook(lambda _: found.extend(getattr(node, f"_saved_{name}") for name in names))
-    torch.autograd.grad(leaf * 1, leaf)
-    return found
-
-
-def _without_keys_past_the_diagonal(call: AttentionCall) -> AttentionCall:
-    """Cut off the keys that no query may see: less work, and their NaN and inf are out of the way."""
-    if call.upper is None or call.query.shape[2] == call.key.shape[2]:
-        return call
-    stop = max(0, call.query.shape[2] + call.upper)
-    if stop >= call.key.shape[2]:
-        return call
-    bias, mask = (t if t is None or t.shape[3] == 1 else t[..., :stop] for t in (call.bias, call.mask))
-    padding = call.key_padding_mask
-    return call._replace(
-        key=call.key[:, :, :stop],
-        value=call.value[:, :, :stop],
-        bias=bias,
-        mask=mask,
-        key_padding_mask=None if padding is None else padding[:, :stop],
-    )
-
-
-def _is_known_finite(key: Tensor, value: Tensor) -> bool:
-    """Where looking is cheap and allowed: do key and value hold numbers alone?"""
-    return is_eager_on_cpu(key) and math.isfinite((key.detach().sum() + value.detach().sum()).item())
-
-
-def _without_unseen(key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Key and value, zero where no query may see them: 0 * NaN is NaN."""
-    visible = mask if mask.dtype == torch.bool else mask != NEGATIVE_INFINITY
-    unseen = ~visible.any(dim=-2)  # [B | 1, H | 1, S | 1]
-    if unseen.shape[1] not in (1, key.shape[1]):
-        unseen = unseen.unflatten(1, (key.shape[1], -1)).all(dim=2)
-    return key.masked_fill(unseen[..., None], 0), value.masked_fill(unseen[..., None], 0)
-
-
-def _merged_mask(call: AttentionCall) -> Tensor | None:
-    """One mask for torch, or None where there is none or SDPA's own ``is_causal`` says all."""
-    query, key, padding = call.query, call.key, call.key_padding_mask
-    visible = call.mask
-    if padding is not None:
-        unpadded = ~padding[:, None, None, :]
-        visible = unpadded if visible is None else visible & unpadded
-    alone = visible is None and call.bias is None
-    if call.upper is not None and not (alone and call.upper == 0 and _sdpa_can(call)):
-        below = visibility(query.shape[2], key.shape[2], upper=call.upper, device=query.device)
-        visible = below if visible is None else visible & below
-    if call.bias is None:
-        return visible
-    bias = call.bias.to(query.dtype)
-    return bias if visible is None else torch.where(visible, bias, NEGATIVE_INFINITY)
+def _sdpa_serves_unseen(call: AttentionCall) -> bool:
+    """Does SDPA have words for the call, and right derivatives of every kind that may be asked for?"""
+    if not _torch_sdpa.can_express(call):
+        return False
+    on_cpu, bias = call.device.type == "cpu", call.bias
+    if on_cpu and call.dropout_p == 0.0 and not is_traced() and is_transformed():
+        return False  # SDPA's CPU kernel has no rules for them
+    if bias is None:
+        return True
+    if bias.dtype != call.query.dtype and not (on_cpu and bias.dtype == torch.float32):
+        return False
+    # all keys of a row may carry a large bias, beside which the CPU kernel's gradients are wrong
+    return not (on_cpu and torch.is_grad_enabled() and any(t.requires_grad for t in call[:3]))

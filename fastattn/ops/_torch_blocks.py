@@ -1,11 +1,17 @@
 """Attention in plain torch, a block of rows at a time, so that the [B, H, L, S] intermediates are never whole.
 
 The torch backend's answer where ``F.scaled_dot_product_attention`` has none: weights, the LSE, windows, documents,
-ALiBi, softcap, sinks, and the gradients of all of them. On a CPU the matrix products bound it, and the rest is arranged
-to stay small beside them: query heads that share a key head are rows of one product; keys that no row of a block may
-see are left out of it, so that a causal call does about half the work and one with a window about the window's; what
-hides the other keys is added, since filling it in takes as long as a product; and booleans are read as bytes, which
-torch reduces and converts five to ten times faster.
+ALiBi, softcap, sinks, the gradients of all of them, and masks that torch would first expand to ``[L, S]``. On a CPU the
+matrix products bound it, and the rest is arranged to stay small beside them: query heads that share a key head are rows
+of one product; keys that no row of a block may see are left out of it, so that a causal call does about half the work
+and one with a window about the window's; what hides the other keys is added, since filling it in takes as long as a
+product; and booleans are read as bytes, which torch reduces and converts five to ten times faster.
+
+Everything is computed in float32, or in float64 where the query or something that is added to the scores is float64.
+
+NaN, inf, and finite numbers whose products overflow may lie where a mask hides them. ``0 * NaN`` is NaN, so they would
+show in what is computed. Both passes therefore look at their results, and where one is not finite and something is
+hidden, they run again in a careful form, in which a weight of 0 makes 0 of whatever it multiplies.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.ops import _torch_dropout
 from fastattn.ops._contract import Inputs, Options, empty_in_order_of, statistics_dtype, weights_shape
 from fastattn.reference import distances, visibility
 from fastattn.reference.attention import NEGATIVE_INFINITY
@@ -68,9 +75,14 @@ class Block(NamedTuple):
         return tensor[self.place_in(tensor, axes)]
 
     def cut(self, inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
-        """The call that this block is by itself. A dropout state has to be the kept weights."""
+        """The call that this block is by itself; its dropout state is the block's kept weights."""
         own: list[Any] = [t if t is None else self.of(t, axes) for t, axes in zip(inputs, INPUT_AXES)]
         tensors = Inputs(*own)
+        if tensors.dropout_state is not None and _torch_dropout.is_seed(tensors.dropout_state):
+            kept = _torch_dropout.kept(
+                tensors.dropout_state, options.dropout_p, inputs.query.shape[1], self.batch, self.rows, self.keys
+            )
+            tensors = tensors._replace(dropout_state=kept)
         row, key = self.rows.start, self.keys.start
         if tensors.prefix is not None and key:
             tensors = tensors._replace(prefix=tensors.prefix - key)
@@ -134,7 +146,7 @@ def keys_of_band(inputs: Inputs, options: Options, block: Block, looks: bool) ->
 def _keys_of_masks(inputs: Inputs, options: Options, block: Block) -> slice:
     """From the first to the last of the block's keys that every mask lets some row of it see."""
     start, stop = block.keys.start, block.keys.stop
-    for visible in _masks(block.cut(inputs, options)[0]):
+    for visible in _masks(block.cut(inputs._replace(dropout_state=None), options)[0]):
         if visible.shape[3] != 1:
             seen = visible.view(torch.uint8).amax((0, 1, 2)).nonzero()
             if not len(seen):
@@ -162,56 +174,68 @@ def _hides(inputs: Inputs, options: Options) -> bool:
     return any(argument is not None for argument in hiding)
 
 
-def _prepare(inputs: Inputs, options: Options) -> tuple[Inputs, bool]:
-    """The inputs without NaN and inf that nobody sees (0 * NaN would be NaN), and whether no score is NaN or inf, so
-    that keys may be hidden by adding -inf."""
-    query, key, value = inputs.query, inputs.key, inputs.value
-    if not _hides(inputs, options) or bool(torch.isfinite(query.sum() + key.sum() + value.sum())):
-        return inputs, True
-    seen = _seen_by_somebody(inputs, options)
-    return inputs._replace(key=torch.where(seen, key, 0), value=torch.where(seen, value, 0)), False
+def _visible(own: Inputs, options: Options) -> Tensor:
+    """Boolean ``[b | 1, H | 1, n, s]``: who sees whom in a block, additive masks of ``-inf`` included."""
+    visible = visibility(
+        own.query.shape[2],
+        own.key.shape[2],
+        lower=options.lower,
+        upper=options.upper,
+        prefix=own.prefix,
+        mask=own.mask,
+        key_padding_mask=own.key_padding_mask,
+        query_documents=own.query_documents,
+        key_documents=own.key_documents,
+        device=own.query.device,
+    )
+    return visible if own.bias is None else visible & (own.bias != NEGATIVE_INFINITY)
 
 
-def _seen_by_somebody(inputs: Inputs, options: Options) -> Tensor:
-    """Boolean ``[B | 1, Hk | 1, S, 1]``."""
-    (batch, heads, length), (kv_heads, keys) = inputs.query.shape[:3], inputs.key.shape[1:3]
-    seen = torch.zeros(1, 1, keys, dtype=torch.bool, device=inputs.key.device)
-    rows = max(1, BLOCK_ELEMENTS // max(1, batch * heads * keys))
-    for row in range(0, length, rows):
-        block = Block(slice(0, batch), slice(row, min(row + rows, length)), slice(0, keys))
-        own, rules = block.cut(inputs._replace(dropout_state=None), options)
-        visible = visibility(
-            own.query.shape[2],
-            keys,
-            lower=rules.lower,
-            upper=rules.upper,
-            prefix=own.prefix,
-            mask=own.mask,
-            key_padding_mask=own.key_padding_mask,
-            query_documents=own.query_documents,
-            key_documents=own.key_documents,
-            device=seen.device,
-        )
-        if own.bias is not None:
-            visible = visible & (own.bias != NEGATIVE_INFINITY)
-        seen = seen | visible.any(dim=-2)  # [B | 1, H | 1, S]
-    if seen.shape[1] not in (1, kv_heads):
-        seen = seen.unflatten(1, (kv_heads, -1)).any(dim=2)
-    return seen[..., None]
+def _all_finite(*tensors: Tensor) -> bool:
+    """Do the tensors hold finite numbers alone, whose sum is one too?"""
+    return math.isfinite(sum(t.sum(dtype=statistics_dtype(t.dtype)).item() for t in tensors))
+
+
+def _product(left: Tensor, right: Tensor, careful: bool) -> Tensor:
+    """``left @ right``; if ``careful``, a 0 on the left makes 0 of NaN and inf on the right, which is how a hidden pair
+    takes no part in a sum over pairs."""
+    finite = right.isfinite() if careful else None
+    if finite is None or bool(finite.all()):
+        return torch.bmm(left, right)
+    result = torch.bmm(left, right.where(finite, 0))
+    above, below = (left > 0).to(right.dtype), (left < 0).to(right.dtype)
+    plus, minus = (right == math.inf).to(right.dtype), (right == NEGATIVE_INFINITY).to(right.dtype)
+    result = torch.where(torch.bmm(above, plus) + torch.bmm(below, minus) > 0, result + math.inf, result)
+    result = torch.where(torch.bmm(above, minus) + torch.bmm(below, plus) > 0, result - math.inf, result)
+    return torch.where(torch.bmm(above + below, right.isnan().to(right.dtype)) > 0, math.nan, result)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, careful: bool) -> None:
+    """``total += left @ right``, as :func:`_product` takes it."""
+    if careful:
+        total += _product(left, right, careful)
+    else:
+        total.baddbmm_(left, right)
 
 
 # ----------------------------------------------------------------------------------------------------- one block's work
 
 
-def _heads_as_rows(tensor: Tensor, kv_heads: int) -> Tensor:
+def _compute_dtype(inputs: Inputs) -> torch.dtype:
+    """What a block is computed in. Products of 16-bit tensors would round scores to 16 bits, a tenth of a unit at 30,
+    and overflow float16 at 65504; torch's own kernel keeps them in float32 too. On a CPU the conversion costs large
+    blocks a tenth of their time and makes small ones three times as fast, as float16 and bfloat16 have no fast path."""
+    dtype = statistics_dtype(inputs.query.dtype)
+    for added in (inputs.bias, inputs.alibi_slopes):
+        if added is not None:
+            dtype = torch.promote_types(dtype, added.dtype)
+    return dtype
+
+
+def _heads_as_rows(tensor: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
     """``[B, H, n, D]`` as ``[B * Hk, H / Hk * n, D]``: the query heads of one key head under one another."""
     batch, heads, rows, size = tensor.shape
-    return _computable(tensor.reshape(batch * kv_heads, heads // kv_heads * rows, size))
-
-
-def _computable(tensor: Tensor) -> Tensor:
-    """In the dtype of the products: float16 ones have no fast path on CPUs (25 times slower than float32)."""
-    return tensor.float() if tensor.dtype == torch.float16 and tensor.device.type == "cpu" else tensor
+    return tensor.reshape(batch * kv_heads, heads // kv_heads * rows, size).to(dtype)
 
 
 def _products(queries: Tensor, keys: Tensor, own: Inputs, options: Options) -> tuple[Tensor, Tensor | None]:
@@ -230,14 +254,15 @@ def _distances(scores: Tensor, options: Options) -> Tensor:
     return distances(scores.shape[2], scores.shape[3], options.shift, scores.device).to(dtype)
 
 
-def _masked(scores: Tensor, own: Inputs, options: Options, finite: bool) -> Tensor:
-    """The scores, in place, with what is added to them, and ``-inf`` where the row may not see the key."""
+def _masked(scores: Tensor, own: Inputs, options: Options, visible: Tensor | None) -> Tensor:
+    """The scores, in place, with what is added to them, and ``-inf`` where the row may not see the key. In the careful
+    form ``visible`` says where that is; otherwise the masks are added, which is right while all scores are finite."""
     if own.bias is not None:
-        scores.add_(own.bias)
-        if not finite:
-            scores.masked_fill_(own.bias == NEGATIVE_INFINITY, NEGATIVE_INFINITY)
+        scores.add_(own.bias if visible is None else own.bias.where(visible, 0))
     if own.alibi_slopes is not None:
         scores.sub_(own.alibi_slopes[..., None, None] * _distances(scores, options))
+    if visible is not None:
+        return scores.masked_fill_(~visible, NEGATIVE_INFINITY)
     rows, keys = scores.shape[2:]
     if options.upper is not None:
         start = max(0, options.upper + 1)  # the first key that the first row may not see
@@ -249,24 +274,21 @@ def _masked(scores: Tensor, own: Inputs, options: Options, finite: bool) -> Tens
                 prefix=None if own.prefix is None else own.prefix - start,
                 device=scores.device,
             )
-            _hide(scores[..., start:], seen, finite)
+            _hide(scores[..., start:], seen)
     if options.lower is not None:
         stop = min(keys, rows - 1 + options.lower)  # one past the last key that the last row may not see
         if stop > 0:
             seen = visibility(rows, stop, lower=options.lower, prefix=own.prefix, device=scores.device)
-            _hide(scores[..., :stop], seen, finite)
-    for visible in _masks(own):
-        _hide(scores, visible, finite)
+            _hide(scores[..., :stop], seen)
+    for seen in _masks(own):
+        _hide(scores, seen)
     return scores
 
 
-def _hide(scores: Tensor, visible: Tensor, finite: bool) -> None:
-    """Make ``-inf`` what is not visible, in place."""
-    if finite:
-        # 1 - 1/x maps 1 to 0 and 0 to -inf
-        scores.add_(visible.view(torch.uint8).to(scores.dtype).reciprocal_().neg_().add_(1))
-    else:
-        scores.masked_fill_(~visible, NEGATIVE_INFINITY)
+def _hide(scores: Tensor, visible: Tensor) -> None:
+    """Make ``-inf`` of finite scores that are not visible, in place."""
+    # 1 - 1/x maps 1 to 0 and 0 to -inf
+    scores.add_(visible.view(torch.uint8).to(scores.dtype).reciprocal_().neg_().add_(1))
 
 
 def _softmax(scores: Tensor, empty: Tensor | None) -> Tensor:
@@ -275,15 +297,21 @@ def _softmax(scores: Tensor, empty: Tensor | None) -> Tensor:
     return p.masked_fill_(empty, 0) if empty is not None and bool(empty.any()) else p
 
 
-def _keys_share(top: Tensor, peak: Tensor, sinks: Tensor, dtype: torch.dtype) -> Tensor:
-    """How much of each row's denominator is the keys', ``[b, H, n, 1]``, from the row's largest score and weight."""
-    sink = (sinks[..., None, None].to(dtype) - top.to(dtype)).exp() * peak.to(dtype)  # relative to the keys' sum
-    return sink.nan_to_num_(nan=0.0, posinf=math.inf).add_(1).reciprocal_()  # NaN: the row sees nothing
+def _sink_over_keys(top: Tensor, peak: Tensor, sinks: Tensor) -> Tensor:
+    """How large the sink's term of each row's denominator is beside those of the keys together, ``[b, H, n, 1]``, from
+    the row's largest score and largest weight; inf in a row that sees no key."""
+    ratio = (sinks[..., None, None].to(top.dtype) - top).exp() * peak
+    return ratio.nan_to_num_(nan=math.inf, posinf=math.inf)  # NaN: inf * 0, where no key is seen
 
 
 def _dropped(weights: Tensor, own: Inputs) -> Tensor:
     """The weights that dropout keeps, not yet scaled up."""
     return weights if own.dropout_state is None else weights * own.dropout_state.view(torch.uint8)
+
+
+def _cleared(gradient: Tensor, visible: Tensor | None) -> Tensor:
+    """In the careful form the gradient, in place, with 0 where the row may not see the key."""
+    return gradient if visible is None else gradient.masked_fill_(~visible, 0)
 
 
 def _keep_scale(options: Options) -> float:
@@ -294,16 +322,22 @@ def _keep_scale(options: Options) -> float:
 
 
 def dropout_keep(inputs: Inputs, options: Options) -> Tensor:
-    """Boolean ``[B, H, L, S]``: here the dropout state itself."""
+    """What :meth:`Block.cut` makes the kept weights of a block from: here the dropout state itself."""
     assert inputs.dropout_state is not None
     return inputs.dropout_state
 
 
 def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(output, lse, weights, the LSE again)``; the contract of ``fastattn::attention_forward``."""
-    inputs, finite = _prepare(inputs, options)
+    results = _forward(inputs, options, careful=False)
+    if _hides(inputs, options) and not _all_finite(results[0]):
+        results = _forward(inputs, options, careful=True)
+    return *results, results[1].clone()  # an operator's outputs may not be one
+
+
+def _forward(inputs: Inputs, options: Options, careful: bool) -> tuple[Tensor, Tensor, Tensor]:
     query, sinks, statistics = inputs.query, inputs.sinks, statistics_dtype(inputs.query.dtype)
-    heads, kv_heads = query.shape[1], inputs.key.shape[1]
+    compute, heads, kv_heads = _compute_dtype(inputs), query.shape[1], inputs.key.shape[1]
     hides, looks, keep_scale = _hides(inputs, options), query.device.type == "cpu", _keep_scale(options)
     output = empty_in_order_of(query, (*query.shape[:3], inputs.value.shape[3]))
     lse = query.new_full(query.shape[:3], math.nan, dtype=statistics)
@@ -313,34 +347,36 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, T
         lse.copy_(sinks[..., None]) if sinks is not None else lse.fill_(NEGATIVE_INFINITY)
 
     for batch in batches(inputs, options):
-        keys, values = (_heads_as_rows(t[batch], kv_heads) for t in (inputs.key, inputs.value))
+        keys, values = (_heads_as_rows(t[batch], kv_heads, compute) for t in (inputs.key, inputs.value))
         for block in blocks(inputs, options, batch, looks=looks):
             own, rules = block.cut(inputs, options)
-            queries = _heads_as_rows(own.query, kv_heads) * options.scale
+            queries = _heads_as_rows(own.query, kv_heads, compute) * options.scale
+            visible = _visible(own, rules) if careful else None
             scores, _ = _products(queries, keys[:, block.keys], own, rules)
-            scores = _masked(scores, own, rules, finite)
+            scores = _masked(scores, own, rules, visible)
             measured = options.keeps_statistics or sinks is not None
             top = scores.amax(dim=-1, keepdim=True) if hides or measured else scores[..., :1]
             p = _softmax(scores, top == NEGATIVE_INFINITY if hides else None)
             if measured:
                 # exp(top - lse) is the row's largest weight, or 0 in a row that sees nothing
                 peak = p.amax(dim=-1, keepdim=True)
-                block_lse = top.to(statistics) - peak.to(statistics).where(peak > 0, 1).log()
+                block_lse = top - peak.where(peak > 0, 1).log()
                 if own.sinks is not None:
-                    block_lse = torch.logaddexp(block_lse, own.sinks[..., None, None].to(statistics))
-                    p.mul_(_keys_share(top, peak, own.sinks, statistics))
-                lse[batch, :, block.rows] = block_lse.squeeze(-1)
+                    block_lse = torch.logaddexp(block_lse, own.sinks[..., None, None].to(compute))
+                    p.mul_(_sink_over_keys(top, peak, own.sinks).add_(1).reciprocal_())
+                lse[batch, :, block.rows] = block_lse.squeeze(-1).to(statistics)
 
             p = _dropped(p, own)
-            rows_out = torch.bmm(p.view(*queries.shape[:2], -1), values[:, block.keys])
+            rows_out = _product(p.view(*queries.shape[:2], -1), values[:, block.keys], careful)
             if inputs.dropout_state is not None:
                 rows_out *= keep_scale
-            output[batch, :, block.rows] = rows_out.view(*p.shape[:3], -1)
+            output[batch, :, block.rows] = rows_out.view(*p.shape[:3], -1).to(output.dtype)
             if options.weights == "average":
-                weights[batch, block.rows, block.keys] = p.sum(dim=1).mul_(keep_scale / heads)
+                weights[batch, block.rows, block.keys] = p.sum(dim=1).mul_(keep_scale / heads).to(weights.dtype)
             elif options.weights == "heads":
-                weights[batch, :, block.rows, block.keys] = p if inputs.dropout_state is None else p.mul_(keep_scale)
-    return output, lse, weights, lse.clone()  # an operator's outputs may not be one
+                p = p if inputs.dropout_state is None else p.mul_(keep_scale)
+                weights[batch, :, block.rows, block.keys] = p.to(weights.dtype)
+    return output, lse, weights
 
 
 def backward(
@@ -352,10 +388,23 @@ def backward(
     options: Options,
 ) -> tuple[Tensor, ...]:
     """``(dq, dk, dv, d_bias, d_slopes, d_sinks)``; the contract of ``fastattn::attention_backward``."""
-    inputs, finite = _prepare(inputs, options)
+    results = _backward(gradients, lse, needs, inputs, options, careful=False)
+    if _hides(inputs, options) and not _all_finite(*results):
+        results = _backward(gradients, lse, needs, inputs, options, careful=True)
+    return results
+
+
+def _backward(
+    gradients: tuple[Tensor, Tensor | None, Tensor | None],
+    lse: Tensor,
+    needs: tuple[bool, bool, bool],
+    inputs: Inputs,
+    options: Options,
+    careful: bool,
+) -> tuple[Tensor, ...]:
     d_output, d_lse, d_weights = gradients
     query, sinks, statistics = inputs.query, inputs.sinks, statistics_dtype(inputs.query.dtype)
-    heads, kv_heads = query.shape[1], inputs.key.shape[1]
+    compute, heads, kv_heads = _compute_dtype(inputs), query.shape[1], inputs.key.shape[1]
     hides, looks, keep_scale = _hides(inputs, options), query.device.type == "cpu", _keep_scale(options)
     d_query, d_key, d_value = (empty_in_order_of(t, tuple(t.shape)) for t in inputs[:3])
     if hides or not (d_query.numel() and d_key.numel()):
@@ -364,42 +413,46 @@ def backward(
         t.new_zeros(t.shape, dtype=torch.promote_types(t.dtype, statistics)) if needed and t is not None else None
         for t, needed in zip((inputs.bias, inputs.alibi_slopes, sinks), needs)
     )
-    # what a row's sink takes from its keys: the mean of dP under the weights
-    means = None if d_sinks is None else torch.zeros_like(lse)
+    # Of a sink's gradient: its weight in each row, 1 where the row sees no key, and the mean of dP under the keys' weights
+    sink_weight, means = (None, None) if d_sinks is None else (torch.ones_like(lse), torch.zeros_like(lse))
     # The average's gradient reaches every head, divided; and dropout scales what reaches a kept weight.
     d_weights_scale = keep_scale / max(heads, 1) if options.weights == "average" else keep_scale
     if d_weights is not None and options.weights == "average":
         d_weights = d_weights[:, None]
 
     for batch in batches(inputs, options):
-        keys, values = (_heads_as_rows(t[batch], kv_heads) for t in (inputs.key, inputs.value))
-        d_keys, d_values = (torch.zeros_like(t, dtype=statistics) for t in (keys, values))
+        keys, values = (_heads_as_rows(t[batch], kv_heads, compute) for t in (inputs.key, inputs.value))
+        d_keys, d_values = (torch.zeros_like(t) for t in (keys, values))
         for block in blocks(inputs, options, batch, looks=looks):
             own, rules = block.cut(inputs, options)
-            queries = _heads_as_rows(own.query, kv_heads) * options.scale
-            d_rows = _heads_as_rows(d_output[batch, :, block.rows], kv_heads)
+            queries = _heads_as_rows(own.query, kv_heads, compute) * options.scale
+            d_rows = _heads_as_rows(d_output[batch, :, block.rows], kv_heads, compute)
             if inputs.dropout_state is not None:
                 d_rows = d_rows * keep_scale
+            visible = _visible(own, rules) if careful else None
             scores, bent = _products(queries, keys[:, block.keys], own, rules)
-            scores = _masked(scores, own, rules, finite)
+            scores = _masked(scores, own, rules, visible)
             if own.sinks is None:
                 p = _softmax(scores, lse[batch, :, block.rows, None] == NEGATIVE_INFINITY if hides else None)
             else:
                 top = scores.amax(dim=-1, keepdim=True)
                 p = _softmax(scores, top == NEGATIVE_INFINITY if hides else None)
-                p.mul_(_keys_share(top, p.amax(dim=-1, keepdim=True), own.sinks, statistics))
+                ratio = _sink_over_keys(top, p.amax(dim=-1, keepdim=True), own.sinks)
+                p.mul_((1 + ratio).reciprocal_())
+                if sink_weight is not None:
+                    sink_weight[batch, :, block.rows] = (1 + 1 / ratio).reciprocal_().squeeze(-1).to(statistics)
             flat = (*queries.shape[:2], p.shape[3])
-            _add_product(d_values[:, block.keys], _dropped(p, own).view(flat).mT, d_rows)
+            _add_product(d_values[:, block.keys], _dropped(p, own).view(flat).mT, d_rows, careful)
 
             dp = torch.bmm(d_rows, values[:, block.keys].mT).view(p.shape)
             if d_weights is not None:
                 dp.add_(block.of(d_weights, SCORES), alpha=d_weights_scale)
-            dp = _dropped(dp, own)
+            dp = _cleared(_dropped(dp, own), visible)
             if means is not None:
                 means[batch, :, block.rows] = torch.linalg.vecdot(p, dp).to(statistics)
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
             if d_lse is not None:
-                ds.addcmul_(p, d_lse[batch, :, block.rows, None].to(p.dtype))
+                ds = _cleared(ds.addcmul_(p, d_lse[batch, :, block.rows, None].to(p.dtype)), visible)
             if d_bias is not None:
                 d_bias_block = block.of(d_bias, SCORES)
                 d_bias_block += ds.sum_to_size(d_bias_block.shape)
@@ -408,26 +461,20 @@ def backward(
                 by_head = (ds * _distances(ds, rules)).sum(dim=-1).sum(dim=-1).to(d_slopes.dtype)
                 d_slopes_block -= by_head.sum_to_size(d_slopes_block.shape)
             if bent is not None:
-                ds = torch.ops.aten.tanh_backward(ds, bent)
+                ds = _cleared(torch.ops.aten.tanh_backward(ds, bent), visible)
             ds = ds.view(flat)
-            d_rows = torch.bmm(ds, keys[:, block.keys]).mul_(options.scale)
-            d_query[batch, :, block.rows] = d_rows.view(*p.shape[:3], -1)
-            _add_product(d_keys[:, block.keys], ds.mT, queries)
-        d_key[batch], d_value[batch] = d_keys.view(d_key[batch].shape), d_values.view(d_value[batch].shape)
+            d_rows = _product(ds, keys[:, block.keys], careful).mul_(options.scale)
+            d_query[batch, :, block.rows] = d_rows.view(*p.shape[:3], -1).to(d_query.dtype)
+            _add_product(d_keys[:, block.keys], ds.mT, queries, careful)
+        d_key[batch] = d_keys.view(d_key[batch].shape).to(d_key.dtype)
+        d_value[batch] = d_values.view(d_value[batch].shape).to(d_value.dtype)
 
-    if d_sinks is not None and sinks is not None and means is not None:
-        weight = (sinks[..., None].to(lse.dtype) - lse).exp().nan_to_num_(nan=0.0)  # NaN: no key and no sink
-        d_sinks += (weight * ((0 if d_lse is None else d_lse) - means)).sum(dim=-1).sum_to_size(d_sinks.shape)
+    if d_sinks is not None and sinks is not None and sink_weight is not None and means is not None:
+        of_rows = sink_weight * ((0 if d_lse is None else d_lse) - means)
+        of_rows = of_rows.where(sinks[..., None] != NEGATIVE_INFINITY, 0)  # a sink of -inf is none
+        d_sinks += of_rows.sum(dim=-1).sum_to_size(d_sinks.shape)
     optional = (
         query.new_empty(0) if gradient is None or t is None else gradient.to(t.dtype)
         for gradient, t in zip((d_bias, d_slopes, d_sinks), (inputs.bias, inputs.alibi_slopes, sinks))
     )
     return d_query, d_key, d_value, *optional
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right``, in the dtype of ``total``."""
-    if total.dtype == left.dtype:
-        total.baddbmm_(left, right)
-    else:
-        total += torch.bmm(left, right)

@@ -1,17 +1,17 @@
 """Evaluation on a CPU under masks: ``F.scaled_dot_product_attention`` over the keys that a tile of rows may see.
 
 torch's kernel computes every score that a mask then hides. Here each tile of rows has the keys that some row of it may
-see, gathered where they do not lie together, and a mask only where some row may not see one of them. A training step
-stays with the operators: their backward would add up the keys' gradients once a tile.
+see, gathered where they do not lie together, and a mask only where some row may not see one of them. So masks that only
+a rule describes are never whole either. A training step stays with the operators: their backward would add up the keys'
+gradients once a tile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from fastattn.ops import _torch_sdpa
 from fastattn.ops._call import AttentionCall
 from fastattn.ops._contract import Inputs, Options, empty_in_order_of
 from fastattn.ops._torch_blocks import Block, keys_of_band
@@ -25,38 +25,43 @@ _WASTE = 1.1
 _WORTH_IT = 0.9
 
 
-def can_run(call: AttentionCall) -> bool:
-    """Is this a call that torch's kernel could run, but for what hides keys, without gradients, and of some length?"""
-    beyond = (call.bias, call.alibi_slopes, call.sinks, call.softcap)
+def takes(call: AttentionCall) -> bool:
+    """Is this an eager call that torch's kernel could run, but for what hides keys, without gradients, of some length?
+
+    Biases and masks of several heads leave out too little to be faster by tiles; they come here where the mask that
+    torch's kernel would need is too large.
+    """
+    beyond = (call.alibi_slopes, call.sinks, call.softcap)
     hides = (call.mask, call.key_padding_mask, call.query_documents, call.lower, call.prefix)
+    by_head = call.bias is not None or (call.mask is not None and call.mask.shape[1] != 1)
     return (
         call.weights == "none"
         and not call.return_lse
         and call.dropout_p == 0.0
         and all(argument is None for argument in beyond)
-        and any(argument is not None for argument in hides)
-        and (call.mask is None or call.mask.shape[1] == 1)
+        and (any(argument is not None for argument in hides) or call.upper not in (None, 0))
         and call.query.shape[2] >= 2 * ROWS
         and call.query.shape[0] > 0
         and call.key.shape[2] > 0
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in (call.query, call.key, call.value)))
+        and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*call[:3], call.bias)))
+        and (call.bias is None or not _torch_sdpa.needs_care(call.bias, call.query))
+        and (not by_head or _torch_sdpa.merged_elements(call) > _torch_sdpa.MOST_MERGED)
     )
 
 
-def run(
-    call: AttentionCall, inputs: Inputs, options: Options, attend: Callable[[AttentionCall], Tensor]
-) -> Tensor | None:
+def run(call: AttentionCall, inputs: Inputs, options: Options, may_decline: bool) -> Tensor | None:
     """The output; None where whole calls are as fast.
 
     Args:
-        call: one that :func:`can_run`.
+        call: one that :func:`takes` accepts, whose query, key and value :func:`_torch_sdpa.is_tame` has seen.
         inputs: the call in the operators' form, and
         options: the rest of it.
-        attend: runs a call that only a boolean mask rules.
+        may_decline: whether None is an answer.
     """
     length, keys = call.query.shape[2], call.key.shape[2]
     entries = _entries(inputs)
-    if call.lower is None and call.query_documents is None:  # how much masks hide, a look at a few tiles tells
+    # how much masks hide, a look at a few tiles tells
+    if may_decline and call.lower is None and call.query_documents is None:
         middle, end = (start // ROWS * ROWS for start in (length // 2, length - 1))
         probes = [(entries[0], 0), (entries[0], end), *((batch, middle) for batch in entries)]
         visited = [0 if tile is None else tile.key.shape[2] for tile in (_tile(inputs, options, *p) for p in probes)]
@@ -66,14 +71,21 @@ def run(
     for batch in entries:
         for start in range(0, length, ROWS):
             tile, rows = _tile(inputs, options, batch, start), slice(start, start + ROWS)
-            output[batch, :, rows] = 0.0 if tile is None else attend(_as_call(call, tile))
+            output[batch, :, rows] = 0.0 if tile is None else _attend(_as_call(call, tile))
     return output
 
 
 def _entries(inputs: Inputs) -> list[slice]:
     """The batch entries that see alike, together: all of them, or each by itself."""
     batch = inputs.query.shape[0]
-    rules = (inputs.mask, inputs.key_padding_mask, inputs.query_documents, inputs.key_documents, inputs.prefix)
+    rules = (
+        inputs.bias,
+        inputs.mask,
+        inputs.key_padding_mask,
+        inputs.query_documents,
+        inputs.key_documents,
+        inputs.prefix,
+    )
     if all(tensor is None or tensor.shape[0] == 1 for tensor in rules):
         return [slice(0, batch)]
     return [slice(b, b + 1) for b in range(batch)]
@@ -102,24 +114,32 @@ def _tile(inputs: Inputs, options: Options, batch: slice, start: int) -> Inputs 
     seen = as_bytes.amax((0, 1, 2)).nonzero().squeeze(1)
     if not len(seen):
         return None
-    first, last = int(seen[0]), int(seen[-1])
+    first, last, bias = int(seen[0]), int(seen[-1]), own.bias
+    spans_keys = bias is not None and bias.shape[3] != 1
     if last + 1 - first <= _WASTE * len(seen):
         keys = slice(first, last + 1)
         key, value, visible = own.key[:, :, keys], own.value[:, :, keys], visible[..., keys]
         whole = as_bytes[..., keys].amin()
+        bias = bias[..., keys] if bias is not None and spans_keys else bias
     else:
         key, value = own.key.index_select(2, seen), own.value.index_select(2, seen)
         whole = as_bytes.amin((0, 1, 2)).index_select(0, seen).amin()
         visible = visible if whole else visible.index_select(3, seen)
-    return own._replace(key=key, value=value, mask=None if whole else visible)
+        bias = bias.index_select(3, seen) if bias is not None and spans_keys else bias
+    return own._replace(key=key, value=value, bias=bias, mask=None if whole else visible)
+
+
+def _attend(tile: AttentionCall) -> Tensor:
+    return _torch_sdpa.attend(tile, _torch_sdpa.merged_mask(tile))
 
 
 def _as_call(call: AttentionCall, tile: Inputs) -> AttentionCall:
-    """A tile as a call that its mask alone rules."""
+    """A tile as a call that its mask and its bias alone rule."""
     return call._replace(
         query=tile.query,
         key=tile.key,
         value=tile.value,
+        bias=tile.bias,
         mask=tile.mask,
         key_padding_mask=None,
         query_documents=None,

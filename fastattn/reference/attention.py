@@ -115,7 +115,9 @@ def attention(
 
     Returns:
         :class:`AttentionResult`. A row that may see nothing is zero, its LSE is its sink or ``-inf``, its gradients
-        are zero. A key that no query may see takes no part, whatever it and its value hold (NaN and inf too).
+        are zero. What nobody may see takes no part, whatever it holds (NaN and inf too): a key that no query may see
+        and its value, a query that may see no key, what is added to a hidden pair, and gradients that come in for a
+        row that sees nothing or for the weight of a hidden pair.
     """
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     groups = query.shape[1] // key.shape[1] if key.shape[1] else 1
@@ -135,7 +137,9 @@ def attention(
     )
     if bias is not None:
         visible = visible & (bias != NEGATIVE_INFINITY)
-    seen_by_somebody = visible.any(dim=-2)[..., None]  # 0 * NaN is NaN, so what nobody sees has to go before it
+    # 0 * NaN is NaN, so what nobody sees has to go before it is multiplied
+    row_sees, seen_by_somebody = visible.any(dim=-1, keepdim=True), visible.any(dim=-2)[..., None]
+    query = torch.where(row_sees, query, 0)
     key, value = (torch.where(seen_by_somebody, t, 0) for t in (key, value))
 
     scores = scale * (query @ key.mT)
@@ -148,15 +152,15 @@ def attention(
         scores = scores - (alibi_slopes[..., None, None] * distance).to(scores.dtype)
     scores = torch.where(visible, scores, NEGATIVE_INFINITY)
 
-    row_has_terms = visible.any(dim=-1, keepdim=True)
+    row_has_terms = row_sees
     if sinks is not None:
         column = sinks[..., None, None].to(scores.dtype).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, column], dim=-1)
         row_has_terms = row_has_terms | (column != NEGATIVE_INFINITY)
     scores = torch.where(row_has_terms, scores, 0)  # softmax of an empty row is NaN, and so is its gradient
-    weights = torch.where(row_has_terms, scores.softmax(dim=-1), 0)[..., : key.shape[-2]]
+    weights = torch.where(visible, scores.softmax(dim=-1)[..., : key.shape[-2]], 0)
     lse = torch.where(row_has_terms, scores.logsumexp(dim=-1, keepdim=True), NEGATIVE_INFINITY)
 
     if dropout_keep is not None:
         weights = weights * dropout_keep * (1 / (1 - dropout_p) if dropout_p < 1 else 0)
-    return AttentionResult(weights @ value, weights, lse.squeeze(-1))
+    return AttentionResult(torch.where(row_sees, weights @ value, 0), weights, lse.squeeze(-1))

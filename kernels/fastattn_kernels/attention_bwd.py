@@ -45,7 +45,8 @@ def _delta_kernel(
     head = (batch_head % heads).to(tl.int64)
     o = load_tile(head_of(out, batch, head), row_start, seqlen_q, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
     do = load_tile(head_of(d_out, batch, head), row_start, seqlen_q, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    # a row that sees nothing is 0, and NaN or inf that comes in as its gradient must not reach the sink's
+    delta = tl.sum(tl.where(o == 0.0, 0.0, o.to(tl.float32) * do.to(tl.float32)), 1)
     row = row_start + tl.arange(0, BLOCK_M)
     if d_lse is not None:
         d_lse_ptr, stride_lb, stride_lh, stride_lm = d_lse

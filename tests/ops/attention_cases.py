@@ -1,5 +1,6 @@
 """A case of the attention parity tests: what it is called, its inputs, how each side computes it, and the check."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -9,10 +10,11 @@ from typing import Any
 import torch
 
 import fastattn
-from fastattn.ops import _autograd
+from fastattn.ops import _autograd, _torch_backend, _torch_formula, _torch_sdpa, _torch_tiles
 from fastattn.ops._call import make_call
 from fastattn.ops._contract import implementation
 from fastattn.reference import attention as reference
+from fastattn.reference import visibility
 from fastattn.testing import (
     alibi_slopes,
     assert_within_budget,
@@ -61,6 +63,7 @@ AXES: dict[str, list[Any]] = {
     "heads": [(1, 1), (2, 2), (4, 2), (3, 1)],  # of queries and of keys
     "dropout": [0.0, 0.3],
     "outputs": ["plain", "average", "heads", "lse", "average+lse"],
+    "garbage": [None, "nan", "inf", "-inf", "huge"],
     "layout": ["dense", "heads_inside", "feature_map", "packed", "broadcast", "every_other"],
     "value": ["same", "smaller", "larger"],
     "seqlen_q": [1, 3, 97, 130, 200],
@@ -89,6 +92,7 @@ class Case:
     heads: tuple[int, int] = (2, 2)
     dropout: float = 0.0
     outputs: str = "plain"
+    garbage: str | None = None  # what stands where nobody may see it; None: numbers like the others
     layout: str = "dense"
     value: str = "same"
     seqlen_q: int = 97
@@ -117,6 +121,7 @@ class Case:
         parts += [f"{name}_{level}" for name in ("alibi", "sinks") if (level := getattr(self, name)) != "none"]
         parts += [f"{name}{level:g}" for name in ("softcap", "scale") if (level := getattr(self, name)) is not None]
         parts += ["dropout"] * (self.dropout > 0) + [self.outputs] * (self.outputs != "plain")
+        parts += [] if self.garbage is None else [f"hides_{self.garbage}"]
         parts += [self.layout] * (self.layout != "dense") + [f"seed{self.seed}"] * (self.seed != 0)
         return "-".join([*parts, self.dtype])
 
@@ -132,7 +137,12 @@ class Case:
     def makes_sense(self):
         """Does every level that is not plain change anything?"""
         bounded = self.causal or self.window is not None
-        return (bounded or self.prefix == "none") and (bounded or self.alibi != "none" or self.alignment == "top_left")
+        hides = bounded or self.mask != "none" or self.padding or self.documents != "none"
+        return (
+            (hides or self.garbage is None)
+            and (bounded or self.prefix == "none")
+            and (bounded or self.alibi != "none" or self.alignment == "top_left")
+        )
 
     @property
     def cost(self):
@@ -224,6 +234,58 @@ def make_problem(case, device, seed):
     )  # fmt: skip
 
 
+# ----------------------------------------------------------------------------------------------- what nobody may see
+
+GARBAGE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def hidden_places(problem):
+    """Boolean tensors by the name of what they are about, True where its elements reach no pair that may be seen.
+
+    Of queries and keys whole rows, of an additive mask the elements that something else hides, of gradients what comes
+    in for a row that sees nothing, or for the weight of a hidden pair.
+    """
+    case, device = problem.case, problem.query.device
+    lower, upper, _ = case.band
+    ids = problem.document_ids
+    of_queries, of_keys = ids if isinstance(ids, tuple) else (ids, ids)
+    prefix = None if problem.prefix is None else torch.as_tensor(problem.prefix, device=device).view(-1)
+    mask = problem.attn_mask
+    others = visibility(
+        case.seqlen_q, case.seqlen_k, lower=lower, upper=upper, prefix=None if lower is upper is None else prefix,
+        mask=None if problem.is_additive else mask, key_padding_mask=problem.key_padding_mask,
+        query_documents=of_queries, key_documents=of_keys, device=device,
+    )  # fmt: skip
+    (heads, kv_heads), shape = case.heads, (case.batch, case.heads[0], case.seqlen_q, case.seqlen_k)
+    visible = (others & (mask != -math.inf) if problem.is_additive else others).expand(shape)
+    blind, unseen = ~visible.any(dim=-1), ~visible.any(dim=-2)
+    unseen = unseen.unflatten(1, (kv_heads, heads // kv_heads)).all(dim=2)
+    places = {"query": blind, "key": unseen, "value": unseen, "d_output": blind}
+    if problem.is_additive:
+        reaches = others.expand(shape).float().sum_to_size((1,) * (4 - mask.dim()) + mask.shape).view(mask.shape)
+        places["attn_mask"] = (reaches == 0) & (mask != -math.inf)
+    if problem.alibi_slopes is not None:
+        blind_heads = blind.all(dim=2)
+        places["alibi_slopes"] = blind_heads if problem.alibi_slopes.dim() == 2 else blind_heads.all(dim=0)
+    if problem.d_weights is not None:
+        places["d_weights"] = ~visible.any(dim=1) if problem.d_weights.dim() == 3 else ~visible
+    if problem.d_lse is not None and problem.sinks is None:
+        places["d_lse"] = blind
+    return places
+
+
+def hiding(problem):
+    """The problem with the case's garbage wherever nobody may see it. Huge numbers overflow in products with others."""
+    if (garbage := problem.case.garbage) is None:
+        return problem
+    changed = {}
+    for name, place in hidden_places(problem).items():
+        tensor = getattr(problem, name)
+        value = GARBAGE.get(garbage, torch.finfo(tensor.dtype).max / 8)
+        changed[name] = tensor.masked_fill(place[(..., *(None,) * (tensor.dim() - place.dim()))], value)
+    return dataclasses.replace(problem, **changed)
+
+
 # --------------------------------------------------------------------------------------------------- the two sides
 
 
@@ -235,8 +297,30 @@ def _with_gradients(problem, results, leaves):
     return {**results, **{f"d_{name}": gradient for name, gradient in zip(leaves, gradients)}}
 
 
+# The paths of the torch backend, each of which can be made to take a call that it serves, whichever comes first.
+PATHS = ("tiles", "sdpa", "unseen", "formula", "blocks")
+
+
+def run_path(path, call):
+    """``(output, weights or None, lse or None)`` of a call without dropout on one path, or None where it declines."""
+    if path == "blocks":
+        return _autograd.apply(call, None, "torch")
+    if path == "formula":
+        found = _torch_formula.run(call, None) if _torch_formula.takes(call) else None
+        return None if found is None else (*found, None)
+    output = None
+    if path == "unseen" and _torch_backend._sdpa_serves_unseen(call):
+        output = _torch_sdpa.run_unseen(call)
+    elif path == "sdpa" and _torch_sdpa.takes(call) and _torch_sdpa.is_tame(call):
+        output = _torch_sdpa.run(call)
+    elif path == "tiles" and _torch_tiles.takes(call) and _torch_sdpa.is_tame(call):
+        output = _torch_tiles.run(call, *_autograd.operands(call, None, "torch"), may_decline=False)
+    return None if output is None else (output, None, None)
+
+
 def run_backend(problem, backend):
-    """``(results and gradients by name, the kept weights or None)`` of fastattn."""
+    """``(results and gradients by name, the kept weights or None)`` of fastattn on a backend, or on one of :data:`PATHS`,
+    which may have no results."""
     case, leaves = problem.case, problem.leaves
     arguments: dict[str, Any] = {
         "attn_mask": problem.attn_mask,
@@ -262,6 +346,14 @@ def run_backend(problem, backend):
         state = dropout_state(call, backend)
         keep = kept_weights(call, state, backend)
         found = _autograd.apply(call, state, backend)
+    elif backend in PATHS:
+        gradients = contextlib.nullcontext() if backend != "tiles" else torch.no_grad()  # which tiles do not take
+        with gradients:
+            found = run_path(backend, make_call(**arguments))
+        if found is None:
+            return {}, None
+        if backend == "tiles":
+            return {"output": found[0]}, None
     else:
         found = attend(**arguments, backend=backend)
         if isinstance(found, torch.Tensor):
@@ -319,7 +411,7 @@ def check(feature, case, backend, device):
     seed = zlib.crc32(case.id.encode())
     torch.manual_seed(seed)
     problem = make_problem(case, device, seed)
-    actual, keep = run_backend(problem, backend)
+    actual, keep = run_backend(hiding(problem), backend)
     truth = run_reference(problem, keep, torch.float64)
     peer = run_reference(problem, keep, DTYPES[case.dtype])
     allowed = allowances(problem, keep)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from fastattn.ops import _torch_dropout
 from fastattn.ops._call import make_call
 from tests.ops.attention_cases import attend, dropout_state, kept_weights
 
@@ -44,6 +45,68 @@ def test_dropout_follows_torch_manual_seed(backend, device):
 
     assert torch.equal(run(1), run(1))
     assert not torch.equal(run(1), run(2))
+
+
+@pytest.mark.parametrize("length", [6, 40, 300])
+@pytest.mark.parametrize("rule", ["causal", "padding", "mask", "bias"])
+def test_dropout_keeps_to_the_masks(rule, length, backend, device):
+    """The output of values that are the unit vectors is the weights after dropout: 0 where the mask hides, and else 0
+    or more than the weight itself, in calls of every size, without weights to return."""
+    torch.manual_seed(0)
+    query, key = (torch.randn(1, 2, length, 8, device=device) for _ in range(2))
+    value = torch.eye(length, device=device).expand(1, 2, length, length)
+    visible = torch.ones(length, length, dtype=torch.bool, device=device)
+    if rule == "causal":
+        arguments, visible = {"is_causal": True}, visible.tril()
+    elif rule == "padding":
+        visible[:, length // 2 :] = False
+        arguments = {"key_padding_mask": ~visible[:1]}
+    else:
+        visible[::2, 1:] = False
+        bias = torch.zeros(length, length, device=device).masked_fill(~visible, -math.inf)
+        arguments = {"attn_mask": visible if rule == "mask" else bias}
+    output = attend(query, key, value, **arguments, dropout_p=0.5, backend=backend)
+    plain = attend(query, key, value, **arguments, backend=backend)
+    assert not output[:, :, ~visible].any()
+    kept = output != 0
+    torch.testing.assert_close(output[kept], 2 * plain[kept], rtol=1e-4, atol=1e-6)
+    share = kept[:, :, visible].double().mean().item()
+    assert abs(share - 0.5) < 6 * math.sqrt(0.25 / (2 * visible.sum().item()))
+
+
+def test_dropout_of_a_large_call_is_drawn_again_from_a_seed(device, monkeypatch):
+    """On the torch backend a call with many weights keeps a seed in the place of the kept weights. Whichever part of the
+    weights is asked for, it is a part of the same draw, and forward and backward agree on it."""
+    seed = torch.tensor([7], device=device)
+    whole = _torch_dropout.kept(seed, 0.3, 2, slice(0, 3), slice(0, 600), slice(0, 700))
+    assert abs(whole.double().mean().item() - 0.7) < 6 * math.sqrt(0.21 / whole.numel())
+    assert whole.flatten(0, 2).unique(dim=0).shape[0] == 3 * 2 * 600
+    for rows, keys in (
+        (slice(0, 1), slice(0, 700)),
+        (slice(250, 261), slice(255, 513)),
+        (slice(512, 600), slice(5, 6)),
+    ):
+        part = _torch_dropout.kept(seed, 0.3, 2, slice(1, 3), rows, keys)
+        assert torch.equal(part, whole[1:3, :, rows, keys])
+    assert not torch.equal(_torch_dropout.kept(seed + 1, 0.3, 2, slice(0, 3), slice(0, 600), slice(0, 700)), whole)
+
+    monkeypatch.setattr(_torch_dropout, "MOST_DRAWN_WHOLE", 0)
+    leaves = [torch.randn(1, 2, 300, 16, device=device, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+
+    def run(*tensors):
+        torch.manual_seed(3)
+        return attend(*tensors, is_causal=True, dropout_p=0.5, return_lse=True, backend="torch")[0]
+
+    cotangent = torch.randn(1, 2, 300, 16, dtype=torch.float64)
+    gradients = torch.autograd.grad(run(*leaves), leaves, cotangent, create_graph=True)
+    direction = [torch.randn_like(t) for t in leaves]
+    step = 1e-6
+    above, below = (run(*(t + sign * step * d for t, d in zip(leaves, direction))) for sign in (1, -1))
+    slope = ((above - below) / (2 * step) * cotangent).sum()
+    torch.testing.assert_close(sum((g * d).sum() for g, d in zip(gradients, direction)), slope, rtol=1e-6, atol=1e-6)
+    torch.manual_seed(3)
+    _, tangent = torch.func.jvp(lambda *t: run(*t), tuple(leaves), tuple(direction))
+    torch.testing.assert_close((tangent * cotangent).sum(), slope, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("weights", ["average", "heads"])

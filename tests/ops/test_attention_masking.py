@@ -234,9 +234,11 @@ def test_attention_nan_behind_masks_reaches_no_gradient(case, backend, device, s
 
 
 @pytest.mark.parametrize("kind", ["bool", "additive", "documents", "causal", "window", "prefix"])
-def test_attention_nan_in_a_value_reaches_only_the_rows_that_see_it(kind, device, seed):
-    """A key that some rows see holds NaN: those are NaN, the others right. The torch backend does not promise it."""
-    pytest.importorskip("triton", reason="triton is not installed")
+def test_attention_nan_in_a_value_reaches_only_the_rows_that_see_it(kind, backend, device, seed):
+    """A key that some rows see holds NaN: those are NaN, the others right. Where causality alone hides keys, the torch
+    backend does not promise it: torch's kernel runs, and nothing looks at the numbers."""
+    if (kind, backend) == ("causal", "torch"):
+        pytest.skip("under causality alone the torch backend is torch's own kernel, in which NaN spreads")
     query, key, value = attention_inputs(B, H, L, S, D, device=device, seed=seed)
     position = 20
     sees = torch.arange(L).view(1, 1, L, 1) >= position
@@ -254,8 +256,8 @@ def test_attention_nan_in_a_value_reaches_only_the_rows_that_see_it(kind, device
         arguments = masked_call(kind, hide, device)
     spoiled = value.clone()
     spoiled[:, :, position] = math.nan
-    output = attend(query, key, spoiled, **arguments, backend="triton")
-    clean = attend(query, key, value, **arguments, backend="triton")
+    output = attend(query, key, spoiled, **arguments, backend=backend)
+    clean = attend(query, key, value, **arguments, backend=backend)
     rows = sees[0, 0, :, 0].to(device)
     assert output[:, :, rows].isnan().all()
     # the careful pass has tiles of its own, and so other roundings

@@ -1,0 +1,69 @@
+"""The formula as a path of the torch backend: for small eager calls on a CPU that want weights or dropout.
+
+The operators, their autograd rules and their caution cost more than such a call itself. Everything is made at once, in
+float32 or better, as the blocks do it, so that the same call has the same errors with weights and without.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from fastattn.ops import _torch_blocks
+from fastattn.ops._call import AttentionCall
+from fastattn.ops._contract import statistics_dtype
+from fastattn.ops._torch_sdpa import merged_mask
+from fastattn.reference.attention import NEGATIVE_INFINITY
+
+
+def takes(call: AttentionCall) -> bool:
+    """Does the formula serve this eager call: without an LSE or rules that SDPA has no words for, in one block?"""
+    query, key = call.query, call.key
+    return (
+        not call.return_lse
+        and call.is_plain
+        and query.shape[1] == key.shape[1]
+        and 0 < query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] <= _torch_blocks.BLOCK_ELEMENTS
+    )
+
+
+def run(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+    """Output and weights, None where none are asked for; nothing at all where a row sees nothing, or where NaN and inf,
+    which may come from what is hidden, show in the sum of the output: the blocks know what to do with those."""
+    query, mask, shape = call.query, merged_mask(call), call.query.shape[:3]
+    compute = statistics_dtype(query.dtype)
+    if mask is not None and mask.dtype == torch.bool:  # added, not filled in: filling takes as long as a product
+        mask = torch.where(mask, 0.0, NEGATIVE_INFINITY)
+    if mask is not None:
+        compute = torch.promote_types(compute, mask.dtype)
+        mask = mask.to(compute)
+    # flat, because a product of 4-D tensors is the same product under six more nodes of autograd
+    query, key, value = (t.flatten(0, 1).to(compute) for t in (query, call.key, call.value))
+    query = query * call.scale
+    if mask is None:
+        scores = torch.bmm(query, key.mT)
+    elif mask.shape[:2] == (1, 1):
+        scores = torch.baddbmm(mask.squeeze(0), query, key.mT)
+    else:
+        scores = (torch.bmm(query, key.mT).view(*shape, -1) + mask).flatten(0, 1)
+    weights = torch.softmax(scores, dim=-1)
+    if mask is not None and weights.requires_grad:
+        weights.register_hook(functools.partial(_without_hidden, mask, shape))
+    if keep is not None:
+        weights = weights * keep.flatten(0, 1) * (1.0 / (1.0 - call.dropout_p) if call.dropout_p < 1.0 else 0.0)
+    output = torch.bmm(weights, value)
+    if mask is not None and not math.isfinite(output.detach().sum().item() + key.detach().sum().item()):
+        return None
+    output = output.view(*shape, -1).to(call.query.dtype)
+    if call.weights == "none":
+        return output, None
+    weights = weights.view(*shape, -1)
+    return output, (weights.mean(dim=1) if call.weights == "average" else weights).to(call.query.dtype)
+
+
+def _without_hidden(mask: Tensor, shape: torch.Size, gradient: Tensor) -> Tensor:
+    """The gradient of the weights, 0 where the mask hides a pair: NaN that came in there would reach its row."""
+    return gradient.view(*shape, -1).masked_fill(mask == NEGATIVE_INFINITY, 0).view(gradient.shape)
