@@ -2,8 +2,9 @@
 
 ``torch._native_multi_head_attention`` does in one call what takes eleven otherwise. ``nn.MultiheadAttention`` itself
 runs it there, so the numbers are torch's to the bit. What this package promises beyond torch holds too: a row that may
-see no key, and padding that holds NaN, come out of it as NaN, and the caller computes over again what is not finite;
-and as it makes all scores at once, it is for small ones only.
+see no key, and padding that holds NaN, come out of it as NaN, and the caller computes over again what is not finite.
+As it makes all scores at once, it is for small ones only. And as it rounds scores to the dtype of ``x``, from which
+errors are ten times as large in 16 bits, and inf in float16 beyond 65504, it is for float32 and float64.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from fastattn.ops._tracing import is_eager_on_cpu
 # Elements of the scores up to which it is not slower (measured against F.scaled_dot_product_attention, which makes no
 # scores, and against blocks of rows, which remake them), on one core of a server CPU.
 _MOST_SCORES = {False: 1 << 14, True: 1 << 20}
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def attend(
@@ -39,7 +42,7 @@ def attend(
     if not 0 < scores <= _MOST_SCORES[need_weights] or masks.bias is not None or not _is_for_torch(x, backend):
         return None
     weight, bias, out_proj = module.in_proj_weight, module.in_proj_bias, module.out_proj
-    if weight is None or bias is None or not x.dtype == weight.dtype == bias.dtype:
+    if weight is None or bias is None or not x.dtype == weight.dtype == bias.dtype or x.dtype in _HALF:
         return None
     hidden, kind = masks.key_padding_mask, 1
     if masks.mask is not None:

@@ -6,6 +6,7 @@ torch's where torch refuses too.
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import NamedTuple
 
@@ -78,8 +79,15 @@ def make_masks(key_padding_mask: Tensor | None, attn_mask: Tensor | None, scores
         key_padding_mask = _checked_padding(key_padding_mask, scores)
         if key_padding_mask.dtype != torch.bool:
             padding_bias = key_padding_mask[:, None, None, :]
-            bias, key_padding_mask = padding_bias if bias is None else bias + padding_bias, None
+            bias, key_padding_mask = padding_bias if bias is None else _sum(bias, padding_bias), None
     return Masks(bias, mask, key_padding_mask)
+
+
+def _sum(bias: Tensor, padding_bias: Tensor) -> Tensor:
+    """Both together. Where both are finite so is their sum: ``finfo.min`` twice would be ``-inf``, which hides."""
+    total = bias + padding_bias
+    finite = total.clamp_min(torch.finfo(total.dtype).min)
+    return torch.where((bias == -math.inf) | (padding_bias == -math.inf), total, finite)
 
 
 def _four_dimensions(attn_mask: Tensor, scores: Scores) -> Tensor:

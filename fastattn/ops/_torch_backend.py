@@ -7,8 +7,8 @@ Eager calls on a CPU take the first of four paths that serves them, in memory li
 * ``_torch_formula``: the textbook, for small calls with weights or dropout;
 * ``_torch_blocks``, behind the operators: everything, a block of rows at a time.
 
-A path that finds, at a look at the numbers, that it would be wrong or slow leaves the call to the next. In a graph, under
-``torch.func`` and on other devices nothing looks at numbers, and SDPA and the operators share the calls.
+A path that finds, at a look at the numbers, that it would be wrong or slow leaves the call to the next. In a graph,
+under ``torch.func`` and on other devices nothing looks at numbers, and SDPA and the operators share the calls.
 """
 
 from __future__ import annotations

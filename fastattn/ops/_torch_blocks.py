@@ -413,7 +413,7 @@ def _backward(
         t.new_zeros(t.shape, dtype=torch.promote_types(t.dtype, statistics)) if needed and t is not None else None
         for t, needed in zip((inputs.bias, inputs.alibi_slopes, sinks), needs)
     )
-    # Of a sink's gradient: its weight in each row, 1 where the row sees no key, and the mean of dP under the keys' weights
+    # A sink's weight in each row, 1 where the row sees no key, and the mean of dP under the keys' weights
     sink_weight, means = (None, None) if d_sinks is None else (torch.ones_like(lse), torch.zeros_like(lse))
     # The average's gradient reaches every head, divided; and dropout scales what reaches a kept weight.
     d_weights_scale = keep_scale / max(heads, 1) if options.weights == "average" else keep_scale

@@ -1,7 +1,7 @@
-"""Which weights dropout keeps on the torch backend: drawn whole where they are few, else again wherever they are needed.
+"""Which weights dropout keeps on the torch backend: drawn whole where they are few, else again wherever they are used.
 
-Kept weights are a byte each, so that those of a long sequence would take more memory than everything else in a call that
-is linear in its length. Above :data:`MOST_DRAWN_WHOLE` a call therefore keeps a seed, and forward, backward and
+Kept weights are a byte each, so that those of a long sequence would take more memory than everything else in a call
+that is linear in its length. Above :data:`MOST_DRAWN_WHOLE` a call therefore keeps a seed, and forward, backward and
 derivatives draw the tiles of weights that they are about to use, each from a generator of its own.
 """
 
@@ -34,8 +34,8 @@ def is_seed(state: Tensor) -> bool:
 
 
 def kept(seed: Tensor, dropout_p: float, heads: int, batch: slice, rows: slice, keys: slice) -> Tensor:
-    """Boolean ``[b, H, n, s]``: which weights of these batch entries, rows and keys are kept. A weight's draw depends on
-    the seed and on its place alone, however the call is cut into blocks."""
+    """Boolean ``[b, H, n, s]``: which weights of these batch entries, rows and keys are kept. A weight's draw depends
+    on the seed and on its place alone, however the call is cut into blocks."""
     first = int(seed)
     shape = (batch.stop - batch.start, heads, rows.stop - rows.start, keys.stop - keys.start)
     found = torch.empty(shape, dtype=torch.bool, device=seed.device)
@@ -43,7 +43,7 @@ def kept(seed: Tensor, dropout_p: float, heads: int, batch: slice, rows: slice, 
     for entry in range(batch.start, batch.stop):
         for row in range(rows.start // _TILE, -(-rows.stop // _TILE)):
             for key in range(keys.start // _TILE, -(-keys.stop // _TILE)):
-                # torch's generator on the CPU takes 32 bits of its seed, so that all of these have to be mixed into so few
+                # torch's generator on the CPU takes 32 bits of its seed, into which all of these have to be mixed
                 generator.manual_seed(zlib.crc32(struct.pack("<4q", first, entry, row, key)))
                 tile = torch.empty(heads, _TILE, _TILE, dtype=torch.bool, device=seed.device)
                 tile.bernoulli_(1.0 - dropout_p, generator=generator)

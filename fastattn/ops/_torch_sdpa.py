@@ -90,7 +90,7 @@ def is_tame(call: AttentionCall) -> bool:
 
 
 def run(call: AttentionCall) -> Tensor | None:
-    """The output of an eager call that :func:`takes` and that :func:`is_tame`; None where the backward would be wrong."""
+    """The output of an eager call that :func:`takes` and :func:`is_tame`; None where the backward would be wrong."""
     call = without_keys_past_the_diagonal(call)
     mask = merged_mask(call, leaves_causality=True)
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (call.query, call.key, call.value))

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.fx import Proxy
+from torch.nn import Parameter
 
 
 def is_symbolically_traced(*tensors: object) -> bool:

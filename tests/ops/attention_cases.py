@@ -319,8 +319,8 @@ def run_path(path, call):
 
 
 def run_backend(problem, backend):
-    """``(results and gradients by name, the kept weights or None)`` of fastattn on a backend, or on one of :data:`PATHS`,
-    which may have no results."""
+    """``(results and gradients by name, the kept weights or None)`` of fastattn on a backend, or on one of
+    :data:`PATHS`, which may have no results."""
     case, leaves = problem.case, problem.leaves
     arguments: dict[str, Any] = {
         "attn_mask": problem.attn_mask,

@@ -73,7 +73,7 @@ def inputs(name, length):
         query, key, value = (t.to(getattr(torch, name.split("_")[0])) for t in (query, key, value))
     if name == "wider_value":
         value = draw(B, H, length, D + 8)
-    return [query, key, value], more[name] if name in more else more
+    return [query, key, value], more.get(name, more)
 
 
 NAMES = list(inputs("", 8)[1])

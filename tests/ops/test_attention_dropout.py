@@ -75,8 +75,8 @@ def test_dropout_keeps_to_the_masks(rule, length, backend, device):
 
 
 def test_dropout_of_a_large_call_is_drawn_again_from_a_seed(device, monkeypatch):
-    """On the torch backend a call with many weights keeps a seed in the place of the kept weights. Whichever part of the
-    weights is asked for, it is a part of the same draw, and forward and backward agree on it."""
+    """On the torch backend a call with many weights keeps a seed in the place of the kept weights. Whichever part of
+    the weights is asked for, it is a part of the same draw, and forward and backward agree on it."""
     seed = torch.tensor([7], device=device)
     whole = _torch_dropout.kept(seed, 0.3, 2, slice(0, 3), slice(0, 600), slice(0, 700))
     assert abs(whole.double().mean().item() - 0.7) < 6 * math.sqrt(0.21 / whole.numel())
