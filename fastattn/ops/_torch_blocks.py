@@ -16,6 +16,7 @@ hidden, they run again in a careful form, in which a weight of 0 makes 0 of what
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -232,6 +233,13 @@ def _compute_dtype(inputs: Inputs) -> torch.dtype:
     return dtype
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """A context in which products of float32 stay float32: autocast has had its say in the dtype of the inputs."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def _heads_as_rows(tensor: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
     """``[B, H, n, D]`` as ``[B * Hk, H / Hk * n, D]``: the query heads of one key head under one another."""
     batch, heads, rows, size = tensor.shape
@@ -329,9 +337,10 @@ def dropout_keep(inputs: Inputs, options: Options) -> Tensor:
 
 def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(output, lse, weights, the LSE again)``; the contract of ``fastattn::attention_forward``."""
-    results = _forward(inputs, options, careful=False)
-    if _hides(inputs, options) and not _all_finite(results[0]):
-        results = _forward(inputs, options, careful=True)
+    with without_autocast(inputs.query.device):
+        results = _forward(inputs, options, careful=False)
+        if _hides(inputs, options) and not _all_finite(results[0]):
+            results = _forward(inputs, options, careful=True)
     return *results, results[1].clone()  # an operator's outputs may not be one
 
 
@@ -388,9 +397,10 @@ def backward(
     options: Options,
 ) -> tuple[Tensor, ...]:
     """``(dq, dk, dv, d_bias, d_slopes, d_sinks)``; the contract of ``fastattn::attention_backward``."""
-    results = _backward(gradients, lse, needs, inputs, options, careful=False)
-    if _hides(inputs, options) and not _all_finite(*results):
-        results = _backward(gradients, lse, needs, inputs, options, careful=True)
+    with without_autocast(inputs.query.device):
+        results = _backward(gradients, lse, needs, inputs, options, careful=False)
+        if _hides(inputs, options) and not _all_finite(*results):
+            results = _backward(gradients, lse, needs, inputs, options, careful=True)
     return results
 
 

@@ -33,6 +33,11 @@ def takes(call: AttentionCall) -> bool:
 def run(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
     """Output and weights, None where none are asked for; nothing at all where a row sees nothing, or where NaN and inf,
     which may come from what is hidden, show in the sum of the output: the blocks know what to do with those."""
+    with _torch_blocks.without_autocast(call.device):
+        return _run(call, keep)
+
+
+def _run(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
     query, mask, shape = call.query, merged_mask(call), call.query.shape[:3]
     compute = statistics_dtype(query.dtype)
     if mask is not None and mask.dtype == torch.bool:  # added, not filled in: filling takes as long as a product

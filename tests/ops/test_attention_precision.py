@@ -33,7 +33,7 @@ def in_float64(tensors, **words: Any):
 @pytest.mark.parametrize("more", ["alone", "causal", "padding", "key_bias"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_attention_float32_mask_beside_16_bits_is_never_narrowed(dtype, more, training, outputs, backend, device):
-    """A bias around 300 in float32 tells keys apart that bfloat16 rounds to one number: the output was wrong by 0.76."""
+    """A bias around 300 in float32 tells keys apart that bfloat16 rounds to one number: the output was off by 0.76."""
     tensors = [t.requires_grad_(training) for t in attention_inputs(B, H, L, S, D, dtype=dtype, device=device, seed=2)]
     bias = 300 + random_tensor(1 if more == "key_bias" else L, S, seed=3, device=device)
     arguments: dict[str, Any] = {"is_causal": True} if more == "causal" else {}
@@ -165,6 +165,23 @@ def test_attention_errors_with_weights_are_no_larger_than_without(dtype, size, d
     for name in ("weights", "lse"):
         assert errors[name].maximum <= 2 * errors["plain"].maximum, errors
         assert errors[name].rms <= 1.2 * errors["plain"].rms, errors
+
+
+@pytest.mark.parametrize("outputs", ["weights", "lse"])
+@pytest.mark.parametrize("length", [24, 640])
+def test_attention_under_autocast_keeps_scores_in_float32(length, outputs, device):
+    """Autocast says in which dtype query, key and value are, and not in which the torch backend multiplies."""
+    tensors = [2 * t for t in attention_inputs(1, 2, length, length, 16, device=device, seed=2)]
+    leaves, own = ([t.clone().requires_grad_() for t in tensors] for _ in range(2))
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        output = output_of(attend(*leaves, **OUTPUTS[outputs], backend="torch"))
+        output.float().square().sum().backward()
+    expected = output_of(attend(*(t.bfloat16() for t in own), **OUTPUTS[outputs], backend="torch"))
+    expected.float().square().sum().backward()
+    assert torch.equal(output, expected)
+    for ours, theirs in zip(leaves, own):
+        assert ours.grad is not None and theirs.grad is not None
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
