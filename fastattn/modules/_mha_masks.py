@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn.ops._tracing import is_size
+
 
 class Masks(NamedTuple):
     """What an :class:`AttentionCall` takes: each None where nothing asks for it."""
@@ -86,7 +88,7 @@ def _four_dimensions(attn_mask: Tensor, scores: Scores) -> Tensor:
     """``attn_mask`` as ``[N | 1, H | 1, L | 1, S | 1]``, or an error in torch's words."""
     shape, dim = attn_mask.shape, attn_mask.dim()
     batch, heads, length, keys = scores[:4]
-    fits = shape[-2] in (1, length) and shape[-1] in (1, keys)
+    fits = (shape[-2] == 1 or is_size(shape[-2], length)) and (shape[-1] == 1 or is_size(shape[-1], keys))
     if dim == 2 and fits:
         return attn_mask.expand(1, 1, -1, -1)  # faster than two indices None
     if dim == 3 and fits:
@@ -110,7 +112,7 @@ def _checked_padding(key_padding_mask: Tensor, scores: Scores) -> Tensor:
     if not scores.batched:
         key_padding_mask = key_padding_mask[None]
     for axis, (have, want) in enumerate(zip(key_padding_mask.shape, (scores.batch, scores.keys))):
-        if have != want:
+        if not is_size(have, want):
             more = axis * scores.appended
             raise AssertionError(f"Expected key_padded_mask.shape[{axis}] to be {want + more}, but got {have + more}")
     return F.pad(key_padding_mask, (0, scores.appended)) if scores.appended else key_padding_mask

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.fx import Proxy
+from torch.fx import Proxy, Tracer
 
 
 def leaf_node(module: nn.Module, *args: Any, **kwargs: Any) -> Proxy | None:
@@ -17,10 +17,13 @@ def leaf_node(module: nn.Module, *args: Any, **kwargs: Any) -> Proxy | None:
     and the module inside it still computes by its kernels, and drops in training only.
 
     None where there cannot be such a node: the module is the root of what is traced, or has hooks, which have been
-    called on the Proxies by now and would be called again at the node.
+    called on the Proxies by now and would be called again at the node; or its class has a ``forward`` of its own, which
+    called ours, and which the node would call.
     """
+    if "forward" in vars(module) or not type(module).forward.__module__.startswith("fastattn."):
+        return None
     tracer = next(a for a in (*args, *kwargs.values()) if isinstance(a, Proxy)).tracer
-    path = tracer.path_of_module(module)
+    path = tracer.path_of_module(module) if isinstance(tracer, Tracer) else ""
     if not path or module._forward_hooks or module._forward_pre_hooks:
         return None
     return tracer.create_proxy("call_module", path, args, kwargs)

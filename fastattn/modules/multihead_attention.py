@@ -15,8 +15,10 @@ from torch.overrides import has_torch_function
 from fastattn.modules._common import check_backend, plain_twin
 from fastattn.modules._mha_inference import attend as attend_in_inference
 from fastattn.modules._mha_masks import Masks, Scores, check_dimensions, check_types, make_masks
-from fastattn.ops._call import AttentionCall
+from fastattn.modules._tracing import leaf_node
+from fastattn.ops._call import AttentionCall, is_autocast_enabled
 from fastattn.ops._dispatch import Backend, run
+from fastattn.ops._tracing import is_symbolically_traced
 
 _NO_MASKS = Masks()
 
@@ -131,7 +133,16 @@ class MultiheadAttention(nn.MultiheadAttention):
         in_weight, in_bias, out_proj = self.in_proj_weight, self.in_proj_bias, self.out_proj
         out_weight, out_bias = out_proj.weight, out_proj.bias
         tensors = (query, key, value, in_weight, in_bias, self.bias_k, self.bias_v, out_weight, out_bias)
-        if query.is_nested or key.is_nested or value.is_nested or _is_overridden(tensors):
+        if has_torch_function((*tensors, key_padding_mask, attn_mask)):
+            # True under a function mode too (torch.device as a context is one), which sees every call made here anyway.
+            if is_symbolically_traced(query, key, value, key_padding_mask, attn_mask):
+                return self._recorded(
+                    query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+                )
+            overrides = any(map(_takes_over_functions, tensors))  # then the whole call is torch's to hand over
+        else:
+            overrides = False
+        if overrides or query.is_nested or key.is_nested or value.is_nested:
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -191,6 +202,41 @@ class MultiheadAttention(nn.MultiheadAttention):
             weights = None if weights is None else weights[0]
         return F.linear(merged, out_weight, out_bias), weights
 
+    def _recorded(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        key_padding_mask: Any,
+        need_weights: bool,
+        attn_mask: Any,
+        average_attn_weights: bool,
+        is_causal: bool,
+    ) -> Any:
+        """What a graph of ``torch.fx`` gets: this module as one node, or, where that cannot be, torch's function."""
+        flags = {
+            "key_padding_mask": key_padding_mask,
+            "need_weights": need_weights,
+            "attn_mask": attn_mask,
+            "average_attn_weights": average_attn_weights,
+            "is_causal": is_causal,
+        }
+        node = leaf_node(self, query, key, value, **flags)
+        if node is not None:
+            return node
+        if self.batch_first:  # nobody knows here whether there is a batch; where there is none, this changes nothing
+            moved = {id(x): x.movedim(0, -2) for x in (query, key, value)}  # one Proxy stays one: self-attention
+            query, key, value = (moved[id(x)] for x in (query, key, value))
+        same = self._qkv_same_embed_dim
+        output, weights = F.multi_head_attention_forward(
+            query, key, value, self.embed_dim, self.num_heads, self.in_proj_weight, self.in_proj_bias, self.bias_k,
+            self.bias_v, self.add_zero_attn, self.dropout, self.out_proj.weight, self.out_proj.bias,
+            training=self.training, use_separate_proj_weight=not same,
+            q_proj_weight=None if same else self.q_proj_weight, k_proj_weight=None if same else self.k_proj_weight,
+            v_proj_weight=None if same else self.v_proj_weight, **flags,
+        )  # fmt: skip
+        return output.movedim(0, -2) if self.batch_first else output, weights
+
     def _infer(
         self,
         x: Tensor,
@@ -206,7 +252,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             or torch.is_grad_enabled()
             or embed_dim != self.embed_dim
             or self.num_heads % 2
-            or torch.is_autocast_enabled(x.device.type)
+            or is_autocast_enabled(x.device)
         ):
             return None
         masks = _NO_MASKS
@@ -258,7 +304,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             parts = [tensor]
             if bias is not None:
                 # Autocast would let the concatenation promote to the parameter's dtype.
-                bias = bias.to(tensor.dtype) if torch.is_autocast_enabled(tensor.device.type) else bias
+                bias = bias.to(tensor.dtype) if is_autocast_enabled(tensor.device) else bias
                 parts.append(bias.view(1, heads, 1, head_dim).expand(batch, -1, -1, -1))
             if self.add_zero_attn:
                 parts.append(tensor.new_zeros(batch, heads, 1, head_dim))
@@ -321,12 +367,6 @@ def _sequence_first_shape(tensor: Tensor, layout: _Layout) -> torch.Size:
     if tensor.dim() == 2:
         return tensor.unsqueeze(1).shape
     return tensor.shape if layout.sequence_first else tensor.transpose(0, 1).shape
-
-
-def _is_overridden(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Does an input or a parameter take over functions? Then the whole call is torch's to hand over."""
-    # True under a function mode too (torch.device as a context is one), which sees every call made here anyway.
-    return has_torch_function(tensors) and any(map(_takes_over_functions, tensors))
 
 
 def _takes_over_functions(value: object) -> bool:

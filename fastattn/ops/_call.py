@@ -67,11 +67,15 @@ def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _under_autocast(tensor: Tensor) -> Tensor:
-    device_type = tensor.device.type
-    # meta: autocast knows no such device, and raises
-    if device_type == "meta" or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+    if tensor.dtype == torch.float64 or not is_autocast_enabled(tensor.device):
         return tensor
-    return tensor.to(torch.get_autocast_dtype(device_type))
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def is_autocast_enabled(device: torch.device) -> bool:
+    """Is autocast on for this device? It raises where it knows no such device, as ``meta`` and ``lazy`` are."""
+    kind = device.type
+    return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.ops import _autograd, _torch_blocks, _torch_tiles
+from fastattn.ops import _autograd, _torch_blocks, _torch_recorded, _torch_tiles
 from fastattn.ops._call import AttentionCall
+from fastattn.ops._tracing import is_left_open, is_recorded, is_traced
 from fastattn.reference import visibility
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
@@ -40,14 +41,24 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return _sdpa(call), None, None
     keep = None
     if call.dropout_p > 0.0:
-        # Drawn whole, as nn.MultiheadAttention draws it, so that one seed gives the same dropout in both.
-        shape = (*call.query.shape[:3], call.key.shape[2])
-        keep = torch.empty(shape, dtype=torch.bool, device=call.query.device).bernoulli_(1.0 - call.dropout_p)
+        keep = _drawn(call)
+    if is_recorded():
+        return _torch_recorded.run(call, keep)
     if _is_small(call):
         output, weights, trusted = _formula(call, keep)
         if trusted:
             return output, weights, None
     return _autograd.apply(call, keep, "torch")
+
+
+def _drawn(call: AttentionCall) -> Tensor:
+    """The weights that dropout keeps: drawn whole, as nn.MultiheadAttention draws it, so that one seed gives the same
+    dropout in both."""
+    shape = (*call.query.shape[:3], call.key.shape[2])
+    if is_recorded() or torch._C._are_functorch_transforms_active():
+        # an operator that exporters know, and that vmap draws from as its randomness says; it takes four times as long
+        return F.dropout(call.query.new_ones(shape), call.dropout_p) != 0
+    return torch.empty(shape, dtype=torch.bool, device=call.query.device).bernoulli_(1.0 - call.dropout_p)
 
 
 def _tiles_serve(call: AttentionCall) -> bool:
@@ -64,10 +75,6 @@ def is_eager_on_cpu(tensor: Tensor) -> bool:
     )
 
 
-def is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or bool(torch._C._len_torch_dispatch_stack())
-
-
 def _sdpa_can(call: AttentionCall) -> bool:
     return call.weights == "none" and not call.return_lse and call.is_plain
 
@@ -82,8 +89,8 @@ def _is_small(call: AttentionCall) -> bool:
         not call.return_lse
         and call.is_plain
         and query.shape[1] == key.shape[1]
+        and is_eager_on_cpu(query)  # before its sizes are looked at, which a graph may leave open
         and 0 < query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] <= _torch_blocks.BLOCK_ELEMENTS
-        and is_eager_on_cpu(query)
     )
 
 
@@ -206,10 +213,16 @@ def saved_tensors(node: Any, *names: str) -> list[Tensor]:
 
 def _without_keys_past_the_diagonal(call: AttentionCall) -> AttentionCall:
     """Cut off the keys that no query may see: less work, and their NaN and inf are out of the way."""
-    if call.upper is None or call.query.shape[2] == call.key.shape[2]:
+    length, keys = call.query.shape[2], call.key.shape[2]
+    if call.upper is None:
         return call
-    stop = max(0, call.query.shape[2] + call.upper)
-    if stop >= call.key.shape[2]:
+    if is_left_open(length, keys):  # a mask in their place, under which _without_unseen makes them zero
+        below = visibility(length, keys, upper=call.upper, device=call.query.device)
+        return call._replace(upper=None, mask=below if call.mask is None else call.mask & below)
+    if length == keys:
+        return call
+    stop = max(0, length + call.upper)
+    if stop >= keys:
         return call
     bias, mask = (t if t is None or t.shape[3] == 1 else t[..., :stop] for t in (call.bias, call.mask))
     padding = call.key_padding_mask

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastattn.ops._call import AttentionCall
 from fastattn.ops._contract import Inputs, Options, empty_in_order_of
 from fastattn.ops._torch_blocks import Block, keys_of_band
+from fastattn.ops._tracing import is_traced
 from fastattn.reference import visibility
 
 # Rows of a tile: fewer would leave more keys out, at a price of some 30 microseconds a tile.
@@ -36,6 +37,7 @@ def can_run(call: AttentionCall) -> bool:
         and all(argument is None for argument in beyond)
         and any(argument is not None for argument in hides)
         and (call.mask is None or call.mask.shape[1] == 1)
+        and not is_traced()  # before its sizes are looked at, which a graph may leave open
         and call.query.shape[2] >= 2 * ROWS
         and call.query.shape[0] > 0
         and call.key.shape[2] > 0

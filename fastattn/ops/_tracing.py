@@ -1,8 +1,14 @@
-"""Is a call made to be written down in a graph of ``torch.fx``, and not to compute anything?"""
+"""Is a call made to be written down in a graph, and not to compute anything? And who will run that graph?"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch.fx import Proxy
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.symbolic_shapes import guard_or_true, statically_known_true
 
 
 def is_symbolically_traced(*tensors: object) -> bool:
@@ -12,3 +18,44 @@ def is_symbolically_traced(*tensors: object) -> bool:
     ask ``torch.overrides.has_torch_function_variadic`` first, which is faster and True for a Proxy.
     """
     return any(isinstance(tensor, Proxy) for tensor in tensors)
+
+
+def function_node(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The node of a ``torch.fx`` graph that calls ``function``, whole, on arguments some of which are Proxies."""
+    tracer = next(a for a in (*args, *kwargs.values()) if isinstance(a, Proxy)).tracer
+    return tracer.create_proxy("call_function", function, args, kwargs)
+
+
+def is_traced() -> bool:
+    """Does a graph, or a mode that sees every operator, stand between this call and its numbers?"""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or bool(torch._C._len_torch_dispatch_stack())
+
+
+def is_recorded() -> bool:
+    """Is this call written into a graph that leaves this process: by ``torch.export``, ``torch.jit.trace``, ``make_fx``
+    or an ONNX exporter?
+
+    Such a graph is run where this package is not there, by other runtimes too, so it has to consist of torch's own
+    operators. The graphs of ``torch.compile`` are run here and may hold ours.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch.jit.is_tracing() or (bool(torch._C._len_torch_dispatch_stack()) and get_proxy_mode() is not None)
+
+
+def is_size(have: int, want: int) -> bool:
+    """Is ``have`` the size ``want``? A graph in which only data will tell (``lengths.max()``) asks when it runs."""
+    if not torch.compiler.is_compiling():
+        return have == want
+    if not guard_or_true(have == want):
+        return False
+    torch._check(have == want)
+    return True
+
+
+def is_left_open(left: int, right: int) -> bool:
+    """Are these sizes equal in some runs of the graph that is traced and not in others, so that nothing may branch on
+    it?"""
+    return torch.compiler.is_compiling() and not (
+        statically_known_true(left == right) or statically_known_true(left != right)
+    )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from fastattn.ops import _dispatch
 from fastattn.ops._call import Alignment, make_call
+from fastattn.ops._tracing import function_node, is_symbolically_traced
 
 
 def attention(
@@ -77,6 +79,29 @@ def attention(
         ValueError: shapes, devices or numbers do not fit; the message shows them.
         NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
     """
+    if has_torch_function_variadic(query, key, value) and is_symbolically_traced(query, key, value):
+        return function_node(
+            attention,
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            key_padding_mask=key_padding_mask,
+            is_causal=is_causal,
+            causal_alignment=causal_alignment,
+            window=window,
+            prefix=prefix,
+            document_ids=document_ids,
+            alibi_slopes=alibi_slopes,
+            softcap=softcap,
+            sinks=sinks,
+            scale=scale,
+            dropout_p=dropout_p,
+            need_weights=need_weights,
+            average_attn_weights=average_attn_weights,
+            return_lse=return_lse,
+            backend=backend,
+        )
     call = make_call(
         query,
         key,
@@ -132,6 +157,11 @@ def scaled_dot_product_attention(
         TypeError, ValueError, NotImplementedError: as :func:`attention`.
         RuntimeError: ``is_causal`` together with ``attn_mask`` (torch's own error type).
     """
+    if has_torch_function_variadic(query, key, value) and is_symbolically_traced(query, key, value):
+        masks = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
+        return function_node(
+            scaled_dot_product_attention, query, key, value, **masks, scale=scale, enable_gqa=enable_gqa
+        )
     if is_causal and attn_mask is not None:
         raise RuntimeError("is_causal=True with an attn_mask: torch refuses both; fastattn.attention combines them")
     for name, tensor in (("query", query), ("key", key), ("value", value)):

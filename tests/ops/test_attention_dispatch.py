@@ -52,28 +52,28 @@ def test_backend_argument_wins_over_the_context(qkv, ran):
 
 def test_use_backend_nests_and_restores(qkv, ran):
     pytest.importorskip("triton", reason="triton is not installed")
-    before = _dispatch._default_backend
+    before = _dispatch._default_backend.value
     with fastattn.use_backend("torch"):
         attend(*qkv)
         with fastattn.use_backend("triton"):
             attend(*qkv)
         attend(*qkv)
     assert ran == ["torch", "triton", "torch"]
-    assert _dispatch._default_backend == before
+    assert _dispatch._default_backend.value == before
 
 
 def test_use_backend_restores_after_an_exception():
-    before = _dispatch._default_backend
+    before = _dispatch._default_backend.value
     with pytest.raises(KeyError), fastattn.use_backend("torch"):
         raise KeyError
-    assert _dispatch._default_backend == before
+    assert _dispatch._default_backend.value == before
 
 
 def test_use_backend_refuses_an_unknown_name():
-    before = _dispatch._default_backend
+    before = _dispatch._default_backend.value
     with pytest.raises(ValueError, match=r"backend='flash'.*'auto', 'triton', 'torch'"), fastattn.use_backend("flash"):  # type: ignore[arg-type]
         pass
-    assert _dispatch._default_backend == before
+    assert _dispatch._default_backend.value == before
 
 
 # ------------------------------------------------------------------------------------------------------------ explain
