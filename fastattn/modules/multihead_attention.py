@@ -128,21 +128,15 @@ class MultiheadAttention(nn.MultiheadAttention):
             AssertionError, RuntimeError: what ``nn.MultiheadAttention`` raises in training, with its message.
             NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
         """
+        given = (query, key, value, key_padding_mask, attn_mask)
+        if has_torch_function(given) and is_symbolically_traced(*given):
+            return self._recorded(*given[:4], need_weights, attn_mask, average_attn_weights, is_causal)
         batched = query.dim() == 3
         # Each read once: nn.Module takes its time to find a parameter.
         in_weight, in_bias, out_proj = self.in_proj_weight, self.in_proj_bias, self.out_proj
         out_weight, out_bias = out_proj.weight, out_proj.bias
         tensors = (query, key, value, in_weight, in_bias, self.bias_k, self.bias_v, out_weight, out_bias)
-        if has_torch_function((*tensors, key_padding_mask, attn_mask)):
-            # True under a function mode too (torch.device as a context is one), which sees every call made here anyway.
-            if is_symbolically_traced(query, key, value, key_padding_mask, attn_mask):
-                return self._recorded(
-                    query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-                )
-            overrides = any(map(_takes_over_functions, tensors))  # then the whole call is torch's to hand over
-        else:
-            overrides = False
-        if overrides or query.is_nested or key.is_nested or value.is_nested:
+        if query.is_nested or key.is_nested or value.is_nested or _is_overridden(tensors):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -367,6 +361,12 @@ def _sequence_first_shape(tensor: Tensor, layout: _Layout) -> torch.Size:
     if tensor.dim() == 2:
         return tensor.unsqueeze(1).shape
     return tensor.shape if layout.sequence_first else tensor.transpose(0, 1).shape
+
+
+def _is_overridden(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Does an input or a parameter take over functions? Then the whole call is torch's to hand over."""
+    # True under a function mode too (torch.device as a context is one), which sees every call made here anyway.
+    return has_torch_function(tensors) and any(map(_takes_over_functions, tensors))
 
 
 def _takes_over_functions(value: object) -> bool:

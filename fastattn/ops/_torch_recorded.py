@@ -12,10 +12,13 @@ from torch import Tensor
 from fastattn import reference
 from fastattn.ops._call import AttentionCall
 from fastattn.ops._contract import statistics_dtype
+from fastattn.ops._tracing import promise_not_empty
 
 
 def run(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(output, weights or None, lse or None)`` of plain torch, without a look at any number."""
+    for size in (call.query.shape[2], call.key.shape[2]):
+        promise_not_empty(size)
     if call.is_plain and not (call.return_lse or _hides(call)) and call.query.shape[1] == call.key.shape[1]:
         output, weights, lse = *_textbook(call, keep), None
     else:
@@ -31,7 +34,7 @@ def _hides(call: AttentionCall) -> bool:
 
 def _textbook(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     """Output and weights where every query sees every key: the four operators that torch's own module exports."""
-    weights = torch.softmax((call.query * call.scale) @ call.key.mT, dim=-1)
+    weights = torch.softmax((call.query * call.scale) @ call.key.transpose(2, 3), dim=-1)
     if keep is not None:
         weights = weights * keep * (1.0 / (1.0 - call.dropout_p) if call.dropout_p < 1.0 else 0.0)
     return weights @ call.value, weights

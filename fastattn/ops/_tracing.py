@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Proxy
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.fx.experimental.symbolic_shapes import guard_or_true, statically_known_true
+from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true, statically_known_true
 
 
 def is_symbolically_traced(*tensors: object) -> bool:
@@ -43,14 +43,27 @@ def is_recorded() -> bool:
     return torch.jit.is_tracing() or (bool(torch._C._len_torch_dispatch_stack()) and get_proxy_mode() is not None)
 
 
-def is_size(have: int, want: int) -> bool:
-    """Is ``have`` the size ``want``? A graph in which only data will tell (``lengths.max()``) asks when it runs."""
+def are_sizes(have: Sequence[int], want: Sequence[int], *, or_one: bool = False) -> bool:
+    """Is each size of ``have`` that of ``want``, or, where ``or_one``, 1, which broadcasts?
+
+    In a graph where only data will tell (``lengths.max()``) they are taken to be ``want``, and the graph asks when it
+    runs.
+    """
     if not torch.compiler.is_compiling():
-        return have == want
-    if not guard_or_true(have == want):
-        return False
-    torch._check(have == want)
+        return all(h == w or (or_one and h == 1) for h, w in zip(have, want))
+    for h, w in zip(have, want):
+        if or_one and guard_or_false(h == 1):
+            continue
+        if not guard_or_true(h == w):
+            return False
+        torch._check(h == w)
     return True
+
+
+def promise_not_empty(size: int) -> None:
+    """Let the graph raise where this size turns out to be 0, if only data will tell: torch's operators ask now."""
+    if torch.compiler.is_compiling() and not statically_known_true(size == 0):
+        torch._check(size > 0)
 
 
 def is_left_open(left: int, right: int) -> bool:

@@ -138,7 +138,7 @@ def attention(
     seen_by_somebody = visible.any(dim=-2)[..., None]  # 0 * NaN is NaN, so what nobody sees has to go before it
     key, value = (torch.where(seen_by_somebody, t, 0) for t in (key, value))
 
-    scores = scale * (query @ key.mT)
+    scores = scale * (query @ key.transpose(-2, -1))
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
