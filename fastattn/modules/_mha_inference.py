@@ -41,8 +41,8 @@ def attend(
     if not 0 < scores <= _MOST_SCORES[need_weights]:
         return None
     weight, bias, out_proj = module.in_proj_weight, module.in_proj_bias, module.out_proj
-    out_weight, out_bias = out_proj.weight, out_proj.bias
-    # what somebody put into the place of out_proj may have no bias, or methods of these names, as quantised layers do
+    out_weight, out_bias = getattr(out_proj, "weight", None), getattr(out_proj, "bias", None)
+    # what somebody put into the place of out_proj may lack these, or have methods of these names, as quantised ones do
     given = all(isinstance(t, Tensor) for t in (weight, bias, out_weight, out_bias))
     if not given or not x.dtype == weight.dtype == bias.dtype:
         return None

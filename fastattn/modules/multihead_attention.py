@@ -134,7 +134,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         batched = query.dim() == 3
         # Each read once: nn.Module takes its time to find a parameter.
         in_weight, in_bias, out_proj = self.in_proj_weight, self.in_proj_bias, self.out_proj
-        out_weight, out_bias = out_proj.weight, out_proj.bias
+        out_weight, out_bias = getattr(out_proj, "weight", None), getattr(out_proj, "bias", None)
         tensors = (query, key, value, in_weight, in_bias, self.bias_k, self.bias_v, out_weight, out_bias)
         if query.is_nested or key.is_nested or value.is_nested or _is_overridden(tensors):
             return super().forward(
@@ -194,7 +194,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         else:
             merged = attended.transpose(1, 2).reshape(length, self.embed_dim)
             weights = None if weights is None else weights[0]
-        return F.linear(merged, out_weight, out_bias), weights
+        if isinstance(out_weight, Tensor):  # no call of the module, as in torch: its hooks see nothing
+            return F.linear(merged, out_weight, out_bias), weights
+        return out_proj(merged), weights  # quantised, or another module in its place, that torch cannot use
 
     def _recorded(
         self,

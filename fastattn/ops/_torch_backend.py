@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as is_functorch_active
 
 from fastattn.ops import _autograd, _torch_blocks, _torch_recorded, _torch_tiles
 from fastattn.ops._call import AttentionCall
@@ -35,7 +36,8 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
         and (output := _torch_tiles.run(call, *_autograd.operands(call, None, "torch"), _sdpa)) is not None
     ):
         return output, None, None
-    if _sdpa_can(call):
+    # SDPA, which draws in place, cannot draw anew for each sample of a vmap
+    if _sdpa_can(call) and not (call.dropout_p > 0.0 and not is_traced() and is_functorch_active()):
         if call.dropout_p == 0.0 and _is_transformed_on_cpu(call.query):
             return _autograd.apply(call, None, "torch")
         return _sdpa(call), None, None
@@ -55,7 +57,7 @@ def _drawn(call: AttentionCall) -> Tensor:
     """The weights that dropout keeps: drawn whole, as nn.MultiheadAttention draws it, so that one seed gives the same
     dropout in both."""
     shape = (*call.query.shape[:3], call.key.shape[2])
-    if is_recorded() or torch._C._are_functorch_transforms_active():
+    if is_traced() or is_functorch_active():
         # an operator that exporters know, and that vmap draws from as its randomness says; it takes four times as long
         return F.dropout(call.query.new_ones(shape), call.dropout_p) != 0
     return torch.empty(shape, dtype=torch.bool, device=call.query.device).bernoulli_(1.0 - call.dropout_p)
@@ -67,12 +69,7 @@ def _tiles_serve(call: AttentionCall) -> bool:
 
 def is_eager_on_cpu(tensor: Tensor) -> bool:
     """Is this a plain call on the CPU, that nothing traces or transforms, so that looking at numbers is allowed?"""
-    return (
-        tensor.device.type == "cpu"
-        and type(tensor) is Tensor
-        and not is_traced()
-        and not torch._C._are_functorch_transforms_active()
-    )
+    return tensor.device.type == "cpu" and type(tensor) is Tensor and not is_traced() and not is_functorch_active()
 
 
 def _sdpa_can(call: AttentionCall) -> bool:
@@ -165,7 +162,7 @@ def _is_transformed_on_cpu(tensor: Tensor) -> bool:
     return (
         tensor.device.type == "cpu"
         and not is_traced()
-        and (torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0)
+        and (is_functorch_active() or torch.autograd.forward_ad._current_level >= 0)
     )
 
 

@@ -65,7 +65,11 @@ class Block(NamedTuple):
 
     def of(self, tensor: Tensor, axes: Axes) -> Tensor:
         """This block of a tensor."""
-        return tensor[self.place_in(tensor, axes)]
+        # not by an index, which is an alias where it takes all: vectorised Jacobians have no batching rule for that
+        for axis, part in enumerate(self.place_in(tensor, axes)):
+            if part != slice(None):
+                tensor = tensor.narrow(axis, part.start, part.stop - part.start)
+        return tensor
 
     def cut(self, inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
         """The call that this block is by itself. A dropout state has to be the kept weights."""
@@ -308,7 +312,7 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, T
     output = empty_in_order_of(query, (*query.shape[:3], inputs.value.shape[3]))
     lse = query.new_full(query.shape[:3], math.nan, dtype=statistics)
     weights = query.new_empty(weights_shape(query, inputs.key, options.weights))
-    if hides or not inputs.key.shape[2]:  # the blocks leave out what nobody sees
+    if hides or not (inputs.key.shape[2] and heads):  # the blocks leave out what nobody sees
         output.zero_(), weights.zero_()
         lse.copy_(sinks[..., None]) if sinks is not None else lse.fill_(NEGATIVE_INFINITY)
 
