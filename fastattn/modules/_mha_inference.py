@@ -9,6 +9,7 @@ and as it makes all scores at once, it is for small ones only.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,11 +41,13 @@ def attend(
     scores = batch * module.num_heads * length * length
     if not 0 < scores <= _MOST_SCORES[need_weights]:
         return None
-    weight, bias, out_proj = module.in_proj_weight, module.in_proj_bias, module.out_proj
+    weight, bias = module.in_proj_weight, module.in_proj_bias
+    out_proj: Any = module.out_proj
     out_weight, out_bias = getattr(out_proj, "weight", None), getattr(out_proj, "bias", None)
     # what somebody put into the place of out_proj may lack these, or have methods of these names, as quantised ones do
-    given = all(isinstance(t, Tensor) for t in (weight, bias, out_weight, out_bias))
-    if not given or not x.dtype == weight.dtype == bias.dtype:
+    if not (isinstance(out_weight, Tensor) and isinstance(out_bias, Tensor)):
+        return None
+    if weight is None or bias is None or not x.dtype == weight.dtype == bias.dtype:
         return None
     hidden, kind = masks.key_padding_mask, 1
     if masks.mask is not None:

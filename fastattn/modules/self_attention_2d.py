@@ -110,7 +110,7 @@ class SelfAttention2d(nn.Module):
         symbolic = has_torch_function_unary(x) and is_symbolically_traced(x)  # torch.fx: no shape to look at
         if not symbolic and (x.dim() != 4 or x.shape[1] != self.query.in_channels or min(x.shape[2:]) == 0):
             raise ValueError(f"x has shape {tuple(x.shape)}: expected [B, {self.query.in_channels}, H, W], not empty")
-        attended = attention(
+        attended: Any = attention(
             self._positions(self.query(x)),
             self._positions(self.key(x)),
             self._positions(self.value(x)),

@@ -83,7 +83,7 @@ def _is_transformed() -> bool:
 
 def _last_size(x: Tensor) -> torch.Size:
     """The size that is normalised: under ``torch.jit.trace`` a number, as ONNX asks for, where it would be a tensor."""
-    return torch.Size([int(x.shape[-1])]) if torch.jit.is_tracing() else x.shape[-1:]
+    return torch.Size(map(int, x.shape[-1:])) if torch.jit.is_tracing() else x.shape[-1:]
 
 
 # --------------------------------------------------------------------------------------------------------- layer norm

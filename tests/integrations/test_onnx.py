@@ -14,7 +14,8 @@ from torch import nn
 import fastattn
 from fastattn.testing import random_tensor
 
-onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+onnx: Any = pytest.importorskip("onnx", reason="onnx is not installed")
+evaluator: Any = pytest.importorskip("onnx.reference", reason="onnx is not installed").ReferenceEvaluator
 
 E, HEADS = 16, 2
 
@@ -49,7 +50,8 @@ def inputs(batch, length):
 
 
 def written_by_the_older(model, arguments):
-    buffer, names = io.BytesIO(), ["x", "padding"]
+    buffer: Any = io.BytesIO()
+    names = ["x", "padding"]
     axes = {name: {0: "batch", 1: "length"} for name in names}
     torch.onnx.export(model, arguments, buffer, dynamo=False, input_names=names, dynamic_axes=axes, opset_version=17)
     return onnx.load_from_string(buffer.getvalue())
@@ -72,14 +74,12 @@ def written_by_the_newer(model, arguments):
     [("none", True), ("padding", True), ("float", True), ("padding causal", True), ("causal", False), ("float", False)],
 )
 def test_onnx_gives_what_the_model_gives_at_other_sizes(masks, need_weights, exporter):
-    from onnx.reference import ReferenceEvaluator
-
     torch.manual_seed(0)
     model = Net(masks, need_weights).eval()
     expected = copy.deepcopy(model)
     fastattn.fuse(model)
     with torch.no_grad():
-        runtime = ReferenceEvaluator(exporter(model, inputs(3, 6)))
+        runtime = evaluator(exporter(model, inputs(3, 6)))
         for sizes in ((3, 6), (2, 9)):
             given = inputs(*sizes)
             found = runtime.run(None, {"x": given[0].numpy(), "padding": given[1].numpy()})

@@ -217,8 +217,14 @@ def test_environment_with_an_unknown_name_fails_at_import():
 def test_switches_may_be_left_in_any_order(order):
     """Two threads, or two generators, overlap: the one that is left first must not bring back what the other, who
     entered in between, has found."""
-    choices = {_dispatch._default_backend: ("torch", "triton", "auto"), _kernels._choice: ("triton", "gluon", "auto")}
-    for switch, values in choices.items():
+    switches: list[tuple[Any, list[Any]]] = [
+        (_dispatch._default_backend, ["torch", "triton", "auto"]),
+        (
+            _kernels._choice,
+            [_kernels.KernelChoice("gluon"), _kernels.KernelChoice("auto", False), _kernels.KernelChoice()],
+        ),
+    ]
+    for switch, values in switches:
         before = switch.value
         contexts: list[Any] = [switch.set(value) for value in values]
         for context, value in zip(contexts, values):
