@@ -113,15 +113,17 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             ValueError: ``src`` is not ``E`` wide, with ``norm_first``.
             NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
         """
-        if has_torch_function_variadic(src) and is_symbolically_traced(src):
-            more = {"src_mask": src_mask, "src_key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
-            node: Any = leaf_node(self, src, **more)
+        tensors = (src, src_mask, src_key_padding_mask)
+        traced = has_torch_function_variadic(*tensors) and is_symbolically_traced(*tensors)
+        if traced:
+            node = leaf_node(
+                self, src, src_mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=is_causal
+            )
             if node is not None:
                 return node
-        else:
-            if src.is_nested or _has_blocks_of_its_own(self, nn.TransformerEncoderLayer):
-                return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-            src_mask, src_key_padding_mask = _checked_masks(src, src_mask, src_key_padding_mask)
+        if (not traced and src.is_nested) or _has_blocks_of_its_own(self, nn.TransformerEncoderLayer):
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        src_mask, src_key_padding_mask = _checked_masks(src, src_mask, src_key_padding_mask)
         masks = (src_mask, src_key_padding_mask, is_causal)
         x = src
         if self.norm_first:
@@ -220,18 +222,13 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             ValueError: ``tgt`` is not ``E`` wide, with ``norm_first``.
             NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
         """
-        if has_torch_function_variadic(tgt, memory) and is_symbolically_traced(tgt, memory):
-            node: Any = leaf_node(
-                self,
-                tgt,
-                memory,
-                tgt_mask=tgt_mask,
-                memory_mask=memory_mask,
-                tgt_key_padding_mask=tgt_key_padding_mask,
-                memory_key_padding_mask=memory_key_padding_mask,
-                tgt_is_causal=tgt_is_causal,
-                memory_is_causal=memory_is_causal,
-            )
+        tensors = (tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
+        if has_torch_function_variadic(*tensors) and is_symbolically_traced(*tensors):
+            node = leaf_node(
+                self, tgt, memory, tgt_mask=tgt_mask, memory_mask=memory_mask,
+                tgt_key_padding_mask=tgt_key_padding_mask, memory_key_padding_mask=memory_key_padding_mask,
+                tgt_is_causal=tgt_is_causal, memory_is_causal=memory_is_causal,
+            )  # fmt: skip
             if node is not None:
                 return node
         if _has_blocks_of_its_own(self, nn.TransformerDecoderLayer):
@@ -326,8 +323,7 @@ def _feed_forward(layer: Any, x: Tensor) -> Tensor:
 
 def _add_norm(norm: nn.Module, dropout: nn.Module, x: Tensor, residual: Tensor, return_residual: bool = False) -> Any:
     """``norm(residual + dropout(x))``, or the pair of it and the sum: in one operation unless somebody watches."""
-    symbolic = has_torch_function_variadic(x, residual) and is_symbolically_traced(x, residual)
-    if symbolic or not isinstance(norm, (AddLayerNorm, AddRMSNorm)) or _is_hooked(norm):
+    if not isinstance(norm, (AddLayerNorm, AddRMSNorm)) or _is_hooked(norm) or is_symbolically_traced(x, residual):
         total = residual + dropout(x)
         return (norm(total), total) if return_residual else norm(total)
     if type(dropout) is nn.Dropout and not _is_hooked(dropout):

@@ -9,6 +9,7 @@ import torch
 from torch.fx import Proxy
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true, statically_known_true
+from torch.overrides import handle_torch_function
 
 
 def is_symbolically_traced(*tensors: object) -> bool:
@@ -20,10 +21,10 @@ def is_symbolically_traced(*tensors: object) -> bool:
     return any(isinstance(tensor, Proxy) for tensor in tensors)
 
 
-def function_node(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The node of a ``torch.fx`` graph that calls ``function``, whole, on arguments some of which are Proxies."""
-    tracer = next(a for a in (*args, *kwargs.values()) if isinstance(a, Proxy)).tracer
-    return tracer.create_proxy("call_function", function, args, kwargs)
+def recorded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The node of a graph that calls ``function``, a public one of this package, with Proxies among its arguments."""
+    proxies = tuple(a for a in (*args, *kwargs.values()) if isinstance(a, Proxy))
+    return handle_torch_function(function, proxies, *args, **kwargs)
 
 
 def is_traced() -> bool:

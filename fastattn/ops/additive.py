@@ -7,7 +7,7 @@ from torch.overrides import has_torch_function_variadic
 
 from fastattn.ops import _additive_torch, _additive_triton, _dispatch
 from fastattn.ops._additive_call import AdditiveCall, make_call
-from fastattn.ops._tracing import function_node, is_symbolically_traced
+from fastattn.ops._tracing import is_symbolically_traced, recorded
 
 
 def _run(call: AdditiveCall, backend: _dispatch.Backend | None) -> tuple[Tensor, Tensor | None]:
@@ -67,7 +67,7 @@ def additive_attention(
         NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
     """
     if has_torch_function_variadic(query, key, value) and is_symbolically_traced(query, key, value):
-        return function_node(
+        return recorded(
             additive_attention,
             query,
             key,

@@ -8,7 +8,7 @@ from torch.overrides import has_torch_function_variadic
 
 from fastattn.ops import _dispatch
 from fastattn.ops._call import Alignment, make_call
-from fastattn.ops._tracing import function_node, is_symbolically_traced
+from fastattn.ops._tracing import is_symbolically_traced, recorded
 
 
 def attention(
@@ -80,7 +80,7 @@ def attention(
         NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
     """
     if has_torch_function_variadic(query, key, value) and is_symbolically_traced(query, key, value):
-        return function_node(
+        return recorded(
             attention,
             query,
             key,
@@ -159,9 +159,7 @@ def scaled_dot_product_attention(
     """
     if has_torch_function_variadic(query, key, value) and is_symbolically_traced(query, key, value):
         masks = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
-        return function_node(
-            scaled_dot_product_attention, query, key, value, **masks, scale=scale, enable_gqa=enable_gqa
-        )
+        return recorded(scaled_dot_product_attention, query, key, value, **masks, scale=scale, enable_gqa=enable_gqa)
     if is_causal and attn_mask is not None:
         raise RuntimeError("is_causal=True with an attn_mask: torch refuses both; fastattn.attention combines them")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
