@@ -61,6 +61,9 @@ class MultiheadAttention(nn.MultiheadAttention):
       layer behind it draws in another order; the dropout inside is torch's under one seed, on the torch backend.
     * ``torch.jit.script`` cannot compile the kernels: it gets ``nn.MultiheadAttention`` with the same parameters, and a
       warning says so. Script a copy: TorchScript puts what it compiles into the model it is given.
+    * As the root of what ``torch.fx`` traces, and where it has hooks, it is torch's function in that graph, and rows that
+      see nothing are torch's; inside a model it is one node.
+    * An ``out_proj`` without a ``weight``, or a quantised one, is called; torch cannot use it.
 
     Inside ``nn.TransformerEncoderLayer`` torch's fused inference path never calls ``self_attn``;
     :class:`fastattn.TransformerEncoderLayer` has no such path, and :func:`fastattn.fuse` switches it off where this

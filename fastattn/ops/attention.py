@@ -66,8 +66,9 @@ def attention(
         need_weights: also return the weights, after dropout, differentiable.
         average_attn_weights: the weights averaged over heads, in memory O(B L S), instead of one set a head.
         return_lse: also return the log-sum-exp of the scores, natural log, differentiable; for merging partial results.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``; default what :func:`fastattn.use_backend` or the environment
-            variable ``FASTATTN_BACKEND`` says.
+        backend: ``"auto"`` (kernels where they run, but in graphs that others will run: ``torch.export`` and the like),
+            ``"triton"`` or ``"torch"``; default what :func:`fastattn.use_backend` or the environment variable
+            ``FASTATTN_BACKEND`` says.
 
     Returns:
         The output ``[B, H, L, Dv]`` in ``query.dtype``, or a tuple of it, then the weights (``[B, L, S]`` averaged,
