@@ -61,8 +61,8 @@ class MultiheadAttention(nn.MultiheadAttention):
       layer behind it draws in another order; the dropout inside is torch's under one seed, on the torch backend.
     * ``torch.jit.script`` cannot compile the kernels: it gets ``nn.MultiheadAttention`` with the same parameters, and a
       warning says so. Script a copy: TorchScript puts what it compiles into the model it is given.
-    * As the root of what ``torch.fx`` traces, and where it has hooks, it is torch's function in that graph, and rows that
-      see nothing are torch's; inside a model it is one node.
+    * As the root of what ``torch.fx`` traces, and where it has hooks, it is torch's function in that graph, and rows
+      that see nothing are torch's; inside a model it is one node.
     * An ``out_proj`` without a ``weight``, or a quantised one, is called; torch cannot use it.
 
     Inside ``nn.TransformerEncoderLayer`` torch's fused inference path never calls ``self_attn``;
@@ -342,7 +342,7 @@ def _split_heads(projected: Tensor, parts: int, layout: _Layout) -> Sequence[Ten
         sides, order = projected.view(projected.shape[0], batch, parts, heads, head_dim), (1, 2, 0, 3)
     else:
         sides, order = projected.view(batch, projected.shape[-2], parts, heads, head_dim), (0, 2, 1, 3)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch.jit.is_tracing():  # which traces once more without gradients, and compares
         # Taken apart first, because their gradients then stack straight into the order of the projection.
         return [side.permute(order) for side in sides.unbind(2)]
     return sides.permute((1, 3, 2, 0, 4) if sequence_first else (0, 3, 2, 1, 4)).unbind(2)

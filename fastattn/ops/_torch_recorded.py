@@ -6,11 +6,13 @@ would fix their number in the graph. So it makes all scores at once, as ``nn.Mul
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
 from fastattn import reference
-from fastattn.ops._call import AttentionCall
+from fastattn.ops._call import AttentionCall, is_autocast_enabled
 from fastattn.ops._contract import statistics_dtype
 from fastattn.ops._tracing import promise_not_empty
 
@@ -19,17 +21,15 @@ def run(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor | None
     """``(output, weights or None, lse or None)`` of plain torch, without a look at any number."""
     for size in (call.query.shape[2], call.key.shape[2]):
         promise_not_empty(size)
-    if call.is_plain and not (call.return_lse or _hides(call)) and call.query.shape[1] == call.key.shape[1]:
-        output, weights, lse = *_textbook(call, keep), None
-    else:
-        output, weights, lse = _reference(call, keep)
+    hides = any(t is not None for t in (call.bias, call.mask, call.key_padding_mask, call.upper))
+    plain = call.is_plain and not (call.return_lse or hides) and call.query.shape[1] == call.key.shape[1]
+    # the call has autocast's dtype already; a graph that left it on would compute some of its steps in another
+    on = is_autocast_enabled(call.device)
+    with torch.autocast(call.device.type, enabled=False) if on else contextlib.nullcontext():
+        output, weights, lse = (*_textbook(call, keep), None) if plain else _reference(call, keep)
     if call.weights == "average":
         weights = weights.mean(dim=1)
     return output, None if call.weights == "none" else weights, lse if call.return_lse else None
-
-
-def _hides(call: AttentionCall) -> bool:
-    return any(t is not None for t in (call.bias, call.mask, call.key_padding_mask, call.upper))
 
 
 def _textbook(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor]:
