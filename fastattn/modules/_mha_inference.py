@@ -10,6 +10,7 @@ errors are ten times as large in 16 bits, and inf in float16 beyond 65504, it is
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +38,18 @@ def attend(
 
     The caller has checked that there are no appended keys, and that gradients, training and autocast are off.
     """
+    if masks.bias is not None or not _is_for_torch(x, backend):  # before sizes, which a graph may leave open
+        return None
     batch, length, _ = x.shape
     scores = batch * module.num_heads * length * length
-    if not 0 < scores <= _MOST_SCORES[need_weights] or masks.bias is not None or not _is_for_torch(x, backend):
+    if not 0 < scores <= _MOST_SCORES[need_weights]:
         return None
-    weight, bias, out_proj = module.in_proj_weight, module.in_proj_bias, module.out_proj
+    weight, bias = module.in_proj_weight, module.in_proj_bias
+    out_proj: Any = module.out_proj
+    out_weight, out_bias = getattr(out_proj, "weight", None), getattr(out_proj, "bias", None)
+    # what somebody put into the place of out_proj may lack these, or have methods of these names, as quantised ones do
+    if not (isinstance(out_weight, Tensor) and isinstance(out_bias, Tensor)):
+        return None
     if weight is None or bias is None or not x.dtype == weight.dtype == bias.dtype or x.dtype in _HALF:
         return None
     hidden, kind = masks.key_padding_mask, 1
@@ -49,7 +57,7 @@ def attend(
         seen = masks.mask if hidden is None else masks.mask & ~hidden[:, None, None]
         hidden, kind = (~seen).expand(batch, module.num_heads, length, length), 2
     output, weights = torch._native_multi_head_attention(
-        x, x, x, module.embed_dim, module.num_heads, weight, bias, out_proj.weight, out_proj.bias,
+        x, x, x, module.embed_dim, module.num_heads, weight, bias, out_weight, out_bias,
         hidden, need_weights, average_attn_weights, None if hidden is None else kind,
     )  # fmt: skip
     if not math.isfinite(output.sum().item()):
@@ -58,5 +66,6 @@ def attend(
 
 
 def _is_for_torch(x: Tensor, backend: str | None) -> bool:
-    """Is this a plain call on the CPU, for the torch backend?"""
-    return is_eager_on_cpu(x) and default_for(x.device, backend) == "torch"
+    """Is this a plain call on the CPU, for the torch backend? Forward mode goes on where gradients are off."""
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return not forward_mode and is_eager_on_cpu(x) and default_for(x.device, backend) == "torch"

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn.ops._tracing import are_sizes
+
 
 class Masks(NamedTuple):
     """What an :class:`AttentionCall` takes: each None where nothing asks for it."""
@@ -94,7 +96,7 @@ def _four_dimensions(attn_mask: Tensor, scores: Scores) -> Tensor:
     """``attn_mask`` as ``[N | 1, H | 1, L | 1, S | 1]``, or an error in torch's words."""
     shape, dim = attn_mask.shape, attn_mask.dim()
     batch, heads, length, keys = scores[:4]
-    fits = shape[-2] in (1, length) and shape[-1] in (1, keys)
+    fits = are_sizes(shape[-2:], (length, keys), or_one=True)
     if dim == 2 and fits:
         return attn_mask.expand(1, 1, -1, -1)  # faster than two indices None
     if dim == 3 and fits:
@@ -117,10 +119,12 @@ def _checked_padding(key_padding_mask: Tensor, scores: Scores) -> Tensor:
     """``key_padding_mask`` as ``[N, S]``, the appended keys included."""
     if not scores.batched:
         key_padding_mask = key_padding_mask[None]
-    for axis, (have, want) in enumerate(zip(key_padding_mask.shape, (scores.batch, scores.keys))):
-        if have != want:
-            more = axis * scores.appended
-            raise AssertionError(f"Expected key_padded_mask.shape[{axis}] to be {want + more}, but got {have + more}")
+    expected = (scores.batch, scores.keys)
+    if not are_sizes(key_padding_mask.shape, expected):
+        sizes = enumerate(zip(key_padding_mask.shape, expected))
+        axis, have, want = next((axis, have, want) for axis, (have, want) in sizes if have != want)
+        more = axis * scores.appended
+        raise AssertionError(f"Expected key_padded_mask.shape[{axis}] to be {want + more}, but got {have + more}")
     return F.pad(key_padding_mask, (0, scores.appended)) if scores.appended else key_padding_mask
 
 

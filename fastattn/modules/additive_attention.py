@@ -99,7 +99,7 @@ class AdditiveAttention(nn.Module):
         Raises:
             TypeError, ValueError, NotImplementedError: as :func:`fastattn.additive_attention`.
         """
-        result = additive_attention(
+        result: Any = additive_attention(
             self.query_projection(query),
             self.project_key(key) if projected_key is None else projected_key,
             key if value is None else value,
@@ -110,7 +110,7 @@ class AdditiveAttention(nn.Module):
             need_weights=need_weights,
             backend=self.backend,
         )
-        return result if isinstance(result, tuple) else (result, None)
+        return (result[0], result[1]) if need_weights else (result, None)
 
     def extra_repr(self) -> str:
         """Sizes are those of the projections; what is left is the backend."""

@@ -15,8 +15,10 @@ from torch.overrides import has_torch_function
 from fastattn.modules._common import check_backend, plain_twin
 from fastattn.modules._mha_inference import attend as attend_in_inference
 from fastattn.modules._mha_masks import Masks, Scores, check_dimensions, check_types, make_masks
-from fastattn.ops._call import AttentionCall
+from fastattn.modules._tracing import leaf_node
+from fastattn.ops._call import AttentionCall, is_autocast_enabled
 from fastattn.ops._dispatch import Backend, run
+from fastattn.ops._tracing import is_symbolically_traced
 
 _NO_MASKS = Masks()
 
@@ -59,6 +61,9 @@ class MultiheadAttention(nn.MultiheadAttention):
       layer behind it draws in another order; the dropout inside is torch's under one seed, on the torch backend.
     * ``torch.jit.script`` cannot compile the kernels: it gets ``nn.MultiheadAttention`` with the same parameters, and a
       warning says so. Script a copy: TorchScript puts what it compiles into the model it is given.
+    * As the root of what ``torch.fx`` traces, and where it has hooks, it is torch's function in that graph, and rows
+      that see nothing are torch's; inside a model it is one node.
+    * An ``out_proj`` without a ``weight``, or a quantised one, is called; torch cannot use it.
 
     Inside ``nn.TransformerEncoderLayer`` torch's fused inference path never calls ``self_attn``;
     :class:`fastattn.TransformerEncoderLayer` has no such path, and :func:`fastattn.fuse` switches it off where this
@@ -126,10 +131,13 @@ class MultiheadAttention(nn.MultiheadAttention):
             AssertionError, RuntimeError: what ``nn.MultiheadAttention`` raises in training, with its message.
             NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
         """
+        given = (query, key, value, key_padding_mask, attn_mask)
+        if has_torch_function(given) and is_symbolically_traced(*given):
+            return self._recorded(*given[:4], need_weights, attn_mask, average_attn_weights, is_causal)
         batched = query.dim() == 3
         # Each read once: nn.Module takes its time to find a parameter.
         in_weight, in_bias, out_proj = self.in_proj_weight, self.in_proj_bias, self.out_proj
-        out_weight, out_bias = out_proj.weight, out_proj.bias
+        out_weight, out_bias = getattr(out_proj, "weight", None), getattr(out_proj, "bias", None)
         tensors = (query, key, value, in_weight, in_bias, self.bias_k, self.bias_v, out_weight, out_bias)
         if query.is_nested or key.is_nested or value.is_nested or _is_overridden(tensors):
             return super().forward(
@@ -189,7 +197,44 @@ class MultiheadAttention(nn.MultiheadAttention):
         else:
             merged = attended.transpose(1, 2).reshape(length, self.embed_dim)
             weights = None if weights is None else weights[0]
-        return F.linear(merged, out_weight, out_bias), weights
+        if isinstance(out_weight, Tensor):  # no call of the module, as in torch: its hooks see nothing
+            return F.linear(merged, out_weight, out_bias), weights
+        return out_proj(merged), weights  # quantised, or another module in its place, that torch cannot use
+
+    def _recorded(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        key_padding_mask: Any,
+        need_weights: bool,
+        attn_mask: Any,
+        average_attn_weights: bool,
+        is_causal: bool,
+    ) -> Any:
+        """What a graph of ``torch.fx`` gets: this module as one node, or, where that cannot be, torch's function."""
+        flags = {
+            "key_padding_mask": key_padding_mask,
+            "need_weights": need_weights,
+            "attn_mask": attn_mask,
+            "average_attn_weights": average_attn_weights,
+            "is_causal": is_causal,
+        }
+        node = leaf_node(self, query, key, value, **flags)
+        if node is not None:
+            return node
+        if self.batch_first:  # nobody knows here whether there is a batch; where there is none, this changes nothing
+            moved = {id(x): x.movedim(0, -2) for x in (query, key, value)}  # one Proxy stays one: self-attention
+            query, key, value = (moved[id(x)] for x in (query, key, value))
+        same = self._qkv_same_embed_dim
+        output, weights = F.multi_head_attention_forward(
+            query, key, value, self.embed_dim, self.num_heads, self.in_proj_weight, self.in_proj_bias, self.bias_k,
+            self.bias_v, self.add_zero_attn, self.dropout, self.out_proj.weight, self.out_proj.bias,
+            training=self.training, use_separate_proj_weight=not same,
+            q_proj_weight=None if same else self.q_proj_weight, k_proj_weight=None if same else self.k_proj_weight,
+            v_proj_weight=None if same else self.v_proj_weight, **flags,
+        )  # fmt: skip
+        return output.movedim(0, -2) if self.batch_first else output, weights
 
     def _infer(
         self,
@@ -206,7 +251,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             or torch.is_grad_enabled()
             or embed_dim != self.embed_dim
             or self.num_heads % 2
-            or torch.is_autocast_enabled(x.device.type)
+            or is_autocast_enabled(x.device)
         ):
             return None
         masks = _NO_MASKS
@@ -258,7 +303,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             parts = [tensor]
             if bias is not None:
                 # Autocast would let the concatenation promote to the parameter's dtype.
-                bias = bias.to(tensor.dtype) if torch.is_autocast_enabled(tensor.device.type) else bias
+                bias = bias.to(tensor.dtype) if is_autocast_enabled(tensor.device) else bias
                 parts.append(bias.view(1, heads, 1, head_dim).expand(batch, -1, -1, -1))
             if self.add_zero_attn:
                 parts.append(tensor.new_zeros(batch, heads, 1, head_dim))
@@ -297,7 +342,7 @@ def _split_heads(projected: Tensor, parts: int, layout: _Layout) -> Sequence[Ten
         sides, order = projected.view(projected.shape[0], batch, parts, heads, head_dim), (1, 2, 0, 3)
     else:
         sides, order = projected.view(batch, projected.shape[-2], parts, heads, head_dim), (0, 2, 1, 3)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch.jit.is_tracing():  # which traces once more without gradients, and compares
         # Taken apart first, because their gradients then stack straight into the order of the projection.
         return [side.permute(order) for side in sides.unbind(2)]
     return sides.permute((1, 3, 2, 0, 4) if sequence_first else (0, 3, 2, 1, 4)).unbind(2)

@@ -6,6 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_unary
+
+from fastattn.modules._tracing import leaf_node
+from fastattn.ops._tracing import is_symbolically_traced
 
 
 class LearnedPositionalEncoding(nn.Module):
@@ -63,6 +67,10 @@ class LearnedPositionalEncoding(nn.Module):
             ValueError: ``x`` has no two dimensions, the table is too short, or vectors that are to be added are not as
                 wide as ``x``.
         """
+        if has_torch_function_unary(x) and is_symbolically_traced(x):
+            node: Any = leaf_node(self, x, start=start)
+            if node is not None:
+                return node
         max_length, width = self.weight.shape
         if not x.is_floating_point():
             raise TypeError(f"x is {x.dtype}: expected a floating dtype")

@@ -6,10 +6,12 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_unary
 
 from fastattn.modules._common import check_backend
 from fastattn.ops import attention
 from fastattn.ops._dispatch import Backend
+from fastattn.ops._tracing import is_symbolically_traced
 
 
 class SelfAttention2d(nn.Module):
@@ -105,9 +107,10 @@ class SelfAttention2d(nn.Module):
             ValueError: ``x`` is not ``[B, C, H, W]``, ``H`` and ``W`` at least 1.
             NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
         """
-        if x.dim() != 4 or x.shape[1] != self.query.in_channels or min(x.shape[2:]) == 0:
+        symbolic = has_torch_function_unary(x) and is_symbolically_traced(x)  # torch.fx: no shape to look at
+        if not symbolic and (x.dim() != 4 or x.shape[1] != self.query.in_channels or min(x.shape[2:]) == 0):
             raise ValueError(f"x has shape {tuple(x.shape)}: expected [B, {self.query.in_channels}, H, W], not empty")
-        attended = attention(
+        attended: Any = attention(
             self._positions(self.query(x)),
             self._positions(self.key(x)),
             self._positions(self.value(x)),
@@ -116,15 +119,16 @@ class SelfAttention2d(nn.Module):
             average_attn_weights=average_attn_weights,
             backend=self.backend,
         )
-        attended, weights = attended if isinstance(attended, tuple) else (attended, None)
+        attended, weights = (attended[0], attended[1]) if need_weights else (attended, None)
+        batch, _, height, width = x.shape
         # A view too where attention lays its output out as its query lies, which the kernels do
-        added = self.output(attended.mT.reshape(x.shape[0], self.value.out_channels, *x.shape[2:]))
+        added = self.output(attended.transpose(-2, -1).reshape(batch, self.value.out_channels, height, width))
         y = x + (added if self.gate is None else self.gate * added)
         if weights is None:
             return y
-        return y, weights.view(*weights.shape[:-2], *x.shape[2:], *x.shape[2:])
+        return y, weights.unflatten(-1, (height, width)).unflatten(-3, (height, width))
 
     def _positions(self, feature_map: Tensor) -> Tensor:
         """``[B, C, H, W]`` as ``[B, heads, H * W, C / heads]``: a view, or an error, never a copy."""
         batch, channels, height, width = feature_map.shape
-        return feature_map.view(batch, self.num_heads, channels // self.num_heads, height * width).mT
+        return feature_map.view(batch, self.num_heads, channels // self.num_heads, height * width).transpose(-2, -1)

@@ -23,8 +23,9 @@ from fastattn.ops._additive_contract import (
     empty_results,
     implementation,
 )
+from fastattn.ops._availability import OPERATOR_DEVICES
+from fastattn.ops._flops import make_countable
 
-_DEVICES = ("cpu", "cuda", "xpu")
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? bias, Tensor? mask, Tensor? key_padding_mask, "
     "SymInt? upper, bool needs_weights, str backend"
@@ -42,7 +43,7 @@ _NEEDS_BIAS, _BACKWARD_INPUTS, _BACKWARD_OPTIONS = 5, slice(6, 6 + INPUTS), slic
 # ------------------------------------------------------------------------------------------------------ operators
 
 
-@torch.library.impl("fastattn::additive_forward", _DEVICES)
+@torch.library.impl("fastattn::additive_forward", OPERATOR_DEVICES)
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs, options = AdditiveInputs(*args[:INPUTS]), AdditiveOptions(*args[INPUTS:])
     return implementation(options.backend).forward(inputs, options)
@@ -53,7 +54,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return empty_results(AdditiveInputs(*args[:INPUTS]), AdditiveOptions(*args[INPUTS:]))
 
 
-@torch.library.impl("fastattn::additive_backward", _DEVICES)
+@torch.library.impl("fastattn::additive_backward", OPERATOR_DEVICES)
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     inputs, options = AdditiveInputs(*args[_BACKWARD_INPUTS]), AdditiveOptions(*args[_BACKWARD_OPTIONS])
     return implementation(options.backend).backward(args[:2], args[2:5], args[_NEEDS_BIAS], inputs, options)
@@ -73,6 +74,7 @@ class Additive(torch.autograd.Function):
     @staticmethod  # spelled out because torch.compile counts the parameters
     def forward(query, key, value, weight, bias, mask, key_padding_mask,  # type: ignore[no-untyped-def]
                 upper, needs_weights, backend):  # fmt: skip
+        make_countable()
         return torch.ops.fastattn.additive_forward(
             query, key, value, weight, bias, mask, key_padding_mask, upper, needs_weights, backend
         )
@@ -110,6 +112,7 @@ class AdditiveBackward(torch.autograd.Function):
     def forward(d_output, d_weights, output, weights, statistics, needs_d_bias,  # type: ignore[no-untyped-def]
                 query, key, value, weight, bias, mask, key_padding_mask,
                 upper, needs_weights, backend):  # fmt: skip
+        make_countable()
         return torch.ops.fastattn.additive_backward(
             d_output, d_weights, output, weights, statistics, needs_d_bias,
             query, key, value, weight, bias, mask, key_padding_mask, upper, needs_weights, backend,

@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor
 
+from fastattn import reference
 from fastattn.ops import _additive_autograd
 from fastattn.ops._additive_blocks import block_elements
 from fastattn.ops._additive_call import AdditiveCall
-from fastattn.ops._tracing import is_eager_on_cpu
+from fastattn.ops._tracing import is_eager_on_cpu, is_recorded
 from fastattn.reference import visibility
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
@@ -26,7 +27,24 @@ def run(call: AdditiveCall) -> tuple[Tensor, Tensor | None]:
         output, weights, trusted = _formula(call)
         if trusted:
             return output, weights if call.needs_weights else None
+    if is_recorded():
+        return _recorded(call)
     return _additive_autograd.apply(call, "torch")
+
+
+def _recorded(call: AdditiveCall) -> tuple[Tensor, Tensor | None]:
+    """The call as an exported graph has it: the reference's formula, of torch's own operators alone."""
+    output, weights = reference.additive_attention(
+        call.query,
+        call.key,
+        call.value,
+        call.weight,
+        bias=call.bias,
+        mask=call.mask,
+        key_padding_mask=call.key_padding_mask,
+        upper=call.upper,
+    )
+    return output, weights if call.needs_weights else None
 
 
 def _is_small(call: AdditiveCall) -> bool:
@@ -39,8 +57,8 @@ def _is_small(call: AdditiveCall) -> bool:
     query, keys = call.query, call.key.shape[2]
     return (
         query.dtype in (torch.float32, torch.float64)
+        and is_eager_on_cpu(query)  # before its sizes are looked at, which a graph may leave open
         and 0 < query.numel() * keys <= block_elements(query.device)
-        and is_eager_on_cpu(query)
     )
 
 

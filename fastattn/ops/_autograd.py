@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastattn.ops import _derivatives, _functional
+from fastattn.ops._availability import OPERATOR_DEVICES
 from fastattn.ops._call import AttentionCall
 from fastattn.ops._contract import (
     DIFFERENTIABLE,
@@ -26,8 +27,8 @@ from fastattn.ops._contract import (
     statistics_shape,
     weights_shape,
 )
+from fastattn.ops._flops import make_countable
 
-_DEVICES = ("cpu", "cuda", "xpu")
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? mask, "
     "Tensor? key_padding_mask, Tensor? query_documents, Tensor? key_documents, Tensor? prefix, Tensor? dropout_state"
@@ -61,7 +62,7 @@ _OPTIONAL = range(3, DIFFERENTIABLE)  # the inputs with a gradient only where it
 # ------------------------------------------------------------------------------------------------------ operators
 
 
-@torch.library.impl("fastattn::attention_forward", _DEVICES)
+@torch.library.impl("fastattn::attention_forward", OPERATOR_DEVICES)
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs, options = Inputs(*args[:INPUTS]), Options(*args[INPUTS:])
     return implementation(options.backend).forward(inputs, options)
@@ -78,7 +79,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return output, lse, query.new_empty(weights_shape(query, key, options.weights)), statistics
 
 
-@torch.library.impl("fastattn::attention_backward", _DEVICES)
+@torch.library.impl("fastattn::attention_backward", OPERATOR_DEVICES)
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     inputs, options = Inputs(*args[_BACKWARD_INPUTS]), Options(*args[_BACKWARD_OPTIONS])
     output, statistics = args[3:5]
@@ -106,6 +107,7 @@ class Attention(torch.autograd.Function):
     def forward(query, key, value, bias, alibi_slopes, sinks, mask,  # type: ignore[no-untyped-def]
                 key_padding_mask, query_documents, key_documents, prefix, dropout_state,
                 lower, upper, shift, softcap, scale, dropout_p, weights, backend, keeps_statistics):  # fmt: skip
+        make_countable()
         return torch.ops.fastattn.attention_forward(
             query, key, value, bias, alibi_slopes, sinks, mask,
             key_padding_mask, query_documents, key_documents, prefix, dropout_state,
@@ -152,6 +154,7 @@ class AttentionBackward(torch.autograd.Function):
                 query, key, value, bias, alibi_slopes, sinks, mask,
                 key_padding_mask, query_documents, key_documents, prefix, dropout_state,
                 lower, upper, shift, softcap, scale, dropout_p, weights, backend, keeps_statistics):  # fmt: skip
+        make_countable()
         return torch.ops.fastattn.attention_backward(
             d_output, d_lse, d_weights, output, statistics,
             needs_d_bias, needs_d_slopes, needs_d_sinks,

@@ -1,4 +1,4 @@
-"""Where the Triton backend runs at all."""
+"""Where the operators have a kernel, and where the Triton backend runs at all."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import os
 import torch
 from torch import Tensor
 
+# Everywhere that torch has a device: the torch backend is plain torch, and asks nothing of a device but its operators.
+OPERATOR_DEVICES = (
+    "cpu", "cuda", "hip", "hpu", "ipu", "lazy", "maia", "mps", "mtia", "privateuseone", "ve", "vulkan", "xla", "xpu",
+)  # fmt: skip
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None

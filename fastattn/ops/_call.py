@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.ops._tracing import are_sizes
+
 Alignment = Literal["top_left", "bottom_right"]
 Weights = Literal["none", "average", "heads"]
 
@@ -67,11 +69,15 @@ def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _under_autocast(tensor: Tensor) -> Tensor:
-    device_type = tensor.device.type
-    # meta: autocast knows no such device, and raises
-    if device_type == "meta" or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+    if tensor.dtype == torch.float64 or not is_autocast_enabled(tensor.device):
         return tensor
-    return tensor.to(torch.get_autocast_dtype(device_type))
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def is_autocast_enabled(device: torch.device) -> bool:
+    """Is autocast on for this device? It raises where it knows no such device, as ``meta`` and ``lazy`` are."""
+    kind = device.type
+    return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -114,9 +120,7 @@ def check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     if attn_mask.device != query.device:
         raise ValueError(f"attn_mask is on {attn_mask.device} but query is on {query.device}: expected one device")
     scores = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    if attn_mask.dim() > 4 or any(
-        have not in (1, want) for have, want in zip(reversed(attn_mask.shape), reversed(scores))
-    ):
+    if attn_mask.dim() > 4 or not are_sizes(attn_mask.shape[::-1], scores[::-1], or_one=True):
         raise ValueError(f"attn_mask has shape {_shape(attn_mask)}: expected one that broadcasts to {scores}")
     return attn_mask[(None,) * (4 - attn_mask.dim())]
 
@@ -130,7 +134,7 @@ def check_key_padding_mask(key_padding_mask: Tensor, key: Tensor) -> None:
     if key_padding_mask.device != key.device:
         raise ValueError(f"key_padding_mask is on {key_padding_mask.device} but key is on {key.device}")
     expected = (key.shape[0], key.shape[2])
-    if _shape(key_padding_mask) != expected:
+    if key_padding_mask.dim() != 2 or not are_sizes(key_padding_mask.shape, expected):
         raise ValueError(f"key_padding_mask has shape {_shape(key_padding_mask)}: expected [batch, keys] = {expected}")
 
 

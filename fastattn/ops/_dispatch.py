@@ -6,13 +6,15 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal, Protocol, get_args
 
 import torch
 
 from fastattn.ops import _availability, _torch_backend, _triton_backend
 from fastattn.ops._call import AttentionCall
+from fastattn.ops._switch import Switch
+from fastattn.ops._tracing import is_recorded
 
 Backend = Literal["auto", "triton", "torch"]
 ENVIRONMENT_VARIABLE = "FASTATTN_BACKEND"
@@ -26,13 +28,14 @@ def _checked(backend: str, source: str) -> str:
     return backend
 
 
-# A module global and not a ContextVar: torch.compile(fullgraph=True) can guard on the first, not on the second.
-_default_backend: str = _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+_default_backend = Switch(_checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE))
 
 
-@contextlib.contextmanager
-def use_backend(backend: Backend) -> Iterator[None]:
+def use_backend(backend: Backend) -> contextlib.AbstractContextManager[None]:
     """Make ``backend`` the default inside a ``with`` block (for the whole process: it is not thread-local).
+
+    Where several threads are inside such blocks, that which was entered last rules all of them; each takes its own
+    choice away when it is left, in whatever order that happens.
 
     Args:
         backend: ``"auto"`` (the default: the first backend that can), ``"triton"`` or ``"torch"``. One asked for by
@@ -41,12 +44,7 @@ def use_backend(backend: Backend) -> Iterator[None]:
     Raises:
         ValueError: ``backend`` is none of these.
     """
-    global _default_backend
-    previous, _default_backend = _default_backend, _checked(backend, "backend")
-    try:
-        yield
-    finally:
-        _default_backend = previous
+    return _default_backend.set(_checked(backend, "backend"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +69,11 @@ class Explanation:
 
 def default_for(device: torch.device, backend: str | None) -> str:
     """The backend that a call on ``device`` goes to unless it asks for something that one refuses."""
-    wanted = _default_backend if backend is None else backend
+    wanted = _default_backend.value if backend is None else backend
     if wanted != "auto":
         return wanted
-    return "triton" if device.type in _availability.DEVICES else "torch"
+    # kernels are for this process; a graph for others has them only where they are asked for by name
+    return "triton" if device.type in _availability.DEVICES and not is_recorded() else "torch"
 
 
 class _Call(Protocol):
@@ -89,7 +88,7 @@ def choose(call: _Call, backend: str | None, triton_refusals: Callable[[Any], li
 
     ``auto`` asks triton first, where it runs at all. torch refuses nothing, so ``auto`` always ends with an answer.
     """
-    wanted = _default_backend if backend is None else _checked(backend, "backend")
+    wanted = _default_backend.value if backend is None else _checked(backend, "backend")
     if wanted == "torch" or default_for(call.device, wanted) == "torch":
         return "torch"
     reasons = triton_refusals(call)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
 from typing import Literal, NamedTuple, cast, get_args
+
+from fastattn.ops._switch import Switch
 
 Kernels = Literal["auto", "gluon", "triton"]
 ENVIRONMENT_VARIABLE = "FASTATTN_KERNELS"
@@ -24,12 +25,13 @@ def _checked(kernels: str, source: str) -> Kernels:
     return cast(Kernels, kernels)
 
 
-_choice = KernelChoice(_checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE))
+_choice = Switch(KernelChoice(_checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)))
 
 
-@contextlib.contextmanager
-def use_kernels(kernels: Kernels = "auto", *, deterministic: bool = True) -> Iterator[None]:
+def use_kernels(kernels: Kernels = "auto", *, deterministic: bool = True) -> contextlib.AbstractContextManager[None]:
     """Choose among the Triton backend's kernels of attention inside a ``with`` block (for the whole process).
+
+    Blocks of several threads go together as those of :func:`use_backend` do.
 
     Read when a kernel is launched: a backward that runs after the block is ruled by what is chosen then.
 
@@ -43,14 +45,9 @@ def use_kernels(kernels: Kernels = "auto", *, deterministic: bool = True) -> Ite
     Raises:
         ValueError: ``kernels`` is none of these.
     """
-    global _choice
-    previous, _choice = _choice, KernelChoice(_checked(kernels, "kernels"), deterministic)
-    try:
-        yield
-    finally:
-        _choice = previous
+    return _choice.set(KernelChoice(_checked(kernels, "kernels"), deterministic))
 
 
 def kernel_choice() -> KernelChoice:
     """What :func:`use_kernels`, or the environment, has chosen."""
-    return _choice
+    return _choice.value

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastattn.ops import _functional
+from fastattn.ops._availability import OPERATOR_DEVICES
 from fastattn.ops._norm_call import NormCall
 from fastattn.reference import add_norm as reference
 
@@ -73,7 +74,6 @@ INPUTS, SAVED = len(NormInputs._fields), len(NormSaved._fields)
 NEEDS, OPTIONS = len(NormNeeds._fields), len(NormOptions._fields)
 DIFFERENTIABLE = 6  # the first of the inputs
 
-_DEVICES = ("cpu", "cuda", "xpu")
 _OPTIONS = (
     "str kind, float eps, bool unit_offset, float dropout_p, ScalarType out_dtype, "
     "ScalarType residual_dtype, bool returns_residual, bool keeps"
@@ -111,7 +111,7 @@ def shares_gradient(saved: NormSaved, needs: NormNeeds) -> bool:
 # ------------------------------------------------------------------------------------------------------ operators
 
 
-@torch.library.impl("fastattn::add_norm_forward", _DEVICES)
+@torch.library.impl("fastattn::add_norm_forward", OPERATOR_DEVICES)
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from fastattn.ops import _norm_launch
 
@@ -141,7 +141,7 @@ def _split_backward(args: tuple[Any, ...]) -> tuple[Any, Any, NormSaved, NormNee
     return d_output, d_total, NormSaved(*rest[:SAVED]), NormNeeds(*rest[SAVED:-OPTIONS]), NormOptions(*rest[-OPTIONS:])
 
 
-@torch.library.impl("fastattn::add_norm_backward", _DEVICES)
+@torch.library.impl("fastattn::add_norm_backward", OPERATOR_DEVICES)
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     from fastattn.ops import _norm_launch
 

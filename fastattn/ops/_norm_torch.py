@@ -81,6 +81,11 @@ def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def _last_size(x: Tensor) -> torch.Size:
+    """The size that is normalised: under ``torch.jit.trace`` a number, as ONNX asks for, where it would be a tensor."""
+    return torch.Size(map(int, x.shape[-1:])) if torch.jit.is_tracing() else x.shape[-1:]
+
+
 # --------------------------------------------------------------------------------------------------------- layer norm
 
 
@@ -91,7 +96,7 @@ def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
     without a weight. A hook costs a training step a few microseconds.
     """
     if is_traced():
-        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+        return F.layer_norm(x, _last_size(x), weight, bias, eps)
     if _is_transformed():
         return add_norm(x, None, weight, bias, eps=eps).output
     output = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
@@ -124,7 +129,7 @@ def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """``F.rms_norm``; on the CPU, where torch differentiates eight operations, with one backward."""
     trains = torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad))
     if not (trains and x.numel() and is_eager_on_cpu(x)) or x.is_complex() or _is_transformed():
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
+        return F.rms_norm(x, _last_size(x), weight, eps)
     if x.dtype in _HALF:
         return _RMSNorm.apply(x.float(), None if weight is None else weight.float(), eps).to(x.dtype)
     return _RMSNorm.apply(x, weight, eps)

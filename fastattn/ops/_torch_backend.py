@@ -8,7 +8,8 @@ Eager calls on a CPU take the first of four paths that serves them, in memory li
 * ``_torch_blocks``, behind the operators: everything, a block of rows at a time.
 
 A path that finds, at a look at the numbers, that it would be wrong or slow leaves the call to the next. In a graph,
-under ``torch.func`` and on other devices nothing looks at numbers, and SDPA and the operators share the calls.
+under ``torch.func`` and on other devices nothing looks at numbers, and SDPA and the operators share the calls; where a
+graph is for others, ``_torch_recorded`` writes down what SDPA has no words for.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.ops import _autograd, _torch_dropout, _torch_formula, _torch_sdpa, _torch_tiles
+from fastattn.ops import _autograd, _torch_dropout, _torch_formula, _torch_recorded, _torch_sdpa, _torch_tiles
 from fastattn.ops._call import AttentionCall
-from fastattn.ops._tracing import is_eager_on_cpu, is_traced, is_transformed
+from fastattn.ops._tracing import is_eager_on_cpu, is_functorch_active, is_recorded, is_traced, is_transformed
 
 
 def describe(call: AttentionCall) -> str:
@@ -68,6 +69,8 @@ def _run_unseen(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | No
     if _sdpa_serves_unseen(call):
         return _torch_sdpa.run_unseen(call), None, None
     keep = None if call.dropout_p == 0.0 else _torch_dropout.draw(call.query, call.key.shape[2], call.dropout_p)
+    if is_recorded():
+        return _torch_recorded.run(call, keep)
     return _autograd.apply(call, keep, "torch")
 
 
@@ -76,11 +79,15 @@ def _sdpa_serves_unseen(call: AttentionCall) -> bool:
     if not _torch_sdpa.can_express(call):
         return False
     on_cpu, bias = call.device.type == "cpu", call.bias
-    if on_cpu and call.dropout_p == 0.0 and not is_traced() and is_transformed():
-        return False  # SDPA's CPU kernel has no rules for them
+    if not is_traced():
+        if call.dropout_p > 0.0 and is_functorch_active():
+            return False  # SDPA draws in place, and so cannot draw anew for each sample of a vmap
+        if call.dropout_p == 0.0 and on_cpu and is_transformed():
+            return False  # SDPA's CPU kernel has no rules for them
     if bias is None:
         return True
     if bias.dtype != call.query.dtype and not (on_cpu and bias.dtype == torch.float32):
         return False
     # all keys of a row may carry a large bias, beside which the CPU kernel's gradients are wrong
-    return not (on_cpu and torch.is_grad_enabled() and any(t.requires_grad for t in call[:3]))
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (call.query, call.key, call.value))
+    return not (on_cpu and trains) or is_recorded()

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fastattn.ops import _torch_dropout
+from fastattn.ops._call import is_autocast_enabled
 from fastattn.ops._contract import Inputs, Options, empty_in_order_of, statistics_dtype, weights_shape
 from fastattn.reference import distances, visibility
 from fastattn.reference.attention import NEGATIVE_INFINITY
@@ -73,7 +74,11 @@ class Block(NamedTuple):
 
     def of(self, tensor: Tensor, axes: Axes) -> Tensor:
         """This block of a tensor."""
-        return tensor[self.place_in(tensor, axes)]
+        # not by an index, which is an alias where it takes all: vectorised Jacobians have no batching rule for that
+        for axis, part in enumerate(self.place_in(tensor, axes)):
+            if part != slice(None):
+                tensor = tensor.narrow(axis, part.start, part.stop - part.start)
+        return tensor
 
     def cut(self, inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
         """The call that this block is by itself; its dropout state is the block's kept weights."""
@@ -235,9 +240,8 @@ def _compute_dtype(inputs: Inputs) -> torch.dtype:
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """A context in which products of float32 stay float32: autocast has had its say in the dtype of the inputs."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    on = is_autocast_enabled(device)
+    return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
 
 
 def _heads_as_rows(tensor: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
@@ -351,7 +355,7 @@ def _forward(inputs: Inputs, options: Options, careful: bool) -> tuple[Tensor, T
     output = empty_in_order_of(query, (*query.shape[:3], inputs.value.shape[3]))
     lse = query.new_full(query.shape[:3], math.nan, dtype=statistics)
     weights = query.new_empty(weights_shape(query, inputs.key, options.weights))
-    if hides or not inputs.key.shape[2]:  # the blocks leave out what nobody sees
+    if hides or not (inputs.key.shape[2] and heads):  # the blocks leave out what nobody sees
         output.zero_(), weights.zero_()
         lse.copy_(sinks[..., None]) if sinks is not None else lse.fill_(NEGATIVE_INFINITY)
 

@@ -11,7 +11,10 @@ import struct
 import zlib
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from fastattn.ops._tracing import is_functorch_active, is_recorded, is_traced
 
 # Weights that are drawn whole, as nn.MultiheadAttention draws them, so that one seed gives the same dropout in both.
 MOST_DRAWN_WHOLE = 1 << 22
@@ -23,7 +26,10 @@ def draw(query: Tensor, keys: int, dropout_p: float) -> Tensor:
     """The dropout state of a call over ``query`` ``[B, H, L, D]``: its kept weights, boolean ``[B, H, L, S]``, or an
     int64 seed ``[1]`` for :func:`kept` to draw them from. ``torch.manual_seed`` rules both."""
     shape = (*query.shape[:3], keys)
-    if shape[0] * shape[1] * shape[2] * shape[3] <= MOST_DRAWN_WHOLE:
+    if is_recorded():  # an operator that exporters know
+        return F.dropout(query.new_ones(shape), dropout_p) != 0
+    whole = not (is_traced() or is_functorch_active())  # in place nothing is drawn for each sample of a vmap
+    if whole and shape[0] * shape[1] * shape[2] * shape[3] <= MOST_DRAWN_WHOLE:
         return torch.empty(shape, dtype=torch.bool, device=query.device).bernoulli_(1.0 - dropout_p)
     return torch.randint(0, 2**31 - 1, (1,), dtype=torch.int64, device=query.device)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastattn.ops import _autograd
 from fastattn.ops._call import AttentionCall
 from fastattn.ops._contract import statistics_dtype
-from fastattn.ops._tracing import is_traced, saved_tensors
+from fastattn.ops._tracing import is_left_open, is_traced, saved_tensors
 from fastattn.reference import visibility
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
@@ -148,10 +148,16 @@ def _as_the_cpu_kernel_takes_them(query: Tensor, key: Tensor, value: Tensor) -> 
 
 def without_keys_past_the_diagonal(call: AttentionCall) -> AttentionCall:
     """Cut off the keys that no query may see: less work, and their NaN and inf are out of the way."""
-    if call.upper is None or call.query.shape[2] == call.key.shape[2]:
+    length, keys = call.query.shape[2], call.key.shape[2]
+    if call.upper is None:
         return call
-    stop = max(0, call.query.shape[2] + call.upper)
-    if stop >= call.key.shape[2]:
+    if is_left_open(length, keys):  # a mask in their place
+        below = visibility(length, keys, upper=call.upper, device=call.device)
+        return call._replace(upper=None, mask=below if call.mask is None else call.mask & below)
+    if length == keys:
+        return call
+    stop = max(0, length + call.upper)
+    if stop >= keys:
         return call
     bias, mask = (t if t is None or t.shape[3] == 1 else t[..., :stop] for t in (call.bias, call.mask))
     padding = call.key_padding_mask

@@ -1,13 +1,18 @@
-"""Is a call made to be written down in a graph of ``torch.fx``, and not to compute anything?"""
+"""Is a call made to be written down in a graph, and not to compute anything? And who will run that graph?"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as is_functorch_active
 from torch.fx import Proxy
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true, statically_known_true
 from torch.nn import Parameter
+from torch.overrides import handle_torch_function
 
 
 def is_symbolically_traced(*tensors: object) -> bool:
@@ -19,9 +24,20 @@ def is_symbolically_traced(*tensors: object) -> bool:
     return any(isinstance(tensor, Proxy) for tensor in tensors)
 
 
+def recorded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The node of a graph that calls ``function``, a public one of this package, with Proxies among its arguments."""
+    proxies = tuple(a for a in (*args, *kwargs.values()) if isinstance(a, Proxy))
+    return handle_torch_function(function, proxies, *args, **kwargs)
+
+
 def is_traced() -> bool:
     """Does a graph, or a mode that sees every operator, stand between this call and its numbers?"""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or bool(torch._C._len_torch_dispatch_stack())
+
+
+def is_transformed() -> bool:
+    """Is this under ``torch.func``, or in forward mode?"""
+    return is_functorch_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def is_eager_on_cpu(tensor: Tensor) -> bool:
@@ -30,13 +46,51 @@ def is_eager_on_cpu(tensor: Tensor) -> bool:
         tensor.device.type == "cpu"
         and type(tensor) in (Tensor, Parameter)
         and not is_traced()
-        and not torch._C._are_functorch_transforms_active()
+        and not is_functorch_active()
     )
 
 
-def is_transformed() -> bool:
-    """Is this under ``torch.func``, or in forward mode?"""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+def is_recorded() -> bool:
+    """Is this call written into a graph that leaves this process: by ``torch.export``, ``torch.jit.trace``, ``make_fx``
+    or an ONNX exporter?
+
+    Such a graph is run where this package is not there, by other runtimes too, so it has to consist of torch's own
+    operators. The graphs of ``torch.compile`` are run here and may hold ours.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch.jit.is_tracing() or (bool(torch._C._len_torch_dispatch_stack()) and get_proxy_mode() is not None)
+
+
+def are_sizes(have: Sequence[int], want: Sequence[int], *, or_one: bool = False) -> bool:
+    """Is each size of ``have`` that of ``want``, or, where ``or_one``, 1, which broadcasts?
+
+    In a graph where only data will tell (``lengths.max()``) they are taken to be ``want``, and the graph asks when it
+    runs.
+    """
+    if not torch.compiler.is_compiling():
+        return all(h == w or (or_one and h == 1) for h, w in zip(have, want))
+    for h, w in zip(have, want):
+        if or_one and guard_or_false(h == 1):
+            continue
+        if not guard_or_true(h == w):
+            return False
+        torch._check(h == w)
+    return True
+
+
+def promise_not_empty(size: int) -> None:
+    """Let the graph raise where this size turns out to be 0, if only data will tell: torch's operators ask now."""
+    if torch.compiler.is_compiling() and not statically_known_true(size == 0):
+        torch._check(size > 0)
+
+
+def is_left_open(left: int, right: int) -> bool:
+    """Are these sizes equal in some runs of the graph that is traced and not in others, so that nothing may branch on
+    it?"""
+    return torch.compiler.is_compiling() and not (
+        statically_known_true(left == right) or statically_known_true(left != right)
+    )
 
 
 def saved_tensors(node: Any, *names: str) -> list[Tensor]:

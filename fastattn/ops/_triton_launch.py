@@ -62,7 +62,9 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, T
     statistics = query.new_empty(statistics_shape(query, "triton"), dtype=torch.float32)
     kernels, _ = kernel_choice()
     attention.launch_attention_fwd(problem, output, lse, statistics, tile_map_for(problem), kernels)
-    if options.weights != "none":
+    if not query.shape[1]:
+        weights.zero_()  # the average of no heads, which the kernel would divide by zero
+    elif options.weights != "none":
         launch_attention_weights(problem, statistics, weights, average=options.weights == "average")
     return output, lse, weights, statistics
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from fastattn.ops import _additive_torch, _additive_triton, _dispatch
 from fastattn.ops._additive_call import AdditiveCall, make_call
+from fastattn.ops._tracing import is_symbolically_traced, recorded
 
 
 def _run(call: AdditiveCall, backend: _dispatch.Backend | None) -> tuple[Tensor, Tensor | None]:
@@ -64,6 +66,20 @@ def additive_attention(
         ValueError: shapes or devices do not fit; the message shows them.
         NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
     """
+    if has_torch_function_variadic(query, key, value) and is_symbolically_traced(query, key, value):
+        return recorded(
+            additive_attention,
+            query,
+            key,
+            value,
+            weight,
+            attn_mask=attn_mask,
+            key_padding_mask=key_padding_mask,
+            is_causal=is_causal,
+            need_weights=need_weights,
+            average_attn_weights=average_attn_weights,
+            backend=backend,
+        )
     call = make_call(
         query,
         key,

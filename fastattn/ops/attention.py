@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from fastattn.ops import _dispatch
 from fastattn.ops._call import Alignment, make_call
+from fastattn.ops._tracing import is_symbolically_traced, recorded
 
 
 def attention(
@@ -64,8 +66,9 @@ def attention(
         need_weights: also return the weights, after dropout, differentiable.
         average_attn_weights: the weights averaged over heads, in memory O(B L S), instead of one set a head.
         return_lse: also return the log-sum-exp of the scores, natural log, differentiable; for merging partial results.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``; default what :func:`fastattn.use_backend` or the environment
-            variable ``FASTATTN_BACKEND`` says.
+        backend: ``"auto"`` (kernels where they run, but in graphs that others will run: ``torch.export`` and the like),
+            ``"triton"`` or ``"torch"``; default what :func:`fastattn.use_backend` or the environment variable
+            ``FASTATTN_BACKEND`` says.
 
     Returns:
         The output ``[B, H, L, Dv]`` in ``query.dtype``, or a tuple of it, then the weights (``[B, L, S]`` averaged,
@@ -77,6 +80,29 @@ def attention(
         ValueError: shapes, devices or numbers do not fit; the message shows them.
         NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
     """
+    if has_torch_function_variadic(query, key, value) and is_symbolically_traced(query, key, value):
+        return recorded(
+            attention,
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            key_padding_mask=key_padding_mask,
+            is_causal=is_causal,
+            causal_alignment=causal_alignment,
+            window=window,
+            prefix=prefix,
+            document_ids=document_ids,
+            alibi_slopes=alibi_slopes,
+            softcap=softcap,
+            sinks=sinks,
+            scale=scale,
+            dropout_p=dropout_p,
+            need_weights=need_weights,
+            average_attn_weights=average_attn_weights,
+            return_lse=return_lse,
+            backend=backend,
+        )
     call = make_call(
         query,
         key,
@@ -132,6 +158,9 @@ def scaled_dot_product_attention(
         TypeError, ValueError, NotImplementedError: as :func:`attention`.
         RuntimeError: ``is_causal`` together with ``attn_mask`` (torch's own error type).
     """
+    if has_torch_function_variadic(query, key, value) and is_symbolically_traced(query, key, value):
+        masks = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
+        return recorded(scaled_dot_product_attention, query, key, value, **masks, scale=scale, enable_gqa=enable_gqa)
     if is_causal and attn_mask is not None:
         raise RuntimeError("is_causal=True with an attn_mask: torch refuses both; fastattn.attention combines them")
     for name, tensor in (("query", query), ("key", key), ("value", value)):

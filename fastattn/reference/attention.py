@@ -142,14 +142,14 @@ def attention(
     query = torch.where(row_sees, query, 0)
     key, value = (torch.where(seen_by_somebody, t, 0) for t in (key, value))
 
-    scores = scale * (query @ key.mT)
+    scores = scale * (query @ key.transpose(-2, -1))
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
-        scores = scores + torch.where(visible, bias, 0).to(scores.dtype)
+        scores = scores + torch.where(visible, bias, 0)  # wider than the scores, it widens them
     if alibi_slopes is not None:
         distance = distances(query.shape[-2], key.shape[-2], shift, query.device)
-        scores = scores - (alibi_slopes[..., None, None] * distance).to(scores.dtype)
+        scores = scores - alibi_slopes[..., None, None] * distance
     scores = torch.where(visible, scores, NEGATIVE_INFINITY)
 
     row_has_terms = row_sees
@@ -163,4 +163,5 @@ def attention(
 
     if dropout_keep is not None:
         weights = weights * dropout_keep * (1 / (1 - dropout_p) if dropout_p < 1 else 0)
+    weights = weights.to(value.dtype)
     return AttentionResult(torch.where(row_sees, weights @ value, 0), weights, lse.squeeze(-1))

@@ -197,31 +197,6 @@ def test_attention_exports_with_dynamic_lengths(strict, backend, device):
         assert_same(exported(*arguments), Module()(*arguments))
 
 
-def test_attention_compiles_ahead_of_time(device, tmp_path):
-    """AOTInductor: a package that runs without Python's tracing, at lengths that it was not compiled with."""
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
-        pytest.skip("AOTInductor needs a C++ compiler: neither g++ nor clang++ is on the path")
-
-    class Module(torch.nn.Module):
-        def forward(self, query, key, value, slopes, sinks):
-            rules = {"is_causal": True, "causal_alignment": "bottom_right", "window": (3, None), "prefix": 1}
-            return attend(
-                query, key, value, **rules, alibi_slopes=slopes, sinks=sinks, return_lse=True, backend="torch"
-            )
-
-    def inputs(seqlen_q, seqlen_k):
-        tensors = attention_inputs(B, H, seqlen_q, seqlen_k, D, device=device)
-        return *tensors, *(random_tensor(H, seed=i, device=device) for i in (4, 5))
-
-    m, n = (torch.export.Dim(name, min=2, max=512) for name in ("m", "n"))
-    with torch.no_grad():
-        exported = torch.export.export(Module(), inputs(5, 7), dynamic_shapes=({2: m}, {2: n}, {2: n}, None, None))
-        path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "attention.pt2"))
-        loaded = torch._inductor.aoti_load_package(path)
-        for sizes in ((5, 7), (9, 12)):
-            assert_same(loaded(*inputs(*sizes)), Module()(*inputs(*sizes)))
-
-
 # ------------------------------------------------------------------------------------------ autocast and checkpointing
 
 

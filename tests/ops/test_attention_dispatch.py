@@ -3,13 +3,15 @@
 import os
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
 import torch
 
 import fastattn
-from fastattn.ops import _dispatch, _torch_backend, _triton_backend
+from fastattn.ops import _dispatch, _kernels, _torch_backend, _triton_backend
+from fastattn.testing import attention_inputs
 from tests.ops.attention_cases import attend
 
 
@@ -52,28 +54,28 @@ def test_backend_argument_wins_over_the_context(qkv, ran):
 
 def test_use_backend_nests_and_restores(qkv, ran):
     pytest.importorskip("triton", reason="triton is not installed")
-    before = _dispatch._default_backend
+    before = _dispatch._default_backend.value
     with fastattn.use_backend("torch"):
         attend(*qkv)
         with fastattn.use_backend("triton"):
             attend(*qkv)
         attend(*qkv)
     assert ran == ["torch", "triton", "torch"]
-    assert _dispatch._default_backend == before
+    assert _dispatch._default_backend.value == before
 
 
 def test_use_backend_restores_after_an_exception():
-    before = _dispatch._default_backend
+    before = _dispatch._default_backend.value
     with pytest.raises(KeyError), fastattn.use_backend("torch"):
         raise KeyError
-    assert _dispatch._default_backend == before
+    assert _dispatch._default_backend.value == before
 
 
 def test_use_backend_refuses_an_unknown_name():
-    before = _dispatch._default_backend
+    before = _dispatch._default_backend.value
     with pytest.raises(ValueError, match=r"backend='flash'.*'auto', 'triton', 'torch'"), fastattn.use_backend("flash"):  # type: ignore[arg-type]
         pass
-    assert _dispatch._default_backend == before
+    assert _dispatch._default_backend.value == before
 
 
 # ------------------------------------------------------------------------------------------------------------ explain
@@ -206,3 +208,61 @@ def test_environment_with_an_unknown_name_fails_at_import():
     result = in_a_process("import fastattn", FASTATTN_BACKEND="quick")
     assert result.returncode != 0
     assert "FASTATTN_BACKEND='quick': expected one of 'auto', 'triton', 'torch'" in result.stderr
+
+
+# ------------------------------------------------------------------------------------- switches and several threads
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)])
+def test_switches_may_be_left_in_any_order(order):
+    """Two threads, or two generators, overlap: the one that is left first must not bring back what the other, who
+    entered in between, has found."""
+    switches: list[tuple[Any, list[Any]]] = [
+        (_dispatch._default_backend, ["torch", "triton", "auto"]),
+        (
+            _kernels._choice,
+            [_kernels.KernelChoice("gluon"), _kernels.KernelChoice("auto", False), _kernels.KernelChoice()],
+        ),
+    ]
+    for switch, values in switches:
+        before = switch.value
+        contexts: list[Any] = [switch.set(value) for value in values]
+        for context, value in zip(contexts, values):
+            context.__enter__()
+            assert switch.value == value
+        inside = list(values)
+        for i in order:
+            contexts[i].__exit__(None, None, None)
+            inside[i] = None
+            assert switch.value == next((v for v in reversed(inside) if v is not None), before)
+
+
+def test_switches_of_threads_end_as_they_began():
+    before, failures = _dispatch._default_backend.value, []
+
+    def work(name):
+        for _ in range(300):
+            with fastattn.use_backend(name):
+                if _dispatch._default_backend.value not in ("torch", "triton"):
+                    failures.append(name)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("torch", "triton") * 4]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert _dispatch._default_backend.value == before
+
+
+def test_use_backend_inside_a_compiled_function():
+    torch._dynamo.reset()
+
+    def function(query):
+        with fastattn.use_backend("torch"):
+            return attend(query, query, query)
+
+    query = attention_inputs(1, 1, 3, 3, 8)[0]
+    before = _dispatch._default_backend.value
+    torch.testing.assert_close(torch.compile(function, backend="eager", fullgraph=True)(query), function(query))
+    assert _dispatch._default_backend.value == before
