@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true, statically_known_true
 from torch.nn import Parameter
 from torch.overrides import handle_torch_function
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 
 def is_symbolically_traced(*tensors: object) -> bool:
@@ -31,8 +32,15 @@ def recorded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def is_traced() -> bool:
-    """Does a graph, or a mode that sees every operator, stand between this call and its numbers?"""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or bool(torch._C._len_torch_dispatch_stack())
+    """Does a graph, or a mode in which tensors have no numbers, stand between this call and its numbers?
+
+    Modes of users, such as ``FlopCounterMode`` and that of selective checkpointing, see the operators of an eager call.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
 
 
 def is_transformed() -> bool:
