@@ -12,7 +12,7 @@ from torch import Tensor, nn
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
 _EPSILONS = ("eps", "variance_epsilon", "epsilon")  # as the norms of other packages call it
 # Attributes of ours that would be read off a module of another class in another meaning.
-_TAKEN = dict.fromkeys(_NORMS, ("backend", "dropout"))
+_TAKEN: dict[type[nn.Module], tuple[str, ...]] = dict.fromkeys(_NORMS, ("backend", "dropout"))
 
 
 def checked(also: Mapping[type[nn.Module], type[nn.Module]] | None, replaced: Collection[type]) -> dict[type, type]:

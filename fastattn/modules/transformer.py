@@ -9,11 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import has_torch_function_variadic
 
 from fastattn.modules._common import check_backend, plain_twin
+from fastattn.modules._tracing import leaf_node
 from fastattn.modules.multihead_attention import MultiheadAttention
 from fastattn.modules.norm import AddLayerNorm, AddRMSNorm
 from fastattn.ops._dispatch import Backend
+from fastattn.ops._tracing import is_symbolically_traced
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -110,7 +113,15 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             ValueError: ``src`` is not ``E`` wide, with ``norm_first``.
             NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
         """
-        if src.is_nested or _has_blocks_of_its_own(self, nn.TransformerEncoderLayer):
+        tensors = (src, src_mask, src_key_padding_mask)
+        traced = has_torch_function_variadic(*tensors) and is_symbolically_traced(*tensors)
+        if traced:
+            node = leaf_node(
+                self, src, src_mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=is_causal
+            )
+            if node is not None:
+                return node
+        if (not traced and src.is_nested) or _has_blocks_of_its_own(self, nn.TransformerEncoderLayer):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         src_mask, src_key_padding_mask = _checked_masks(src, src_mask, src_key_padding_mask)
         masks = (src_mask, src_key_padding_mask, is_causal)
@@ -211,6 +222,15 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             ValueError: ``tgt`` is not ``E`` wide, with ``norm_first``.
             NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
         """
+        tensors = (tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
+        if has_torch_function_variadic(*tensors) and is_symbolically_traced(*tensors):
+            node = leaf_node(
+                self, tgt, memory, tgt_mask=tgt_mask, memory_mask=memory_mask,
+                tgt_key_padding_mask=tgt_key_padding_mask, memory_key_padding_mask=memory_key_padding_mask,
+                tgt_is_causal=tgt_is_causal, memory_is_causal=memory_is_causal,
+            )  # fmt: skip
+            if node is not None:
+                return node
         if _has_blocks_of_its_own(self, nn.TransformerDecoderLayer):
             return super().forward(
                 tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal,
@@ -303,7 +323,7 @@ def _feed_forward(layer: Any, x: Tensor) -> Tensor:
 
 def _add_norm(norm: nn.Module, dropout: nn.Module, x: Tensor, residual: Tensor, return_residual: bool = False) -> Any:
     """``norm(residual + dropout(x))``, or the pair of it and the sum: in one operation unless somebody watches."""
-    if not isinstance(norm, (AddLayerNorm, AddRMSNorm)) or _is_hooked(norm):
+    if not isinstance(norm, (AddLayerNorm, AddRMSNorm)) or _is_hooked(norm) or is_symbolically_traced(x, residual):
         total = residual + dropout(x)
         return (norm(total), total) if return_residual else norm(total)
     if type(dropout) is nn.Dropout and not _is_hooked(dropout):

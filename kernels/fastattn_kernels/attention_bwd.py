@@ -132,11 +132,12 @@ def _grad_of_keys(
     """
     seqlen_q, seqlen_k, _, _, _ = sizes
     cols = col_start + tl.arange(0, BLOCK_N)[:, None]
+    # The pipeliner computes the first addresses ahead of the loop, also where the loop is empty, and a division by zero
+    # there is undefined in LLVM: it may drop the code around it.
+    per_head = tl.maximum(visits, 1)
     for step in tl.range(0, group * visits):
-        # The pipeliner computes the first addresses ahead of the loop, also where the loop is empty, and a division by
-        # zero there is undefined in LLVM: it may drop the code around it.
-        member = step // tl.maximum(visits, 1)
-        tile = visited_tile(step - member * visits, edges, tiles, tl.cdiv(seqlen_q, BLOCK_M), PARTIAL)
+        member = step // per_head
+        tile = visited_tile(step - member * per_head, edges, tiles, tl.cdiv(seqlen_q, BLOCK_M), PARTIAL)
         start = tile * BLOCK_M
         head = kv_head * group + member
         at = (batch, head)
