@@ -17,6 +17,7 @@ from fastattn.modules._mha_inference import attend as attend_in_inference
 from fastattn.modules._mha_masks import Masks, Scores, check_dimensions, check_types, make_masks
 from fastattn.ops._call import AttentionCall
 from fastattn.ops._dispatch import Backend, run
+from fastattn.ops._layouts import check_dense
 
 _NO_MASKS = Masks()
 
@@ -154,7 +155,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             if result is not None:
                 return result
 
-        q, k, v = self._heads(query, key, value, in_weight, in_bias, batched)
+        try:
+            q, k, v = self._heads(query, key, value, in_weight, in_bias, batched)
+        except (RuntimeError, NotImplementedError):
+            for name, tensor in (("query", query), ("key", key), ("value", value)):
+                check_dense(name, tensor)
+            raise
         batch, heads, length, _ = q.shape
         keys = k.shape[2]
         if appends:

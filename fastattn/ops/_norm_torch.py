@@ -170,7 +170,7 @@ def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """``F.rms_norm``; on the CPU, where torch differentiates eight operations, with one backward."""
     trains = torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad))
     # of one element the terms of its gradient cancel but for eps, and torch's operations leave less of their rounding
-    if not (trains and x.numel() and is_eager_on_cpu(x)) or x.shape[-1] == 1 or x.is_complex() or _is_transformed():
+    if not (trains and is_eager_on_cpu(x) and x.numel()) or x.shape[-1] == 1 or x.is_complex() or _is_transformed():
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     if x.dtype in _HALF:
         return _RMSNorm.apply(x.float(), None if weight is None else weight.float(), eps).to(x.dtype)
