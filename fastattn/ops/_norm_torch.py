@@ -210,5 +210,5 @@ class _RMSNorm(torch.autograd.Function):
             d_x = scaled.addcmul_(x, mean.mul_(rstd).mul_(rstd), value=-1.0)
         if wants_weight:
             # in this order: d_output * x overflows near the end of float32, and underflows near zero
-            d_weight = (x * rstd).mul_(d_output).reshape(-1, x.shape[-1]).sum(0)
+            d_weight = (d_output * (x * rstd)).reshape(-1, x.shape[-1]).sum(0)
         return d_x, d_weight, None

@@ -49,8 +49,8 @@ def _merged_statistics(pivot, shift, squares, tile, start, size, BLOCK_N: tl.con
         squares += tl.sum(tile * tile, 1)[:, None]
     else:
         here = tl.minimum(size - start, BLOCK_N)
-        # Near float32's end the sum of a row overflows, and so does a distance from the mean, and inf * 0 is NaN. So the
-        # sum is of smaller numbers; and beyond 2^100, where distances are 0 or their squares inf, they are from 0.
+        # Near float32's end the sum of a row overflows, and so does a distance from the mean, and inf * 0 is NaN. So
+        # the sum is of smaller numbers; and beyond 2^100, where distances are 0 or their squares inf, they are from 0.
         middle = tl.sum(tile * 2.0**-20, 1)[:, None] * (2.0**20 / here)
         is_beyond = (tl.abs(middle) > 2.0**100) & (tl.abs(middle) < float("inf"))
         middle = tl.where(is_beyond, 0.0, middle)
