@@ -1,6 +1,7 @@
 """In which strides norms leave: those of ``F.layer_norm`` and ``F.rms_norm``, since code behind them calls ``view``."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ MODES: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
 
 
 def ours(kind: str, axes: int, backend: str, weight: Tensor | None) -> Callable[[Tensor], Tensor]:
-    function = fastattn.layer_norm if kind == "layer" else fastattn.rms_norm
+    function: Callable[..., Any] = fastattn.layer_norm if kind == "layer" else fastattn.rms_norm
     return lambda x: function(x, SIZES[-axes:], weight, backend=backend)
 
 
@@ -74,7 +75,7 @@ def test_norm_is_laid_out_as_torchs(kind, mode, axes, dtype, backend, device):
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 def test_norm_of_a_sum_is_laid_out_as_torchs(kind, learns, backend, device):
     """By what lies in the residual, whose layout torch's sum has; the sum itself has it on the torch backend."""
-    function = fastattn.add_layer_norm if kind == "layer" else fastattn.add_rms_norm
+    function: Callable[..., Any] = fastattn.add_layer_norm if kind == "layer" else fastattn.add_rms_norm
     for name, make in LAYOUTS.items():
         for of_residual, make_residual in LAYOUTS.items():
             if of_residual == "expanded":
