@@ -125,7 +125,8 @@ def test_functions_are_one_node_each():
         def forward(self, x, weight):
             normed = fastattn.layer_norm(x, (E,), weight) + fastattn.rms_norm(x, E, eps=0.1)
             total = fastattn.add_rms_norm(x, normed, return_residual=True)[1]
-            return total + fastattn.add_layer_norm(normed, x, weight)
+            output: Any = fastattn.add_layer_norm(normed, x, weight)
+            return output + total
 
     model, x, weight = Functions(), random_input(), torch.rand(E)
     traced = torch.fx.symbolic_trace(model)
