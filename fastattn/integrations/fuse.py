@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from fastattn.integrations import _also
 from fastattn.modules import (
     AddLayerNorm,
     AddRMSNorm,
@@ -49,7 +51,7 @@ class Fusion:
         self.replaced: dict[str, type[nn.Module]] = {}
         self.left_alone: dict[str, str] = {}
         self.fused_paths_off: tuple[str, ...] = ()
-        self._modules: list[tuple[nn.Module, type[nn.Module]]] = []
+        self._modules: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]] = []
         self._switches: list[tuple[nn.Module, str, Any]] = []
 
     def undo(self) -> None:
@@ -59,12 +61,13 @@ class Fusion:
             RuntimeError: something else changed the class of a replaced module since (parametrizations and FSDP do).
                 Nothing is undone then.
         """
-        for (name, kind), (module, _) in zip(self.replaced.items(), self._modules):
+        for (name, kind), (module, *_) in zip(self.replaced.items(), self._modules):
             if type(module) is not kind:
                 raise RuntimeError(f"{_shown(name)} is now a {type(module).__name__}: undo what made it one first")
-        for module, before in self._modules:
+        for module, before, state in self._modules:
             module.__class__ = before
-            module.__dict__.pop("backend", None)
+            for key in ("backend", *state):
+                module.__dict__.pop(key, None)
         for module, switch, value in self._switches:
             setattr(module, switch, value)
         self._modules, self._switches = [], []
@@ -82,7 +85,12 @@ class Fusion:
         return "\n".join(lines) or "no attention, norm or transformer layer of torch.nn in this model"
 
 
-def fuse(model: nn.Module, *, backend: Backend | None = None) -> Fusion:
+def fuse(
+    model: nn.Module,
+    *,
+    backend: Backend | None = None,
+    also: Mapping[type[nn.Module], type[nn.Module]] | None = None,
+) -> Fusion:
     """Make every attention module, norm and transformer layer of torch in ``model`` ours, in place.
 
     ``nn.MultiheadAttention``, ``nn.TransformerEncoderLayer`` and ``nn.TransformerDecoderLayer`` become their namesakes
@@ -91,7 +99,13 @@ def fuse(model: nn.Module, *, backend: Backend | None = None) -> Fusion:
     training mode; only their class changes, so that optimizers and other references stay valid.
 
     Subclasses are left alone and reported, since what they add is not known, and so is a layer whose attention or norms
-    are neither torch's nor ours; what is inside them is replaced all the same.
+    are neither torch's nor ours; what is inside them is replaced all the same. Of a class that adds nothing to torch's
+    but another way to compute it, as the layer norms of many packages do, ``also`` says so::
+
+        fuse(model, also={LayerNormFp32: nn.LayerNorm, LlamaRMSNorm: nn.RMSNorm})
+
+    Each module of just that class is first tried on a few random numbers beside torch's on the same parameters. Norms
+    need not be subclasses, if they call their parameters ``weight`` and ``bias``.
 
     In evaluation torch's encoder layer runs a fused function that calls no module, and ``nn.TransformerEncoder`` makes
     nested tensors that only this function takes. Both are switched off around our modules, those that were put there by
@@ -103,30 +117,39 @@ def fuse(model: nn.Module, *, backend: Backend | None = None) -> Fusion:
     Args:
         model: any module. Fuse before wrapping it (FSDP, parametrizations).
         backend: of the modules replaced; see :class:`fastattn.MultiheadAttention`.
+        also: further classes to replace, each with that of torch's five which it stands for.
 
     Returns:
         A :class:`Fusion`: ``print`` it, call its ``undo()``, or use it as a context manager.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``.
-        ValueError: ``backend`` is unknown.
+        TypeError: ``model`` is no ``nn.Module``; or an item of ``also``, which the message names, is no pair of such
+            classes, or a module lacks an attribute of torch's.
+        ValueError: ``backend`` is unknown; or a module of ``also`` computes something else. Nothing is replaced then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     check_backend(backend)
 
+    kinds = {kind: kind for kind in _OURS} | _also.checked(also, _OURS)
+
     result = Fusion()
     for name, module in model.named_modules():
-        if isinstance(module, tuple(_OURS)):
-            reason = _why_not(module)
+        if isinstance(module, tuple(kinds)):
+            reason = _why_not(module, kinds)
             if reason is None:
-                result.replaced[name] = _OURS[type(module)]
-                result._modules.append((module, type(module)))
+                kind, state = kinds[type(module)], {}
+                if kind is not type(module):
+                    state = _also.missing_state(name, module, kind)
+                    _also.check_by_numbers(name, module, kind, state)
+                result.replaced[name] = _OURS[kind]
+                result._modules.append((module, type(module), state))
             else:
                 result.left_alone[name] = reason
-    for module, before in result._modules:
-        module.__class__ = _OURS[before]
-        if before in _PARTS and backend is not None:
+    for module, before, state in result._modules:
+        module.__class__ = _OURS[kinds[before]]
+        module.__dict__.update(state)
+        if kinds[before] in _PARTS and backend is not None:
             module.__dict__["backend"] = backend  # as nn.Module keeps what is no tensor
     _switch_fused_paths_off(model, result)
     return result
@@ -136,38 +159,42 @@ def _shown(name: str) -> str:
     return name or "the model"
 
 
-def _why_not(module: nn.Module) -> str | None:
-    """Why a module that is, or inherits from, one of torch's is not replaced; None where it is."""
-    kind = type(module)
-    if kind not in _OURS:
-        return _why_not_subclass(kind)
+def _why_not(module: nn.Module, kinds: dict[type, type]) -> str | None:
+    """Why a module is not replaced that is, or inherits from, one of ``kinds``, which says what each stands for; None
+    where it is."""
+    if type(module) not in kinds:
+        return _why_not_subclass(type(module))
     for method in _METHODS:
         if method in vars(module):
             return f"its {method} was replaced"
-    if kind in _LAYERS:
+    if kinds[type(module)] in _LAYERS:
         for name, accepted in _NEEDED.items():
             part = getattr(module, name, None)  # an encoder layer has fewer
-            if isinstance(part, nn.Module) and not issubclass(_becomes(part), accepted):
-                return f"its {name} stays a {type(part).__module__}.{type(part).__qualname__}"
+            if isinstance(part, nn.Module) and not issubclass(_becomes(part, kinds), accepted):
+                return f"its {name} stays a {_also.shown(type(part))}"
     return None
 
 
-def _becomes(module: nn.Module) -> type[nn.Module]:
+def _becomes(module: nn.Module, kinds: dict[type, type]) -> type[nn.Module]:
     """The class of ``module`` in the fused model."""
     kind = type(module)
-    return _OURS[kind] if kind in _OURS and _why_not(module) is None else kind
+    return _OURS[kinds[kind]] if kind in kinds and _why_not(module, kinds) is None else kind
 
 
 def _why_not_subclass(kind: type[nn.Module]) -> str:
-    parent = next(base for base in kind.__mro__ if base in _OURS)
+    parent = next((base for base in kind.__mro__ if base in _OURS), None)
+    if parent is None:
+        return f"its class {_also.shown(kind)} is a subclass of one in also"
     if issubclass(kind, _OURS[parent]):
         return f"it is a fastattn.{_OURS[parent].__name__} already"
-    path = f"{kind.__module__}.{kind.__qualname__}"
+    path = _also.shown(kind)
     if kind.__module__.startswith("torch.ao."):
         return f"its class {path} is quantizable: its projections are modules of their own"
-    if kind.forward is not parent.forward:
-        return f"its class {path} overrides forward"
-    return f"its class {path} is a subclass of nn.{parent.__name__}"
+    what = "overrides forward" if kind.forward is not parent.forward else f"is a subclass of nn.{parent.__name__}"
+    return (
+        f"its class {path} {what}; if it computes what nn.{parent.__name__} does, say so: "
+        f"fuse(model, also={{{kind.__name__}: nn.{parent.__name__}}})"
+    )
 
 
 def _switch_fused_paths_off(model: nn.Module, result: Fusion) -> None:

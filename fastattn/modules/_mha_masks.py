@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn.ops._layouts import check_dense
 from fastattn.ops._tracing import are_sizes
 
 
@@ -41,6 +42,8 @@ def check_types(key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> No
     for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
         if mask is not None and not torch.is_floating_point(mask) and mask.dtype != torch.bool:
             raise AssertionError(f"only bool and floating types of {name} are supported")
+        if mask is not None and mask.layout is not torch.strided:
+            check_dense(name, mask)
     if key_padding_mask is not None and attn_mask is not None and key_padding_mask.dtype != attn_mask.dtype:
         warnings.warn(
             "Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both instead.",

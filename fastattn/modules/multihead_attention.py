@@ -18,6 +18,7 @@ from fastattn.modules._mha_masks import Masks, Scores, check_dimensions, check_t
 from fastattn.modules._tracing import leaf_node
 from fastattn.ops._call import AttentionCall, is_autocast_enabled
 from fastattn.ops._dispatch import Backend, run
+from fastattn.ops._layouts import check_dense
 from fastattn.ops._tracing import is_symbolically_traced
 
 _NO_MASKS = Masks()
@@ -162,7 +163,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             if result is not None:
                 return result
 
-        q, k, v = self._heads(query, key, value, in_weight, in_bias, batched)
+        try:
+            q, k, v = self._heads(query, key, value, in_weight, in_bias, batched)
+        except (RuntimeError, NotImplementedError):
+            for name, tensor in (("query", query), ("key", key), ("value", value)):
+                check_dense(name, tensor)
+            raise
         batch, heads, length, _ = q.shape
         keys = k.shape[2]
         if appends:

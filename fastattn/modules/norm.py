@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_variadic
 
 from fastattn.modules._common import check_backend, plain_twin
+from fastattn.modules._tracing import expect_defaults, leaf_node
 from fastattn.ops import add_layer_norm, add_rms_norm
 from fastattn.ops._dispatch import Backend
+from fastattn.ops._tracing import is_symbolically_traced
 
 
 def _check_dropout(dropout: float) -> float:
@@ -93,7 +96,17 @@ class AddLayerNorm(nn.LayerNorm):
         Raises:
             TypeError, ValueError, NotImplementedError: as :func:`fastattn.add_layer_norm`.
         """
-        if residual is None and getattr(input, "is_nested", False):
+        if has_torch_function_variadic(input, residual) and is_symbolically_traced(input, residual):
+            others: dict[str, Any] = {
+                "residual": residual, "x_bias": x_bias, "row_scale": row_scale, "dropout_p": dropout_p,
+                "out_dtype": out_dtype, "residual_dtype": residual_dtype, "return_residual": return_residual,
+            }  # fmt: skip
+            node = leaf_node(self, input, **others)
+            if node is not None:
+                return node
+            if expect_defaults(self, **others):
+                return super().forward(input)
+        elif residual is None and input.is_nested:
             return super().forward(input)
         if dropout_p is None:
             dropout_p = self.dropout if self.training and residual is not None else 0.0
@@ -171,7 +184,17 @@ class AddRMSNorm(nn.RMSNorm):
     ) -> Any:
         """The norm of ``residual + dropout(x + x_bias) * row_scale``; arguments, results and errors are those of
         :meth:`AddLayerNorm.forward`."""
-        if residual is None and getattr(x, "is_nested", False):
+        if has_torch_function_variadic(x, residual) and is_symbolically_traced(x, residual):
+            others: dict[str, Any] = {
+                "residual": residual, "x_bias": x_bias, "row_scale": row_scale, "dropout_p": dropout_p,
+                "out_dtype": out_dtype, "residual_dtype": residual_dtype, "return_residual": return_residual,
+            }  # fmt: skip
+            node = leaf_node(self, x, **others)
+            if node is not None:
+                return node
+            if expect_defaults(self, **others):
+                return super().forward(x)
+        elif residual is None and x.is_nested and x.layout is torch.jagged:
             return super().forward(x)
         if dropout_p is None:
             dropout_p = self.dropout if self.training and residual is not None else 0.0

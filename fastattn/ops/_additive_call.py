@@ -39,6 +39,8 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> 
     for name, tensor in (("query", query), ("key", key), ("value", value), ("weight", weight)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.layout is not torch.strided or tensor.is_nested:  # jagged ones of unequal lengths make no scores
+            raise TypeError(f"{name} is nested or sparse, of layout {tensor.layout}: expected a dense tensor")
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} is {tensor.dtype}: expected float16, bfloat16, float32 or float64")
         if tensor.dtype != query.dtype:

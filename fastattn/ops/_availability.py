@@ -29,6 +29,8 @@ def refusals(name: str, tensor: Tensor) -> list[str]:
     if tensor.device.type not in DEVICES:
         accepted = "CUDA, ROCm and XPU devices, and the CPU under TRITON_INTERPRET=1"
         reasons.append(f"{name} is on {tensor.device.type}: it runs on {accepted}")
+    if tensor.is_nested:
+        reasons.append(f"{name} is a nested tensor: it takes dense ones")
     return reasons + dtype_refusals((name, tensor))
 
 

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.ops._layouts import check_dense
 from fastattn.ops._tracing import are_sizes
 
 Alignment = Literal["top_left", "bottom_right"]
@@ -85,6 +86,8 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            check_dense(name, tensor)
         if tensor.dim() != 4:
             raise ValueError(
                 f"{name} has shape {_shape(tensor)}: expected 4 dimensions [batch, heads, length, head_dim]"

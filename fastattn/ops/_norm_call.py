@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.ops._layouts import check_dense
 from fastattn.reference.residual_norm import Kind
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -53,7 +54,9 @@ def check_tensor(name: str, tensor: object, x: Tensor, *, takes_complex: bool = 
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in _FLOATS and not (takes_complex and tensor.is_complex()):
         raise TypeError(f"{name} is {tensor.dtype}: expected float16, bfloat16, float32 or float64")
-    if tensor.device != x.device:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        check_dense(name, tensor)
+    if tensor is not x and tensor.device != x.device:
         raise ValueError(f"{name} is on {tensor.device} but x is on {x.device}: expected one device")
 
 

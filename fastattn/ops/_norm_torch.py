@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.ops._norm_call import NormCall
-from fastattn.ops._tracing import is_eager_on_cpu, is_traced, saved_tensors
+from fastattn.ops._tracing import is_eager_on_cpu, is_traced, is_transformed, saved_tensors
 from fastattn.reference import add_norm
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -58,6 +59,8 @@ def _normalised(call: NormCall, total: Tensor) -> Tensor:
     same_dtype = call.out_dtype is dtype and all(t is None or t.dtype is dtype for t in (weight, bias))
     # torch's norms take and give one dtype; on the CPU they sum the gradients of 16-bit vectors in 16 bits, and lose
     # four percent of them over two thousand rows
+    if is_half_on_cpu and learns and same_dtype and not call.unit_offset and _HalfLayerNorm.can(total):
+        return _HalfLayerNorm.apply(total, weight, bias, call.eps)
     if call.unit_offset or not same_dtype or (is_half_on_cpu and learns):
         compute = torch.promote_types(dtype, torch.float32)
         total = total.to(compute)
@@ -65,9 +68,7 @@ def _normalised(call: NormCall, total: Tensor) -> Tensor:
         if call.unit_offset and weight is not None:
             weight = 1.0 + weight
     elif is_half_on_cpu:
-        # with vectors in float32 torch keeps the statistics in float32 as well, else it rounds them to 16 bits
-        weight = total.new_ones(total.shape[-1], dtype=torch.float32) if weight is None else weight.float()
-        bias = total.new_zeros(total.shape[-1], dtype=torch.float32) if bias is None else bias.float()
+        weight, bias = _float32_vectors(total, weight, bias)
     if call.kind == "layer":
         output = _layer_norm(total, weight, bias, call.eps)
     else:
@@ -76,9 +77,11 @@ def _normalised(call: NormCall, total: Tensor) -> Tensor:
     return output if output.dtype is call.out_dtype else output.to(call.out_dtype)
 
 
-def _is_transformed() -> bool:
-    """Is this under ``torch.func``, or in forward mode?"""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+def _float32_vectors(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both for torch's layer norm of a 16-bit ``x``, with which it keeps the statistics in float32 as well; without
+    them, or with narrow ones, it rounds statistics to 16 bits."""
+    weight = x.new_ones(x.shape[-1], dtype=torch.float32) if weight is None else weight.float()
+    return weight, x.new_zeros(x.shape[-1], dtype=torch.float32) if bias is None else bias.float()
 
 
 def _last_size(x: Tensor) -> torch.Size:
@@ -97,13 +100,44 @@ def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
     """
     if is_traced():
         return F.layer_norm(x, _last_size(x), weight, bias, eps)
-    if _is_transformed():
-        return add_norm(x, None, weight, bias, eps=eps).output
+    if is_transformed() or x.shape[-1] == 1:  # of one element torch's weight has a gradient: what rounding leaves
+        output = add_norm(x, None, weight, bias, eps=eps).output
+        return output.clone(memory_format=torch.contiguous_format)  # as F.layer_norm lays it out
     output = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     node = output.grad_fn
     if node is not None and node.name() == "NativeLayerNormBackward0":
         node.register_hook(functools.partial(_differentiable_gradients, eps))
     return output
+
+
+class _HalfLayerNorm(torch.autograd.Function):
+    """Layer norm of a 16-bit ``x`` that trains on the CPU: torch's forward, whose result is that of evaluation, and its
+    backward in float32. Nothing wider than ``x`` is kept."""
+
+    @staticmethod
+    def can(x: Tensor) -> bool:
+        return x.shape[-1] > 1 and is_eager_on_cpu(x) and not is_transformed()
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        vectors = _float32_vectors(x, weight, bias)
+        output, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], *vectors, eps)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.eps = eps
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (d_output,) = grads
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        wants = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # somebody may differentiate this again
+            return *_formula_gradients((x, weight, bias), wants, d_output, ctx.eps), None
+        vectors = _float32_vectors(x, weight, bias)
+        gradients = torch.ops.aten.native_layer_norm_backward(
+            d_output.float(), x.float(), x.shape[-1:], mean, rstd, *vectors, wants
+        )
+        return *(None if g is None or not w else g.to(x.dtype) for g, w in zip(gradients, wants)), None
 
 
 def _differentiable_gradients(
@@ -113,13 +147,20 @@ def _differentiable_gradients(
     if not torch.is_grad_enabled() or d_outputs[0] is None:
         return None
     saved = saved_tensors(torch._C._current_autograd_node(), "input", "weight", "bias")
+    return _formula_gradients(saved, [d_input is not None for d_input in d_inputs], d_outputs[0], eps)
+
+
+def _formula_gradients(
+    saved: Sequence[Tensor | None], wants: Sequence[bool], d_output: Tensor, eps: float
+) -> tuple[Tensor | None, ...]:
+    """Gradients of input, weight and bias, those that are wanted, which can be differentiated themselves."""
     # views, since one tensor may be made from another, and no gradient is counted twice
     x, weight, bias = (None if t is None else t.view_as(t) for t in saved)
     assert x is not None
     output = add_norm(x, None, weight, bias, eps=eps).output
-    wanted = [t for t, d_input in zip((x, weight, bias), d_inputs) if d_input is not None and t is not None]
-    found = iter(torch.autograd.grad([output], wanted, [d_outputs[0]], create_graph=True))
-    return tuple(None if d_input is None else next(found) for d_input in d_inputs)
+    wanted = [t for t, is_wanted in zip((x, weight, bias), wants) if is_wanted and t is not None]
+    found = iter(torch.autograd.grad([output], wanted, [d_output], create_graph=True))
+    return tuple(next(found) if is_wanted else None for is_wanted in wants)
 
 
 # ----------------------------------------------------------------------------------------------------------- RMS norm
@@ -128,7 +169,8 @@ def _differentiable_gradients(
 def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """``F.rms_norm``; on the CPU, where torch differentiates eight operations, with one backward."""
     trains = torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad))
-    if not (trains and x.numel() and is_eager_on_cpu(x)) or x.is_complex() or _is_transformed():
+    # of one element the terms of its gradient cancel but for eps, and torch's operations leave less of their rounding
+    if not (trains and is_eager_on_cpu(x) and x.numel()) or x.shape[-1] == 1 or x.is_complex() or is_transformed():
         return F.rms_norm(x, _last_size(x), weight, eps)
     if x.dtype in _HALF:
         return _RMSNorm.apply(x.float(), None if weight is None else weight.float(), eps).to(x.dtype)
@@ -143,7 +185,8 @@ class _RMSNorm(torch.autograd.Function):
         rstd = x.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()  # as torch does it, to the bit
         ctx.save_for_backward(x, weight, rstd)
         ctx.eps = eps
-        output = x * rstd
+        # as F.rms_norm lays it out, but for channels-last results, which are laid out by the caller
+        output = x * rstd if x.is_contiguous() else torch.mul(x, rstd, out=x.new_empty(x.shape))
         return output if weight is None else output.mul_(weight)
 
     @staticmethod
@@ -166,5 +209,6 @@ class _RMSNorm(torch.autograd.Function):
             mean = (scaled * x).mean(-1, keepdim=True)
             d_x = scaled.addcmul_(x, mean.mul_(rstd).mul_(rstd), value=-1.0)
         if wants_weight:
-            d_weight = (d_output * x).mul_(rstd).reshape(-1, x.shape[-1]).sum(0)
+            # in this order: d_output * x overflows near the end of float32, and underflows near zero
+            d_weight = (d_output * (x * rstd)).reshape(-1, x.shape[-1]).sum(0)
         return d_x, d_weight, None

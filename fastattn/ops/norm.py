@@ -6,9 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from fastattn.ops import _dispatch, _norm_torch, _norm_triton
 from fastattn.ops._norm_call import NormCall, make_call
+from fastattn.ops._norm_layout import in_channels_last
+from fastattn.ops._tracing import is_symbolically_traced, recorded
 
 
 def _run(call: NormCall, backend: _dispatch.Backend | None) -> tuple[Tensor, Tensor]:
@@ -18,10 +21,16 @@ def _run(call: NormCall, backend: _dispatch.Backend | None) -> tuple[Tensor, Ten
     return _norm_torch.run(call)
 
 
-def _fused(call: NormCall, shape: torch.Size, backend: _dispatch.Backend | None) -> Tensor | tuple[Tensor, Tensor]:
-    output, residual = _run(call, backend)
+def _fused(
+    call: NormCall, x: Tensor, residual: Tensor | None, backend: _dispatch.Backend | None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What a public function returns of the call that it made of ``x`` and ``residual``, in their shape."""
+    shape = _sum_shape(x, residual)
+    output, total = _run(call, backend)
     output = _as(output, shape)
-    return (output, _as(residual, shape)) if call.return_residual else output
+    if call.kind == "rms":
+        output = in_channels_last(output, x, residual)
+    return (output, _as(total, shape)) if call.return_residual else output
 
 
 def _as(tensor: Tensor, shape: torch.Size) -> Tensor:
@@ -88,6 +97,13 @@ def add_layer_norm(
         ValueError: shapes, devices or numbers do not fit; the message shows them.
         NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
     """
+    tensors = (x, residual, weight, bias)
+    if has_torch_function_variadic(*tensors) and is_symbolically_traced(*tensors):
+        return recorded(
+            add_layer_norm, *tensors, eps, normalized_shape=normalized_shape, x_bias=x_bias, row_scale=row_scale,
+            unit_offset=unit_offset, dropout_p=dropout_p, round_residual=round_residual, out_dtype=out_dtype,
+            residual_dtype=residual_dtype, return_residual=return_residual, backend=backend,
+        )  # fmt: skip
     call = make_call(
         x,
         residual,
@@ -105,7 +121,7 @@ def add_layer_norm(
         residual_dtype=residual_dtype,
         return_residual=return_residual,
     )
-    return _fused(call, _sum_shape(x, residual), backend)
+    return _fused(call, x, residual, backend)
 
 
 def add_rms_norm(
@@ -153,6 +169,13 @@ def add_rms_norm(
     Raises:
         TypeError, ValueError, NotImplementedError: as :func:`add_layer_norm`.
     """
+    tensors = (x, residual, weight, bias)
+    if has_torch_function_variadic(*tensors) and is_symbolically_traced(*tensors):
+        return recorded(
+            add_rms_norm, *tensors, eps, normalized_shape=normalized_shape, x_bias=x_bias, row_scale=row_scale,
+            unit_offset=unit_offset, dropout_p=dropout_p, round_residual=round_residual, out_dtype=out_dtype,
+            residual_dtype=residual_dtype, return_residual=return_residual, backend=backend,
+        )  # fmt: skip
     call = make_call(
         x,
         residual,
@@ -170,7 +193,7 @@ def add_rms_norm(
         residual_dtype=residual_dtype,
         return_residual=return_residual,
     )
-    return _fused(call, _sum_shape(x, residual), backend)
+    return _fused(call, x, residual, backend)
 
 
 def layer_norm(
@@ -198,6 +221,8 @@ def layer_norm(
     Raises:
         TypeError, ValueError, NotImplementedError: as :func:`add_layer_norm`.
     """
+    if has_torch_function_variadic(input, weight, bias) and is_symbolically_traced(input, weight, bias):
+        return recorded(layer_norm, input, normalized_shape, weight, bias, eps, backend=backend)
     call = make_call(input, None, weight, bias, kind="layer", eps=eps, normalized_shape=normalized_shape)
     return _as(_run(call, backend)[0], input.shape)
 
@@ -225,5 +250,7 @@ def rms_norm(
     Raises:
         TypeError, ValueError, NotImplementedError: as :func:`add_layer_norm`.
     """
+    if has_torch_function_variadic(input, weight) and is_symbolically_traced(input, weight):
+        return recorded(rms_norm, input, normalized_shape, weight, eps, backend=backend)
     call = make_call(input, None, weight, None, kind="rms", eps=eps, normalized_shape=normalized_shape)
-    return _as(_run(call, backend)[0], input.shape)
+    return in_channels_last(_as(_run(call, backend)[0], input.shape), input, None)

@@ -1,9 +1,9 @@
 """Repairs to Triton's interpreter (3.6 to 3.9), without which ``TRITON_INTERPRET=1`` gives wrong numbers in bfloat16.
 
 The interpreter keeps bfloat16 as 16-bit integers and computes on those: products and sums of bfloat16 tiles are
-garbage, and float32 is truncated to bfloat16 instead of rounded. 3.6.0 with NumPy 2.4 also fails on run-time loop
-bounds. And the interpreter rebinds Triton's whole language at every call of a device function, which takes half of the
-time: once a launch is enough.
+garbage, float32 is truncated to bfloat16 instead of rounded, and subnormal bfloat16 becomes another float32. 3.6.0
+with NumPy 2.4 also fails on run-time loop bounds. And the interpreter rebinds Triton's whole language at every call of
+a device function, which takes half of the time: once a launch is enough.
 Installed once, only while interpreting; compiled kernels never come here.
 """
 
@@ -63,6 +63,8 @@ def _repair_cast(cast: Any) -> Any:
     def repaired(self: Any, source: Any, destination: Any) -> Any:
         if source.dtype.scalar == tl.float32 and destination.scalar == tl.bfloat16:
             return interpreter.TensorHandle(_to_bfloat16(source.data), tl.bfloat16)
+        if _is_bfloat16(source) and destination.scalar == tl.float32:
+            return _widened(source)
         return cast(self, source, destination)
 
     return repaired

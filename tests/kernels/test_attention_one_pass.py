@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+import fastattn
 from benchmarks.static.cases import LOADS
 from benchmarks.static.compile import ROOT
 from benchmarks.static.targets import SHARED_MEMORY
@@ -20,7 +21,7 @@ from tests.ops.attention_cases import Case, attend, check
 
 @pytest.fixture
 def one_pass(monkeypatch):
-    """Every backward goes in one pass; counts them."""
+    """Every backward goes in one pass, in plain Triton on Hopper too; counts them."""
     launches = []
 
     def launch(problem, d_out, statistics, delta, d_weights, dq, dk, dv, d_slopes=None, tile_map=None, config=None):
@@ -29,7 +30,8 @@ def one_pass(monkeypatch):
         launches.append(problem)
 
     monkeypatch.setattr(attention_bwd, "launch_attention_bwd", launch)
-    return launches
+    with fastattn.use_kernels("triton"):
+        yield launches
 
 
 CASES = [

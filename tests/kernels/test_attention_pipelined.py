@@ -2,6 +2,7 @@
 
 import pytest
 
+import fastattn
 from fastattn_kernels import attention_fwd
 from fastattn_kernels.attention_config import Config
 from tests.ops.attention_cases import Case, check
@@ -9,8 +10,16 @@ from tests.ops.attention_cases import Case, check
 
 @pytest.fixture
 def pipelined(monkeypatch):
-    """Every forward has small tiles in the pipelined order."""
-    monkeypatch.setattr(attention_fwd, "forward_config", lambda *_: Config(64, 32, 4, 1, pipelined=True))
+    """Every forward is in plain Triton, on Hopper too, and has small tiles in the pipelined order; counts them."""
+    tiles = []
+
+    def forward_config(*_):
+        tiles.append(Config(64, 32, 4, 1, pipelined=True))
+        return tiles[-1]
+
+    monkeypatch.setattr(attention_fwd, "forward_config", forward_config)
+    with fastattn.use_kernels("triton"):
+        yield tiles
 
 
 CASES = [
@@ -29,6 +38,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in CASES])
-@pytest.mark.usefixtures("poisoned", "pipelined")
-def test_attention_pipelined_matches_reference(case, device):
+@pytest.mark.usefixtures("poisoned")
+def test_attention_pipelined_matches_reference(case, device, pipelined):
     check("pipelined", case, "triton", device)
+    assert pipelined

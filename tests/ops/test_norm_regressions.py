@@ -345,3 +345,63 @@ def test_jacobian_of_a_gradient(argument, kind, device):
 
     for found, wanted in zip(jacobians("triton"), jacobians("torch")):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [1, 8, 24, 40, 300])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_rows_near_the_end_of_their_range_are_finite_where_torchs_are(size, dtype, kind, backend, device):
+    """Their squares overflow, the inverse deviation is 0, and so is the norm: 0 * inf and inf - inf made NaN of it, in
+    training on the CPU in bfloat16, and in the kernels wherever a sum of the row or a distance overflows."""
+    torchs = F.layer_norm if kind == "layer" else F.rms_norm
+    drop_in = fastattn.layer_norm if kind == "layer" else fastattn.rms_norm
+    largest = torch.finfo(dtype).max
+    uniform = torch.rand(3, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+    for share in (2 * uniform - 1, uniform, torch.ones_like(uniform)):
+        for magnitude in (0.98, 0.3, 1e-13 if dtype != torch.float16 else 0.01):
+            x = (share * magnitude * largest).to(device, dtype)
+            results = []
+            for norm_of in (torchs, lambda *args: drop_in(*args, backend=backend)):
+                leaves = [x.clone().requires_grad_(), torch.ones(size, device=device, dtype=dtype, requires_grad=True)]
+                output = norm_of(leaves[0], (size,), leaves[1])
+                results.append([output, *torch.autograd.grad(output, leaves, torch.ones_like(output))])
+            for have, want in zip(results[1], results[0]):
+                assert have[want.isfinite()].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_layer_norm_of_one_element_has_no_gradients(dtype, backend, device):
+    """The element minus itself is 0. torch's kernel leaves what rounding makes of it, times the gradient, up to 0.2."""
+    x = draw(9, 1, seed=1, device=device, dtype=dtype) * 1000
+    leaves = [x.requires_grad_(), torch.ones(1, device=device, dtype=dtype, requires_grad=True)]
+    output = fastattn.layer_norm(leaves[0], (1,), leaves[1], backend=backend)
+    assert not output.any()
+    for gradient in torch.autograd.grad(output, leaves, torch.ones_like(output)):
+        assert not gradient.any()
+
+
+def test_rms_norms_weight_of_tiny_and_huge_rows(device):
+    """The gradient times the row, before it is normalised, underflows here and overflows there."""
+    for magnitude in (1e-41, 1e18):
+        x, weight = (torch.ones(2, 8, device=device) * magnitude, torch.ones(8, device=device, requires_grad=True))
+        output = fastattn.rms_norm(x, (8,), weight, eps=0.0 if magnitude > 1 else 1e-5, backend="torch")
+        gradient = torch.autograd.grad(output, weight, torch.full_like(output, 1e21 if magnitude > 1 else 1.0))[0]
+        torch.testing.assert_close(gradient, (output.detach() * (1e21 if magnitude > 1 else 1.0)).sum(0))
+
+
+LAYOUTS_REFUSED = {
+    "nested": (lambda: torch.nested.nested_tensor([torch.ones(3, 8), torch.ones(5, 8)]), "is a nested tensor"),
+    "sparse": (lambda: torch.ones(2, 8).to_sparse(), "has the layout torch.sparse_coo"),
+    "rows": (lambda: torch.ones(2, 8).to_sparse_csr(), "has the layout torch.sparse_csr"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*prototype.*", "ignore:.*beta.*")
+@pytest.mark.parametrize("name", LAYOUTS_REFUSED)
+def test_nested_and_sparse_inputs_get_a_sentence(name, kind):
+    """torch's own words are of sizes that a NestedTensorImpl does not support, and of operators of SparseCPU."""
+    make, words = LAYOUTS_REFUSED[name]
+    with pytest.raises(TypeError, match=f"x {words}.*: expected a dense tensor"):
+        norm(kind, make())
+    with pytest.raises(TypeError, match=f"residual {words}.*: expected a dense tensor"):
+        norm(kind, torch.ones(2, 8), make())

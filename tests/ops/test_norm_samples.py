@@ -1,6 +1,7 @@
 """PyTorch's own sample inputs for ``F.layer_norm`` and ``F.rms_norm``, driven through ours."""
 
 import inspect
+import math
 from typing import Any
 
 import pytest
@@ -64,6 +65,9 @@ def test_sample_inputs_match_torch(kind, dtype):
         expected = results_and_gradients(THEIRS[kind], sample)
         actual = results_and_gradients(lambda *a, **k: OURS[kind](*a, **k, backend="torch"), sample)
         if dtype not in (torch.float16, torch.bfloat16):
+            if kind == "layer" and math.prod(sample.args[0]) == 1:
+                # the weight's gradient is 0, in place of which torch's has what rounding leaves, up to 1e-4
+                expected = [t.to(dtype) for t in results_and_gradients(THEIRS[kind], sample, torch.float64)]
             torch.testing.assert_close(actual, expected, equal_nan=True)
             continue
         truth = results_and_gradients(THEIRS[kind], sample, torch.float64)
