@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -31,7 +31,7 @@ _default_backend: str = _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), E
 
 
 @contextlib.contextmanager
-def use_backend(backend: Backend) -> Iterator[None]:
+def use_backend(backend: Backend) -> Generator[None]:
     """Make ``backend`` the default inside a ``with`` block (for the whole process: it is not thread-local).
 
     Args:

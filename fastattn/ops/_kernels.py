@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Literal, NamedTuple, cast, get_args
 
 Kernels = Literal["auto", "gluon", "triton"]
@@ -28,7 +28,7 @@ _choice = KernelChoice(_checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), EN
 
 
 @contextlib.contextmanager
-def use_kernels(kernels: Kernels = "auto", *, deterministic: bool = True) -> Iterator[None]:
+def use_kernels(kernels: Kernels = "auto", *, deterministic: bool = True) -> Generator[None]:
     """Choose among the Triton backend's kernels of attention inside a ``with`` block (for the whole process).
 
     Read when a kernel is launched: a backward that runs after the block is ruled by what is chosen then.

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from fastattn.ops import _autograd
@@ -249,7 +250,7 @@ def test_attention_checkpoints(dropout_p, use_reentrant, backend, device):
         return attend(query * 2, key, value, dropout_p=dropout_p, return_lse=True, backend=backend)
 
     def checkpointed(*tensors):
-        return torch.utils.checkpoint.checkpoint(function, *tensors, use_reentrant=use_reentrant)
+        return checkpoint(function, *tensors, use_reentrant=use_reentrant)
 
     gradients = []
     for run in (function, checkpointed):
