@@ -6,7 +6,6 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -88,8 +87,7 @@ def test_a_dependency_that_is_not_locked_is_named(made_by_make):
 def test_lock_pins_one_version_for_each_python(python):
     """On Linux; ``pins`` fails where two lines hold at once. What the extras name themselves is there everywhere."""
     on_linux = {"platform_system": "Linux", "sys_platform": "linux", "platform_machine": "x86_64"}
-    environment = {**default_environment(), **on_linux, "python_version": python, "python_full_version": f"{python}.0"}
-    locked = pins(LOCK, **environment)
+    locked = pins(LOCK, **on_linux, python_version=python, python_full_version=f"{python}.0")
     assert {"torch", "triton", "numpy", "pytest", "ruff", "pyrefly", "setuptools", "pip"} <= set(locked)
     for requirement in locked.values():
         assert [specifier.operator for specifier in requirement.specifier] == ["=="], requirement
