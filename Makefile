@@ -1,5 +1,9 @@
-# make test | bench | report | parity | resources | fuzz | lint: each makes .venv once and works on a fresh machine, GPU
-# or not. make report writes the reports and the measured tables of README and docs anew from the committed runs.
+# make test | lint | bench | report | parity | resources | fuzz: each makes .venv once, of the versions in constraints.txt,
+# and works on a fresh machine, GPU or not. make report writes the reports and the measured tables of README and docs
+# anew from the committed runs.
+# make lock: constraints.txt anew, with the newest release of everything that constraints.in does not pin; UPGRADE= keeps
+# the versions that are there and adds what is missing. make compat: the tests with other versions of python, torch and
+# triton, each in an environment of its own under build/compat; writes docs/compat.md.
 # make gpu: installs nothing, uses the python3 on the path, which has to hold torch and triton; SWEEP=1: every
 # configuration of the attention kernels instead of the matrix.
 
@@ -10,9 +14,12 @@ OUT    ?= build/gpu
 SECONDS ?= 60
 STAMP  := $(VENV)/.installed
 
-.PHONY: test bench report parity resources fuzz lint gpu clean
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: -c constraints.txt
+UPGRADE ?= --upgrade
 
-test: lint
+.PHONY: test lint bench report parity resources fuzz lock compat gpu clean
+
+test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 bench: $(STAMP)
@@ -35,14 +42,26 @@ fuzz: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyrefly check
+	$(BIN)/pyrefly check --min-severity warn --python-interpreter-path $(BIN)/python
+
+lock: $(BIN)/python
+	$(INSTALL) uv
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --universal --python-version 3.10 \
+		--no-emit-index-url $(UPGRADE) --extra dev --output-file constraints.txt pyproject.toml constraints.in
+
+compat: $(STAMP)
+	$(BIN)/python -m tests.compat
 
 gpu:
 	PYTHONPATH=.:kernels python3 -m benchmarks.gpu --out "$(OUT)" $(if $(SWEEP),--sweep)
 
-$(STAMP): pyproject.toml setup.py constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# pip and setuptools come first: pip does not apply constraints to the environment in which it builds a package.
+$(STAMP): pyproject.toml setup.py constraints.txt | $(BIN)/python
+	$(INSTALL) pip setuptools
+	$(INSTALL) --no-build-isolation -e '.[dev]'
 	touch $@
 
 clean:

@@ -9,7 +9,7 @@ import math
 import re
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator
 from typing import Any, Literal
 
 import torch
@@ -207,7 +207,7 @@ def _timed(
 
 
 @contextlib.contextmanager
-def deadline(seconds: float) -> Iterator[None]:
+def deadline(seconds: float) -> Generator[None]:
     """Raise TimeoutError in the main thread after so many seconds, between two operations of torch.
 
     One that never returns, as a kernel on a GPU may, is for :class:`benchmarks.run.Watchdog`.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -263,7 +263,7 @@ _record: list[ErrorRecord] | None = None
 
 
 @contextlib.contextmanager
-def record_errors() -> Iterator[list[ErrorRecord]]:
+def record_errors() -> Generator[list[ErrorRecord]]:
     """Collect an :class:`ErrorRecord` of every :func:`assert_within_budget` inside the ``with`` block."""
     global _record
     previous, _record = _record, []

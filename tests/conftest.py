@@ -38,6 +38,7 @@ def pytest_addoption(parser):
     group.addoption("--seed", type=int, default=0, help="of the random samples; `make fuzz` draws others")
     group.addoption("--error-table", action="store_true", help="end with errors against float64, ours beside eager's")
     group.addoption("--error-table-json", metavar="FILE", help="write the error table to FILE")
+    group.addoption("--every", type=int, default=1, metavar="N", help="run each N-th test only: a slice through all")
     group.addoption("--budget", type=float, metavar="SECONDS", help="skip what has not begun by then")
 
 
@@ -46,6 +47,14 @@ def pytest_configure(config):
     config.deadline = time.monotonic() + (config.getoption("--budget") or math.inf)
     config.error_recording = contextlib.ExitStack()
     config.error_records = config.error_recording.enter_context(testing.record_errors())
+
+
+@pytest.hookimpl(trylast=True)  # of what -k and -m leave
+def pytest_collection_modifyitems(config, items):
+    chosen = items[:: config.getoption("--every")]
+    if len(chosen) < len(items):
+        config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % config.getoption("--every")])
+        items[:] = chosen
 
 
 def pytest_runtest_setup(item):

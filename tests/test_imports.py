@@ -1,13 +1,17 @@
 """Importing fastattn: without triton, without a GPU, off Linux, and without paying for any of them."""
 
+import importlib.util
 import inspect
 import os
 import subprocess
 import sys
+import types
 
 import pytest
+import torch
 
 import fastattn
+from fastattn import __main__ as report
 from fastattn import reference, testing
 
 # As on a machine where it is not installed: nobody finds it.
@@ -18,6 +22,13 @@ def find_all_but_triton(name, path=None, target=None):
     return None if name.partition(".")[0] == "triton" else find_spec(name, path, target)
 PathFinder.find_spec = find_all_but_triton
 import sys
+"""
+# As a package whose library is missing, or made for another Python.
+BREAK_TRITON = """
+import sys, types
+from importlib.machinery import ModuleSpec
+sys.modules["triton"] = types.ModuleType("triton")
+sys.modules["triton"].__spec__ = ModuleSpec("triton", None)
 """
 ATTEND = """
 import torch, fastattn
@@ -93,6 +104,54 @@ print(torch.cuda._initialized)
 def test_the_operators_are_registered_once_fastattn_is_imported():
     code = "import torch, fastattn\nprint(torch.ops.fastattn.attention_forward, torch.ops.fastattn.attention_backward)"
     assert "fastattn.attention_forward" in run(code)
+
+
+# -------------------------------------------------------------------------------------------------- python -m fastattn
+
+REPORT = "import runpy; runpy.run_module('fastattn', run_name='__main__')"
+
+
+def test_report_says_what_a_bug_report_needs():
+    """Whoever reads a report must not have to ask for the versions, the device, the choice or the settings."""
+    said = run(REPORT, FASTATTN_BACKEND="auto", FASTATTN_KERNELS="triton", TRITON_CACHE_DIR="/nowhere/at all")
+    assert f"fastattn {fastattn.__version__} in " in said
+    assert f"torch {torch.__version__}" in said
+    assert f"python {sys.version.split()[0]} " in said
+    assert "no GPU" in said
+    assert "\n  torch: " in said
+    assert "\n  not triton: " in said
+    assert "FASTATTN_BACKEND='auto' FASTATTN_KERNELS='triton'" in said
+    if importlib.util.find_spec("triton") is not None:
+        assert "its cache is /nowhere/at all (which does not exist yet)" in said
+    assert len(said.splitlines()) < 15
+
+
+def test_report_says_that_a_backend_asked_for_by_name_refuses():
+    said = run(REPORT, FASTATTN_BACKEND="triton")
+    assert "no backend would run\n  not triton: " in said
+
+
+def test_report_works_without_triton():
+    said = run(HIDE_TRITON + REPORT)
+    assert "triton is not installed\n" in said
+    assert "not triton: triton is not installed" in said
+
+
+def test_report_works_where_triton_cannot_be_imported():
+    """Then attention itself can only raise: the report has to be made nevertheless, and to name the cause."""
+    said = run(BREAK_TRITON + REPORT)
+    assert "triton cannot be imported: ImportError(" in said
+    assert "environment: " in said
+
+
+def test_report_lists_every_gpu(monkeypatch):
+    one = types.SimpleNamespace(name="Some GPU", major=9, minor=0, total_memory=80 * 2**30, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: one)
+    monkeypatch.setattr(torch.version, "hip", None)
+    lines = [f"cuda:{index}: Some GPU, capability 9.0, 80 GiB, 132 multiprocessors" for index in (0, 1)]
+    assert [line for line in report.devices() if line.startswith("cuda")] == lines
 
 
 # ------------------------------------------------------------------------------------------------------- public names

@@ -271,6 +271,7 @@ def _draw_differences(axes: Any, rows: list[dict[str, Any]]) -> None:
 def _draw_maps(figure: Any, matrices: dict[str, Any]) -> None:
     """S6: who depends on whom; white is exactly nothing."""
     import numpy
+    from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
 
     from benchmarks.reporting.looks import title
@@ -278,15 +279,16 @@ def _draw_maps(figure: Any, matrices: dict[str, Any]) -> None:
     title(figure, "S6: how much each output depends on each input (norm of the derivative; white: exactly 0)")
     maps = {name: numpy.array(matrix) for name, matrix in matrices.items()}
     least = min(matrix[matrix > 0].min() for matrix in maps.values())
-    scale = LogNorm(least / 5, max(matrix.max() for matrix in maps.values()))
+    colours = ScalarMappable(LogNorm(least / 5, max(matrix.max() for matrix in maps.values())), "Blues")
     panels = figure.subplots(1, len(maps), sharey=True)
     for axes, (name, matrix) in zip(panels, maps.items()):
-        shown = axes.imshow(numpy.ma.masked_equal(matrix, 0.0), cmap="Blues", norm=scale, interpolation="nearest")
+        visible = numpy.ma.masked_equal(matrix, 0.0)
+        axes.imshow(visible, cmap=colours.cmap, norm=colours.norm, interpolation="nearest")
         axes.set_title(name)
         axes.set(xlabel="input", xticks=range(0, LENGTH, 5), yticks=range(0, LENGTH, 5))
         axes.grid(False)
     panels[0].set_ylabel("output")
-    figure.colorbar(shown, ax=panels)
+    figure.colorbar(colours, ax=panels)
 
 
 EXPERIMENT = Experiment(

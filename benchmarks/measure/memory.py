@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import torch
@@ -106,7 +106,7 @@ class Saved:
 
 
 @contextlib.contextmanager
-def saved_tensors() -> Iterator[Saved]:
+def saved_tensors() -> Generator[Saved]:
     """Count what is saved for a backward, each storage once, beside leaves that require gradients and their views.
 
     The graph has to be made inside, be it by the step or where the step is built::

@@ -11,7 +11,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -85,7 +85,7 @@ def keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def without_collection() -> Iterator[None]:
+def without_collection() -> Generator[None]:
     """No garbage collection inside: it would fall on whichever step allocates the next object."""
     enabled = gc.isenabled()
     gc.disable()

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.compiler.compiler import make_backend
@@ -174,8 +175,8 @@ def _warnings(kernel: Any) -> list[str]:
         return []
     target = kernel.metadata.target
     said = io.StringIO()
-    with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(said):
-        triton.knobs.nvidia.dump_ptxas_log = True
+    with knobs.nvidia.scope(), contextlib.redirect_stdout(said):
+        knobs.nvidia.dump_ptxas_log = True
         make_backend(target).make_cubin(kernel.asm["ptx"], {}, kernel.metadata, target.arch)  # type: ignore[attr-defined]
     return sorted(set(re.findall(r"C75\d\d", said.getvalue())))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +100,7 @@ def check_targets(name: str, tokens: Tensor, padding: Tensor | None) -> None:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Generator[None]:
     """In evaluation mode, without dropout and with batch norms that read their statistics and do not move them;
     afterwards each module is in the mode that it had."""
     training = [module for module in model.modules() if module.training]

@@ -165,17 +165,20 @@ def check_document_ids(
     return found[0], found[1]
 
 
+_MOST = torch.iinfo(torch.int32).max  # a prefix may be longer than there are keys: any number means all of them
+
+
 def check_prefix(prefix: int | Tensor, query: Tensor, key: Tensor) -> Tensor:
     """Return the prefix as int32 ``[B | 1]``, or raise."""
     if isinstance(prefix, Tensor):
         check_tensor("prefix", prefix, query, [("batch", query.shape[0])])
         check_integer("prefix", prefix)
-        return prefix.to(torch.int64).clamp(0, 2**31 - 1).to(torch.int32)
+        return prefix.to(torch.int64).clamp(0, _MOST).to(torch.int32)
     if not is_integer(prefix):
         raise TypeError(f"prefix={prefix!r}: expected an int, an integer tensor [batch] or None")
     if prefix < 0:
         raise ValueError(f"prefix={prefix}: expected a number of keys, 0 or more")
-    return torch.full((1,), torch.sym_min(prefix, key.shape[2]), dtype=torch.int32, device=key.device)
+    return torch.full((1,), min(prefix, _MOST), dtype=torch.int32, device=key.device)
 
 
 def check_per_head(name: str, tensor: Tensor, query: Tensor, *, per_batch: bool) -> Tensor:

@@ -19,7 +19,7 @@ class Target(NamedTuple):
 
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` when triton was imported)."""
-    return bool(knobs.runtime.interpret)
+    return knobs.runtime.interpret
 
 
 @functools.lru_cache

@@ -1,9 +1,10 @@
 """Repairs to Triton's interpreter (3.6 to 3.9), without which ``TRITON_INTERPRET=1`` gives wrong numbers in bfloat16.
 
 The interpreter keeps bfloat16 as 16-bit integers and computes on those: products and sums of bfloat16 tiles are
-garbage, float32 is truncated to bfloat16 instead of rounded, and subnormal bfloat16 becomes another float32. 3.6.0
-with NumPy 2.4 also fails on run-time loop bounds. And the interpreter rebinds Triton's whole language at every call of
-a device function, which takes half of the time: once a launch is enough.
+garbage, float32 is truncated to bfloat16 instead of rounded, and subnormal bfloat16 becomes another float32. What a
+comparison of integers gives is called an integer, and becomes one where it is broadcast: 3.9 refuses that as a mask.
+3.6.0 with NumPy 2.4 also fails on run-time loop bounds. And the interpreter rebinds Triton's whole language at every
+call of a device function, which takes half of the time: once a launch is enough.
 Installed once, only while interpreting; compiled kernels never come here.
 """
 
@@ -37,17 +38,18 @@ def _widened(handle: Any) -> Any:
     return interpreter.TensorHandle(_to_float32(handle.data), tl.float32) if _is_bfloat16(handle) else handle
 
 
-def _compute_in_float32(operation: Any) -> Any:
-    """``operation(self, *handles, op)`` on float32 values, its float32 result rounded back to bfloat16."""
+def _repair_elementwise(operation: Any) -> Any:
+    """``operation(self, *handles, op)`` with bfloat16 computed in float32 and rounded back, and booleans called so."""
 
     def repaired(self: Any, *arguments: Any) -> Any:
         handles, op = arguments[:-1], arguments[-1]
-        if not any(_is_bfloat16(h) for h in handles):
-            return operation(self, *arguments)
-        result = operation(self, *(_widened(h) for h in handles), op)
-        if result.data.dtype != np.float32:
-            return result
-        return interpreter.TensorHandle(_to_bfloat16(result.data), tl.bfloat16)
+        is_bfloat16 = any(_is_bfloat16(h) for h in handles)
+        result = operation(self, *(map(_widened, handles) if is_bfloat16 else handles), op)
+        if result.data.dtype == np.bool_:
+            return interpreter.TensorHandle(result.data, tl.int1)
+        if is_bfloat16 and result.data.dtype == np.float32:
+            return interpreter.TensorHandle(_to_bfloat16(result.data), tl.bfloat16)
+        return result
 
     return repaired
 
@@ -106,7 +108,7 @@ def repair() -> None:
     if getattr(builder, "_fastattn_repaired", False):
         return
     for name in ("binary_op", "unary_op", "ternary_op"):
-        setattr(builder, name, _compute_in_float32(getattr(builder, name)))
+        setattr(builder, name, _repair_elementwise(getattr(builder, name)))
     builder.create_dot = _repair_dot(builder.create_dot)
     builder.cast_impl = _repair_cast(builder.cast_impl)
     interpreter._patch_lang_tensor = _repair_index(interpreter._patch_lang_tensor)  # type: ignore[attr-defined]

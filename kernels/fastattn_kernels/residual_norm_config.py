@@ -47,7 +47,7 @@ def _rows_of_tile(size: int, elements: int) -> int:
 def _warps(elements: int, each: int, device: torch.device) -> int:
     """Warps for a tile, at so many elements a thread."""
     threads = 64 if target_of(device).backend == "hip" else 32
-    return int(max(1, min(elements // (threads * each), 1024 // threads, 16)))
+    return max(1, min(elements // (threads * each), 1024 // threads, 16))
 
 
 def norm_forward_config(size: int, device: torch.device, is_heavy: bool) -> Config:

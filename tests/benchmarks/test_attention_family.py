@@ -12,6 +12,7 @@ import fastattn
 from benchmarks.cases import AttentionCase, Mask
 from benchmarks.families import attention, layer, masks, module
 from benchmarks.measure.accuracy import Gate
+from fastattn import reference
 from fastattn.ops._call import make_call
 from fastattn.reference import visibility
 
@@ -184,7 +185,7 @@ def test_backend_by_name_is_the_one_that_runs(monkeypatch):
 
     def recorded(*qkv, backend, need_weights, **words):
         asked.append(backend)
-        return fastattn.reference.attention(*qkv).output
+        return reference.attention(*qkv).output
 
     monkeypatch.setattr(fastattn, "attention", recorded)
     for name in ("fastattn", "fastattn-triton", "fastattn-torch"):

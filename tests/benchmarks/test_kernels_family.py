@@ -1,7 +1,7 @@
 """The family of attention's kernels: configurations as variants, the backward alone, what refuses, which cases."""
 
 import dataclasses
-import importlib
+import importlib.util
 import sys
 import types
 

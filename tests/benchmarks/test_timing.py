@@ -213,7 +213,8 @@ class Gpu:
 
     def __init__(self, monkeypatch, *, fails=False):
         self.host, self.free, self.is_cold = 50.0, 0.0, False
-        self.capturing, self.captures, self.fails = None, 0, fails
+        self.capturing: Graph | None = None
+        self.captures, self.fails = 0, fails
         self.generator = Generator()
         self.stream = self.default = types.SimpleNamespace(wait_stream=lambda other: None)
         monkeypatch.setattr(

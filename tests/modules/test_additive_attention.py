@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from fastattn.modules import AdditiveAttention
@@ -171,7 +172,7 @@ def test_additive_module_learns_which_key_is_meant(device):
 def test_additive_module_under_checkpointing_and_state_dict(inputs, device):
     module, other = make(device), AdditiveAttention(5, 7, 4, device=device)
     other.load_state_dict(module.state_dict())
-    context = torch.utils.checkpoint.checkpoint(other, *inputs, use_reentrant=False)[0]
+    context = checkpoint(other, *inputs, use_reentrant=False)[0]
     assert torch.equal(context, module(*inputs)[0])
     context.sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in other.parameters())

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from fastattn.ops import _autograd
@@ -157,6 +158,20 @@ def test_attention_compiled_for_dynamic_lengths_compiles_once(how, backend, devi
     assert counter.frame_count == compiled
 
 
+@pytest.mark.parametrize("dynamic", [None, True, False])
+def test_attention_compiles_with_any_prefix(dynamic, backend, device):
+    """Also one longer than there are keys, or than an int32; torch 2.11 did not trace torch.sym_min of two ints."""
+    torch._dynamo.reset()
+    inputs = attention_inputs(B, H, L, S, D, device=device)
+
+    def function(prefix):
+        return attend(*inputs, is_causal=True, prefix=prefix, backend=backend)
+
+    compiled = torch.compile(function, backend="eager", fullgraph=True, dynamic=dynamic)
+    for prefix in (0, 2, 3, S, 40, 2**31 - 1, 2**31, 2**40):
+        assert_same([compiled(prefix)], [function(min(prefix, S))])
+
+
 def test_attention_compiled_inside_use_backend_follows_it(device):
     torch._dynamo.reset()
     inputs = attention_inputs(B, H, L, S, D, device=device)
@@ -224,7 +239,7 @@ def test_attention_checkpoints(dropout_p, use_reentrant, backend, device):
         return attend(query * 2, key, value, dropout_p=dropout_p, return_lse=True, backend=backend)
 
     def checkpointed(*tensors):
-        return torch.utils.checkpoint.checkpoint(function, *tensors, use_reentrant=use_reentrant)
+        return checkpoint(function, *tensors, use_reentrant=use_reentrant)
 
     gradients = []
     for run in (function, checkpointed):

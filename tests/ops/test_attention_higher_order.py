@@ -119,7 +119,7 @@ def test_plain_output_second_derivatives_through_checkpointing(device):
         def run(*tensors):
             return attend(*(2 * t for t in tensors), backend="torch")
 
-        return torch.utils.checkpoint.checkpoint(run, *qkv, use_reentrant=False)
+        return checkpoint(run, *qkv, use_reentrant=False)
 
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 

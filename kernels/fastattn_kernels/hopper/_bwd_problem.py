@@ -1,7 +1,7 @@
 """What the backward kernels on Hopper are told of a call, beside descriptors of whole heads."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ _WIDEST_TILE = 128
 
 
 @contextlib.contextmanager
-def writable_by_tma(*gradients: Tensor) -> Iterator[list[Tensor]]:
+def writable_by_tma(*gradients: Tensor) -> Generator[list[Tensor]]:
     """The gradients, or contiguous ones in their stead that are copied to them in the end."""
     written = [gradient if suits_tma(gradient) else torch.empty_like(gradient, memory_format=torch.contiguous_format)
                for gradient in gradients]  # fmt: skip

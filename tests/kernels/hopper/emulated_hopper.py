@@ -88,7 +88,7 @@ class SharedMemory:
         return SharedMemory(self.data.narrow(dim, int(start), length))
 
     def reshape(self, shape: Sequence[int]) -> SharedMemory:
-        return SharedMemory(self.data.view(*(int(size) for size in shape)))
+        return SharedMemory(self.data.view(*shape))
 
     def permute(self, order: Sequence[int]) -> SharedMemory:
         return SharedMemory(self.data.permute(*order))
@@ -134,7 +134,7 @@ class Barrier:
         self.name, self.phase, self.count, self.pending, self.bytes = name, 0, 0, 0, 0
 
     def init(self, count: int) -> None:
-        self.count = self.pending = int(count)
+        self.count = self.pending = count
 
     def change(self, arrivals: int, nbytes: int) -> None:
         if not self.count:

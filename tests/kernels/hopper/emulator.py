@@ -23,7 +23,7 @@ import contextlib
 import itertools
 import random
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -255,7 +255,7 @@ def emulate(kernel: Any, grid: Any, *args: Any, order: int = 0, **kwargs: Any) -
 
 
 @contextlib.contextmanager
-def emulating(order: int = 0) -> Iterator[None]:
+def emulating(order: int = 0) -> Generator[None]:
     """Every launch of a Gluon kernel is emulated."""
     run = GluonJITFunction.run
 

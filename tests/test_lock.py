@@ -1,0 +1,102 @@
+"""The lock: constraints.txt pins every package that `make` installs, and the environment follows it."""
+
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+LOCK = (Path(__file__).parents[1] / "constraints.txt").read_text()
+BUILD_TOOLS = ("pip", "setuptools")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+
+Pins = dict[str, Requirement]
+
+
+def pins(text: str, **environment: str) -> Pins:
+    """What the lock's ``text`` pins on this machine, or where the markers of ``environment`` hold, by name."""
+    found: Pins = {}
+    for line in text.splitlines():
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate(environment):
+            name = canonicalize_name(requirement.name)
+            assert name not in found, f"{requirement} and {found[name]} both hold for {environment or 'this machine'}"
+            found[name] = requirement
+    return found
+
+
+def required(name: str, extras: tuple[str, ...] = ()) -> Iterator[tuple[Requirement, str]]:
+    """The requirements of an installed distribution that hold here, each with the name of who asks for it."""
+    for line in metadata.requires(name) or ():
+        requirement = Requirement(line)
+        marker = requirement.marker
+        if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+            yield requirement, name
+
+
+def complaints(locked: Pins, *extras: str) -> list[str]:
+    """What of all that ``fastattn[extras]`` and the build tools need is not in the lock, or not as the lock says."""
+    waiting = [(Requirement(tool), "make") for tool in BUILD_TOOLS] + list(required("fastattn", extras))
+    met: set[tuple[str, tuple[str, ...]]] = set()
+    wrong = []
+    while waiting:
+        requirement, by = waiting.pop()
+        name, wanted = canonicalize_name(requirement.name), tuple(sorted(requirement.extras))
+        if (name, wanted) in met:
+            continue
+        met.add((name, wanted))
+        waiting += required(name, wanted)
+        if name == "fastattn":
+            continue
+        if name not in locked:
+            wrong.append(f"{name}, which {by} requires, has no line in constraints.txt: run `make lock`")
+        elif not locked[name].specifier.contains(version := metadata.version(name), prereleases=True):
+            wrong.append(f"{name} {version} is installed, but constraints.txt says {locked[name]}")
+    return wrong
+
+
+@pytest.fixture
+def made_by_make():
+    """Elsewhere (a GPU machine's own torch, say) nothing says that versions are the lock's."""
+    if not (Path(sys.prefix) / ".installed").exists():
+        pytest.skip(f"{sys.prefix} was not made by `make`: it need not follow constraints.txt")
+
+
+def test_everything_that_make_installs_is_locked(made_by_make):
+    """Unpinned, the type checker came out anew and `make test` was red on every fresh machine, and only there."""
+    assert complaints(pins(LOCK), "dev") == []
+
+
+def test_a_dependency_that_is_not_locked_is_named(made_by_make):
+    """pluggy is nobody's but pytest's; a lock without it, or with another version, has to be complained of."""
+    locked = pins(LOCK)
+    other = Requirement("pluggy==0.0.1")
+    assert any("pluggy 1" in line and str(other) in line for line in complaints({**locked, "pluggy": other}, "dev"))
+    del locked["pluggy"]
+    assert complaints(locked, "dev") == [
+        "pluggy, which pytest requires, has no line in constraints.txt: run `make lock`"
+    ]
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_lock_pins_one_version_for_each_python(python):
+    """On Linux; ``pins`` fails where two lines hold at once. What the extras name themselves is there everywhere."""
+    on_linux = {"platform_system": "Linux", "sys_platform": "linux", "platform_machine": "x86_64"}
+    locked = pins(LOCK, **on_linux, python_version=python, python_full_version=f"{python}.0")
+    assert {"torch", "triton", "numpy", "pytest", "ruff", "pyrefly", "setuptools", "pip"} <= set(locked)
+    for requirement in locked.values():
+        assert [specifier.operator for specifier in requirement.specifier] == ["=="], requirement
+
+
+def test_lock_names_no_place():
+    """A machine takes its packages from where it likes (a CPU build of torch, a mirror): no URL, no hash, no option."""
+    for line in LOCK.splitlines():
+        assert "://" not in line, line
+        assert " @ " not in line, line
+        assert not line.lstrip().startswith("-"), line
+        assert "--hash" not in line, line
