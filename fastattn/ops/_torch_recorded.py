@@ -26,7 +26,10 @@ def run(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor | None
     # the call has autocast's dtype already; a graph that left it on would compute some of its steps in another
     on = is_autocast_enabled(call.device)
     with torch.autocast(call.device.type, enabled=False) if on else contextlib.nullcontext():
-        output, weights, lse = (*_textbook(call, keep), None) if plain else _reference(call, keep)
+        # strict export types what is inside autocast as if it were off, and checks that type at every cast
+        narrow = on and call.is_plain and not call.return_lse
+        compute = call.query.dtype if narrow else statistics_dtype(call.query.dtype)
+        output, weights, lse = (*_textbook(call, keep), None) if plain else _reference(call, keep, compute)
     if call.weights == "average":
         weights = weights.mean(dim=1)
     return output, None if call.weights == "none" else weights, lse if call.return_lse else None
@@ -40,13 +43,14 @@ def _textbook(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor]
     return weights @ call.value, weights
 
 
-def _reference(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, weights and LSE by the reference, in float32 or better, as the operators' statistics are."""
-    given, compute = call.query.dtype, statistics_dtype(call.query.dtype)
+def _reference(call: AttentionCall, keep: Tensor | None, compute: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, weights and LSE by the reference, computed in the dtype ``compute``."""
+    given = call.query.dtype
+    query, key, value = (t if compute == given else t.to(compute) for t in (call.query, call.key, call.value))
     found = reference.attention(
-        call.query.to(compute),
-        call.key.to(compute),
-        call.value.to(compute),
+        query,
+        key,
+        value,
         bias=call.bias,
         alibi_slopes=call.alibi_slopes,
         sinks=call.sinks,
@@ -63,4 +67,6 @@ def _reference(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor
         dropout_keep=keep,
         dropout_p=call.dropout_p,
     )
-    return found.output.to(given), found.weights.to(given), found.lse.to(compute)
+    if compute == given:
+        return found
+    return found.output.to(given), found.weights.to(given), found.lse
