@@ -251,14 +251,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool,
     ) -> tuple[Tensor, Tensor | None] | None:
         """Small self-attention in inference, or None where it is none."""
+        # nothing is looked at where it is traced: it would be part of the graph
+        if torch.is_grad_enabled() or torch.jit.is_tracing():
+            return None
         batch, length, embed_dim = x.shape
-        if (
-            not self.batch_first
-            or torch.is_grad_enabled()
-            or embed_dim != self.embed_dim
-            or self.num_heads % 2
-            or is_autocast_enabled(x.device)
-        ):
+        if not self.batch_first or embed_dim != self.embed_dim or self.num_heads % 2 or is_autocast_enabled(x.device):
             return None
         masks = _NO_MASKS
         if attn_mask is not None or key_padding_mask is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn import reference
-from fastattn.ops._call import AttentionCall
+from fastattn.ops._call import AttentionCall, is_autocast_enabled
 from fastattn.ops._contract import statistics_dtype
 from fastattn.ops._torch_blocks import without_autocast
 from fastattn.ops._tracing import promise_not_empty
@@ -23,8 +23,12 @@ def run(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor | None
     hides = any(t is not None for t in (call.bias, call.mask, call.key_padding_mask, call.upper))
     plain = call.is_plain and not (call.return_lse or hides) and call.query.shape[1] == call.key.shape[1]
     # the call has autocast's dtype already; a graph that left it on would compute some of its steps in another
+    on = is_autocast_enabled(call.device)
     with without_autocast(call.device):
-        output, weights, lse = (*_textbook(call, keep), None) if plain else _reference(call, keep)
+        # strict export types what is inside autocast as if it were off, and checks that type at every cast
+        narrow = on and call.is_plain and not call.return_lse
+        compute = call.query.dtype if narrow else statistics_dtype(call.query.dtype)
+        output, weights, lse = (*_textbook(call, keep), None) if plain else _reference(call, keep, compute)
     if call.weights == "average":
         weights = weights.mean(dim=1)
     return output, None if call.weights == "none" else weights, lse if call.return_lse else None
@@ -38,13 +42,14 @@ def _textbook(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor]
     return weights @ call.value, weights
 
 
-def _reference(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, weights and LSE by the reference, in float32 or better, as the operators' statistics are."""
-    given, compute = call.query.dtype, statistics_dtype(call.query.dtype)
+def _reference(call: AttentionCall, keep: Tensor | None, compute: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, weights and LSE by the reference, computed in the dtype ``compute``."""
+    given = call.query.dtype
+    query, key, value = (t if compute == given else t.to(compute) for t in (call.query, call.key, call.value))
     found = reference.attention(
-        call.query.to(compute),
-        call.key.to(compute),
-        call.value.to(compute),
+        query,
+        key,
+        value,
         bias=call.bias,
         alibi_slopes=call.alibi_slopes,
         sinks=call.sinks,
@@ -61,4 +66,6 @@ def _reference(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor
         dropout_keep=keep,
         dropout_p=call.dropout_p,
     )
-    return found.output.to(given), found.weights.to(given), found.lse.to(compute)
+    if compute == given:
+        return found
+    return found.output.to(given), found.weights.to(given), found.lse

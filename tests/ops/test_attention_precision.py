@@ -122,7 +122,7 @@ def test_attention_gradients_where_all_keys_of_a_row_carry_a_large_bias(value, s
     found = torch.autograd.grad(attend(*tensors, attn_mask=bias, **arguments, backend=backend), leaves, d_output)
 
     own = [t.detach().requires_grad_() for t in leaves]
-    more = {"sinks": own[3][None]} if extra == "sinks" else words
+    more: dict[str, Any] = {"sinks": own[3][None]} if extra == "sinks" else words
     expected = torch.autograd.grad(reference(*own[:3], bias=bias, **more).output, own, d_output)
     # Not float64, in which scores keep the differences that float32 rounds away beside the bias. At 1e9 it leaves none,
     # and all keys are alike; at 1e6 neighbours may be rounded apart, one way here and the other there.
