@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from typing import Any
 
 import torch
@@ -121,7 +121,7 @@ def _inputs(module: Any, kind: type[nn.Module], like: Tensor) -> tuple[Tensor, .
 
 
 @contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def _evaluating(module: nn.Module) -> Generator[None]:
     """``module.eval()`` for a while, and without torch's fused inference path, which calls no method of a layer."""
     modes, fused = [(part, part.training) for part in module.modules()], torch.backends.mha.get_fastpath_enabled()
     module.eval()
@@ -135,7 +135,7 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _as_a(module: nn.Module, kind: type[nn.Module], state: dict[str, Any]) -> Iterator[None]:
+def _as_a(module: nn.Module, kind: type[nn.Module], state: dict[str, Any]) -> Generator[None]:
     """``module`` with the class ``kind`` for a while, and attributes that it has not."""
     theirs = type(module)
     module.__class__ = kind

@@ -165,7 +165,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         try:
             q, k, v = self._heads(query, key, value, in_weight, in_bias, batched)
-        except (RuntimeError, NotImplementedError):
+        except RuntimeError:  # NotImplementedError is one
             for name, tensor in (("query", query), ("key", key), ("value", value)):
                 check_dense(name, tensor)
             raise

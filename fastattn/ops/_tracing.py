@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active as is_functorch_active
 from torch.fx import Proxy
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true, statically_known_true
 from torch.nn import Parameter
 from torch.overrides import handle_torch_function
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -67,7 +65,11 @@ def is_recorded() -> bool:
     """
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
-    return torch.jit.is_tracing() or (bool(torch._C._len_torch_dispatch_stack()) and get_proxy_mode() is not None)
+    if torch.jit.is_tracing() or not torch._C._len_torch_dispatch_stack():
+        return torch.jit.is_tracing()
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode  # imports sympy, as all of torch.fx.experimental does
+
+    return get_proxy_mode() is not None
 
 
 def are_sizes(have: Sequence[int], want: Sequence[int], *, or_one: bool = False) -> bool:
@@ -78,6 +80,8 @@ def are_sizes(have: Sequence[int], want: Sequence[int], *, or_one: bool = False)
     """
     if not torch.compiler.is_compiling():
         return all(h == w or (or_one and h == 1) for h, w in zip(have, want))
+    from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
+
     for h, w in zip(have, want):
         if or_one and guard_or_false(h == 1):
             continue
@@ -89,16 +93,21 @@ def are_sizes(have: Sequence[int], want: Sequence[int], *, or_one: bool = False)
 
 def promise_not_empty(size: int) -> None:
     """Let the graph raise where this size turns out to be 0, if only data will tell: torch's operators ask now."""
-    if torch.compiler.is_compiling() and not statically_known_true(size == 0):
-        torch._check(size > 0)
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        if not statically_known_true(size == 0):
+            torch._check(size > 0)
 
 
 def is_left_open(left: int, right: int) -> bool:
     """Are these sizes equal in some runs of the graph that is traced and not in others, so that nothing may branch on
     it?"""
-    return torch.compiler.is_compiling() and not (
-        statically_known_true(left == right) or statically_known_true(left != right)
-    )
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return not (statically_known_true(left == right) or statically_known_true(left != right))
 
 
 def saved_tensors(node: Any, *names: str) -> list[Tensor]:

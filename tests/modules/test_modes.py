@@ -294,7 +294,8 @@ def test_projection_without_a_weight_is_called(kind, inference):
         holder[0].load_state_dict(module.out_proj.state_dict())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.ao is being moved
-            module.out_proj = torch.ao.quantization.quantize_dynamic(holder, {nn.Linear}, dtype=torch.qint8)[0]
+            quantization: Any = torch.ao.quantization
+            module.out_proj = quantization.quantize_dynamic(holder, {nn.Linear}, dtype=torch.qint8)[0]
     else:
         module.out_proj = Wrapped(module.out_proj)
     with torch.set_grad_enabled(not inference):
