@@ -40,7 +40,7 @@ def test_attention_float32_mask_beside_16_bits_is_never_narrowed(dtype, more, tr
     words: dict[str, Any] = {"upper": 0} if more == "causal" else {}
     if more == "padding":
         padding = (torch.arange(S, device=device) > 50).expand(B, S)
-        arguments, words = {"key_padding_mask": padding}, {"key_padding_mask": padding}
+        arguments = words = {"key_padding_mask": padding}
     output = output_of(attend(*tensors, attn_mask=bias, **arguments, **OUTPUTS[outputs], backend=backend))
     truth = in_float64(tensors, bias=bias.double(), **words).output
     peer = reference(*(t.detach().float() for t in tensors), bias=bias, **words).output.to(dtype)
