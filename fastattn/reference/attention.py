@@ -145,6 +145,7 @@ def attention(
     scores = scale * (query @ key.transpose(-2, -1))
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    dtype = scores.dtype
     if bias is not None:
         scores = scores + torch.where(visible, bias, 0)  # wider than the scores, it widens them
     if alibi_slopes is not None:
@@ -163,5 +164,5 @@ def attention(
 
     if dropout_keep is not None:
         weights = weights * dropout_keep * (1 / (1 - dropout_p) if dropout_p < 1 else 0)
-    weights = weights.to(value.dtype)
+    weights = weights if scores.dtype == dtype else weights.to(dtype)
     return AttentionResult(torch.where(row_sees, weights @ value, 0), weights, lse.squeeze(-1))

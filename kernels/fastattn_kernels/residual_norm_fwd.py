@@ -50,19 +50,28 @@ def _merged_statistics(pivot, shift, squares, tile, start, size, BLOCK_N: tl.con
     else:
         here = tl.minimum(size - start, BLOCK_N)
         # Near float32's end the sum of a row overflows, and so does a distance from the mean, and inf * 0 is NaN. So
-        # the sum is of smaller numbers; and beyond 2^100, where distances are 0 or their squares inf, they are from 0.
-        middle = tl.sum(tile * 2.0**-20, 1)[:, None] * (2.0**20 / here)
+        # the sum is of smaller numbers (in wide tiles only where it overflowed, as the products of all elements take 19
+        # registers there, while in narrow ones the branch takes 8); and beyond 2^100, where distances are 0 or their
+        # squares inf, distances are from 0.
+        if BLOCK_N < 4096:
+            middle = tl.sum(tile * 2.0**-20, 1)[:, None] * (2.0**20 / here)
+        else:
+            middle = tl.sum(tile, 1)[:, None] / here
+            if tl.max(tl.abs(middle)) == float("inf"):
+                middle = tl.sum(tile * 2.0**-20, 1)[:, None] * (2.0**20 / here)
         is_beyond = (tl.abs(middle) > 2.0**100) & (tl.abs(middle) < float("inf"))
         middle = tl.where(is_beyond, 0.0, middle)
         distance = tl.where(start + tl.arange(0, BLOCK_N)[None, :] < size, tile - middle, 0.0)
-        missed = tl.where(is_beyond, 0.0, tl.sum(distance, 1)[:, None] / here)
+        missed = tl.sum(distance, 1)[:, None] / here
+        missed = tl.where(is_beyond | (tl.abs(missed) == float("inf")), 0.0, missed)
         pivot = tl.where(start == 0, middle, pivot)
         share = here / (start + here).to(tl.float32)
         step = (middle - pivot) + missed - shift
-        # Variances beyond float32 are inf, and in no row NaN: not inf - inf here, nor 0 * inf in the first block.
+        # Variances beyond float32 are inf, and in no row NaN: not inf - inf here, nor 0 * inf, which the square of the
+        # step would make of the first block's start.
         scattered = tl.sum(distance * distance, 1)[:, None]
         squares += tl.where(scattered < float("inf"), scattered - here * missed * missed, scattered)
-        squares += tl.where(start == 0, 0.0, step * step * start * share)
+        squares += step * (start * share) * step
         shift += step * share
     return pivot, shift, squares
 

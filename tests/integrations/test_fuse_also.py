@@ -131,7 +131,10 @@ def test_a_class_that_the_caller_vouches_for_is_replaced_and_restored(name, dtyp
     report.undo()
     assert type(module) is theirs
     assert set(vars(module)) == attributes | {"calls"} if theirs is Attention else set(vars(module)) == attributes
-    torch.testing.assert_close(output, module(*arguments))
+    # ours keeps scores in float32, so that in 16 bits the two are a rounding of the largest element apart
+    expected = module(*arguments)
+    atol = torch.finfo(dtype).eps * max(t.abs().max().item() for t in torch.utils._pytree.tree_leaves(expected))
+    torch.testing.assert_close(output, expected, rtol=torch.finfo(dtype).eps * 10, atol=atol)
 
 
 def test_hooks_are_not_called_by_the_check():
