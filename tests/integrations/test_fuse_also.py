@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import fastattn
 
@@ -133,7 +134,7 @@ def test_a_class_that_the_caller_vouches_for_is_replaced_and_restored(name, dtyp
     assert set(vars(module)) == attributes | {"calls"} if theirs is Attention else set(vars(module)) == attributes
     # ours keeps scores in float32, so that in 16 bits the two are a rounding of the largest element apart
     expected = module(*arguments)
-    atol = torch.finfo(dtype).eps * max(t.abs().max().item() for t in torch.utils._pytree.tree_leaves(expected))
+    atol = torch.finfo(dtype).eps * max(t.abs().max().item() for t in tree_leaves(expected))
     torch.testing.assert_close(output, expected, rtol=torch.finfo(dtype).eps * 10, atol=atol)
 
 

@@ -24,8 +24,12 @@ def output_of(results):
     return results[0] if isinstance(results, tuple) else results
 
 
+def in_dtype(dtype, tensors, **words: Any):
+    return reference(*(t.detach().to(dtype) for t in tensors), **words)
+
+
 def in_float64(tensors, **words: Any):
-    return reference(*(t.detach().double() for t in tensors), **words)
+    return in_dtype(torch.float64, tensors, **words)
 
 
 @pytest.mark.parametrize("outputs", OUTPUTS)
@@ -40,10 +44,10 @@ def test_attention_float32_mask_beside_16_bits_is_never_narrowed(dtype, more, tr
     words: dict[str, Any] = {"upper": 0} if more == "causal" else {}
     if more == "padding":
         padding = (torch.arange(S, device=device) > 50).expand(B, S)
-        arguments = words = {"key_padding_mask": padding}
-    output = output_of(attend(*tensors, attn_mask=bias, **arguments, **OUTPUTS[outputs], backend=backend))
+        arguments, words = {"key_padding_mask": padding}, {"key_padding_mask": padding}
+    output: Any = output_of(attend(*tensors, attn_mask=bias, **arguments, **OUTPUTS[outputs], backend=backend))
     truth = in_float64(tensors, bias=bias.double(), **words).output
-    peer = reference(*(t.detach().float() for t in tensors), bias=bias, **words).output.to(dtype)
+    peer = in_dtype(torch.float32, tensors, bias=bias, **words).output.to(dtype)
     assert_within_budget(output, truth=truth, peer=peer, name="output")
     if training:
         d_output = random_tensor(*output.shape, seed=4, dtype=dtype, device=device)
