@@ -66,31 +66,16 @@ def additive_attention(
         ValueError: shapes or devices do not fit; the message shows them.
         NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
     """
+    words = {
+        "attn_mask": attn_mask,
+        "key_padding_mask": key_padding_mask,
+        "is_causal": is_causal,
+        "need_weights": need_weights,
+        "average_attn_weights": average_attn_weights,
+    }
     if has_torch_function_variadic(query, key, value) and is_symbolically_traced(query, key, value):
-        return recorded(
-            additive_attention,
-            query,
-            key,
-            value,
-            weight,
-            attn_mask=attn_mask,
-            key_padding_mask=key_padding_mask,
-            is_causal=is_causal,
-            need_weights=need_weights,
-            average_attn_weights=average_attn_weights,
-            backend=backend,
-        )
-    call = make_call(
-        query,
-        key,
-        value,
-        weight,
-        attn_mask=attn_mask,
-        key_padding_mask=key_padding_mask,
-        is_causal=is_causal,
-        need_weights=need_weights,
-        average_attn_weights=average_attn_weights,
-    )
+        return recorded(additive_attention, query, key, value, weight, **words, backend=backend)
+    call = make_call(query, key, value, weight, **words)
     output, weights = _run(call, backend)
     if query.dim() == 3:
         output, weights = output.squeeze(1), None if weights is None else weights.squeeze(1)

@@ -80,49 +80,26 @@ def attention(
         ValueError: shapes, devices or numbers do not fit; the message shows them.
         NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
     """
+    words = {
+        "attn_mask": attn_mask,
+        "key_padding_mask": key_padding_mask,
+        "is_causal": is_causal,
+        "causal_alignment": causal_alignment,
+        "window": window,
+        "prefix": prefix,
+        "document_ids": document_ids,
+        "alibi_slopes": alibi_slopes,
+        "softcap": softcap,
+        "sinks": sinks,
+        "scale": scale,
+        "dropout_p": dropout_p,
+        "need_weights": need_weights,
+        "average_attn_weights": average_attn_weights,
+        "return_lse": return_lse,
+    }
     if has_torch_function_variadic(query, key, value) and is_symbolically_traced(query, key, value):
-        return recorded(
-            attention,
-            query,
-            key,
-            value,
-            attn_mask=attn_mask,
-            key_padding_mask=key_padding_mask,
-            is_causal=is_causal,
-            causal_alignment=causal_alignment,
-            window=window,
-            prefix=prefix,
-            document_ids=document_ids,
-            alibi_slopes=alibi_slopes,
-            softcap=softcap,
-            sinks=sinks,
-            scale=scale,
-            dropout_p=dropout_p,
-            need_weights=need_weights,
-            average_attn_weights=average_attn_weights,
-            return_lse=return_lse,
-            backend=backend,
-        )
-    call = make_call(
-        query,
-        key,
-        value,
-        attn_mask=attn_mask,
-        key_padding_mask=key_padding_mask,
-        is_causal=is_causal,
-        causal_alignment=causal_alignment,
-        window=window,
-        prefix=prefix,
-        document_ids=document_ids,
-        alibi_slopes=alibi_slopes,
-        softcap=softcap,
-        sinks=sinks,
-        scale=scale,
-        dropout_p=dropout_p,
-        need_weights=need_weights,
-        average_attn_weights=average_attn_weights,
-        return_lse=return_lse,
-    )
+        return recorded(attention, query, key, value, **words, backend=backend)
+    call = make_call(query, key, value, **words)
     output, weights, lse = _dispatch.run(call, backend)
     if weights is None and lse is None:
         return output
