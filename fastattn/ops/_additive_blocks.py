@@ -86,20 +86,18 @@ def _visible(own: AdditiveInputs, options: AdditiveOptions) -> Tensor | None:
         key_padding_mask=own.key_padding_mask,
         device=own.query.device,
     )
-    if own.bias is None:
-        return visible
-    # as it is added: in float64 a bias may be finite that is -inf in the scores' dtype
-    return visible & (own.bias.to(statistics_dtype(own.query.dtype)) != NEGATIVE_INFINITY)
+    return visible if own.bias is None else visible & (own.bias != NEGATIVE_INFINITY)
 
 
 def _weights(own: AdditiveInputs, bent: Tensor, visible: Tensor | None) -> Tensor:
     """Softmax of the scores, ``[b, H, n, s]``; 0 in rows that see nothing."""
     scores = torch.bmm(*_flat(own, bent)).view(bent.shape[:-1]).transpose(0, 1)
+    dtype = scores.dtype
     if own.bias is not None:
-        scores = scores + own.bias.to(scores.dtype)
+        scores = scores + own.bias  # wider than the scores, it widens them
     if visible is None:
-        return torch.softmax(scores, dim=-1)
-    p = torch.softmax(scores.masked_fill(~visible, NEGATIVE_INFINITY), dim=-1)
+        return torch.softmax(scores, dim=-1).to(dtype)
+    p = torch.softmax(scores.masked_fill(~visible, NEGATIVE_INFINITY), dim=-1).to(dtype)
     return p.masked_fill_(~visible.any(dim=-1, keepdim=True), 0)
 
 
@@ -160,14 +158,18 @@ def _backward(
         visible, bent = _visible(own, rules), _bent(own, dtype)
         p = _weights(own, bent, visible)
         d_rows = block.of(d_output, OF_ROWS).to(dtype)
+        if visible is not None:  # whatever comes in as the gradient of a row that sees nothing
+            d_rows = d_rows.masked_fill(~visible.any(dim=-1, keepdim=True), 0)
         block.of(d_value, _OF_KEYS).add_(p.mT @ d_rows)
         dp = d_rows @ _without_unseen(own.value.to(dtype), visible).mT
         if d_weights is not None:
             dp = dp + block.of(d_weights, SCORES)
+        if visible is not None:  # NaN or inf where a value is that others see, or where it came in
+            dp = dp.masked_fill(~visible, 0)
         ds = torch._softmax_backward_data(dp, p, -1, dtype)
         if visible is not None:
-            ds = ds.masked_fill_(~visible, 0)  # dP is NaN or inf where a value is that others see
-            bent = bent.nan_to_num_(nan=0.0)  # and so is tanh of a key; where it is seen, dS is NaN already
+            ds = ds.masked_fill_(~visible, 0)  # NaN where the mean of a row's dP is
+            bent = bent.nan_to_num_(nan=0.0)  # tanh of a hidden key; where it is seen, dS is NaN already
         if d_bias is not None:
             of_bias = block.of(d_bias, SCORES)
             of_bias += ds.sum_to_size(of_bias.shape)

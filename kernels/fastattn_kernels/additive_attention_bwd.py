@@ -130,8 +130,10 @@ def launch_additive_bwd(
         weights = made[:, :, :seqlen_q, :seqlen_k]
     config = config or additive_backward_config(query.device, query.dtype, problem.value.shape[3])
     launch_additive_scores_bwd(problem, d_out, statistics, delta, d_weights, d_scores, made, config.pairs)
+    # the inverse sum of a row that sees nothing is 0, and whatever comes in as its gradient must reach no value
+    seen = statistics[:, :, 1, :, None] != 0
     with torch.autocast(query.device.type, enabled=False):  # that would round a float32 product to 16 bits
-        dv.copy_(weights.mT @ d_out)
+        dv.copy_(weights.mT @ d_out.where(seen, 0))
 
     # where dS is 0 a tangent of NaN must not count; where it is not, dS is NaN itself
     queries, keys, weight = problem.scored(finite=True)

@@ -145,3 +145,52 @@ def test_additive_masks_broadcast_as_the_scores_do(backend, device):
         torch.testing.assert_close(whole[alone], one)
     headed = attend(query[None], key[None], value[None], weight, attn_mask=mask, backend=backend)
     torch.testing.assert_close(headed[0], whole)
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, 1e37], ids=str)
+@pytest.mark.parametrize("how", ["mask", "bias", "causal_bias", "padding"])
+def test_additive_garbage_in_hidden_places_reaches_nothing(how, garbage, backend, device):
+    """Queries that see nothing, keys and values that nobody sees, biases of hidden pairs, and the gradients that come
+    in for such rows and pairs: results and gradients are those of the call without the garbage."""
+    visible = torch.ones(B, L, S, dtype=torch.bool, device=device)
+    bias = random_tensor(L, S, seed=7, device=device)
+    if how == "causal_bias":
+        visible = visible.tril()
+    elif how == "padding":
+        visible[0], visible[1, :, 20:] = False, False
+    else:
+        visible[:, 3], visible[:, :, 7:9] = False, False
+    blind, unseen = ~visible.any(dim=2)[..., None], ~visible.any(dim=1)[..., None]
+
+    def run(content):
+        def spoil(tensor, place):
+            return tensor if content is None else tensor.masked_fill(place, content)
+
+        query, key, value, weight = (t.detach() for t in leaves(device))
+        own = [spoil(query, blind), spoil(key, unseen), spoil(value, unseen), weight]
+        if how == "mask":
+            arguments: dict[str, Any] = {"attn_mask": visible[0]}
+        elif how == "padding":
+            arguments = {"key_padding_mask": ~visible[:, 0]}
+        else:
+            hidden = bias.masked_fill(~visible[0], -math.inf) if how == "bias" else spoil(bias, ~visible[0])
+            own.append(hidden)
+            arguments = {"attn_mask": hidden.requires_grad_(), "is_causal": how == "causal_bias"}
+        own = [t.requires_grad_() for t in own]
+        results = attend(*own[:4], **arguments, need_weights=True, backend=backend)
+        d_output, d_weights = (random_tensor(*r.shape, seed=8, device=device) for r in results)
+        cotangents = [spoil(d_output, blind), spoil(d_weights, ~visible)]
+        return [*results, *torch.autograd.grad(results, own, cotangents)]
+
+    for index, (dirty, clean) in enumerate(zip(run(garbage), run(None))):
+        torch.testing.assert_close(dirty, clean, rtol=1e-4, atol=1e-5, msg=lambda m, i=index: f"result {i}: {m}")
+
+
+def test_additive_mask_in_float64_beside_float32_is_never_narrowed(device):
+    """Differences of 1 at a magnitude of 1e9, where float32 has steps of 64. (The kernels refuse float64.)"""
+    query, key, value, weight = (t.detach() for t in leaves(device))
+    bias = 1e9 + random_tensor(L, S, seed=7, device=device).double()
+    truth = reference(*(t.double()[:, None] for t in (query, key, value)), weight.double()[None], bias=bias)[0][:, 0]
+    for length in (L, 1):  # in blocks, and by the formula
+        output = attend(query[:, :length], key, value, weight, attn_mask=bias[:length], backend="torch")
+        assert (output.double() - truth[:, :length]).abs().max() < 1e-5
