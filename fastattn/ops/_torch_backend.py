@@ -42,9 +42,10 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(output, weights or None, lse or None)``."""
     if not _may_look(call):
         return _run_unseen(call)
-    if _torch_sdpa.takes(call) and not _torch_sdpa.hides(call):
+    whole = _torch_sdpa.takes(call)
+    if whole and not _torch_sdpa.hides(call):
         return _torch_sdpa.attend(_torch_sdpa.without_keys_past_the_diagonal(call), None), None, None
-    by_tiles, whole = _torch_tiles.takes(call), _torch_sdpa.takes(call)
+    by_tiles = _torch_tiles.takes(call)
     if (by_tiles or whole) and _torch_sdpa.is_tame(call):
         output = None
         if by_tiles:

@@ -67,14 +67,14 @@ def needs_care(bias: Tensor, query: Tensor) -> bool:
 def merged_elements(call: AttentionCall) -> int:
     """How many elements the mask has that is made for torch, or that torch makes of a boolean one."""
     query, key, padding = call.query, call.key, call.key_padding_mask
-    shapes = [t.shape for t in (call.mask, call.bias) if t is not None]
+    shapes: list[tuple[int, ...]] = [t.shape for t in (call.mask, call.bias) if t is not None]
     if padding is not None:
-        shapes.append(torch.Size((padding.shape[0], 1, 1, padding.shape[1])))
+        shapes.append((padding.shape[0], 1, 1, padding.shape[1]))
     if call.upper is not None and (shapes or call.upper != 0):
-        shapes.append(torch.Size((1, 1, query.shape[2], key.shape[2])))
+        shapes.append((1, 1, query.shape[2], key.shape[2]))
     if not shapes or (len(shapes) == 1 and call.bias is not None and call.bias.dtype in (query.dtype, torch.float32)):
         return 0
-    return math.prod(torch.broadcast_shapes(*shapes))
+    return math.prod(map(max, *shapes)) if len(shapes) > 1 else math.prod(shapes[0])
 
 
 def is_tame(call: AttentionCall) -> bool:
@@ -253,9 +253,10 @@ def _right_gradients(
 
 
 def _holds_garbage(d_inputs: tuple[Tensor | None, ...]) -> bool:
-    """Is a gradient not finite?"""
-    present = [t for t in d_inputs if t is not None]
+    """Is a gradient not finite? What spoils dK spoils dQ as well, so that two of them tell."""
+    present = [t for t in (d_inputs[0], d_inputs[2]) if t is not None] or [t for t in d_inputs if t is not None]
     try:
-        return not math.isfinite(sum(t.sum(dtype=statistics_dtype(t.dtype)).item() for t in present))
+        norms = torch._foreach_norm(present, 2, dtype=statistics_dtype(present[0].dtype))
+        return not math.isfinite(sum(norm.item() for norm in norms))
     except RuntimeError:  # torch.autograd.functional.jacobian(vectorize=True) batches gradients, and shows no number
         return False

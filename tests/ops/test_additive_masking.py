@@ -190,7 +190,8 @@ def test_additive_mask_in_float64_beside_float32_is_never_narrowed(device):
     """Differences of 1 at a magnitude of 1e9, where float32 has steps of 64. (The kernels refuse float64.)"""
     query, key, value, weight = (t.detach() for t in leaves(device))
     bias = 1e9 + random_tensor(L, S, seed=7, device=device).double()
-    truth = reference(*(t.double()[:, None] for t in (query, key, value)), weight.double()[None], bias=bias)[0][:, 0]
+    q, k, v = (t.double()[:, None] for t in (query, key, value))
+    truth = reference(q, k, v, weight.double()[None], bias=bias)[0][:, 0]
     for length in (L, 1):  # in blocks, and by the formula
         output = attend(query[:, :length], key, value, weight, attn_mask=bias[:length], backend="torch")
         assert (output.double() - truth[:, :length]).abs().max() < 1e-5

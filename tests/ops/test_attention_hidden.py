@@ -38,7 +38,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("garbage", ["nan", "inf", "-inf", "huge"])
+@pytest.mark.parametrize("garbage", ["nan", "huge"])  # inf of both signs: in the parity tests, and by `make fuzz`
 @pytest.mark.parametrize("path", ["torch", *PATHS])
 @pytest.mark.parametrize("name", CASES)
 def test_attention_garbage_in_hidden_places_stays_there_on_every_path(name, path, garbage, device):

@@ -34,8 +34,10 @@ def in_float64(tensors, **words: Any):
 
 @pytest.mark.parametrize("outputs", OUTPUTS)
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-@pytest.mark.parametrize("more", ["alone", "causal", "padding", "key_bias"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "more"),
+    [(torch.float16, "alone"), *((torch.bfloat16, more) for more in ("alone", "causal", "padding", "key_bias"))],
+)
 def test_attention_float32_mask_beside_16_bits_is_never_narrowed(dtype, more, training, outputs, backend, device):
     """A bias around 300 in float32 tells keys apart that bfloat16 rounds to one number: the output was off by 0.76."""
     tensors = [t.requires_grad_(training) for t in attention_inputs(B, H, L, S, D, dtype=dtype, device=device, seed=2)]
@@ -106,7 +108,7 @@ def test_module_sum_of_two_finite_masks_never_hides(float_mask_first, device):
 
 
 @pytest.mark.parametrize("value", [-1e9, 1e9, -1e6, 3e4, torch.finfo(torch.float32).min], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, L, S), (B, 1, 1, S), (1, H, L, S)], ids=["rows", "keys", "heads"])
+@pytest.mark.parametrize("shape", [(B, 1, 1, S), (1, H, L, S)], ids=["keys", "heads"])
 @pytest.mark.parametrize("extra", ["alone", "causal", "sinks"])
 def test_attention_gradients_where_all_keys_of_a_row_carry_a_large_bias(value, shape, extra, backend, device):
     """Such a row is a softmax like any other. torch's CPU kernel keeps its LSE in float32, in which the logarithm of
