@@ -6,7 +6,6 @@ float32 or better, as the blocks do it, so that the same call has the same error
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -38,15 +37,18 @@ def run(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor | None
 
 
 def _run(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
-    query, mask, shape = call.query, merged_mask(call), call.query.shape[:3]
+    query, mask, shape, hidden = call.query, merged_mask(call), call.query.shape[:3], None
     compute = statistics_dtype(query.dtype)
-    if mask is not None and mask.dtype == torch.bool:  # added, not filled in: filling takes as long as a product
-        mask = torch.where(mask, 0.0, NEGATIVE_INFINITY)
     if mask is not None:
+        if mask.dtype == torch.bool:
+            hidden = ~mask
+            mask = torch.where(mask, 0.0, NEGATIVE_INFINITY)  # added, not filled in: filling takes as long as a product
         compute = torch.promote_types(compute, mask.dtype)
-        mask = mask.to(compute)
+        mask = mask if mask.dtype == compute else mask.to(compute)
     # flat, because a product of 4-D tensors is the same product under six more nodes of autograd
-    query, key, value = (t.flatten(0, 1).to(compute) for t in (query, call.key, call.value))
+    query, key, value = (t.flatten(0, 1) for t in (query, call.key, call.value))
+    if query.dtype != compute:
+        query, key, value = query.to(compute), key.to(compute), value.to(compute)
     query = query * call.scale
     if mask is None:
         scores = torch.bmm(query, key.mT)
@@ -54,21 +56,23 @@ def _run(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor | Non
         scores = torch.baddbmm(mask.squeeze(0), query, key.mT)
     else:
         scores = (torch.bmm(query, key.mT).view(*shape, -1) + mask).flatten(0, 1)
-    weights = torch.softmax(scores, dim=-1)
+    found = weights = torch.softmax(scores, dim=-1)
     if mask is not None and weights.requires_grad:
-        weights.register_hook(functools.partial(_without_hidden, mask, shape))
+        # 0 already; filled in, so that no gradient comes in here: NaN at a hidden pair would reach its whole row
+        hidden = mask == NEGATIVE_INFINITY if hidden is None else hidden
+        if mask.shape[:2] == (1, 1):
+            weights = weights.masked_fill(hidden.squeeze(0), 0)
+        else:
+            weights = weights.view(*shape, -1).masked_fill(hidden, 0).flatten(0, 1)
     if keep is not None:
         weights = weights * keep.flatten(0, 1) * (1.0 / (1.0 - call.dropout_p) if call.dropout_p < 1.0 else 0.0)
     output = torch.bmm(weights, value)
-    if mask is not None and not math.isfinite(output.detach().sum().item() + key.detach().sum().item()):
+    if mask is not None and not math.isfinite(sum(t.detach().sum().item() for t in (found, output, key))):
         return None
-    output = output.view(*shape, -1).to(call.query.dtype)
+    output, weights = output.view(*shape, -1), weights.view(*shape, -1)
+    if output.dtype != call.query.dtype:
+        output = output.to(call.query.dtype)
     if call.weights == "none":
         return output, None
-    weights = weights.view(*shape, -1)
-    return output, (weights.mean(dim=1) if call.weights == "average" else weights).to(call.query.dtype)
-
-
-def _without_hidden(mask: Tensor, shape: torch.Size, gradient: Tensor) -> Tensor:
-    """The gradient of the weights, 0 where the mask hides a pair: NaN that came in there would reach its row."""
-    return gradient.view(*shape, -1).masked_fill(mask == NEGATIVE_INFINITY, 0).view(gradient.shape)
+    weights = weights.mean(dim=1) if call.weights == "average" else weights
+    return output, weights if weights.dtype == call.query.dtype else weights.to(call.query.dtype)

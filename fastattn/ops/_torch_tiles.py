@@ -41,8 +41,8 @@ def takes(call: AttentionCall) -> bool:
         and all(argument is None for argument in beyond)
         and (any(argument is not None for argument in hides) or call.upper not in (None, 0))
         and call.query.shape[2] >= 2 * ROWS
-        and call.query.shape[0] > 0
-        and call.key.shape[2] > 0
+        and call.query.numel() > 0
+        and call.key.numel() > 0
         and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*call[:3], call.bias)))
         and (call.bias is None or not _torch_sdpa.needs_care(call.bias, call.query))
         and (not by_head or _torch_sdpa.merged_elements(call) > _torch_sdpa.MOST_MERGED)
