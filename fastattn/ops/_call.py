@@ -118,6 +118,7 @@ def check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """Return ``attn_mask`` as a 4-D view, or raise unless it is boolean or floating and broadcasts to the scores."""
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"attn_mask: expected a torch.Tensor or None, got {type(attn_mask).__name__}")
+    check_dense("attn_mask", attn_mask)
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise TypeError(f"attn_mask is {attn_mask.dtype}: expected bool (True = may attend) or floating (added)")
     if attn_mask.device != query.device:
@@ -132,6 +133,7 @@ def check_key_padding_mask(key_padding_mask: Tensor, key: Tensor) -> None:
     """Raise unless ``key_padding_mask`` is boolean ``[B, S]``."""
     if not isinstance(key_padding_mask, Tensor):
         raise TypeError(f"key_padding_mask: expected a torch.Tensor or None, got {type(key_padding_mask).__name__}")
+    check_dense("key_padding_mask", key_padding_mask)
     if key_padding_mask.dtype != torch.bool:
         raise TypeError(f"key_padding_mask is {key_padding_mask.dtype}: expected bool (True = padding)")
     if key_padding_mask.device != key.device:
@@ -197,6 +199,7 @@ def check_tensor(name: str, tensor: Tensor, query: Tensor, axes: list[tuple[str,
     """Raise unless ``tensor`` is a tensor with these named axes on the query's device. A batch of 1 broadcasts."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(tensor).__name__}")
+    check_dense(name, tensor)
     fits = tensor.dim() == len(axes) and all(
         have == want or (axis == "batch" and have == 1) for have, (axis, want) in zip(tensor.shape, axes)
     )
