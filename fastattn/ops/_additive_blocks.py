@@ -86,18 +86,20 @@ def _visible(own: AdditiveInputs, options: AdditiveOptions) -> Tensor | None:
         key_padding_mask=own.key_padding_mask,
         device=own.query.device,
     )
-    return visible if own.bias is None else visible & (own.bias != NEGATIVE_INFINITY)
+    if own.bias is None:
+        return visible
+    # as it is added: in float64 a bias may be finite that is -inf in the scores' dtype
+    return visible & (own.bias.to(statistics_dtype(own.query.dtype)) != NEGATIVE_INFINITY)
 
 
 def _weights(own: AdditiveInputs, bent: Tensor, visible: Tensor | None) -> Tensor:
     """Softmax of the scores, ``[b, H, n, s]``; 0 in rows that see nothing."""
     scores = torch.bmm(*_flat(own, bent)).view(bent.shape[:-1]).transpose(0, 1)
-    dtype = scores.dtype
     if own.bias is not None:
-        scores = scores + own.bias  # wider than the scores, it widens them
+        scores = scores + own.bias.to(scores.dtype)
     if visible is None:
-        return torch.softmax(scores, dim=-1).to(dtype)
-    p = torch.softmax(scores.masked_fill(~visible, NEGATIVE_INFINITY), dim=-1).to(dtype)
+        return torch.softmax(scores, dim=-1)
+    p = torch.softmax(scores.masked_fill(~visible, NEGATIVE_INFINITY), dim=-1)
     return p.masked_fill_(~visible.any(dim=-1, keepdim=True), 0)
 
 

@@ -73,11 +73,12 @@ def _formula(call: AdditiveCall) -> tuple[Tensor, Tensor, bool]:
         scores = scores + mask
         # a value that nobody sees may be so large that its product with a gradient is inf, and 0 * inf is NaN
         value = value.masked_fill((mask == NEGATIVE_INFINITY).all(dim=-2)[..., None], 0)
-    weights = torch.softmax(scores, dim=-1).to(value.dtype)
+    found = weights = torch.softmax(scores, dim=-1)
     if mask is not None and weights.requires_grad:
-        weights.register_hook(lambda gradient: gradient.masked_fill(mask == NEGATIVE_INFINITY, 0))
+        # 0 already; filled in, so that no gradient comes in here: NaN at a hidden pair would reach its whole row
+        weights = weights.masked_fill(mask == NEGATIVE_INFINITY, 0)
     output = weights @ value
-    trusted = mask is None or math.isfinite(output.detach().sum().item() + call.key.detach().sum().item())
+    trusted = mask is None or math.isfinite(sum(t.detach().sum().item() for t in (found, output, call.key)))
     return output, weights, trusted
 
 
@@ -93,6 +94,7 @@ def _merged_mask(call: AdditiveCall) -> Tensor | None:
             key_padding_mask=call.key_padding_mask,
             device=call.device,
         )
-    if visible is None or call.bias is None:
-        return call.bias if visible is None else torch.where(visible, 0.0, NEGATIVE_INFINITY).to(call.query.dtype)
-    return torch.where(visible, call.bias, NEGATIVE_INFINITY)
+    bias = None if call.bias is None else call.bias.to(call.query.dtype)
+    if visible is None:
+        return bias
+    return torch.where(visible, 0.0 if bias is None else bias, NEGATIVE_INFINITY).to(call.query.dtype)
