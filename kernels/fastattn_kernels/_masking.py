@@ -6,8 +6,8 @@
 - ``at``: (batch, head), 64 bits wide;
 - ``sizes``: (seqlen_q, seqlen_k, lower, upper, shift). Row ``i`` sees keys ``i + lower <= j <= i + upper``, and stands
   at key position ``i + shift``;
-- ``rules``: (mask, bias, padding, documents, prefix, slopes, softcap), each a tuple of a pointer and its strides (0 on
-  axes that broadcast; ``attention_problem`` builds it), softcap a number.
+- ``rules``: (mask, bias, padding, documents, prefix, slopes, softcap, None), each a tuple of a pointer and its strides
+  (0 on axes that broadcast; ``attention_problem`` builds it, and says why it ends in None), softcap a number.
 
 What is None is a constant to the compiler: what it would have ruled is not compiled at all.
 """
@@ -34,7 +34,7 @@ def visible(rows, cols, at, sizes, rules):
     """Boolean tile: which ``rows`` may see which ``cols``. Nobody sees past the last key; rows past the last query see
     what it sees, so that they, which are never stored, neither spoil a tile nor need checks of their own."""
     seqlen_q, seqlen_k, lower, upper, _ = sizes
-    mask, _, padding, documents, prefix, _, _ = rules
+    mask, _, padding, documents, prefix, _, _, _ = rules
     rows = tl.minimum(rows, seqlen_q - 1)
     inside = cols < seqlen_k
     seen = inside & (rows >= 0)
@@ -99,7 +99,7 @@ def masked_scores(scores, rows, cols, at, sizes, rules, PARTIAL: tl.constexpr):
     """Scores in base 2 (any unit where there is neither bias nor slopes), with what is added to them, and ``-inf``
     where ``rows`` may not see ``cols``. Only a PARTIAL tile holds such pairs; but a bias may hide some anywhere."""
     seqlen_q, seqlen_k, _, _, shift = sizes
-    _, bias, _, _, _, slopes, _ = rules
+    _, bias, _, _, _, slopes, _, _ = rules
     if slopes is not None:
         slopes_ptr, stride_b, stride_h = slopes
         slope = tl.load(slopes_ptr + at[0] * stride_b + at[1] * stride_h).to(tl.float32)

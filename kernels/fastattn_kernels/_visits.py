@@ -15,7 +15,7 @@ def key_edges(row_start, at, sizes, rules, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
     full_end, end)``. Seen whole: ``0 .. prefix_full`` and ``full_begin .. full_end``; seen in part: ``prefix_full ..
     prefix_end``, ``begin .. full_begin`` and ``full_end .. end``; in ascending order, all others not at all."""
     seqlen_q, seqlen_k, lower, upper, _ = sizes
-    mask, _, padding, documents, prefix, _, _ = rules
+    mask, _, padding, documents, prefix, _, _, _ = rules
     last_row = tl.minimum(row_start + BLOCK_M, seqlen_q) - 1
     prefix_full, prefix_end, begin, full_begin = 0, 0, 0, 0
     full_end, end = seqlen_k // BLOCK_N, tl.cdiv(seqlen_k, BLOCK_N)
@@ -41,7 +41,7 @@ def key_edges(row_start, at, sizes, rules, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
 def row_edges(col_start, at, sizes, rules, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Tiles of rows for the tile of keys that starts at ``col_start``, in the form of :func:`key_edges`."""
     seqlen_q, seqlen_k, lower, upper, _ = sizes
-    mask, _, padding, documents, prefix, _, _ = rules
+    mask, _, padding, documents, prefix, _, _, _ = rules
     last_col = tl.minimum(col_start + BLOCK_N, seqlen_k) - 1
     begin, full_begin = 0, 0
     end = tl.cdiv(seqlen_q, BLOCK_M)

@@ -59,8 +59,7 @@ def _delta_kernel(
 @triton.jit
 def load_weights_gradient(d_weights, rows, cols, at, sizes):
     """A tile of the gradient of the returned weights, as the share of this head."""
-    d_weights_ptr, strides, share = d_weights
-    stride_b, stride_h, stride_m, stride_n = strides
+    d_weights_ptr, stride_b, stride_h, stride_m, stride_n, share = d_weights
     ptrs = d_weights_ptr + at[0] * stride_b + at[1] * stride_h + rows.to(tl.int64) * stride_m
     inside = (rows < sizes[0]) & (cols < sizes[1])
     return tl.load(ptrs + cols.to(tl.int64) * stride_n, mask=inside, other=0.0).to(tl.float32) * share

@@ -60,7 +60,7 @@ def _attend_tile(
     acc, row_max, row_sum, qk, unit, rows, cols, at, batch_head, sizes, rules, dropout, PARTIAL: tl.constexpr
 ):
     """``(P, acc, row_max, row_sum)`` after one more tile of products: a step of online softmax, but for adding P V."""
-    _, bias, _, _, _, slopes, softcap = rules
+    _, bias, _, _, _, slopes, softcap, _ = rules
     if bias is None and slopes is None and softcap is None:  # nothing is added in another unit
         scores = masked_scores(qk, rows, cols, at, sizes, rules, PARTIAL)
         p, acc, row_max, row_sum = softmax_step(acc, row_max, row_sum, scores, unit)

@@ -27,6 +27,16 @@ def _as_tile(tensor: Tensor | None) -> Argument:
     return None if argument is None else (argument[0], argument[1:])
 
 
+def nested(*arguments: object) -> tuple[object, ...]:
+    """A tuple of kernel arguments some of which are tuples: with None at its end.
+
+    Triton 3.6 builds such a tuple anew inside every loop and branch, by a type that it derived when it last put in a
+    value of the tuple's own: first those of run time, then the constants, each from left to right. A stride of 1 in a
+    tuple is a constant, and is None in the loop if that was later. A constant at the end of the outer tuple is last.
+    """
+    return *arguments, None
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """One call's inputs, already validated.
@@ -105,7 +115,7 @@ class Problem:
         documents = None
         if self.query_documents is not None:
             documents = (*(strided(self.query_documents) or ()), *(strided(self.key_documents) or ()))
-        return (
+        return nested(
             _as_tile(self.mask), _as_tile(self.bias), strided(padding), documents, strided(self.prefix),
             strided(self.slopes), self.softcap,
         )  # fmt: skip
@@ -134,8 +144,9 @@ class WeightsGradient:
     heads: int
 
     def argument(self) -> Argument:
-        """The kernel argument ``d_weights``: averaged weights have head stride 0 and give each head 1 / H."""
+        """The kernel argument ``d_weights``, a pointer, four strides and the share of a head: averaged weights have head
+        stride 0 and give each head 1 / H."""
         strides = self.tensor.stride()
         if self.tensor.dim() == 3:
-            return self.tensor, (strides[0], 0, *strides[1:]), 1.0 / max(self.heads, 1)
-        return self.tensor, strides, 1.0
+            return self.tensor, strides[0], 0, *strides[1:], 1.0 / max(self.heads, 1)
+        return self.tensor, *strides, 1.0

@@ -8,7 +8,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fastattn_kernels.attention_problem import Argument, Problem, strided
+from fastattn_kernels.attention_problem import Argument, Problem, nested, strided
 from fastattn_kernels.hopper._mask_bits import pack_mask
 from fastattn_kernels.hopper.config import is_of_keys
 from fastattn_kernels.hopper.problem import bias_for_tma, suits_tma, unexpanded
@@ -67,7 +67,7 @@ def rules_of_keys(problem: Problem) -> tuple[object, ...]:
     """The kernel argument ``rules`` for tiles ``[keys, rows]``: the mask as bits, its columns being rows of scores."""
     mask = None if problem.mask is None else problem.mask.transpose(2, 3)
     words = _words(mask, problem.query.shape[2])
-    return (
+    return nested(
         words, None, strided(problem.key_padding_mask), _documents(problem), strided(problem.prefix), None,
         problem.softcap,
     )  # fmt: skip
@@ -78,7 +78,7 @@ def rules_of_rows(problem: Problem) -> tuple[object, ...]:
     padding = problem.key_padding_mask
     columns = problem.key.shape[2]
     padding_words = None if padding is None else _words(padding[:, None, None], columns, hidden=True)
-    return (
+    return nested(
         _words(problem.mask, columns), None, padding_words, _documents(problem), strided(problem.prefix), None,
         problem.softcap,
     )  # fmt: skip

@@ -56,7 +56,7 @@ def transposed_probabilities(
     COL: gl.constexpr = gl.SliceLayout(0, SCORES)
     pivot_rows, _, sum_rows, row_ids = rows
     start_box, head_box, _ = mailbox
-    words, _, padding, documents, prefix, _, softcap = rules
+    words, _, padding, documents, prefix, _, softcap, _ = rules
     seqlen_q, seqlen_k, _, _, _ = sizes
     if b_tiles is not None:
         tile = b_tiles.index(2 * slot + OWN).reshape([BLOCK_M, KEYS]).slice(UNIT * 64, 64, dim=0)

@@ -61,7 +61,7 @@ def load_addends(
 ):  # fmt: skip
     """What joins a tile of scores: ``(bias, words of masks)``, 0 where there is none. Loaded while the product is on
     its way; a tile of bias came with the keys, and their barrier has been waited for."""
-    mask, _, padding, _, _, _, _ = rules
+    mask, _, padding, _, _, _, _, _ = rules
     batch, head = at
     if b_s is not None:
         bias = b_s.index(slot * CONSUMERS + INDEX).reshape([ROWS, BLOCK_N]).load(SCORES)
@@ -115,7 +115,7 @@ def probabilities(
     BLOCK_N: gl.constexpr = scores.shape[1]
     bias, words = addends
     _, _, lower, upper, _ = sizes
-    mask, _, padding, documents, prefix, _, softcap = rules
+    mask, _, padding, documents, prefix, _, softcap, _ = rules
     inner, unit = factors
     if softcap is not None:
         scores = tanh(scores * inner, dtype)

@@ -136,7 +136,7 @@ def _consumer(
     GRADIENT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, GRADIENT, 2)
     COL: gl.constexpr = gl.SliceLayout(0, SCORES)
-    words, _, padding, documents, prefix, _, softcap = rules
+    words, _, padding, documents, prefix, _, softcap, _ = rules
     element_rules = (None, None, None, documents, prefix, None, None)  # what the packed bits do not say
     batch, head, row_tile, at = _own_tile(seqlen_q, heads)
     sizes = (seqlen_q, seqlen_k, lower, upper, shift)

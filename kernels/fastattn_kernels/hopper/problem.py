@@ -5,7 +5,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fastattn_kernels.attention_problem import Argument, Problem, strided
+from fastattn_kernels.attention_problem import Argument, Problem, nested, strided
 from fastattn_kernels.hopper._mask_bits import pack_mask
 from fastattn_kernels.hopper.config import head_block, is_of_keys
 
@@ -109,7 +109,9 @@ def element_rules(problem: Problem) -> tuple[object, ...]:
         mask = pack_mask(unexpanded(mask), seqlen_k)
     if padding is not None:
         padding = pack_mask(unexpanded(padding[:, None, None]), seqlen_k, hidden=True)
-    return _packed(mask), None, _packed(padding), documents, strided(problem.prefix), None, problem.softcap
+    return nested(
+        _packed(mask), None, _packed(padding), documents, strided(problem.prefix), None, problem.softcap
+    )  # fmt: skip
 
 
 def _packed(words: Tensor | None) -> Argument:
