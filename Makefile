@@ -3,7 +3,8 @@
 # anew from the committed runs.
 # make lock: constraints.txt anew, with the newest release of everything that constraints.in does not pin; UPGRADE= keeps
 # the versions that are there and adds what is missing. make compat: the tests with other versions of python, torch and
-# triton, each in an environment of its own under build/compat; writes docs/compat.md.
+# triton, each in an environment of its own under build/compat; writes docs/compat.md. make resources-pairs: what kernels
+# take, as make resources writes it, and beside it as the tritons of two of those environments compile them.
 # make gpu: installs nothing, uses the python3 on the path, which has to hold torch and triton; SWEEP=1: every
 # configuration of the attention kernels instead of the matrix.
 
@@ -17,7 +18,7 @@ STAMP  := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: -c constraints.txt
 UPGRADE ?= --upgrade
 
-.PHONY: test lint bench report parity resources fuzz lock compat gpu clean
+.PHONY: test lint bench report parity resources resources-pairs fuzz lock compat gpu clean
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal
@@ -34,6 +35,9 @@ parity: $(STAMP)
 resources: $(STAMP)
 	$(BIN)/python -m benchmarks static --write
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "resources or not resources" tests/kernels
+
+resources-pairs: $(STAMP)
+	$(BIN)/python -m benchmarks static --write --with $$($(BIN)/python -m tests.compat --environments 3.10 3.12)
 
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.ops.fuzz --seconds $(SECONDS)

@@ -1,6 +1,7 @@
 """The tests with other versions of Python, torch and triton: ``make compat`` writes docs/compat.md and README's table.
 
-``python -m tests.compat [PYTHON ...]`` tries the pairs of these Pythons alone and leaves the other rows as they are.
+``python -m tests.compat [PYTHON ...]`` tries the pairs of these Pythons alone and leaves the other rows as they are;
+``python -m tests.compat --environments PYTHON ...`` only sets their environments up, and prints the Python of each.
 Each pair has an environment of its own under build/compat; what is there already is used again.
 """
 
@@ -190,8 +191,30 @@ def write(row: Row) -> str:
     return made
 
 
+def environments(pythons: list[str]) -> list[Path]:
+    """The Python of the environment of each of these Pythons.
+
+    Raises:
+        ValueError: no pair has such a Python.
+        FileNotFoundError: it is not on the path.
+    """
+    pairs = {pair.python: pair for pair in PAIRS}
+    found = []
+    for python in pythons:
+        if python not in pairs:
+            raise ValueError(f"PYTHON={python!r}: expected one of {', '.join(pairs)}")
+        interpreter = find_python(python)
+        if interpreter is None:
+            raise FileNotFoundError(f"python{python}: expected it on the path")
+        found.append(set_up(pairs[python], interpreter))
+    return found
+
+
 def main(pythons: list[str]) -> int:
     """Try the pairs of these Pythons, or all; 1 where a test failed."""
+    if pythons[:1] == ["--environments"]:
+        print(*environments(pythons[1:]))
+        return 0
     failed, made = False, ""
     for pair in PAIRS:
         if pythons and pair.python not in pythons:

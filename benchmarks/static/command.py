@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 from benchmarks.reporting.text import show
-from benchmarks.static import table
+from benchmarks.static import pairs, table
 from benchmarks.static.cases import TARGETS, table_jobs
-from benchmarks.static.compile import compile_all
+from benchmarks.static.compile import Row, compile_all
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -22,9 +22,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--target", choices=TARGETS, help="one of them; without it all, which takes minutes")
     parser.add_argument("--only", metavar="TEXT", default="", help="rows whose kernel or case holds TEXT")
-    parser.add_argument("--write", action="store_true", help=f"write {table.PATH.name} anew; takes all rows")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help=f"write {table.PATH.name} anew, with --with {pairs.PATH.name}, too; takes all rows",
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows, with all opcodes and loops, to FILE")
     parser.add_argument("--sass", metavar="DIR", type=Path, help="write machine code to DIR")
+    parser.add_argument(
+        "--with", dest="others", metavar="PYTHON", nargs="+", default=[],
+        help="compile with the triton of these Pythons, too, and print registers and spills side by side",
+    )  # fmt: skip
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="at a time (default: %(default)s)")
     return parser
 
@@ -43,8 +51,15 @@ def main(arguments: list[str]) -> int:
     if options.sass:
         options.sass.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    rows, failures = compile_all(jobs, options.processes, options.sass)
-    rows = [row for key, row in table.keyed(rows) if options.only in key.case or options.only in key.kernel]
+    found, failures = compile_all(jobs, options.processes, options.sass)
+    rows = _asked_for(found, options.only)
+    compared = [rows]
+    for python in options.others:
+        found, failed = compile_all(jobs, options.processes, None, python)
+        compared.append(_asked_for(found, options.only))
+        failures += [f"{python}: {failure}" for failure in failed]
+    beside = pairs.Pairs(compared) if options.others and all(compared) else None
+    failures += beside.differences if beside is not None else []
     for failure in failures:
         print(failure, file=sys.stderr)
     if not rows:
@@ -52,10 +67,21 @@ def main(arguments: list[str]) -> int:
         return 2
     for one in table.tables(rows).values():
         show(one)
+    if beside is not None:
+        for one in (*beside.tables().values(), beside.differing()):
+            show(one)
     print(f"\nkernels: {len(rows)}, seconds: {time.perf_counter() - began:.0f}, triton {rows[0]['triton']}")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     if options.write and not failures:
         table.PATH.write_text(table.document(rows))
         print(f"written: {table.PATH}")
+        if beside is not None:
+            pairs.PATH.write_text(beside.document())
+            print(f"written: {pairs.PATH}")
     return 1 if failures else 0
+
+
+def _asked_for(rows: list[Row], text: str) -> list[Row]:
+    """The rows whose kernel or case holds the text."""
+    return [row for key, row in table.keyed(rows) if text in key.case or text in key.kernel]

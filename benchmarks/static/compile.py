@@ -30,22 +30,30 @@ def compile_for(target: str, cases: list[Case]) -> list[Row]:
     return rows
 
 
-def compile_all(jobs: list[Job], processes: int, code: Path | None = None) -> tuple[list[Row], list[str]]:
+def compile_all(
+    jobs: list[Job], processes: int, code: Path | None = None, python: str = sys.executable
+) -> tuple[list[Row], list[str]]:
     """The rows of all jobs, in their order, and what does not compile; ``processes`` jobs are worked on at a time.
-    Machine code goes into the directory ``code``."""
+    Machine code goes into the directory ``code``. The triton is that of ``python``'s environment."""
     with ThreadPoolExecutor(processes) as pool:
-        found = list(pool.map(lambda job: _compile(job, code), jobs))
+        found = list(pool.map(lambda job: _compile(job, code, python), jobs))
     return [row for rows, _ in found for row in rows], [failure for _, failures in found for failure in failures]
 
 
-def _compile(job: Job, code: Path | None = None) -> tuple[list[Row], list[str]]:
+def _compile(job: Job, code: Path | None = None, python: str = sys.executable) -> tuple[list[Row], list[str]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     # first of all what is on the path already: which triton that is may be the question
     paths = [*filter(None, environment.get("PYTHONPATH", "").split(os.pathsep)), str(ROOT), str(ROOT / "kernels")]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     target, cases = job
     arguments = ["-m", "benchmarks.static.stand_in", target, json.dumps(cases), *([str(code)] if code else [])]
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    done = subprocess.run([python, *arguments], env=environment, capture_output=True, text=True)
+    if done.returncode < 0:  # a signal: the compiler has crashed, over one of the cases
+        if len(cases) == 1:
+            said = f"the compiler ended with {done.returncode}: {done.stderr[-1000:]}"
+            return [], [f"{cases[0].get('name', cases[0])} for {target} does not compile: {said}"]
+        alone = [_compile((target, [case]), code, python) for case in cases]
+        return [row for rows, _ in alone for row in rows], [failure for _, failures in alone for failure in failures]
     if done.returncode != 0:
         raise RuntimeError(f"{target}: {done.stderr[-4000:]}")
     # what compilers print themselves stands before the last line

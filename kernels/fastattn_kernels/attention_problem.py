@@ -144,7 +144,7 @@ class WeightsGradient:
     heads: int
 
     def argument(self) -> Argument:
-        """The kernel argument ``d_weights``, a pointer, four strides and the share of a head: averaged weights have head
+        """The kernel argument ``d_weights``: pointer, four strides, and the share of a head. Averaged weights have head
         stride 0 and give each head 1 / H."""
         strides = self.tensor.stride()
         if self.tensor.dim() == 3:
