@@ -26,7 +26,8 @@ def pytest_configure(config: Any) -> None:
     _availability.DEVICES = ("cpu",)
     from tests.ops import attention_cases
 
-    attention_cases.run_reference = attention_cases.allowances = lambda *_: _Anything()
+    cases: Any = attention_cases
+    cases.run_reference = cases.allowances = lambda *_: _Anything()
     if config.getoption("--front-end"):
         _stop_behind_the_front_end()
     from benchmarks.static.stand_in import Compiled
