@@ -18,6 +18,7 @@ from fastattn.ops._availability import OPERATOR_DEVICES
 from fastattn.ops._call import AttentionCall
 from fastattn.ops._contract import (
     DIFFERENTIABLE,
+    GRADIENTS,
     INPUTS,
     Inputs,
     Options,
@@ -39,7 +40,7 @@ _OPTIONS = (
 )
 _GRADIENTS = (
     "Tensor d_output, Tensor? d_lse, Tensor? d_weights, Tensor output, Tensor statistics, bool needs_d_bias, "
-    "bool needs_d_slopes, bool needs_d_sinks"
+    "bool needs_d_slopes, bool needs_d_sinks, bool d_weights_may_be_zeros"
 )
 
 torch.library.define("fastattn::attention_forward", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)")
@@ -49,8 +50,8 @@ torch.library.define(
 )
 
 # Where things are among the arguments of attention_backward: what it needs to compute, the inputs, the options.
-_NEEDS, _BACKWARD_INPUTS = slice(5, 8), slice(8, 8 + INPUTS)
-_BACKWARD_OPTIONS = slice(8 + INPUTS, None)
+_NEEDS, _MAY_BE_ZEROS = slice(5, 8), 8
+_BACKWARD_INPUTS, _BACKWARD_OPTIONS = slice(GRADIENTS, GRADIENTS + INPUTS), slice(GRADIENTS + INPUTS, None)
 # Those of the inputs that broadcast over a batch of 1.
 _BROADCASTING = tuple(
     Inputs._fields.index(name)
@@ -83,7 +84,9 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     inputs, options = Inputs(*args[_BACKWARD_INPUTS]), Options(*args[_BACKWARD_OPTIONS])
     output, statistics = args[3:5]
-    return implementation(options.backend).backward(args[:3], output, statistics, args[_NEEDS], inputs, options)
+    return implementation(options.backend).backward(
+        args[:3], output, statistics, args[_NEEDS], inputs, options, d_weights_may_be_zeros=args[_MAY_BE_ZEROS]
+    )
 
 
 @torch.library.register_fake("fastattn::attention_backward")
@@ -128,9 +131,11 @@ class Attention(torch.autograd.Function):
             d_output = torch.zeros_like(output)
         if ctx.options.weights == "none":
             d_weights = None
+        # a graph is compiled before a loss is known, and is given zeros for what that does not use
+        may_be_zeros = torch.compiler.is_compiling()
         needs = [tensors[i] is not None and ctx.needs_input_grad[i] for i in _OPTIONAL]
         d_query, d_key, d_value, *optional = _attention_backward()(
-            d_output, d_lse, d_weights, output, statistics, *needs, *tensors, *ctx.options
+            d_output, d_lse, d_weights, output, statistics, *needs, may_be_zeros, *tensors, *ctx.options
         )
         optional = [gradient if needed else None for gradient, needed in zip(optional, needs)]
         return d_query, d_key, d_value, *optional, *(None,) * (INPUTS - DIFFERENTIABLE + len(ctx.options))
@@ -150,14 +155,14 @@ class AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(d_output, d_lse, d_weights, output, statistics,  # type: ignore[no-untyped-def]
-                needs_d_bias, needs_d_slopes, needs_d_sinks,
+                needs_d_bias, needs_d_slopes, needs_d_sinks, d_weights_may_be_zeros,
                 query, key, value, bias, alibi_slopes, sinks, mask,
                 key_padding_mask, query_documents, key_documents, prefix, dropout_state,
                 lower, upper, shift, softcap, scale, dropout_p, weights, backend, keeps_statistics):  # fmt: skip
         make_countable()
         return torch.ops.fastattn.attention_backward(
             d_output, d_lse, d_weights, output, statistics,
-            needs_d_bias, needs_d_slopes, needs_d_sinks,
+            needs_d_bias, needs_d_slopes, needs_d_sinks, d_weights_may_be_zeros,
             query, key, value, bias, alibi_slopes, sinks, mask,
             key_padding_mask, query_documents, key_documents, prefix, dropout_state,
             lower, upper, shift, softcap, scale, dropout_p, weights, backend, keeps_statistics,
@@ -178,7 +183,7 @@ class AttentionBackward(torch.autograd.Function):
         found = _derivatives.backward_vjp(gradients, inputs, ctx.options, cotangents, wanted)
         # Output and statistics get none: the formula already differentiates them through the inputs.
         rest = (None,) * (INPUTS - DIFFERENTIABLE + len(ctx.options))
-        return *found[:3], *(None,) * 5, *found[3:], *rest
+        return *found[:3], *(None,) * (GRADIENTS - 3), *found[3:], *rest
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -191,7 +196,9 @@ class AttentionBackward(torch.autograd.Function):
         # what needs its gradient has one a sample
         alone = [i for i, needed in zip(_OPTIONAL, needs) if needed]
         folded = _fold(samples, input_dims, inputs, broadcasting=tuple(i for i in _BROADCASTING if i not in alone))
-        found = _attention_backward()(*gradients, *needs, *folded, *args[_BACKWARD_OPTIONS])
+        found = _attention_backward()(
+            *gradients, *needs, args[_MAY_BE_ZEROS], *folded, *args[_BACKWARD_OPTIONS]
+        )  # fmt: skip
         results = list(_unfolded(samples, found, out_dims))
         for i in alone:
             tensor, dim = inputs[i], input_dims[i]

@@ -45,6 +45,7 @@ class Options(NamedTuple):
 
 
 INPUTS, OPTIONS = len(Inputs._fields), len(Options._fields)
+GRADIENTS = 9  # the arguments of ``fastattn::attention_backward`` in front of its inputs
 DIFFERENTIABLE = 6  # the first of the inputs; query, key and value always have their gradient, the others where needed
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from fastattn.ops._contract import INPUTS, Options
+from fastattn.ops._contract import GRADIENTS, INPUTS, Options
 
 Shape = tuple[int, ...]
 
@@ -54,8 +54,8 @@ def _attention_forward(query: Shape, key: Shape, value: Shape, *rest: Any, **_: 
 
 def _attention_backward(*args: Any, **_: Any) -> int:
     """``dQ``, ``dK``, ``dV`` and ``dP``; and ``Q K^T`` again, where torch's module would not have kept the weights."""
-    query, key, value = args[8:11]  # the counter gives shapes in the place of tensors
-    options = Options(*args[8 + INPUTS :])
+    query, key, value = args[GRADIENTS : GRADIENTS + 3]  # the counter gives shapes in the place of tensors
+    options = Options(*args[GRADIENTS + INPUTS :])
     of_scores = 3 if options.weights == "none" else 2
     return of_scores * _product(query, key, query[3]) + 2 * _product(query, key, value[3])
 

@@ -399,8 +399,11 @@ def backward(
     needs: tuple[bool, bool, bool],
     inputs: Inputs,
     options: Options,
+    *,
+    d_weights_may_be_zeros: bool,
 ) -> tuple[Tensor, ...]:
-    """``(dq, dk, dv, d_bias, d_slopes, d_sinks)``; the contract of ``fastattn::attention_backward``."""
+    """``(dq, dk, dv, d_bias, d_slopes, d_sinks)``; the contract of ``fastattn::attention_backward``. Zeros for
+    ``d_weights`` cost an addition here, and are added."""
     with without_autocast(inputs.query.device):
         results = _backward(gradients, lse, needs, inputs, options, careful=False)
         if _hides(inputs, options) and not _all_finite(*results):

@@ -76,6 +76,8 @@ def backward(
     needs: tuple[bool, bool, bool],
     inputs: Inputs,
     options: Options,
+    *,
+    d_weights_may_be_zeros: bool,
 ) -> tuple[Tensor, ...]:
     """The gradients of query, key, value, bias, slopes and sinks, the last three empty where ``needs`` does not ask for
     them; the contract of ``fastattn::attention_backward``."""
@@ -86,7 +88,8 @@ def backward(
     delta = launch_attention_delta(output, d_output, d_lse)
     d_weights = None
     if d_weights_tensor is not None:
-        d_weights = WeightsGradient(d_weights_tensor, inputs.query.shape[1])
+        used = d_weights_tensor.any() if d_weights_may_be_zeros else None  # stays on the device
+        d_weights = WeightsGradient(d_weights_tensor, inputs.query.shape[1], used)
         launch_attention_weights_delta(problem, statistics, d_weights, delta)
     d_query, d_key, d_value = (empty_in_order_of(t, tuple(t.shape)) for t in (inputs.query, inputs.key, inputs.value))
     d_bias, d_slopes, d_sinks = (d_output.new_empty(0) for _ in range(3))

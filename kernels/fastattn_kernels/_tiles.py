@@ -140,6 +140,13 @@ def product(
 
 
 @triton.jit
+def is_off(only_if):
+    """Whether a kernel has nothing to do: ``only_if`` is a pointer to a byte and the value that it has to have."""
+    flag_ptr, expected = only_if
+    return tl.load(flag_ptr).to(tl.int32) != expected
+
+
+@triton.jit
 def any_not_finite(tile):
     """Whether a 2-D tile holds NaN or inf, as a scalar."""
     return tl.max(tl.max(tl.where(tl.abs(tile) < INFINITY, 0, 1), axis=1), axis=0) > 0

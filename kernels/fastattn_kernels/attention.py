@@ -16,7 +16,7 @@ from triton.errors import TritonError
 from fastattn_kernels import attention_bwd, attention_fwd
 from fastattn_kernels._device import Target, target_of
 from fastattn_kernels.attention_bwd_one_pass import launch_attention_bwd_one_pass, one_pass_refusals
-from fastattn_kernels.attention_problem import Problem, WeightsGradient
+from fastattn_kernels.attention_problem import Argument, Problem, WeightsGradient
 from fastattn_kernels.attention_tile_map import TileMap
 from fastattn_kernels.hopper.config import is_of_keys
 
@@ -140,6 +140,9 @@ def launch_attention_bwd(
 
     In one pass, which adds up dQ in no fixed order, where that is allowed (``deterministic=False``) and they can.
 
+    Where only the device knows whether ``d_weights`` is zeros, both backwards are launched, without it and with it, the
+    latter in plain Triton: one of them finds nothing to do, or (in Gluon or in one pass) is overwritten.
+
     Raises:
         NotImplementedError: as :func:`launch_attention_fwd`.
     """
@@ -149,13 +152,33 @@ def launch_attention_bwd(
         dk.zero_()
         dv.zero_()
         return
+    if d_weights is None or d_weights.used is None or kernels == "gluon":
+        _launch_bwd(before, d_weights, after, d_slopes, tile_map, kernels, deterministic)
+    else:
+        _launch_bwd(before, None, after, d_slopes, tile_map, kernels, deterministic, d_weights.only_if_used(False))
+        only_if = d_weights.only_if_used()
+        attention_bwd.launch_attention_bwd(*before, d_weights, *after, d_slopes, tile_map, only_if=only_if)
+
+
+def _launch_bwd(
+    before: tuple[Problem, Tensor, Tensor, Tensor],
+    d_weights: WeightsGradient | None,
+    after: tuple[Tensor, Tensor, Tensor],
+    d_slopes: Tensor | None,
+    tile_map: TileMap | None,
+    kernels: Kernels,
+    deterministic: bool,
+    only_if: Argument = None,
+) -> None:
+    """:func:`launch_attention_bwd` of what is known. Kernels that take no condition run whatever ``only_if`` is."""
+    problem = before[0]
     gluon = _gluon("backward", kernels, problem, d_weights, deterministic)
     if gluon is not None:
         launch = functools.partial(gluon.launch, *before, *after, tile_map, deterministic=deterministic)
         if _compiles("backward", kernels, problem, deterministic, launch):
             return
     if deterministic or one_pass_refusals(problem, needs_slopes=d_slopes is not None):
-        attention_bwd.launch_attention_bwd(*before, d_weights, *after, d_slopes, tile_map)
+        attention_bwd.launch_attention_bwd(*before, d_weights, *after, d_slopes, tile_map, only_if=only_if)
     else:
         launch_attention_bwd_one_pass(*before, d_weights, *after, tile_map)
 

@@ -14,6 +14,7 @@ from fastattn_kernels._masking import INFINITY, LOG2_E, capped, capped_slope, di
 from fastattn_kernels._tiles import (
     any_not_finite,
     head_of,
+    is_off,
     load_statistics,
     load_tile,
     product,
@@ -28,7 +29,7 @@ from fastattn_kernels.attention_config import (
     dot_precision,
     head_block,
 )
-from fastattn_kernels.attention_problem import RUN_TIME, Problem, WeightsGradient, strided
+from fastattn_kernels.attention_problem import RUN_TIME, Argument, Problem, WeightsGradient, strided
 from fastattn_kernels.attention_tile_map import TileMap, list_arguments
 
 
@@ -183,12 +184,15 @@ def _attention_bwd_dkdv_kernel(
     tile_lists, lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
-    d_query_ptr=None,
+    d_query_ptr=None, only_if=None,
 ):  # fmt: skip
     """dK and dV of one BLOCK_N tile of keys, from all query rows that see it. CAREFUL: only if they are not finite.
 
     With ``d_query_ptr``, to zeros ``[B, H, L, D]``, it is the whole backward in one pass; see attention_bwd_one_pass.
     """
+    if only_if is not None:
+        if is_off(only_if):
+            return
     tiles_n = tl.cdiv(seqlen_k, BLOCK_N)
     kv_heads = heads // group
     batch_head = tl.program_id(0) // tiles_n
@@ -274,8 +278,12 @@ def _attention_bwd_dq_kernel(
     tile_lists, lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
+    only_if=None,
 ):  # fmt: skip
     """dQ of one BLOCK_M tile of rows, from all keys that it sees. CAREFUL: only if it is not finite."""
+    if only_if is not None:
+        if is_off(only_if):
+            return
     tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
     batch_head = tl.program_id(0) // tiles_m
     row_tile = tiles_m - 1 - tl.program_id(0) % tiles_m  # longest first, as in the forward
@@ -351,16 +359,18 @@ def launch_attention_bwd(
     d_slopes: Tensor | None = None,
     tile_map: TileMap | None = None,
     config: BackwardConfig | None = None,
+    only_if: Argument = None,
 ) -> None:
     """Write dQ, dK and dV (any strides) from the forward's statistics and delta; and into ``d_slopes``, ``[B, H, L]``
-    contiguous float32, the gradient of its ALiBi slope that each row gives."""
+    contiguous float32, the gradient of its ALiBi slope that each row gives. Nothing, where the device finds
+    ``only_if`` otherwise (:meth:`WeightsGradient.only_if_used`)."""
     query = problem.query
     sizes = query.shape[3], problem.value.shape[3]
     config = config or backward_config(query.device, query.dtype, *sizes, problem.load(d_weights))
     arguments = problem, d_out, statistics, delta, d_weights, dq, dk, dv, d_slopes
-    _launch_passes(*arguments, tile_map, config, careful=False)
+    _launch_passes(*arguments, tile_map, config, only_if, careful=False)
     if problem.masks_pairs():
-        launch_careful_bwd(*arguments)
+        launch_careful_bwd(*arguments, only_if)
 
 
 def launch_careful_bwd(
@@ -373,12 +383,15 @@ def launch_careful_bwd(
     dk: Tensor,
     dv: Tensor,
     d_slopes: Tensor | None = None,
+    only_if: Argument = None,
 ) -> None:
     """Write again, with 0 * NaN = 0, those tiles of gradients that are not finite: what follows the launch of any
     kernel on a problem that masks pairs."""
     smallest = careful_config(problem.query.dtype, problem.query.shape[3], problem.value.shape[3])
     config = BackwardConfig(smallest, smallest)
-    _launch_passes(problem, d_out, statistics, delta, d_weights, dq, dk, dv, d_slopes, None, config, careful=True)
+    _launch_passes(
+        problem, d_out, statistics, delta, d_weights, dq, dk, dv, d_slopes, None, config, only_if, careful=True
+    )
 
 
 def _launch_passes(
@@ -393,6 +406,7 @@ def _launch_passes(
     d_slopes: Tensor | None,
     tile_map: TileMap | None,
     config: BackwardConfig,
+    only_if: Argument,
     *,
     careful: bool,
 ) -> None:
@@ -414,11 +428,11 @@ def _launch_passes(
             _attention_bwd_dkdv_kernel[(triton.cdiv(seqlen_k, config.dkdv.block_n) * batch * kv_heads,)](
                 *inputs, strided(dk), strided(dv), *rules,
                 *list_arguments(tile_map and tile_map.of_keys(config.dkdv)), *numbers, **sizes,
-                CAREFUL=careful, **config.dkdv.launch_options(),
+                CAREFUL=careful, only_if=only_if, **config.dkdv.launch_options(),
             )  # fmt: skip
         if dq.numel():
             _attention_bwd_dq_kernel[(triton.cdiv(seqlen_q, config.dq.block_m) * batch * heads,)](
                 *inputs, strided(dq), d_slopes, *rules,
                 *list_arguments(tile_map and tile_map.of_rows(config.dq)), *numbers, **sizes,
-                CAREFUL=careful, **config.dq.launch_options(),
+                CAREFUL=careful, only_if=only_if, **config.dq.launch_options(),
             )  # fmt: skip

@@ -138,10 +138,18 @@ class WeightsGradient:
     Attributes:
         tensor: ``[B, L, S]`` of averaged weights, or ``[B, H, L, S]``; floating, any strides.
         heads: ``H``.
+        used: boolean ``[]`` on the device, False where ``tensor`` is all zeros, as a compiled graph gets it if no loss
+            uses the weights; None: it is used. The host does not read it, which would wait for the device.
     """
 
     tensor: Tensor
     heads: int
+    used: Tensor | None = None
+
+    def only_if_used(self, expected: bool = True) -> Argument:
+        """The kernel argument ``only_if``: a byte on the device, and what it has to be for the kernel to do anything;
+        None: it runs in any case."""
+        return None if self.used is None else (self.used.view(torch.uint8), int(expected))
 
     def argument(self) -> Argument:
         """The kernel argument ``d_weights``: pointer, four strides, and the share of a head. Averaged weights have head

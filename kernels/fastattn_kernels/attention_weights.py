@@ -12,7 +12,7 @@ from torch import Tensor
 from fastattn_kernels._device import device_guard
 from fastattn_kernels._dropout import dropout_factor, dropout_keep
 from fastattn_kernels._masking import LOG2_E
-from fastattn_kernels._tiles import head_of, load_statistics, load_tile
+from fastattn_kernels._tiles import head_of, is_off, load_statistics, load_tile
 from fastattn_kernels._visits import count_visits, key_edges, visited_in_any_way
 from fastattn_kernels.attention_bwd import bent_scores, load_weights_gradient, probabilities
 from fastattn_kernels.attention_config import Config, dot_precision, head_block, weights_config
@@ -84,8 +84,12 @@ def _attention_weights_delta_kernel(
     heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    only_if=None,
 ):  # fmt: skip
     """``delta += rowsum(dW * W)``: the returned weights' part of the mean that softmax's gradient subtracts."""
+    if only_if is not None:
+        if is_off(only_if):
+            return
     tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
     batch_head = tl.program_id(0) // tiles_m
     row_start = (tiles_m - 1 - tl.program_id(0) % tiles_m) * BLOCK_M
@@ -163,7 +167,7 @@ def launch_attention_weights_delta(
             strided(query), strided(key), statistics, delta, problem.rules(), problem.dropout(), d_weights.argument(),
             *problem.sizes(), problem.scale,
             HEAD_DIM=head_dim, BLOCK_D=head_block(head_dim),
-            PRECISION=dot_precision(query.dtype), **config.launch_options(),
+            PRECISION=dot_precision(query.dtype), only_if=d_weights.only_if_used(), **config.launch_options(),
         )  # fmt: skip
 
 

@@ -162,6 +162,30 @@ def test_use_kernels_says_what_it_accepts():
         pass
 
 
+@pytest.mark.parametrize("gluon_refuses", [False, True])
+def test_gradient_of_weights_that_may_be_zeros_has_a_launch_of_its_own(kernels, monkeypatch, gluon_refuses):
+    """Gluon runs without it, or the plain kernels if it is zeros; behind them the plain ones, if it is not."""
+    conditions = []
+
+    def plain(*arguments, only_if=None):
+        conditions.append((arguments[4], only_if))
+        kernels.launched.append("plain")
+
+    monkeypatch.setattr(attention.attention_bwd, "launch_attention_bwd", plain)
+    kernels.reasons = ["it rains"] * gluon_refuses
+    used = torch.tensor(False)
+    d_weights = attention.WeightsGradient(torch.zeros(1, 4, 4), 2, used)
+    arguments = problem(), None, None, None, d_weights, None, None, None
+    attention.launch_attention_bwd(*arguments)
+    assert kernels.launched == ["plain" if gluon_refuses else "gluon", "plain"]
+    expected = [(None, 0)] * gluon_refuses + [(d_weights, 1)]
+    assert [(given, value) for given, (_, value) in conditions] == expected
+    for _, (flag, _) in conditions:
+        assert flag.dtype == torch.uint8 and flag.data_ptr() == used.data_ptr()
+    with pytest.raises(NotImplementedError, match="the gradient of weights is not in the Hopper kernels"):
+        attention.launch_attention_bwd(*arguments, kernels="gluon")
+
+
 def test_one_pass_is_for_those_who_let_it(kernels, monkeypatch):
     """The gradient of slopes sums over a row's keys, and one pass holds a tile of keys."""
     monkeypatch.setattr(attention, "launch_attention_bwd_one_pass", lambda *a: kernels.launched.append("one pass"))

@@ -24,7 +24,20 @@ def one_pass(monkeypatch):
     """Every backward goes in one pass, in plain Triton on Hopper too; counts them."""
     launches = []
 
-    def launch(problem, d_out, statistics, delta, d_weights, dq, dk, dv, d_slopes=None, tile_map=None, config=None):
+    def launch(
+        problem,
+        d_out,
+        statistics,
+        delta,
+        d_weights,
+        dq,
+        dk,
+        dv,
+        d_slopes=None,
+        tile_map=None,
+        config=None,
+        only_if=None,
+    ):
         assert not one_pass_refusals(problem, needs_slopes=d_slopes is not None)
         launch_attention_bwd_one_pass(problem, d_out, statistics, delta, d_weights, dq, dk, dv, tile_map, config)
         launches.append(problem)

@@ -12,6 +12,7 @@ import fastattn
 from fastattn.ops import _autograd
 from fastattn.ops._call import make_call
 from fastattn.testing import attention_inputs, attention_mask, key_padding_mask, random_tensor
+from fastattn_kernels import attention_bwd
 from tests.ops.attention_cases import attend, dropout_state
 
 B, H, L, S, D = 2, 2, 5, 7, 8
@@ -81,7 +82,7 @@ def test_operators_pass_opcheck(name, backend, device):
     inputs, options = _autograd.operands(call, state, backend)
     torch.library.opcheck(torch.ops.fastattn.attention_forward.default, (*inputs, *options))
     output, lse, weights, statistics = torch.ops.fastattn.attention_forward(*inputs, *options)
-    needs = [t is not None for t in (call.bias, call.alibi_slopes, call.sinks)]
+    needs = [*(t is not None for t in (call.bias, call.alibi_slopes, call.sinks)), True]
     d_weights = None if call.weights == "none" else torch.ones_like(weights)
     gradients = (torch.ones_like(output), torch.ones_like(lse), d_weights, output, statistics, *needs)
     torch.library.opcheck(torch.ops.fastattn.attention_backward.default, (*gradients, *inputs, *options))
@@ -187,6 +188,84 @@ def test_attention_compiled_with_dropout_draws_anew(backend, device):
     function = torch.compile(lambda *t: attend(*t, dropout_p=0.5, backend=backend), backend="aot_eager", fullgraph=True)
     torch.manual_seed(0)
     assert not torch.equal(function(*inputs), function(*inputs))
+
+
+class Returning(torch.nn.Module):
+    """Attention that returns its averaged weights, whoever wants them."""
+
+    def forward(self, query, key, value):
+        return attend(query, key, value, is_causal=True, need_weights=True, backend="triton")
+
+
+@pytest.fixture
+def backward_passes(monkeypatch):
+    """Of each launch of the plain backward: had it a gradient of weights, anything to do, and was it careful?"""
+    found = []
+    launch = attention_bwd._launch_passes
+
+    def noting(problem, d_out, statistics, delta, d_weights, *rest, careful):
+        only_if = rest[-1]
+        is_on = only_if is None or bool(only_if[0]) == bool(only_if[1])
+        found.append((d_weights is not None, is_on, careful))
+        launch(problem, d_out, statistics, delta, d_weights, *rest, careful=careful)
+
+    monkeypatch.setattr(attention_bwd, "_launch_passes", noting)
+    return found
+
+
+def gradients_of(function, loss, device):
+    leaves = [t.requires_grad_() for t in attention_inputs(B, H, 70, 90, D, device=device, seed=1)]
+    return torch.autograd.grad(loss(*function(*leaves)), leaves)
+
+
+def of_output(output, weights):
+    return output.square().sum()
+
+
+def of_both(output, weights):
+    return output.square().sum() + weights.square().sum()
+
+
+@pytest.mark.parametrize("loss_is_compiled", [False, True])
+def test_compiled_backward_goes_without_the_gradient_of_weights_that_no_loss_uses(
+    loss_is_compiled, device, backward_passes
+):
+    """The graph hands zeros to the backward: kernels that would add them find nothing to do, and what others wrote
+    stays, to the last bit; Gluon's, which know no such gradient, could have been those."""
+    pytest.importorskip("triton")
+    torch._dynamo.reset()
+    module = Returning()
+    with fastattn.use_kernels("triton"):
+        expected = gradients_of(module, of_output, device)
+        assert backward_passes == [(False, True, False), (False, True, True)]
+        backward_passes.clear()
+        if loss_is_compiled:
+            whole = torch.compile(lambda *t: (of_output(*module(*t)),), backend="aot_eager", fullgraph=True)
+            found = gradients_of(whole, lambda loss: loss, device)
+        else:
+            found = gradients_of(torch.compile(module, backend="aot_eager", fullgraph=True), of_output, device)
+    assert [(weights, careful) for weights, is_on, careful in backward_passes if is_on] == [
+        (False, False),
+        (False, True),
+    ]
+    assert [weights for weights, is_on, _ in backward_passes if not is_on] == [True, True]
+    for ours, theirs in zip(found, expected):
+        assert torch.equal(ours, theirs)
+
+
+def test_compiled_backward_has_the_gradient_of_weights_that_a_loss_uses(device, backward_passes):
+    pytest.importorskip("triton")
+    torch._dynamo.reset()
+    module = Returning()
+    with fastattn.use_kernels("triton"):
+        expected = gradients_of(module, of_both, device)
+        assert [weights for weights, _, _ in backward_passes] == [True, True]  # eager, where it is known to be used
+        backward_passes.clear()
+        found = gradients_of(torch.compile(module, backend="aot_eager", fullgraph=True), of_both, device)
+    assert [(weights, is_on) for weights, is_on, _ in backward_passes] == [(False, False)] * 2 + [(True, True)] * 2
+    for ours, theirs in zip(found, expected):
+        assert torch.equal(ours, theirs)
+    assert not torch.allclose(found[0], gradients_of(module, of_output, device)[0])
 
 
 # ------------------------------------------------------------------------------------------------------- torch.export
