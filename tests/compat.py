@@ -160,8 +160,8 @@ _HEAD = """# Tried with
 
 `make compat` sets up an environment for each row and runs tests there, one thread, without a GPU: kernels in Triton's
 interpreter, and compiled for GPUs that are not there. A cell is the number of tests that passed, and of those that did
-not. The kernels compiled are the norms', and attention's forward and backward without masks, biases and weights: with
-all of them together triton 3.6.0 does not compile attention; what fails there in the forward is softcap with ALiBi.
+not. The kernels compiled are the norms', and attention's forward and backward without masks, biases and weights; every
+kernel is compiled by `make resources-pairs`.
 [constraints.txt](../constraints.txt) has the pair that `make test` uses, with which all tests are run.
 
 """

@@ -165,7 +165,7 @@ def test_use_kernels_says_what_it_accepts():
 @pytest.mark.parametrize("gluon_refuses", [False, True])
 def test_gradient_of_weights_that_may_be_zeros_has_a_launch_of_its_own(kernels, monkeypatch, gluon_refuses):
     """Gluon runs without it, or the plain kernels if it is zeros; behind them the plain ones, if it is not."""
-    conditions = []
+    conditions: list[Any] = []
 
     def plain(*arguments, only_if=None):
         conditions.append((arguments[4], only_if))
