@@ -143,3 +143,9 @@ def product(
 def any_not_finite(tile):
     """Whether a 2-D tile holds NaN or inf, as a scalar."""
     return tl.max(tl.max(tl.where(tl.abs(tile) < INFINITY, 0, 1), axis=1), axis=0) > 0
+
+
+@triton.jit
+def rows_not_finite(tile):
+    """1 for each row of a 2-D tile that holds NaN or inf, 0 for the others."""
+    return tl.max(tl.where(tl.abs(tile) < INFINITY, 0, 1), axis=1)

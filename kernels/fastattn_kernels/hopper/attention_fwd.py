@@ -21,13 +21,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from fastattn_kernels import _tiles
 from fastattn_kernels._device import device_guard, multiprocessors
 from fastattn_kernels._masking import INFINITY, LOG2_E
 from fastattn_kernels.attention_config import Config
-from fastattn_kernels.attention_fwd import TINY, launch_careful_fwd
+from fastattn_kernels.attention_fwd import TINY, empty_marks, launch_careful_fwd
 from fastattn_kernels.attention_problem import RUN_TIME, Problem, strided
 from fastattn_kernels.attention_tile_map import TileMap, list_arguments
-from fastattn_kernels.hopper._compat import gluon, tma_load, tma_store, tma_store_wait
+from fastattn_kernels.hopper._compat import gluon, shared, tma_load, tma_store, tma_store_wait
 from fastattn_kernels.hopper._mask_bits import ROWS
 from fastattn_kernels.hopper._schedule import (
     any_tile,
@@ -41,6 +42,8 @@ from fastattn_kernels.hopper._schedule import (
 from fastattn_kernels.hopper._softmax import HALF_LOG2_E, load_addends, pack, probabilities, row_results, unpack
 from fastattn_kernels.hopper.config import CONSUMER_ROWS, ForwardConfig, forward_config, head_block, is_of_keys
 from fastattn_kernels.hopper.problem import bias_for_tma, bias_of_keys, descriptor, element_rules, head_descriptor
+
+rows_not_finite = shared(_tiles.rows_not_finite)
 
 # The compiler gives a thread 168 registers, as if the producer were a warpgroup too; this is how the three share them.
 _CONSUMER_REGISTERS = gl.constexpr(240)
@@ -177,7 +180,7 @@ def _attend_keys(
 
 @gluon.jit
 def _consumer(
-    INDEX: gl.constexpr, out_desc, lse_ptr, statistics_ptr, buffers, out_s, full, empty, turns, row_bias, sinks, sizes,
+    INDEX: gl.constexpr, out_desc, lse_ptr, statistics_ptr, marks_ptr, buffers, out_s, full, empty, turns, row_bias, sinks, sizes,
     rules, lists, scale, heads, schedule, BLOCK_M: gl.constexpr, STAGE_OUTPUT: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: 64 rows of each tile, from products to the output."""
@@ -278,6 +281,9 @@ def _consumer(
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(slot), count=1)
         acc = acc * gl.convert_layout(inverse_sum, gl.SliceLayout(1, OUTPUT))[:, None]
+        if marks_ptr is not None:
+            marks = gl.convert_layout(rows_not_finite(acc), ROW)
+            gl.store(marks_ptr + rows_of + row, marks.to(gl.int8), mask=row < seqlen_q)
         out_s.index(INDEX).reshape([ROWS, BLOCK_D]).store(acc.to(out_s.dtype))
         fence_async_shared()
         tma_store(out_desc, [batch, head, row_start, 0], out_s.index(INDEX))
@@ -300,7 +306,7 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 @gluon.jit(do_not_specialize=[*RUN_TIME, "tiles_m", "tiles", "batch_heads", "heads_abreast", "section_tiles"])
 def _attention_fwd_kernel(
-    q_desc, k_desc, v_desc, b_desc, out_desc, lse_ptr, statistics_ptr, row_bias, bias_axes, rules, sinks,
+    q_desc, k_desc, v_desc, b_desc, out_desc, lse_ptr, statistics_ptr, marks_ptr, row_bias, bias_axes, rules, sinks,
     tile_lists, lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
     tiles_m, tiles, batch_heads, heads_abreast, section_tiles,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
@@ -332,13 +338,13 @@ def _attention_fwd_kernel(
     gl.warp_specialize(
         [
             (_consumer, (
-                0, out_desc, lse_ptr, statistics_ptr, (q_s, k_s, v_s, b_s), out_s, (q_full, k_full, v_full),
-                (q_empty, k_empty, v_empty), turns, row_bias, sinks, sizes, rules, lists, scale, heads, schedule,
+                0, out_desc, lse_ptr, statistics_ptr, marks_ptr, (q_s, k_s, v_s, b_s), out_s,
+                (q_full, k_full, v_full), (q_empty, k_empty, v_empty), turns, row_bias, sinks, sizes, rules, lists, scale, heads, schedule,
                 BLOCK_M, STAGE_OUTPUT, PING_PONG,
             )),
             (_consumer, (
-                1, out_desc, lse_ptr, statistics_ptr, (q_s, k_s, v_s, b_s), out_s, (q_full, k_full, v_full),
-                (q_empty, k_empty, v_empty), turns, row_bias, sinks, sizes, rules, lists, scale, heads, schedule,
+                1, out_desc, lse_ptr, statistics_ptr, marks_ptr, (q_s, k_s, v_s, b_s), out_s,
+                (q_full, k_full, v_full), (q_empty, k_empty, v_empty), turns, row_bias, sinks, sizes, rules, lists, scale, heads, schedule,
                 BLOCK_M, STAGE_OUTPUT, PING_PONG,
             )),
             (_producer, (
@@ -381,16 +387,17 @@ def launch_attention_fwd(
         bias_axes = (int(bias.shape[0] > 1), int(bias.shape[1] > 1))
     else:
         row_bias = bias_of_keys(bias)
+    marks = empty_marks(problem)
     with device_guard(query):
         _attention_fwd_kernel[(min(tiles, multiprocessors(query.device)),)](
             head_descriptor(query, CONSUMER_ROWS, problem), head_descriptor(key, config.block_n, problem),
             head_descriptor(value, config.block_n, problem), b_desc, head_descriptor(out, CONSUMER_ROWS, problem),
-            lse, statistics, row_bias, bias_axes, element_rules(problem), strided(problem.sinks),
+            lse, statistics, marks, row_bias, bias_axes, element_rules(problem), strided(problem.sinks),
             *list_arguments(lists), *problem.sizes(), problem.scale,
             tiles_m, tiles, batch * heads, heads_abreast, heads_abreast * tiles_m,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=head_block(query.shape[3], value.shape[3]),
             STAGES=config.stages, STAGE_OUTPUT=config.stage_output, PING_PONG=config.ping_pong,
             num_warps=4,
         )  # fmt: skip
-    if problem.masks_pairs():
-        launch_careful_fwd(problem, out, lse, statistics)
+    if marks is not None:
+        launch_careful_fwd(problem, out, lse, statistics, marks)
