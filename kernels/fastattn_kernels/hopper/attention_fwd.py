@@ -11,6 +11,7 @@ they have read. What is computed is what the plain kernel computes (``attention_
 tiles of keys are found by the same code, and NaN behind a mask is left to the same careful launch.
 """
 
+import torch
 import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -33,10 +34,12 @@ from fastattn_kernels.hopper._mask_bits import ROWS
 from fastattn_kernels.hopper._schedule import (
     any_tile,
     full_tile,
+    hand_out_tile,
     opaque,
     partial_tile,
     ring,
     row_tile_of,
+    take_tile,
     visits_of,
 )
 from fastattn_kernels.hopper._softmax import HALF_LOG2_E, load_addends, pack, probabilities, row_results, unpack
@@ -64,7 +67,7 @@ def _load_values(v_desc, v_s, v_full, v_empty, batch, kv_head, row, count):
 @gluon.jit
 def _producer(
     descriptors, buffers, full, empty, bias_axes, sizes, rules, lists, heads, group, schedule,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    counter_ptr, box, box_full, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """Loads what the consumers read, in the order in which they do: K and its bias, then V of the tile before."""
     q_desc, k_desc, v_desc, b_desc = descriptors
@@ -110,7 +113,7 @@ def _producer(
             previous = row
             count += 1
         _load_values(v_desc, v_s, v_full, v_empty, batch, kv_head, previous, count - 1)
-        tile += gl.num_programs(0)
+        tile = hand_out_tile(counter_ptr, box, box_full, tile, rounds)
         rounds += 1
 
 
@@ -181,7 +184,8 @@ def _attend_keys(
 @gluon.jit
 def _consumer(
     INDEX: gl.constexpr, out_desc, lse_ptr, statistics_ptr, marks_ptr, buffers, out_s, full, empty, turns, row_bias, sinks, sizes,
-    rules, lists, scale, heads, schedule, BLOCK_M: gl.constexpr, STAGE_OUTPUT: gl.constexpr, PING_PONG: gl.constexpr,
+    rules, lists, scale, heads, schedule, counter_ptr, box, box_full, BLOCK_M: gl.constexpr,
+    STAGE_OUTPUT: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: 64 rows of each tile, from products to the output."""
     q_s, k_s, v_s, b_s = buffers
@@ -290,7 +294,7 @@ def _consumer(
         if not STAGE_OUTPUT:  # it lies where the queries did
             tma_store_wait(0)
             mbarrier.arrive(q_empty.index(INDEX), count=1)
-        tile += gl.num_programs(0)
+        tile = take_tile(counter_ptr, box, box_full, tile, rounds, gl.SliceLayout(0, SCORES))
         rounds += 1
     tma_store_wait(0)
 
@@ -304,15 +308,15 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     return barriers
 
 
-@gluon.jit(do_not_specialize=[*RUN_TIME, "tiles_m", "tiles", "batch_heads", "heads_abreast", "section_tiles"])
+@gluon.jit(do_not_specialize=[*RUN_TIME, "tiles_m", "tiles", "heads_abreast", "absent"])
 def _attention_fwd_kernel(
     q_desc, k_desc, v_desc, b_desc, out_desc, lse_ptr, statistics_ptr, marks_ptr, row_bias, bias_axes, rules, sinks,
     tile_lists, lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
-    tiles_m, tiles, batch_heads, heads_abreast, section_tiles,
+    tiles_m, tiles, heads_abreast, absent, counter_ptr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     STAGE_OUTPUT: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries of a head against all keys they see, tile after tile."""
+    """BLOCK_M queries of a head against all keys they see, tile after tile, which a counter hands out if there is one."""
     CONSUMERS: gl.constexpr = BLOCK_M // ROWS
     q_s = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, ROWS, BLOCK_D], q_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
@@ -331,25 +335,32 @@ def _attention_fwd_kernel(
     k_empty = _barriers(STAGES, CONSUMERS)
     v_empty = _barriers(STAGES, CONSUMERS)
     turns = _barriers(CONSUMERS, 1)
+    if counter_ptr is not None:
+        box = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        box_full = _barriers(2, 1)
+    else:
+        box: gl.constexpr = None
+        box_full: gl.constexpr = None
     sizes = (seqlen_q, seqlen_k, lower, upper, shift)
     lists = (tile_lists, lists_per_batch, lists_per_head)
-    schedule = (tiles_m, tiles, batch_heads, heads_abreast, section_tiles)
+    schedule = (tiles_m, tiles, heads_abreast, absent)
     # The arguments are spelled out twice: Gluon makes tensors of the constants in a tuple that has a name.
     gl.warp_specialize(
         [
             (_consumer, (
                 0, out_desc, lse_ptr, statistics_ptr, marks_ptr, (q_s, k_s, v_s, b_s), out_s,
                 (q_full, k_full, v_full), (q_empty, k_empty, v_empty), turns, row_bias, sinks, sizes, rules, lists, scale, heads, schedule,
-                BLOCK_M, STAGE_OUTPUT, PING_PONG,
+                counter_ptr, box, box_full, BLOCK_M, STAGE_OUTPUT, PING_PONG,
             )),
             (_consumer, (
                 1, out_desc, lse_ptr, statistics_ptr, marks_ptr, (q_s, k_s, v_s, b_s), out_s,
                 (q_full, k_full, v_full), (q_empty, k_empty, v_empty), turns, row_bias, sinks, sizes, rules, lists, scale, heads, schedule,
-                BLOCK_M, STAGE_OUTPUT, PING_PONG,
+                counter_ptr, box, box_full, BLOCK_M, STAGE_OUTPUT, PING_PONG,
             )),
             (_producer, (
                 (q_desc, k_desc, v_desc, b_desc), (q_s, k_s, v_s, b_s), (q_full, k_full, v_full),
-                (q_empty, k_empty, v_empty), bias_axes, sizes, rules, lists, heads, group, schedule, BLOCK_M, BLOCK_N,
+                (q_empty, k_empty, v_empty), bias_axes, sizes, rules, lists, heads, group, schedule,
+                counter_ptr, box, box_full, BLOCK_M, BLOCK_N,
             )),
         ],
         [4, 1],
@@ -388,13 +399,18 @@ def launch_attention_fwd(
     else:
         row_bias = bias_of_keys(bias)
     marks = empty_marks(problem)
+    programs, counter = tiles, None
+    if config.schedule != "grid":
+        programs = min(tiles, multiprocessors(query.device))
+    if config.schedule == "dynamic" and tiles > programs:
+        counter = torch.zeros(1, dtype=torch.int32, device=query.device)
     with device_guard(query):
-        _attention_fwd_kernel[(min(tiles, multiprocessors(query.device)),)](
+        _attention_fwd_kernel[(programs,)](
             head_descriptor(query, CONSUMER_ROWS, problem), head_descriptor(key, config.block_n, problem),
             head_descriptor(value, config.block_n, problem), b_desc, head_descriptor(out, CONSUMER_ROWS, problem),
             lse, statistics, marks, row_bias, bias_axes, element_rules(problem), strided(problem.sinks),
             *list_arguments(lists), *problem.sizes(), problem.scale,
-            tiles_m, tiles, batch * heads, heads_abreast, heads_abreast * tiles_m,
+            tiles_m, tiles, heads_abreast, -(batch * heads) % heads_abreast, counter,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=head_block(query.shape[3], value.shape[3]),
             STAGES=config.stages, STAGE_OUTPUT=config.stage_output, PING_PONG=config.ping_pong,
             num_warps=4,
