@@ -103,8 +103,9 @@ HOPPER_FEATURES["everything"] = {**HOPPER_FEATURES["masked"], "bias": True, "sof
 
 
 def hopper_cases(head_dim: int, passes: Sequence[str], features: Iterable[str] = tuple(HOPPER_FEATURES)) -> list[Case]:
-    """The kernels written for sm_90, a case for every pass: fwd, pair and one pass."""
-    shared: Case = {"hopper": True, "dtype": "bfloat16", "head_dim": head_dim}
+    """The kernels written for sm_90, a case for every pass: fwd, pair and one pass; so long that a program computes
+    several tiles, which the forward under masks has a counter for."""
+    shared: Case = {"hopper": True, "dtype": "bfloat16", "head_dim": head_dim, "length": 2048}
     return [
         {**shared, **HOPPER_FEATURES[name], "passes": [one], "name": f"hopper bf16 D{head_dim} {name} {one}"}
         for name in features

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from benchmarks.reporting.text import show
-from benchmarks.static import pairs, table
+from benchmarks.static import pairs, schedule, table
 from benchmarks.static.cases import TARGETS, table_jobs
 from benchmarks.static.compile import Row, compile_all
 
@@ -33,6 +33,9 @@ def _parser() -> argparse.ArgumentParser:
         "--with", dest="others", metavar="PYTHON", nargs="+", default=[],
         help="compile with the triton of these Pythons, too, and print registers and spills side by side",
     )  # fmt: skip
+    parser.add_argument(
+        "--schedules", action="store_true", help="compile nothing: simulate how evenly the Hopper forward shares its work"
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="at a time (default: %(default)s)")
     return parser
 
@@ -43,6 +46,9 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.write and (options.target or options.only):
         parser.error("--write writes all rows: it goes without --target and --only")
+    if options.schedules:
+        show(schedule.table())
+        return 0
     jobs = [(target, cases) for target, cases in table_jobs() if options.target in (None, target)]
     # a text that no case has is a kernel's name, and which cases launch that is known once they are compiled
     if any(options.only in case["name"] for _, cases in jobs for case in cases):

@@ -1,7 +1,7 @@
 """What a case of the laboratory launches: the launchers that ``fastattn`` calls, on small tensors of no content.
 
 A case is a dictionary of plain values, for it is handed to another process: dtype, sizes, the features that it has, and
-whether the careful launch is wanted, too. It is of a norm where it has a ``size``, of additive attention where it has
+whether careful launches are wanted, too (``stand_in`` leaves them out otherwise). It is of a norm where it has a ``size``, of additive attention where it has
 an ``attention_dim``, else of attention, by the kernels for Hopper if it says ``hopper``.
 """
 # ruff: noqa: TID251  # the laboratory looks at the kernels themselves
@@ -100,18 +100,12 @@ def _attention_problem(case: Case) -> Any:
     """Of two batch entries and four heads in two groups, with the dtype, sizes and features of the case."""
     from fastattn_kernels.attention_problem import Problem
 
-    class OncePerLaunch(Problem):
-        """Without the careful launch, which takes as long to compile as all else."""
-
-        def masks_pairs(self) -> bool:
-            return False
-
     def only(feature: str, value: Any) -> Any:
         return value if case.get(feature) else None
 
     dtype, head_dim = getattr(torch, case["dtype"]), case["head_dim"]
     batch, heads, kv_heads, length, keys = 2, 4, 2, case.get("length", 128), case.get("keys", 256)
-    return (Problem if case.get("careful") else OncePerLaunch)(
+    return Problem(
         query=torch.empty(batch, heads, length, head_dim, dtype=dtype),
         key=torch.empty(batch, kv_heads, keys, head_dim, dtype=dtype),
         value=torch.empty(batch, kv_heads, keys, case.get("value_dim", head_dim), dtype=dtype),
@@ -206,18 +200,12 @@ def launch_additive(case: Case) -> None:
     def only(feature: str, value: Any) -> Any:
         return value if case.get(feature) else None
 
-    class OncePerLaunch(AdditiveProblem):
-        """Without the careful launch."""
-
-        def masks_pairs(self) -> bool:
-            return False
-
     query, key = (
         torch.empty(batch, heads, length, size, dtype=dtype),
         torch.empty(batch, heads, keys, size, dtype=dtype),
     )
     value = torch.empty(batch, heads, keys, value_dim, dtype=dtype)
-    problem = (AdditiveProblem if case.get("careful") else OncePerLaunch)(
+    problem = AdditiveProblem(
         query,
         key,
         value,

@@ -7,15 +7,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fastattn_kernels.hopper._bwd_scores import probabilities, score_gradient, seen_by_bits, visible
+from fastattn_kernels.hopper._schedule import from_mailbox
 
 # Keys of a consumer.
 KEYS = gl.constexpr(64)
-
-
-@gluon.jit
-def from_mailbox(box, slot, LAYOUT: gl.constexpr):
-    """The number that the producer left there."""
-    return gl.max(box.index(slot).load(LAYOUT), 0)
 
 
 @gluon.jit

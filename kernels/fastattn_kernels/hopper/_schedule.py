@@ -4,7 +4,10 @@ Every partition of a kernel runs this code by itself, and all must come to the s
 tile more or less than the consumers read is a deadlock.
 """
 
+import triton
+import triton.language as tl
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from fastattn_kernels import _visits
 from fastattn_kernels.hopper._compat import gluon, shared
@@ -23,19 +26,72 @@ def opaque(x):
 
 
 @gluon.jit
-def row_tile_of(tile, schedule):
+def ring(count, STAGES: gl.constexpr):
+    """``(slot, parity)`` of the ``count``-th use of a ring of buffers."""
+    return count % STAGES, (count // STAGES) & 1
+
+
+@triton.jit
+def row_tile_at(tile, tiles_m, heads_abreast, absent):
     """``(tile of rows, head of all batch entries')`` of a number that counts tiles of rows over all heads.
 
-    ``heads_abreast`` heads advance together, so many that their keys and values fit in the L2 cache; and the last rows,
-    which see the most keys under a diagonal, come first, so that the tiles given out last are short.
+    ``heads_abreast`` heads advance together, a section, so many that their keys and values fit in the L2 cache. Within
+    a section the last rows come first, which see the most keys under a diagonal. Where the heads do not fill all
+    sections, it is the first one that lacks the ``absent`` ones: a last section of few heads would keep few programs
+    busy for long.
     """
-    tiles_m, _, batch_heads, heads_abreast, section_tiles = schedule
-    tile = opaque(tile)
-    section = tile // section_tiles
-    inside = tile - section * section_tiles
-    abreast = gl.minimum(heads_abreast, batch_heads - section * heads_abreast)
+    section = (tile + absent * tiles_m) // (heads_abreast * tiles_m)
+    abreast = heads_abreast - tl.where(section == 0, absent, 0)
+    first_head = tl.where(section == 0, 0, section * heads_abreast - absent)
+    inside = tile - first_head * tiles_m
     from_the_end = inside // abreast
-    return opaque(tiles_m) - 1 - from_the_end, section * heads_abreast + (inside - from_the_end * abreast)
+    return tiles_m - 1 - from_the_end, first_head + (inside - from_the_end * abreast)
+
+
+_row_tile_at = shared(row_tile_at)
+
+
+@gluon.jit
+def row_tile_of(tile, schedule):
+    """:func:`row_tile_at` of a kernel's ``schedule``."""
+    tiles_m, _, heads_abreast, absent = schedule
+    return _row_tile_at(opaque(tile), opaque(tiles_m), heads_abreast, absent)
+
+
+@gluon.jit
+def from_mailbox(box, slot, LAYOUT: gl.constexpr):
+    """The number that the producer left there."""
+    return gl.max(box.index(slot).load(LAYOUT), 0)
+
+
+@gluon.jit
+def hand_out_tile(counter_ptr, box, box_full, tile, rounds):
+    """The producer's next tile of rows, and word of it to the consumers. Without a counter each program takes every so
+    many-th one and all partitions know; with one, it takes the first that nobody has.
+
+    A slot of the box is written again two rounds later. By then the producer has waited for the queries' buffer, which
+    the consumers give back long after they have read the slot: so there is no barrier that says "empty".
+    """
+    if counter_ptr is None:
+        tile += gl.num_programs(0)
+    else:
+        slot, _ = ring(rounds, box.type.shape[0])
+        tile = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
+        box.index(slot).store(gl.full([1], tile, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+        mbarrier.arrive(box_full.index(slot), count=1)
+    return tile
+
+
+@gluon.jit
+def take_tile(counter_ptr, box, box_full, tile, rounds, LAYOUT: gl.constexpr):
+    """The tile that :func:`hand_out_tile` handed out in the same round."""
+    if counter_ptr is None:
+        tile += gl.num_programs(0)
+    else:
+        slot, parity = ring(rounds, box.type.shape[0])
+        mbarrier.wait(box_full.index(slot), parity)
+        tile = from_mailbox(box, slot, LAYOUT)
+    return tile
 
 
 @gluon.jit
@@ -82,9 +138,3 @@ def any_tile(position, partial, visits, LISTED: gl.constexpr):
     else:
         tile = full_tile(position - partial, visits, LISTED)
     return tile
-
-
-@gluon.jit
-def ring(count, STAGES: gl.constexpr):
-    """``(slot, parity)`` of the ``count``-th use of a ring of buffers."""
-    return count % STAGES, (count // STAGES) & 1

@@ -48,14 +48,13 @@ from fastattn_kernels.hopper._bwd_schedule import tile_of, visits_of
 from fastattn_kernels.hopper._bwd_scores import as_operand
 from fastattn_kernels.hopper._bwd_transposed import (
     KEYS,
-    from_mailbox,
     in_fragment_order,
     transposed_probabilities,
     transposed_score_gradient,
     unit_of,
 )
 from fastattn_kernels.hopper._compat import tma_load, tma_reduce_add, tma_store, tma_store_wait
-from fastattn_kernels.hopper._schedule import ring
+from fastattn_kernels.hopper._schedule import from_mailbox, ring
 from fastattn_kernels.hopper.attention_dq import launch_attention_dq
 from fastattn_kernels.hopper.config import head_block
 from fastattn_kernels.hopper.problem import descriptor, head_descriptor

@@ -11,6 +11,7 @@ they have read. What is computed is what the plain kernel computes (``attention_
 tiles of keys are found by the same code, and NaN behind a mask is left to the same careful launch.
 """
 
+import torch
 import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -21,26 +22,31 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from fastattn_kernels import _tiles
 from fastattn_kernels._device import device_guard, multiprocessors
 from fastattn_kernels._masking import INFINITY, LOG2_E
 from fastattn_kernels.attention_config import Config
-from fastattn_kernels.attention_fwd import TINY, launch_careful_fwd
+from fastattn_kernels.attention_fwd import TINY, empty_marks, launch_careful_fwd
 from fastattn_kernels.attention_problem import RUN_TIME, Problem, strided
 from fastattn_kernels.attention_tile_map import TileMap, list_arguments
-from fastattn_kernels.hopper._compat import gluon, tma_load, tma_store, tma_store_wait
+from fastattn_kernels.hopper._compat import gluon, shared, tma_load, tma_store, tma_store_wait
 from fastattn_kernels.hopper._mask_bits import ROWS
 from fastattn_kernels.hopper._schedule import (
     any_tile,
     full_tile,
+    hand_out_tile,
     opaque,
     partial_tile,
     ring,
     row_tile_of,
+    take_tile,
     visits_of,
 )
 from fastattn_kernels.hopper._softmax import HALF_LOG2_E, load_addends, pack, probabilities, row_results, unpack
 from fastattn_kernels.hopper.config import CONSUMER_ROWS, ForwardConfig, forward_config, head_block, is_of_keys
 from fastattn_kernels.hopper.problem import bias_for_tma, bias_of_keys, descriptor, element_rules, head_descriptor
+
+rows_not_finite = shared(_tiles.rows_not_finite)
 
 # The compiler gives a thread 168 registers, as if the producer were a warpgroup too; this is how the three share them.
 _CONSUMER_REGISTERS = gl.constexpr(240)
@@ -61,7 +67,7 @@ def _load_values(v_desc, v_s, v_full, v_empty, batch, kv_head, row, count):
 @gluon.jit
 def _producer(
     descriptors, buffers, full, empty, bias_axes, sizes, rules, lists, heads, group, schedule,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    counter_ptr, box, box_full, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """Loads what the consumers read, in the order in which they do: K and its bias, then V of the tile before."""
     q_desc, k_desc, v_desc, b_desc = descriptors
@@ -107,7 +113,7 @@ def _producer(
             previous = row
             count += 1
         _load_values(v_desc, v_s, v_full, v_empty, batch, kv_head, previous, count - 1)
-        tile += gl.num_programs(0)
+        tile = hand_out_tile(counter_ptr, box, box_full, tile, rounds)
         rounds += 1
 
 
@@ -177,8 +183,9 @@ def _attend_keys(
 
 @gluon.jit
 def _consumer(
-    INDEX: gl.constexpr, out_desc, lse_ptr, statistics_ptr, buffers, out_s, full, empty, turns, row_bias, sinks, sizes,
-    rules, lists, scale, heads, schedule, BLOCK_M: gl.constexpr, STAGE_OUTPUT: gl.constexpr, PING_PONG: gl.constexpr,
+    INDEX: gl.constexpr, out_desc, lse_ptr, statistics_ptr, marks_ptr, buffers, out_s, full, empty, turns, row_bias, sinks, sizes,
+    rules, lists, scale, heads, schedule, counter_ptr, box, box_full, BLOCK_M: gl.constexpr,
+    STAGE_OUTPUT: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: 64 rows of each tile, from products to the output."""
     q_s, k_s, v_s, b_s = buffers
@@ -278,13 +285,16 @@ def _consumer(
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(slot), count=1)
         acc = acc * gl.convert_layout(inverse_sum, gl.SliceLayout(1, OUTPUT))[:, None]
+        if marks_ptr is not None:
+            marks = gl.convert_layout(rows_not_finite(acc), ROW)
+            gl.store(marks_ptr + rows_of + row, marks.to(gl.int8), mask=row < seqlen_q)
         out_s.index(INDEX).reshape([ROWS, BLOCK_D]).store(acc.to(out_s.dtype))
         fence_async_shared()
         tma_store(out_desc, [batch, head, row_start, 0], out_s.index(INDEX))
         if not STAGE_OUTPUT:  # it lies where the queries did
             tma_store_wait(0)
             mbarrier.arrive(q_empty.index(INDEX), count=1)
-        tile += gl.num_programs(0)
+        tile = take_tile(counter_ptr, box, box_full, tile, rounds, gl.SliceLayout(0, SCORES))
         rounds += 1
     tma_store_wait(0)
 
@@ -298,15 +308,15 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     return barriers
 
 
-@gluon.jit(do_not_specialize=[*RUN_TIME, "tiles_m", "tiles", "batch_heads", "heads_abreast", "section_tiles"])
+@gluon.jit(do_not_specialize=[*RUN_TIME, "tiles_m", "tiles", "heads_abreast", "absent"])
 def _attention_fwd_kernel(
-    q_desc, k_desc, v_desc, b_desc, out_desc, lse_ptr, statistics_ptr, row_bias, bias_axes, rules, sinks,
+    q_desc, k_desc, v_desc, b_desc, out_desc, lse_ptr, statistics_ptr, marks_ptr, row_bias, bias_axes, rules, sinks,
     tile_lists, lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
-    tiles_m, tiles, batch_heads, heads_abreast, section_tiles,
+    tiles_m, tiles, heads_abreast, absent, counter_ptr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     STAGE_OUTPUT: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries of a head against all keys they see, tile after tile."""
+    """BLOCK_M queries of a head against all keys they see, tile after tile, which a counter hands out if there is one."""
     CONSUMERS: gl.constexpr = BLOCK_M // ROWS
     q_s = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, ROWS, BLOCK_D], q_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
@@ -325,25 +335,32 @@ def _attention_fwd_kernel(
     k_empty = _barriers(STAGES, CONSUMERS)
     v_empty = _barriers(STAGES, CONSUMERS)
     turns = _barriers(CONSUMERS, 1)
+    if counter_ptr is not None:
+        box = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        box_full = _barriers(2, 1)
+    else:
+        box: gl.constexpr = None
+        box_full: gl.constexpr = None
     sizes = (seqlen_q, seqlen_k, lower, upper, shift)
     lists = (tile_lists, lists_per_batch, lists_per_head)
-    schedule = (tiles_m, tiles, batch_heads, heads_abreast, section_tiles)
+    schedule = (tiles_m, tiles, heads_abreast, absent)
     # The arguments are spelled out twice: Gluon makes tensors of the constants in a tuple that has a name.
     gl.warp_specialize(
         [
             (_consumer, (
-                0, out_desc, lse_ptr, statistics_ptr, (q_s, k_s, v_s, b_s), out_s, (q_full, k_full, v_full),
-                (q_empty, k_empty, v_empty), turns, row_bias, sinks, sizes, rules, lists, scale, heads, schedule,
-                BLOCK_M, STAGE_OUTPUT, PING_PONG,
+                0, out_desc, lse_ptr, statistics_ptr, marks_ptr, (q_s, k_s, v_s, b_s), out_s,
+                (q_full, k_full, v_full), (q_empty, k_empty, v_empty), turns, row_bias, sinks, sizes, rules, lists, scale, heads, schedule,
+                counter_ptr, box, box_full, BLOCK_M, STAGE_OUTPUT, PING_PONG,
             )),
             (_consumer, (
-                1, out_desc, lse_ptr, statistics_ptr, (q_s, k_s, v_s, b_s), out_s, (q_full, k_full, v_full),
-                (q_empty, k_empty, v_empty), turns, row_bias, sinks, sizes, rules, lists, scale, heads, schedule,
-                BLOCK_M, STAGE_OUTPUT, PING_PONG,
+                1, out_desc, lse_ptr, statistics_ptr, marks_ptr, (q_s, k_s, v_s, b_s), out_s,
+                (q_full, k_full, v_full), (q_empty, k_empty, v_empty), turns, row_bias, sinks, sizes, rules, lists, scale, heads, schedule,
+                counter_ptr, box, box_full, BLOCK_M, STAGE_OUTPUT, PING_PONG,
             )),
             (_producer, (
                 (q_desc, k_desc, v_desc, b_desc), (q_s, k_s, v_s, b_s), (q_full, k_full, v_full),
-                (q_empty, k_empty, v_empty), bias_axes, sizes, rules, lists, heads, group, schedule, BLOCK_M, BLOCK_N,
+                (q_empty, k_empty, v_empty), bias_axes, sizes, rules, lists, heads, group, schedule,
+                counter_ptr, box, box_full, BLOCK_M, BLOCK_N,
             )),
         ],
         [4, 1],
@@ -381,16 +398,22 @@ def launch_attention_fwd(
         bias_axes = (int(bias.shape[0] > 1), int(bias.shape[1] > 1))
     else:
         row_bias = bias_of_keys(bias)
+    marks = empty_marks(problem)
+    programs, counter = tiles, None
+    if config.schedule != "grid":
+        programs = min(tiles, multiprocessors(query.device))
+    if config.schedule == "dynamic" and tiles > programs:
+        counter = torch.zeros(1, dtype=torch.int32, device=query.device)
     with device_guard(query):
-        _attention_fwd_kernel[(min(tiles, multiprocessors(query.device)),)](
+        _attention_fwd_kernel[(programs,)](
             head_descriptor(query, CONSUMER_ROWS, problem), head_descriptor(key, config.block_n, problem),
             head_descriptor(value, config.block_n, problem), b_desc, head_descriptor(out, CONSUMER_ROWS, problem),
-            lse, statistics, row_bias, bias_axes, element_rules(problem), strided(problem.sinks),
+            lse, statistics, marks, row_bias, bias_axes, element_rules(problem), strided(problem.sinks),
             *list_arguments(lists), *problem.sizes(), problem.scale,
-            tiles_m, tiles, batch * heads, heads_abreast, heads_abreast * tiles_m,
+            tiles_m, tiles, heads_abreast, -(batch * heads) % heads_abreast, counter,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=head_block(query.shape[3], value.shape[3]),
             STAGES=config.stages, STAGE_OUTPUT=config.stage_output, PING_PONG=config.ping_pong,
             num_warps=4,
         )  # fmt: skip
-    if problem.masks_pairs():
-        launch_careful_fwd(problem, out, lse, statistics)
+    if marks is not None:
+        launch_careful_fwd(problem, out, lse, statistics, marks)

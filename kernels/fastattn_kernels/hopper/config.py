@@ -5,6 +5,7 @@ memory of a thread block, and that a model of the loop's instructions finds fast
 """
 
 import dataclasses
+from typing import Literal
 
 from torch import Tensor
 
@@ -12,6 +13,11 @@ from fastattn_kernels.attention_problem import Problem
 
 # Rows of a warpgroup's tile: what one wgmma computes.
 CONSUMER_ROWS = 64
+
+# Which program computes which tile of rows: each every so many-th one ("static"), each the first that nobody has taken
+# ("dynamic", by a counter in global memory, which a launch of its own sets to 0), or a program a tile ("grid", whose
+# programs wait for their first keys with nothing else to do).
+Schedule = Literal["static", "dynamic", "grid"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +32,7 @@ class ForwardConfig:
             through the queries', which the next tile's then wait for.
         ping_pong: whether the warpgroups take turns at starting their products, so that one's softmax runs under the
             other's products (arXiv:2407.08608, section 3.1), and not only under its own. To be timed.
+        schedule: which program computes which tile of rows.
     """
 
     block_m: int
@@ -33,6 +40,7 @@ class ForwardConfig:
     stages: int
     stage_output: bool
     ping_pong: bool = False
+    schedule: Schedule = "static"
 
 
 def head_block(head_dim: int, value_dim: int) -> int:
@@ -47,7 +55,19 @@ def is_of_keys(bias: Tensor) -> bool:
 
 
 def forward_config(problem: Problem) -> ForwardConfig:
-    """The forward's tile. Two warpgroups: three would have 160 registers a thread, too few for the accumulators.
+    """The forward's tile, and how tiles are shared out.
+
+    By the simulation in ``benchmarks/static/schedule.py``, over masks and lengths from 512 to 16384: where something
+    hides keys, tiles of rows differ, and the counter wins by 1.00 to 1.27 under causality (D128, L = 8192: 0.979 of the
+    time in products, 0.784 without it); it loses up to 5 % in windows of some microseconds, for its launch. Where
+    nothing hides keys it has nothing to win.
+    """
+    hides = bool(problem.masks) or problem.lower is not None or problem.upper is not None
+    return dataclasses.replace(_forward_tile(problem), schedule="dynamic" if hides else "static")
+
+
+def _forward_tile(problem: Problem) -> ForwardConfig:
+    """Two warpgroups: three would have 160 registers a thread, too few for the accumulators.
 
     A stage lasts as long as a tile computes, about 600 cycles for 128 keys of 64 columns, and a load takes as many or
     more: hence more stages where tiles are small. Where a tile of bias takes the shared memory, the output gives way.

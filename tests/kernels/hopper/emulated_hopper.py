@@ -66,6 +66,12 @@ class Pointer:
         offset, mask = self._elements(mask)
         self.buffer[offset[mask]] = torch.broadcast_to(tile(value), offset.shape)[mask].to(self.buffer.dtype)
 
+    def atomic_add(self, value: Any) -> Any:
+        """What stood there before."""
+        before = self.load()
+        self.store(before + value)
+        return before
+
 
 def poison(dtype: torch.dtype) -> float | int:
     return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max

@@ -164,6 +164,7 @@ _LANGUAGE = types.SimpleNamespace(
     set_auto_layout=lambda x, layout=None: x,
     load=lambda pointer, mask=None, other=None, **_: pointer.load(mask, other),
     store=lambda pointer, value, mask=None, **_: pointer.store(value, mask),
+    atomic_add=lambda pointer, value, **_: pointer.atomic_add(value),
     inline_asm_elementwise=_inline_asm,
     allocate_shared_memory=_allocate_shared_memory,
     warp_specialize=warp_specialize,

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import random
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ from fastattn_kernels.attention_problem import Problem
 from fastattn_kernels.attention_tile_map import tile_map_for
 from fastattn_kernels.hopper import attention_fwd
 from fastattn_kernels.hopper._mask_bits import pack_mask
-from fastattn_kernels.hopper.config import ForwardConfig
+from fastattn_kernels.hopper.config import ForwardConfig, Schedule, forward_config
 from fastattn_kernels.hopper.problem import refusals
 from tests.kernels.hopper.emulator import emulating
 
@@ -232,12 +232,23 @@ def test_hopper_forward_takes_configurations(case, config, device):
     check(make(device, ALONE[case]()), ForwardConfig(128, *config))
 
 
+@pytest.mark.parametrize("schedule", get_args(Schedule))
 @pytest.mark.parametrize("blocks_at_once", [1, 3, 64])
-def test_hopper_forward_is_persistent(blocks_at_once, device, monkeypatch):
+def test_hopper_forward_takes_any_schedule(blocks_at_once, schedule, device, monkeypatch):
     """Whether thread blocks take all tiles of rows, several each, or one: the rings of buffers run on."""
     monkeypatch.setattr(attention_fwd, "multiprocessors", lambda _: blocks_at_once)
-    monkeypatch.setattr(attention_fwd, "_ABREAST_BYTES", 1)  # the last section of heads is short
-    check(make(device, {"upper": -100}, batch=1, heads=6, kv_heads=3, rows=300, keys=200))
+    monkeypatch.setattr(attention_fwd, "_ABREAST_BYTES", 2 * 200 * 2 * D * 2)  # two heads of keys, four of queries
+    problem = make(device, {"upper": -100}, batch=1, heads=6, kv_heads=3, rows=300, keys=200)
+    check(problem, dataclasses.replace(forward_config(problem), schedule=schedule))
+
+
+@pytest.mark.parametrize("case", ["mask", "bias", "padding", "softcap"])
+@pytest.mark.parametrize("order", range(3))
+def test_hopper_forward_hands_out_tiles_one_by_one(case, order, device, monkeypatch):
+    """Programs whose partitions learn from the producer what is next, in any order of events."""
+    monkeypatch.setattr(attention_fwd, "multiprocessors", lambda _: 2)
+    problem = make(device, {"upper": S - L, **ALONE[case]()}, heads=H, kv_heads=HK, rows=L)
+    check(problem, dataclasses.replace(forward_config(problem), schedule="dynamic"), order)
 
 
 @pytest.mark.skipif(not INTERPRETING, reason="the order is the emulator's")

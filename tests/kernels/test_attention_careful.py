@@ -1,0 +1,158 @@
+"""The careful launch: a forward marks rows that are not finite, and only tiles that hold such rows are computed again."""
+
+import contextlib
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import INTERPRETING
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from fastattn.reference import attention as reference
+from fastattn.testing import attention_inputs
+from fastattn_kernels import attention_fwd
+from fastattn_kernels.attention_config import Config, careful_config
+from fastattn_kernels.attention_problem import Problem
+from fastattn_kernels.hopper import attention_fwd as hopper
+from tests.kernels.hopper.emulator import emulating
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+# Rows that fill no tile, and keys of which causality hides more and more from the rows above.
+B, H, L, S, D = 2, 3, 150, 200, 64
+HIDDEN_FROM = 40  # the key that holds NaN: this row and those below it see it
+
+
+def problem_with_nan(device, *, hides=True) -> Problem:
+    """Under causality; the value of one key of batch entry 1 is NaN, and every tile of rows that reads it is spoilt."""
+    query, key, value = attention_inputs(B, H, L, S, D, dtype=torch.float16, device=device, seed=1)
+    value[1, :, HIDDEN_FROM] = math.nan
+    return Problem(query, key, value, 1 / math.sqrt(D), upper=0 if hides else None)
+
+
+def results_of(problem) -> Any:
+    rows = problem.query.shape[:3]
+    out = torch.full_like(problem.query, math.nan)
+    lse, statistics = (
+        torch.full(shape, math.nan, device=out.device) for shape in ((*rows,), (*rows[:2], 2, rows[2]))
+    )
+    return out, lse, statistics
+
+
+def launch_plain(problem, *results):
+    attention_fwd.launch_attention_fwd(problem, *results, None, Config(64, 32, 4, 1))
+
+
+def launch_hopper(problem, *results):
+    with emulating() if INTERPRETING else contextlib.nullcontext():
+        hopper.launch_attention_fwd(problem, *results)
+
+
+@pytest.fixture(params=["triton", "gluon"])
+def launch(request, device):
+    if request.param == "gluon" and not INTERPRETING and torch.cuda.get_device_capability(device)[0] != 9:
+        pytest.skip("the Gluon kernels are for sm_90")
+    return {"triton": launch_plain, "gluon": launch_hopper}[request.param]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Every launch of the plain forward: whether it was careful."""
+    seen = []
+    original = attention_fwd._launch
+
+    def noted(*arguments, careful):
+        seen.append(careful)
+        original(*arguments, careful=careful)
+
+    monkeypatch.setattr(attention_fwd, "_launch", noted)
+    return seen
+
+
+def test_forward_marks_the_rows_that_are_not_finite(launch, device, monkeypatch):
+    """All of them, and no other; what it finds in the marks' memory does not matter."""
+    found = []
+    for module in (attention_fwd, hopper):
+        monkeypatch.setattr(module, "launch_careful_fwd", lambda *arguments: found.append(arguments[-1]))
+        monkeypatch.setattr(module, "empty_marks", lambda _: torch.full((B, H, L), 77, dtype=torch.int8, device=device))
+    problem = problem_with_nan(device)
+    out, lse, statistics = results_of(problem)
+    launch(problem, out, lse, statistics)
+    (marks,) = found
+    expected = ~out.isfinite().all(3)
+    assert expected[1].any() and not expected[0].any()
+    assert torch.equal(marks, expected.to(torch.int8))
+
+
+@pytest.mark.parametrize("programs_at_once", [1, 2, 1000])
+def test_careful_launch_leaves_only_rows_not_finite_that_see_it(launch, programs_at_once, device, monkeypatch):
+    """However many tiles a program looks after."""
+    monkeypatch.setattr(attention_fwd, "multiprocessors", lambda _: programs_at_once)
+    problem = problem_with_nan(device)
+    results = results_of(problem)
+    launch(problem, *results)
+    sees = torch.arange(L, device=device) >= HIDDEN_FROM
+    assert results[0][1][:, sees].isnan().all()
+    clean = Problem(problem.query, problem.key, problem.value.nan_to_num(0.0), problem.scale, upper=0)
+    truth = reference(clean.query.double(), clean.key.double(), clean.value.double(), scale=clean.scale, upper=0)
+    right = torch.ones(B, 1, L, 1, dtype=torch.bool, device=device)
+    right[1, :, sees] = False
+    torch.testing.assert_close(
+        torch.where(right, results[0], 0).double(), torch.where(right, truth.output, 0), rtol=2e-3, atol=2e-3
+    )
+    torch.testing.assert_close(results[1].double(), truth.lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("marked", [None, (1, 2, 100)], ids=str)
+@pytest.mark.parametrize("programs_at_once", [1, 3, 1000])
+def test_careful_launch_writes_only_tiles_with_a_marked_row(marked, programs_at_once, device, monkeypatch):
+    """Where no row is marked it writes nothing at all, whatever the output holds."""
+    monkeypatch.setattr(attention_fwd, "multiprocessors", lambda _: programs_at_once)
+    problem = problem_with_nan(device)
+    marks = torch.zeros(B, H, L, dtype=torch.int8, device=device)
+    written = torch.zeros(B, H, L, dtype=torch.bool, device=device)
+    if marked is not None:
+        marks[marked] = 1
+        tile = careful_config(problem.query.dtype, D, D).block_m
+        start = marked[2] // tile * tile
+        written[marked[0], marked[1], start : start + tile] = True
+    out, lse, statistics = results_of(problem)
+    out.fill_(7.0)
+    lse.fill_(7.0)
+    statistics.fill_(7.0)
+    attention_fwd.launch_careful_fwd(problem, out, lse, statistics, marks)
+    assert torch.equal(lse != 7.0, written)
+    assert torch.equal((out != 7.0).any(3), written)
+    assert torch.equal((statistics != 7.0).any(2), written)
+
+
+def test_forward_is_followed_by_one_careful_launch_where_it_hides(launch, launches, device):
+    launch(problem_with_nan(device), *results_of(problem_with_nan(device)))
+    assert launches.count(True) == 1
+
+
+def test_forward_that_hides_nothing_is_one_launch(launch, launches, device):
+    problem = problem_with_nan(device, hides=False)
+    launch(problem, *results_of(problem))
+    assert attention_fwd.empty_marks(problem) is None
+    assert True not in launches
+
+
+def test_careful_launch_has_few_programs(device, monkeypatch):
+    """Thousands of programs that only look would take tens of microseconds to come and go."""
+    grids = []
+    kernel = attention_fwd._attention_fwd_kernel
+
+    class Noting:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(attention_fwd, "_attention_fwd_kernel", Noting())
+    monkeypatch.setattr(attention_fwd, "multiprocessors", lambda _: 2)
+    problem = problem_with_nan(device)
+    launch_plain(problem, *results_of(problem))
+    assert grids == [(B * H * 3,), (2 * attention_fwd._CAREFUL_PROGRAMS,)]
