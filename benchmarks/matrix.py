@@ -117,9 +117,11 @@ def _without_compilers() -> dict[Case, tuple[str, ...]]:
 
 
 def _beside_compilers() -> dict[Case, tuple[str, ...]]:
-    """FlexAttention and torch.compile beside what the package picks: compiling takes longer than everything else of such
-    a case, a dozen of them as long as the rest of the matrix. Of other sizes than the cases before, since a case is
-    timed once."""
+    """FlexAttention and torch.compile beside what the package picks.
+
+    Compiling takes longer than everything else of such a case, a dozen of them as long as the rest of the matrix. They
+    are of other sizes than the cases before, since a run has each case once.
+    """
     cases: dict[Case, tuple[str, ...]] = {}
     for mask in _FLEX_MASKS:
         for backward in (False, True):

@@ -1,52 +1,71 @@
 """A cache of compiled kernels as one file, so that a GPU at hand for minutes need not spend them on compiling.
 
 Triton finds a kernel by a hash of its source, of what it was specialised to, of the target and the options, of all of
-triton's own files, libtriton.so among them, of what ``ptxas --version`` says, and of the environment variables that it
-reads while it compiles (``TRITON_KEY_VARIABLES`` below is what to look at). Where the files lie is not in it. So a miss
-means: other sources than those the cache was filled from, another build of triton under the same version, another
-ptxas (``TRITON_PTXAS_PATH``), or one of those variables. A launcher, the small C module that triton builds for each
+triton's own files, libtriton.so among them, of what ``ptxas --version`` says, and of the environment variables that
+libtriton names as invalidating. Where the files lie is not in it. So a miss means: other sources than those the cache
+was filled from, another build of triton under the same version, another ptxas (``TRITON_PTXAS_PATH``), or one of those
+variables; :func:`differences` tells all but the first. A launcher, the small C module that triton builds for each
 signature, is found by its C source and the machine's architecture; its file's name has Python's version.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import hashlib
 import io
 import json
-import os
 import sysconfig
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
-TRITON_KEY_VARIABLES = ("TRITON", "MLIR", "LLVM", "DISABLE", "ENABLE", "USE_IR", "PTXAS", "NVPTX")
 _KEPT = (".cubin", ".json", ".so")  # triton asks for no more once a kernel is compiled
 
 
 def describe() -> dict[str, Any]:
     """What the keys of this process's cache depend on, sources and options aside."""
     import triton
+    from triton._C.libtriton import get_cache_invalidating_env_vars
     from triton.backends.nvidia.compiler import get_ptxas_version
     from triton.runtime.cache import triton_key
 
-    variables = {name: os.environ[name] for name in sorted(os.environ) if name.startswith(TRITON_KEY_VARIABLES)}
-    for name in ("TRITON_CACHE_DIR", "TRITON_LIBCUDA_PATH"):  # where files lie is in no key
-        variables.pop(name, None)
     return {
         "triton": triton.__version__,
         "files of triton": hashlib.sha256(triton_key().encode()).hexdigest()[:16],
         "ptxas": " ".join(get_ptxas_version(90).split()),
         "python": sysconfig.get_config_var("EXT_SUFFIX"),
-        "variables": variables,
+        "variables": dict(sorted(get_cache_invalidating_env_vars().items())),
     }
 
 
 def differences(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
     """A sentence for each thing in which what :func:`describe` said of an archive differs from what it says here."""
-    return [f"{name}: {there.get(name)!r} in the archive, {value!r} here" for name, value in here.items()
-            if there.get(name) != value]  # fmt: skip
+    return [
+        f"{name}: {there.get(name)!r} in the archive, {value!r} here"
+        for name, value in here.items()
+        if there.get(name) != value
+    ]
+
+
+@contextlib.contextmanager
+def counting() -> Generator[collections.Counter[str]]:
+    """A context that counts the kernels triton is asked for: those ``compiled``, and those ``from_cache``."""
+    counts: collections.Counter[str] = collections.Counter()
+    try:
+        from triton import knobs
+    except ImportError:  # then there is nothing to count
+        yield counts
+        return
+
+    def listen(*, cache_hit: bool, **facts: Any) -> None:
+        counts["from_cache" if cache_hit else "compiled"] += 1
+
+    with knobs.compilation.scope():
+        knobs.compilation.listener = listen
+        yield counts
 
 
 def entries(cache: Path) -> set[str]:
@@ -68,7 +87,7 @@ def pack(cache: Path, archive: Path, names: Iterable[str] | None = None, *, pres
     The archive appears whole or not at all.
     """
     names = sorted(entries(cache) if names is None else names)
-    manifest = {**describe(), **count(cache, names)}
+    manifest: dict[str, Any] = {**describe(), **count(cache, names)}
     archive.parent.mkdir(parents=True, exist_ok=True)
     partial = archive.with_name(archive.name + ".part")
     with tarfile.open(partial, "w:xz", preset=preset) as tar:

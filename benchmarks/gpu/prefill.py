@@ -25,7 +25,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported
 
@@ -44,12 +43,16 @@ from fastattn.ops import _availability
 
 ROOT = Path(__file__).parents[2]
 TARGET = "cuda:90"
-PARITY_TESTS = ("tests/ops/test_norm_parity.py", "tests/ops/test_attention_parity.py", "tests/ops/test_additive_parity.py")
+PARITY_TESTS = (
+    "tests/ops/test_norm_parity.py",
+    "tests/ops/test_attention_parity.py",
+    "tests/ops/test_additive_parity.py",
+)
 _SMALL_ROWS = 4096  # of a norm: more programs than run at once, as in the timed ones
 
 
 def stub_libcuda(folder: Path) -> Path:
-    """A libcuda.so.1 with the functions that triton's C code calls, each of which fails: enough to link and load with."""
+    """A libcuda.so.1 with the functions that triton's C code calls, each of which fails: enough to link and to load."""
     nvidia = Path(triton.__file__).parent / "backends" / "nvidia"
     text = "".join((nvidia / name).read_text() for name in ("driver.c", "driver.py"))
     names = sorted(set(re.findall(r"\b(cu[A-Z]\w+)\s*\(", text)))
@@ -153,9 +156,15 @@ def parity(filler: Filler, seconds: float) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command line: 1 where the archive holds no kernel."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.prefill", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the archive, as in build/gpu-cache.tar.xz")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="triton's cache; what is there already is not compiled")
-    parser.add_argument("--parity", type=float, default=0.0, metavar="SECONDS", help="for the parity tests (default: 0)")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="the archive, as in build/gpu-cache.tar.xz"
+    )
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="triton's cache; what is there already is not compiled"
+    )
+    parser.add_argument(
+        "--parity", type=float, default=0.0, metavar="SECONDS", help="for the parity tests (default: 0)"
+    )
     parser.add_argument("--only", default="", metavar="TEXT", help="what has TEXT in its name")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
