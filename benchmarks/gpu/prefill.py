@@ -36,7 +36,7 @@ from benchmarks.cases import AttentionCase, Case, NormCase
 from benchmarks.families import kernels
 from benchmarks.gpu import cache
 from benchmarks.plan import Settings, entries
-from benchmarks.registry import families
+from benchmarks.registry import Refused, families
 from benchmarks.reporting.document import OURS
 from benchmarks.static.stand_in import Compiled
 from fastattn.ops import _availability
@@ -80,7 +80,8 @@ class Filler:
         _availability.DEVICES = ("cpu",)  # the tensors stay there
         from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 
-        CudaUtils()  # the module that loads binaries is built and cached, too
+        # The module that loads binaries is built and cached, too; newer launchers are methods of it
+        triton.runtime.driver.active.utils = CudaUtils()
         self._launcher = CudaLauncher
 
     def do(self, name: str, work: Callable[[], object]) -> None:
@@ -91,6 +92,8 @@ class Filler:
             work()
             self.build_launchers()
             said = "ok"
+        except Refused as refusal:
+            said = f"refused: {refusal}"
         except Exception as error:  # whatever a compiler may raise; the rest is none the worse
             said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             self.failures.append(f"{name}: {said}")

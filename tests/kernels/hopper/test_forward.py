@@ -111,9 +111,9 @@ def check(problem, config=None, order=0):
     assert torch.all(pivot[empty] == 0) and torch.all(inverse_sum[empty] == 0)
     recovered = (pivot - torch.log2(inverse_sum)) * math.log(2)
     torch.testing.assert_close(recovered[~empty], lse.double()[~empty], rtol=1e-6, atol=2e-6)
-    # The pivot is the maximum, whose exponential is 1: but the pivot is a rounded product, off by up to 2^-24 of itself,
-    # and where multiply-adds fuse the exponent has the product unrounded. The exponential of the difference and the
-    # reciprocal are each off by an ulp.
+    # The pivot is the maximum, whose exponential is 1. But it is a rounded product, off by up to 2^-24 of itself, and
+    # where multiply-adds fuse, the exponent has the product unrounded; and the exponential of that difference and the
+    # reciprocal are off by an ulp each.
     most = 1 + 2**-24 * pivot.abs() + 2 * 2**-23
     assert torch.all((inverse_sum > 0)[~empty] & (inverse_sum <= most)[~empty])
 
