@@ -1,6 +1,7 @@
 """The tests with other versions of Python, torch and triton: ``make compat`` writes docs/compat.md and README's table.
 
-``python -m tests.compat [PYTHON ...]`` tries the pairs of these Pythons alone and leaves the other rows as they are.
+``python -m tests.compat [PYTHON ...]`` tries the pairs of these Pythons alone and leaves the other rows as they are;
+``python -m tests.compat set-up PYTHON TORCH TRITON`` makes such an environment, and prints where its Python is.
 Each pair has an environment of its own under build/compat; what is there already is used again.
 """
 
@@ -93,6 +94,16 @@ def set_up(pair: Pair, interpreter: str) -> Path:
     constraints.write_text("\n".join([*(f"{name}=={version}" for name, version in brought.items()), *rest]))
     install(python, *tools(), "-c", str(constraints))
     return python
+
+
+def print_environment(pair: Pair) -> int:
+    """Set it up and print its Python; 1 where there is none of that version to begin with."""
+    interpreter = find_python(pair.python)
+    if interpreter is None:
+        print(f"there is no python{pair.python} on the path", file=sys.stderr)
+        return 1
+    print(set_up(pair, interpreter))
+    return 0
 
 
 def tools() -> list[str]:
@@ -192,6 +203,8 @@ def write(row: Row) -> str:
 
 def main(pythons: list[str]) -> int:
     """Try the pairs of these Pythons, or all; 1 where a test failed."""
+    if pythons[:1] == ["set-up"]:
+        return print_environment(Pair(*pythons[1:]))
     failed, made = False, ""
     for pair in PAIRS:
         if pythons and pair.python not in pythons:

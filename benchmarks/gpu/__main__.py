@@ -70,6 +70,8 @@ def parse(arguments: list[str]) -> tuple[Options, bool]:
     given = parser.parse_args(arguments)
     if given.after is not None and given.call != "2":
         parser.error(f"--after {given.after}: call 2 comes after call 1, and this is call {given.call}")
+    if given.only and given.call == "1":
+        parser.error(f"--only {given.only}: call 1 asks one question; expected with call 2 or sweep")
     if given.after is not None and not (given.after / "call.json").is_file():
         parser.error(f"--after {given.after}: expected the folder that call 1 wrote, with its call.json")
     if given.cache is not None and not given.cache.is_file():

@@ -190,6 +190,7 @@ def test_call_without_a_gpu_writes_nothing(capfd, tmp_path):
     [
         (["--call", "3", "--out", "x"], "--call"),
         (["--call", "1", "--out", "x", "--after", "there"], "--after there: call 2 comes after call 1"),
+        (["--call", "1", "--out", "x", "--only", "norm"], "--only norm: call 1 asks one question"),
         (["--call", "2", "--out", "x", "--after", "nowhere"], "--after nowhere: expected the folder that call 1 wrote"),
         (["--call", "2", "--out", "x", "--cache", "nowhere"], "--cache nowhere: expected the file"),
         (["--call", "2", "--out", __file__], "expected a folder"),
