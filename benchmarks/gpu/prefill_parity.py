@@ -1,4 +1,4 @@
-"""A plugin of pytest for ``benchmarks.gpu.prefill``: what the tests launch is compiled into triton's cache, and no more.
+"""A plugin of pytest for ``benchmarks.gpu.prefill``: what tests launch is compiled into triton's cache, and no more.
 
 Triton is imported when the tests are collected, not before: their conftest.py wants to be first.
 """

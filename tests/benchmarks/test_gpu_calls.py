@@ -103,6 +103,22 @@ def test_parts_follow_one_another_within_the_calls_time():
     assert gpu.SECONDS["1"] + gpu.SECONDS["2"] <= 15 * 60 - 2 * 110
 
 
+def test_page_has_the_schedule_that_is_kept():
+    page = (ROOT / "docs" / "performance.md").read_text()
+    table = page[page.index("| | seconds |") : page.index("What ends earlier leaves its time")]
+    first, second, sweep = (line for line in table.splitlines() if "CALL=" in line)
+    assert f"at most {gpu.SECONDS['1']:.0f} " in first and f"at most {gpu.SECONDS['2']:.0f} " in second
+    assert f"at most {gpu.SECONDS['sweep']:.0f} " in sweep
+    found = [re.findall(r"to (\d+)", line.split("|")[3]) for line in (first, second)]
+    assert found == [
+        [f"{seconds:.0f}" for seconds in parts]
+        for parts in (
+            (calls.LAUNCHES_BY["1"], calls.QUESTION_BY, calls.PARITY_BY),
+            (calls.FAULTS_BY, calls.TIMINGS_BY, calls.PROFILE_BY, calls.REST_BY),
+        )
+    ]
+
+
 @pytest.fixture
 def call(tmp_path):
     """A call of these options, begun now."""
