@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported
 
@@ -81,7 +82,8 @@ class Filler:
         from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 
         # The module that loads binaries is built and cached, too; newer launchers are methods of it
-        triton.runtime.driver.active.utils = CudaUtils()
+        driver: Any = triton.runtime.driver.active
+        driver.utils = CudaUtils()
         self._launcher = CudaLauncher
 
     def do(self, name: str, work: Callable[[], object]) -> None:
