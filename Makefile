@@ -5,20 +5,25 @@
 # the versions that are there and adds what is missing. make compat: the tests with other versions of python, torch and
 # triton, each in an environment of its own under build/compat; writes docs/compat.md. make resources-pairs: what kernels
 # take, as make resources writes it, and beside it as the tritons of two of those environments compile them.
-# make gpu: installs nothing, uses the python3 on the path, which has to hold torch and triton; SWEEP=1: every
-# configuration of the attention kernels instead of the matrix.
+# make gpu CALL=1, then CALL=2 AFTER=the folder of call 1: right and fast on a GPU that is there for a quarter of an hour?
+# Installs nothing, uses the python3 on the path, which has to hold torch and triton; CALL=sweep: every configuration of
+# the attention kernels. make gpu-cache: before that, on a machine without a GPU, the kernels compiled for it, as one
+# file; DEVICE= the Python, torch and triton there.
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-OUT    ?= build/gpu
+CALL   ?= 1
+OUT    ?= build/gpu/call$(CALL)
+DEVICE ?= 3.12-2.11.0-3.6.0
+PARITY ?= 1800
 SECONDS ?= 60
 STAMP  := $(VENV)/.installed
 
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: -c constraints.txt
 UPGRADE ?= --upgrade
 
-.PHONY: test lint bench report parity resources resources-pairs fuzz lock compat gpu clean
+.PHONY: test lint bench report parity resources resources-pairs fuzz lock compat gpu gpu-cache clean
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal
@@ -37,7 +42,7 @@ resources: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "resources or not resources" tests/kernels
 
 resources-pairs: $(STAMP)
-	$(BIN)/python -m benchmarks static --write --with $$($(BIN)/python -m tests.compat --environments 3.10 3.12)
+	$(BIN)/python -m benchmarks static --write --with $$($(BIN)/python -m tests.compat set-up 3.10 3.12)
 
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.ops.fuzz --seconds $(SECONDS)
@@ -57,7 +62,11 @@ compat: $(STAMP)
 	$(BIN)/python -m tests.compat
 
 gpu:
-	PYTHONPATH=.:kernels python3 -m benchmarks.gpu --out "$(OUT)" $(if $(SWEEP),--sweep)
+	PYTHONPATH=.:kernels python3 -m benchmarks.gpu --call $(CALL) --out "$(OUT)" $(if $(AFTER),--after "$(AFTER)")
+
+gpu-cache: $(STAMP)
+	python="$$($(BIN)/python -m tests.compat set-up $(DEVICE))" && PYTHONPATH=.:kernels OMP_NUM_THREADS=1 "$$python" \
+		-m benchmarks.gpu.prefill --out build/gpu-cache.tar.xz --cache build/gpu-cache --parity $(PARITY)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

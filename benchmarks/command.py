@@ -8,11 +8,12 @@ import gc
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from benchmarks.environment import environment, load
+from benchmarks.matrix import Part
 from benchmarks.measure.timing import keep_freed_memory
 from benchmarks.plan import Settings, entries, jobs
 from benchmarks.registry import families
@@ -69,10 +70,17 @@ def _parser() -> argparse.ArgumentParser:
         help="every configuration of our kernels beside the fastest peers; on a CPU a trial of it",
     )
     parser.add_argument(
+        "--part",
+        choices=get_args(Part),
+        default="",
+        help="of the cases for a GPU: the question that is asked first, or the rest (default: all)",
+    )
+    parser.add_argument(
         "--launched", metavar="FILE", type=Path, help="the first launches of a GPU run: what failed there is not run"
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the run to FILE")
     parser.add_argument("--out", metavar="DIR", type=Path, help="write run.json there, as it grows, and its report")
+    parser.add_argument("--no-report", action="store_true", help="--out gets run.json alone")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     return parser
 
@@ -119,6 +127,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         only=options.only,
         budget=options.budget or (_QUICK_BUDGET if options.quick and on_cpu else None),
         sweep=options.sweep,
+        part=options.part,
         launched=str(options.launched or ""),
     )
 
@@ -180,7 +189,9 @@ def _write(options: argparse.Namespace, document: dict[str, Any]) -> list[str]:
     if options.json:
         write_run(options.json, document)
         said.append(f"written to {options.json}")
-    if options.out:
+    if options.out and options.no_report:
+        said.append(f"written to {options.out}: run.json")
+    elif options.out:
         from benchmarks.reporting.report import report
 
         files = report(options.out / "run.json", options.out)

@@ -21,6 +21,7 @@ import torch
 from benchmarks import pool
 from benchmarks.cases import AttentionCase, Case, KernelCase
 from benchmarks.families import kernels
+from benchmarks.gpu import cache
 from benchmarks.measure.accuracy import Gate
 from benchmarks.pool import Report, Task
 from benchmarks.registry import Family, Refused
@@ -32,17 +33,28 @@ LIMIT = 60.0  # seconds of one launch, compiling included: more is a hang
 _MOST_WORKERS = 16  # each has a context on the GPU, half a gigabyte
 _REPEATS = 3  # a race need not show the first time
 # What a configuration is not timed after. Not "out of memory", which may be the others' doing
-_BARRED: tuple[Status, ...] = ("wrong", "error", "timed out")
+BARRED: tuple[Status, ...] = ("wrong", "error", "timed out")
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of the launches of one variant for one kind of case; the error is the worst of them."""
+    """What became of the launches of one variant for one kind of case.
+
+    Attributes:
+        status: of the launches.
+        reason: why, where it is not ``ok``.
+        error: the worst of them.
+        error_budget: what it may be.
+        compiled: kernels that had to be compiled.
+        from_cache: kernels that triton's cache had.
+    """
 
     status: Status
     reason: str = ""
     error: float | None = None
     error_budget: float | None = None
+    compiled: int = 0
+    from_cache: int = 0
 
 
 # --------------------------------------------------------------------------------------------------- in its own process
@@ -59,6 +71,12 @@ def launch(variant: str, case: KernelCase) -> Outcome:
 
 def launch_of(family: Family[Any], variant: str, case: KernelCase) -> Outcome:
     """:func:`launch` of a variant of this family."""
+    with cache.counting() as counts:
+        outcome = _judged(family, variant, case)
+    return dataclasses.replace(outcome, compiled=counts["compiled"], from_cache=counts["from_cache"])
+
+
+def _judged(family: Family[Any], variant: str, case: KernelCase) -> Outcome:
     try:
         return _checked(family, variant, case)
     except Refused as refusal:
@@ -118,9 +136,9 @@ def carry_out(
         path: of the file.
         budget: seconds for all of them.
         limit: seconds for each.
-        workers: processes; 0: half as many as there are cores.
+        workers: processes; 0: as many as there are cores, since what they do for most of the time is compile.
     """
-    workers = workers or min(_MOST_WORKERS, max(1, (os.cpu_count() or 1) // 2))
+    workers = workers or min(_MOST_WORKERS, os.cpu_count() or 1)
     document: dict[str, Any] = {
         "workers": workers,
         "limit_s": limit,
@@ -154,9 +172,12 @@ def sentences(document: dict[str, Any]) -> list[str]:
     said = [f"first launches: {', '.join(f'{count} {status}' for status, count in counts.items()) or 'none'}"]
     if document["left_out"]:
         said[0] += f"; {len(document['left_out'])} left out, for which the watchdog of the timed run is there"
+    compiled, cached = (sum(row.get(kind, 0) for row in launches) for kind in ("compiled", "from_cache"))
+    if compiled or cached:
+        said.append(f"kernels of the first launches: {compiled} compiled, {cached} from the cache")
     barred: dict[tuple[str, str, str], list[str]] = {}
     for row in launches:
-        if row["status"] in _BARRED:
+        if row["status"] in BARRED:
             barred.setdefault((row["variant"], row["status"], row["reason"]), []).append(row["case"])
     for (variant, status, reason), cases in barred.items():
         others = f" and {len(cases) - 1} more" if len(cases) > 1 else ""
@@ -181,7 +202,7 @@ def barred(path: str, case: Case) -> dict[str, tuple[Status, str]]:
     hung = [_hang(rows, kernels.small(case, backward=backward).name) for backward in (False, case.backward)]
     found: list[dict[str, Any]] = [{**row, "variant": OURS} for row in hung if row is not None]
     if isinstance(case, KernelCase):
-        found += [row for row in rows if row["case"] == own and row["status"] in _BARRED]
+        found += [row for row in rows if row["case"] == own and row["status"] in BARRED]
     return {row["variant"]: (row["status"], f"first launch: {row['reason']}") for row in found}
 
 

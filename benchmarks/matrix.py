@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -12,7 +13,8 @@ from benchmarks.families import kernels, sequence
 from benchmarks.families.additive import of_tangents
 from benchmarks.families.norm import of_elements
 
-# Compiling takes longer than everything else of a case: FlexAttention and torch.compile stand where they are asked for.
+Part = Literal["", "question", "rest"]
+
 _FAST = (
     "fastattn",
     "sdpa",
@@ -27,10 +29,30 @@ _FAST_NORMS = ("fastattn", "eager", "liger", "quack")
 _TOKENS, _WIDTH = 16384, 2048
 _NORM_ELEMENTS = 1 << 27  # 256 MiB a tensor in 16 bits: five times an L2
 _QUICK = 16  # cases of a quick run
+_FLEX_MASKS: tuple[Mask, ...] = ("causal", "padding", "documents", "sparse", "window", "bias", "softcap")
+
+Entry = tuple[Case, tuple[str, ...]]
 
 
-def matrix(*, quick: bool = False) -> list[tuple[Case, tuple[str, ...]]]:
-    """Cases and their variants: what the time does not reach is the least missed."""
+def matrix(*, quick: bool = False, part: Part = "") -> list[Entry]:
+    """Cases and their variants: what the time does not reach is the least missed.
+
+    Args:
+        quick: the first of them.
+        part: "question": what is asked first of all, :func:`benchmarks.families.kernels.question`; "rest": the cases
+            without those; "": all.
+    """
+    asked: list[Entry] = list(kernels.question())
+    if part == "question":
+        return asked
+    entries = [*_without_compilers().items(), *_beside_compilers().items()]
+    if part == "rest":
+        entries = [(case, names) for case, names in entries if case not in dict(asked)]
+    return entries[:_QUICK] if quick else entries
+
+
+def _without_compilers() -> dict[Case, tuple[str, ...]]:
+    """The cases with the variants that need no compiler but triton's, for our kernels."""
     cases: dict[Case, tuple[str, ...]] = dict(kernels.telling())
 
     def add(
@@ -42,33 +64,31 @@ def matrix(*, quick: bool = False) -> list[tuple[Case, tuple[str, ...]]]:
             options = {"mask": mask, "weights": weights, "dtype": dtype, "backward": backward, "device": "cuda"}
             cases.setdefault(AttentionCase("attention", batch, heads, seqlen, head_dim, **options), names)
 
-    def add_norms(size: int, *more: str, kinds: Sequence[Kind] = get_args(Kind), **options: Any) -> None:
+    def add_norms(size: int, kinds: Sequence[Kind] = get_args(Kind), **options: Any) -> None:
         options = {"dtype": torch.bfloat16, "device": "cuda", **options}
         for kind in kinds:
             for backward in (False, True):
                 case = of_elements(_NORM_ELEMENTS, kind, size, backward=backward, **options)
-                cases[case] = (*_FAST_NORMS, *more)
+                cases[case] = _FAST_NORMS
 
     def add_layers(family: str, batch: int, seqlen: int, *names: str, **options: Any) -> None:
         for backward in (False, True):
             more: dict[str, Any] = {"dtype": torch.bfloat16, "backward": backward, "device": "cuda", **options}
             cases[AttentionCase(family, batch, 16, seqlen, 64, **more)] = names
 
-    add(1024, 64, "causal", *_FAST, "fastattn-torch", "sdpa-math", "flex", "compile")
+    add(1024, 64, "causal", *_FAST, "fastattn-torch", "sdpa-math")
     for head_dim in (128, 64):
         add(4096, head_dim, "none", *_FAST)
         add(4096, head_dim, "causal", *_FAST)
-    for size in (4096, 16384):
-        add_norms(size, "compile")
-    for size in (1024, 8192):
+    for size in (4096, 16384, 1024, 8192):
         add_norms(size)
     for seqlen in (16384, 1024):
         for head_dim in (128, 64):
             add(seqlen, head_dim, "none", *_FAST)
             add(seqlen, head_dim, "causal", *_FAST)
     add(2048, 64, "none", "fastattn", "naive", weights=True)
-    add_layers("module", 4, 2048, "fastattn", "nn.MultiheadAttention", "compile", weights=True)
-    add_layers("layer", 4, 2048, "fastattn", "nn.TransformerEncoderLayer", "compile")
+    add_layers("module", 4, 2048, "fastattn", "nn.MultiheadAttention", weights=True)
+    add_layers("layer", 4, 2048, "fastattn", "nn.TransformerEncoderLayer")
     for seqlen in (512, 4096):
         names = ("fastattn", "nn.MultiheadAttention", "nn.RNN", "nn.GRU", "nn.LSTM", "causal-conv", "dilated-tcn")
         add_layers("sequence", max(1, 4096 // seqlen), seqlen, *names, mask="causal")
@@ -82,7 +102,7 @@ def matrix(*, quick: bool = False) -> list[tuple[Case, tuple[str, ...]]]:
     add_norms(4096, kinds=["layer"], dropout_p=0.1)
     masks: tuple[Mask, ...] = ("padding", "documents", "sparse", "bias", "window", "boolean", "alibi", "softcap")
     for mask in masks:
-        add(4096, 128, mask, *_FAST, "flex")
+        add(4096, 128, mask, *_FAST)
     add(4096, 256, "causal", *_FAST)
     add(4096, 128, "none", *_FAST, dtype=torch.float16)
     add(4096, 64, "causal", *_FAST, dtype=torch.float16)
@@ -93,5 +113,26 @@ def matrix(*, quick: bool = False) -> list[tuple[Case, tuple[str, ...]]]:
     ways = tuple(v.name for v in sequence.FAMILY.variants)
     for seqlen in (128, 1024, 2048, 8192, 16384):
         add_layers("sequence", max(1, 4096 // seqlen), seqlen, *ways, mask="causal")
-    entries = list(cases.items())
-    return entries[:_QUICK] if quick else entries
+    return cases
+
+
+def _beside_compilers() -> dict[Case, tuple[str, ...]]:
+    """FlexAttention and torch.compile beside what the package picks.
+
+    Compiling takes longer than everything else of such a case, a dozen of them as long as the rest of the matrix. They
+    are of other sizes than the cases before, since a run has each case once.
+    """
+    cases: dict[Case, tuple[str, ...]] = {}
+    for mask in _FLEX_MASKS:
+        for backward in (False, True):
+            options: dict[str, Any] = {"mask": mask, "dtype": torch.bfloat16, "backward": backward, "device": "cuda"}
+            cases[AttentionCase("attention", 2, 16, 4096, 128, **options)] = ("fastattn", "sdpa", "flex")
+    for backward in (False, True):
+        options = {"dtype": torch.bfloat16, "backward": backward, "device": "cuda"}
+        for kind in get_args(Kind):
+            cases[of_elements(_NORM_ELEMENTS, kind, 5120, **options)] = ("fastattn", "eager", "compile")
+        layer = AttentionCase("layer", 2, 16, 2048, 64, **options)
+        module = dataclasses.replace(layer, family="module", weights=True)
+        cases[layer] = ("fastattn", "nn.TransformerEncoderLayer", "compile")
+        cases[module] = ("fastattn", "nn.MultiheadAttention", "compile")
+    return cases

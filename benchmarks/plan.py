@@ -13,7 +13,7 @@ import torch
 from benchmarks import first_launches
 from benchmarks.cases import AttentionCase, Case
 from benchmarks.families import kernels, sequence
-from benchmarks.matrix import matrix
+from benchmarks.matrix import Part, matrix
 from benchmarks.measure.ceilings import ceilings
 from benchmarks.measure.tiles import counts
 from benchmarks.quality.models import Model, deviations, models
@@ -39,6 +39,7 @@ class Settings:
         only: a family's name, or a part of the jobs' keys.
         budget: seconds for the run; None: as long as it takes.
         sweep: the configurations of our kernels, and nothing else; on a CPU a trial of it.
+        part: of the cases for a GPU, as of :func:`benchmarks.matrix.matrix`.
         launched: the file of the first launches, whose failures are not run; empty: there were none.
     """
 
@@ -52,6 +53,7 @@ class Settings:
     only: str = ""
     budget: float | None = None
     sweep: bool = False
+    part: Part = ""
     launched: str = ""
 
     @property
@@ -68,7 +70,7 @@ def entries(settings: Settings) -> list[tuple[Case, tuple[str, ...]]]:
         cases = quick_cases() if settings.quick else all_cases()
         found = [(case, _names(case, slow=not settings.quick)) for case in cases]
     else:
-        found = matrix(quick=settings.quick)
+        found = matrix(quick=settings.quick, part=settings.part)
     changes: dict[str, Any] = {"device": settings.device, "seed": settings.seed}
     if settings.dtype is not None:
         changes["dtype"] = getattr(torch, settings.dtype)
@@ -90,7 +92,7 @@ def jobs(settings: Settings) -> list[Job]:
     chosen = entries(settings)
     cases = [_of_case(case, names, settings) for case, names in chosen]
     rest = [*_tiles(settings), *_theory([case for case, _ in chosen]), *_quality(settings)]
-    if settings.sweep:
+    if settings.sweep or settings.part == "question":
         rest = []
     first = [_of_ceilings(settings, [case for case, _ in chosen])] if chosen else []
     return first + (spread_out([*cases, *rest]) if settings.on_cpu else [*cases, *rest])

@@ -14,7 +14,10 @@ from collections.abc import Callable, Iterable
 from multiprocessing import connection
 from typing import Any, Literal
 
+from benchmarks.gpu import children
+
 _START_SECONDS = 180.0  # to be there: sixteen that import torch from a cold disk at once take a while
+_KILL_SECONDS = 5.0  # for killed processes to be gone, all together; one that a driver holds may stay
 _MOST_HANGS = 2  # of one group: after these the rest of it is not tried
 
 
@@ -59,6 +62,7 @@ class Unusable(Exception):
 
 def _serve(pipe: connection.Connection, modules: list[str]) -> None:
     """What a process of the pool does: load what its tasks need, say that it is there, and then one after another."""
+    children.die_with_parent()  # a kernel that hangs would outlive a pool that is killed
     for module in modules:
         importlib.import_module(module)
     pipe.send(None)
@@ -101,10 +105,17 @@ class _Worker:
         """End the process, whatever it is at; its exit status, where it had one of its own."""
         self._process.join(0.1)
         status = self._process.exitcode
-        self._process.kill()
-        self._process.join(5.0)  # one that a driver holds may stay for a while: nobody waits for it
-        self.pipe.close()
+        self.kill()
+        self.join(_KILL_SECONDS)
         return status
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def join(self, seconds: float) -> None:
+        """Wait until the process is gone, but no longer than this."""
+        self._process.join(seconds)
+        self.pipe.close()
 
 
 def run(
@@ -147,8 +158,11 @@ class _Pool:
                 self._listen(min(end, *(w.deadline for w in self._workers if not w.is_idle)))
             return self._cut_off()
         finally:
+            end = time.monotonic() + _KILL_SECONDS
             for worker in self._workers:
-                worker.end()
+                worker.kill()
+            for worker in self._workers:
+                worker.join(max(0.0, end - time.monotonic()))
 
     def _hand_out(self) -> None:
         for worker in list(self._workers):

@@ -1,7 +1,8 @@
 """The tests with other versions of Python, torch and triton: ``make compat`` writes docs/compat.md and README's table.
 
 ``python -m tests.compat [PYTHON ...]`` tries the pairs of these Pythons alone and leaves the other rows as they are;
-``python -m tests.compat --environments PYTHON ...`` only sets their environments up, and prints the Python of each.
+``python -m tests.compat set-up PAIR ...`` only sets environments up and prints the Python of each; a pair is the Python
+of a row, or ``PYTHON-TORCH-TRITON``, the releases of any other.
 Each pair has an environment of its own under build/compat; what is there already is used again.
 """
 
@@ -191,28 +192,30 @@ def write(row: Row) -> str:
     return made
 
 
-def environments(pythons: list[str]) -> list[Path]:
-    """The Python of the environment of each of these Pythons.
+def environments(pairs: list[str]) -> list[Path]:
+    """The Python of the environment of each pair: of the row with such a Python, or of ``PYTHON-TORCH-TRITON``.
 
     Raises:
-        ValueError: no pair has such a Python.
-        FileNotFoundError: it is not on the path.
+        ValueError: it is neither.
+        FileNotFoundError: its Python is not on the path.
     """
-    pairs = {pair.python: pair for pair in PAIRS}
+    rows = {pair.python: pair for pair in PAIRS}
     found = []
-    for python in pythons:
-        if python not in pairs:
-            raise ValueError(f"PYTHON={python!r}: expected one of {', '.join(pairs)}")
-        interpreter = find_python(python)
+    for text in pairs:
+        parts = text.split("-")
+        if text not in rows and len(parts) != 3:
+            raise ValueError(f"PAIR={text!r}: expected one of {', '.join(rows)}, or PYTHON-TORCH-TRITON")
+        pair = rows.get(text) or Pair(*parts)
+        interpreter = find_python(pair.python)
         if interpreter is None:
-            raise FileNotFoundError(f"python{python}: expected it on the path")
-        found.append(set_up(pairs[python], interpreter))
+            raise FileNotFoundError(f"python{pair.python}: expected it on the path")
+        found.append(set_up(pair, interpreter))
     return found
 
 
 def main(pythons: list[str]) -> int:
     """Try the pairs of these Pythons, or all; 1 where a test failed."""
-    if pythons[:1] == ["--environments"]:
+    if pythons[:1] == ["set-up"]:
         print(*environments(pythons[1:]))
         return 0
     failed, made = False, ""

@@ -100,7 +100,8 @@ def test_environments_are_those_of_the_pairs(monkeypatch):
     monkeypatch.setattr(compat, "find_python", lambda version: f"/bin/python{version}" if version != "3.12" else None)
     monkeypatch.setattr(compat, "set_up", lambda pair, interpreter: (pair.triton, interpreter))
     assert compat.environments(["3.10"]) == [("3.6.0", "/bin/python3.10")]
-    with pytest.raises(ValueError, match=r"PYTHON='2.7': expected one of 3.10, 3.11"):
+    assert compat.environments(["3.13-2.12.0-3.7.0"]) == [("3.7.0", "/bin/python3.13")]
+    with pytest.raises(ValueError, match=r"PAIR='2.7': expected one of 3.10, 3.11"):
         compat.environments(["2.7"])
     with pytest.raises(FileNotFoundError, match=r"python3.12: expected it on the path"):
         compat.environments(["3.12"])

@@ -68,12 +68,15 @@ def show(table: Table) -> None:
     """On a terminal with rich a drawn table, else aligned columns."""
     if sys.stdout.isatty() and _drawn(table):
         return
+    print(f"\n{as_text(table)}")
+
+
+def as_text(table: Table) -> str:
+    """Title, aligned columns and notes, in plain lines."""
     widths = _widths(table)
-    print(f"\n{table.title}")
-    for line in (table.header, *table.lines):
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
-    if table.note:
-        print(table.note)
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
+             for line in (table.header, *table.lines)]  # fmt: skip
+    return "\n".join([table.title, *lines, *([table.note] if table.note else [])])
 
 
 # What a narrow terminal does without, the first first; the report has it all.

@@ -29,3 +29,14 @@ def raises():
 
 def ruins():
     raise Unusable(f"in {os.getpid()}")
+
+
+def pauses():
+    time.sleep(15)
+
+
+def writes_and_sleeps(path):
+    with open(path + ".part", "w") as file:
+        file.write(str(os.getpid()))
+    os.rename(path + ".part", path)
+    time.sleep(600)

@@ -1,27 +1,22 @@
-"""``python -m benchmarks`` as its user meets it, and the run on a GPU that is made of it."""
+"""``python -m benchmarks`` as its user meets it."""
 
 import json
 import os
-import re
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import fastattn
 from benchmarks import __main__ as command_line
-from benchmarks import gpu, plan
-from benchmarks.families.kernels import trial
+from benchmarks import plan
 from benchmarks.matrix import matrix
 from benchmarks.plan import Settings
 from benchmarks.registry import families
-from benchmarks.run import HUNG
-from tests.benchmarks.documents import document
 
+ROOT = Path(__file__).parents[2]
 ONE = "module-b1-h2-l16-d32-eval-causal-float32"
 
 
@@ -170,8 +165,8 @@ def test_what_breaks_down_takes_no_other_along(capsys, tmp_path, monkeypatch):
 @pytest.mark.skipif(os.name != "posix", reason="pipes are POSIX's")
 def test_reader_that_has_enough_is_no_error():
     command = f"{sys.executable} -m benchmarks --list --quick | head -1"
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(gpu._ROOT), str(gpu._ROOT / "kernels")])}
-    found = subprocess.run(command, shell=True, cwd=gpu._ROOT, env=environ, capture_output=True, text=True)
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    found = subprocess.run(command, shell=True, cwd=ROOT, env=environ, capture_output=True, text=True)
     assert found.stdout.startswith("sequence-")
     assert "Traceback" not in found.stderr
 
@@ -244,139 +239,3 @@ def test_matrix_is_consistent(quick):
 
 def test_matrix_has_every_family():
     assert {case.family for case, _ in matrix()} == set(families())
-
-
-def test_gpu_dry_run_writes_every_part(capfd, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")  # the interpreter would take its time over the kernels
-    assert gpu.main(["--dry-run", "--out", str(tmp_path)]) == 0
-    document = json.loads((tmp_path / "run.json").read_text())
-    assert document["state"] == "complete"
-    assert {(r["case"], r["variant"]) for r in document["results"]} == {(c.name, v) for c, vs in trial() for v in vs}
-    assert all(r["status"] in ("ok", "refused") for r in document["results"])
-    launches = json.loads((tmp_path / "first_launches.json").read_text())
-    assert document["first_launches"] == launches
-    ours = {(r["variant"], r["backward"]) for r in document["results"] if r["variant"].startswith("fastattn")}
-    assert {(row["variant"], "-backward-" in row["case"]) for row in launches["launches"]} == ours
-    printed = capfd.readouterr().out
-    assert document["results"][0]["case"] in printed
-    assert "first launches: " in printed
-    assert "kernels: the best of ours beside each peer" in printed
-    assert printed.strip().split("\n")[-1].startswith("kernels, backward: in 1 case")
-
-
-@pytest.fixture
-def on_gpu(monkeypatch, tmp_path):
-    """A GPU run whose parts only say that they were asked for, and with what."""
-    asked: list[Any] = []
-
-    def run_first_launches(settings, out, seconds):
-        asked.append(("launches", settings.sweep, out, seconds))
-        return {"launches": launches, "left_out": []}
-
-    def run_parity(out, seconds, environ):
-        asked.append(("parity", environ))
-        return {"verdict": "passed", "last_line": "all"}
-
-    def supervise(command, *, end):
-        asked.append(("matrix", command[3:]))
-        path = Path(command[command.index("--out") + 1]) / "run.json"
-        path.write_text(json.dumps(document([])))
-        return 0
-
-    launches = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for function in (run_first_launches, run_parity, supervise):
-        monkeypatch.setattr(gpu, function.__name__, function)
-
-    def run(*arguments, hung=()):
-        launches[:] = [{"variant": v, "case": "a", "status": "timed out", "reason": "", "seconds": 60.0} for v in hung]
-        assert gpu.main(["--out", str(tmp_path), *arguments]) == 0
-        return asked
-
-    return run
-
-
-def test_gpu_run_launches_first_and_times_last(on_gpu, tmp_path):
-    launched, parity, (_, command) = on_gpu()
-    assert launched == ("launches", False, tmp_path, gpu.LAUNCH_SECONDS)
-    assert parity == ("parity", {})
-    assert command[command.index("--launched") + 1] == str(tmp_path / "first_launches.json")
-    assert "--sweep" not in command
-    found = json.loads((tmp_path / "run.json").read_text())
-    assert found["first_launches"]["launches"] == []
-    assert found["parity"]["verdict"] == "passed"
-    assert gpu.LAUNCH_SECONDS + gpu.PARITY_SECONDS < gpu.TOTAL_SECONDS / 2
-    assert gpu.TOTAL_SECONDS + 30 <= 9.5 * 60
-
-
-def test_gpu_sweep_is_a_run_of_its_own(on_gpu, tmp_path):
-    (launched, (_, command)) = on_gpu("--sweep", "--only", "d128")
-    assert launched == ("launches", True, tmp_path / "sweep", gpu.SWEPT_LAUNCH_SECONDS)
-    assert "--sweep" in command
-    assert command[command.index("--only") + 1] == "d128"
-    assert command[command.index("--out") + 1] == str(tmp_path / "sweep")
-
-
-def test_gpu_parity_runs_in_plain_triton_where_a_pick_hung(on_gpu):
-    assert on_gpu(hung=["fastattn"])[1] == ("parity", {"FASTATTN_KERNELS": "triton"})
-    assert on_gpu(hung=["fastattn-gluon-n64-s3"])[-2] == ("parity", {})
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")
-def test_gpu_without_a_gpu_writes_nothing(capsys, tmp_path):
-    assert gpu.main(["--out", str(tmp_path / "out")]) == 2
-    assert "no GPU" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_gpu_run_that_hangs_goes_on_in_another_process(tmp_path):
-    """Twice the watchdog ends the process; each of its successors is told to resume."""
-    log = tmp_path / "log"
-    code = f"""
-import sys
-log = open({str(log)!r}, "a+")
-log.write(" ".join(sys.argv[1:]) + "\\n")
-log.seek(0)
-sys.exit({HUNG} if len(log.readlines()) < 3 else 0)
-"""
-    status = gpu.supervise([sys.executable, "-c", code, "--out", "there"], end=time.monotonic() + 60)
-    assert status == 0
-    lines = [re.sub("--budget [0-9]+", "--budget N", line) for line in log.read_text().splitlines()]
-    assert lines == ["--out there --budget N", *["--out there --budget N --resume"] * 2]
-
-
-def test_gpu_run_gives_up_at_its_end(monkeypatch):
-    now, asked = [0.0], []
-    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
-
-    def run(command, seconds):
-        asked.append((command, seconds))
-        now[0] += 40.0
-        return HUNG
-
-    monkeypatch.setattr(gpu, "_run", run)
-    assert gpu.supervise(["never"], end=100.0) == HUNG
-    assert asked == [
-        (["never", "--budget", "100"], 130.0),
-        (["never", "--budget", "60", "--resume"], 90.0),
-        (["never", "--budget", "20", "--resume"], 50.0),
-    ]
-
-
-@pytest.mark.skipif(os.name != "posix", reason="sessions are POSIX's")
-def test_gpu_process_that_takes_too_long_is_ended_with_its_children(tmp_path):
-    code = f"""
-import subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-open({str(tmp_path / "child")!r}, "w").write(str(child.pid))
-time.sleep(60)
-"""
-    assert gpu._run([sys.executable, "-c", code], 2.0) is None
-    child = int((tmp_path / "child").read_text())
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and Path(f"/proc/{child}").exists():
-        if "State:\tZ" in Path(f"/proc/{child}/status").read_text():
-            break
-        time.sleep(0.05)
-    else:
-        assert not Path(f"/proc/{child}").exists()

@@ -273,7 +273,30 @@ def test_matrix_begins_with_the_kernels():
             assert {(16384, head_dim, mask, backward) for mask in ("none", "causal", "padding", "window")} <= met
     assert all(case.batch * case.seqlen == 16384 and case.heads * case.head_dim == 2048 for case in telling)
     names = {name for case, names in found if isinstance(case, KernelCase) for name in names}
-    assert {"fastattn", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "flex", "fastattn-gluon-one-pass"} <= names
+    assert {"fastattn", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "fastattn-gluon-one-pass"} <= names
+
+
+def test_question_is_the_beginning_of_the_matrix_beside_cudnn():
+    asked = matrix(part="question")
+    assert [case for case, _ in asked] == [case for case, _ in matrix()[: len(asked)]]
+    assert {(case.mask, case.backward) for case, _ in kernels.question()} == {
+        (mask, backward) for mask in ("none", "causal") for backward in (False, True)
+    }
+    for case, names in kernels.question():
+        assert (case.seqlen, case.head_dim) == (8192, 128)
+        assert {"fastattn", "fastattn-gluon", "fastattn-gluon-pair", "fastattn-gluon-one-pass", "fastattn-triton"} >= {
+            name for name in names if name.startswith("fastattn-gluon")
+        }
+        assert {"fastattn", "sdpa-cudnn", "sdpa-flash"} <= set(names)
+    rest = [case for case, _ in matrix(part="rest")]
+    assert [case for case, _ in matrix()] == [case for case, _ in asked] + rest
+
+
+def test_what_takes_a_compiler_comes_last_and_so_costs_nothing_else_its_time():
+    slow = {family.name: {v.name for v in family.variants if v.slow} for family in families().values()}
+    compiles = [bool(slow[case.family] & set(names)) for case, names in matrix()]
+    assert compiles == sorted(compiles)
+    assert 0 < sum(compiles) < len(compiles) / 4
 
 
 def test_sweep_reaches_from_512_to_16384_with_every_configuration():

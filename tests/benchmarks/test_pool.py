@@ -1,8 +1,14 @@
 """The pool of processes under a watchdog: what hangs, dies or raises becomes a report, and the rest goes on."""
 
+import os
+import subprocess
+import sys
 import time
 import types
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from benchmarks import pool
 from benchmarks.pool import Task
@@ -84,6 +90,40 @@ def test_pool_ends_with_its_budget():
     assert reports == {}
     assert sorted(left_out) == ["a", "b", "c"]
     assert time.monotonic() - started < 20.0
+
+
+def test_pool_does_not_wait_for_each_of_the_processes_that_will_not_die(monkeypatch):
+    """Sixteen that a driver holds would cost a run its time, one after the other."""
+    monkeypatch.setattr(pool, "_KILL_SECONDS", 1.0)
+    monkeypatch.setattr(pool._Worker, "kill", lambda worker: None)
+    started = time.monotonic()
+    _, left_out = run([Task(key, key, stubs.pauses) for key in "abcd"], workers=4, limit=600.0, budget=0.5)
+    assert len(left_out) == 4
+    assert time.monotonic() - started < 0.5 + 2 * pool._KILL_SECONDS
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
+def test_process_of_a_pool_that_is_killed_dies_with_it(tmp_path):
+    code = f"""
+from benchmarks import pool
+from tests.benchmarks import stub_tasks as stubs
+if __name__ == "__main__":
+    task = pool.Task("it", "it", stubs.writes_and_sleeps, ({str(tmp_path / "pid")!r},))
+    pool.run([task], workers=1, limit=600.0, budget=600.0, tell=print)
+"""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    caller = subprocess.Popen([sys.executable, str(script)], env=environ)
+    end = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    worker = int((tmp_path / "pid").read_text())
+    caller.kill()
+    caller.wait(timeout=10)
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not Path(f"/proc/{worker}").exists()
 
 
 def test_pool_judges_what_it_cuts_off_by_the_time_that_it_had():

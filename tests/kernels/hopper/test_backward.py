@@ -1,5 +1,7 @@
-"""The Hopper backward, emulated: every option against float64, in the pair of passes and in one."""
+"""The Hopper backward against float64, every option, in the pair of passes and in one: in the emulator on the CPU, for
+real where there is such a GPU."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -30,7 +32,12 @@ from fastattn_kernels.hopper.attention_fwd import launch_attention_fwd
 from tests.conftest import INTERPRETING
 from tests.kernels.hopper.emulator import emulating
 
-pytestmark = pytest.mark.skipif(not INTERPRETING, reason="the emulator runs on the CPU, beside Triton's interpreter")
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+DEVICE = torch.device("cuda" if HOPPER else "cpu")
+pytestmark = [
+    pytest.mark.hopper,
+    pytest.mark.skipif(not (INTERPRETING or HOPPER), reason="needs sm_90, or the interpreter beside the emulator"),
+]
 
 LOG2_E = math.log2(math.e)
 _RULES = ("mask", "key_padding_mask", "query_documents", "key_documents", "prefix", "lower", "upper")
@@ -45,7 +52,9 @@ def make_problem(
         batch, heads, seqlen_q, seqlen_k, head_dim, kv_heads=kv_heads, value_dim=value_dim, dtype=dtype, layout=layout,
         seed=seed,
     )  # fmt: skip
-    return Problem(*tensors, head_dim**-0.5 if scale is None else scale, **options)
+    query, key, value = (tensor.to(DEVICE) for tensor in tensors)
+    options = {name: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for name, v in options.items()}
+    return Problem(query, key, value, head_dim**-0.5 if scale is None else scale, **options)
 
 
 def statistics_of(problem: Problem) -> torch.Tensor:
@@ -60,7 +69,7 @@ def statistics_of(problem: Problem) -> torch.Tensor:
     if problem.bias is not None:
         bias = problem.bias.double() * LOG2_E
         scores = scores + torch.where(bias == -math.inf, bias, bias.clamp(min=LOWEST_BIAS.value))
-    seen = visibility(seqlen_q, seqlen_k, **{name: getattr(problem, name) for name in _RULES})
+    seen = visibility(seqlen_q, seqlen_k, device=DEVICE, **{name: getattr(problem, name) for name in _RULES})
     scores = scores.masked_fill(~seen, -math.inf)
     row_max = scores.amax(3)
     if problem.sinks is not None:
@@ -96,13 +105,14 @@ def gradients_of(
     d_query, d_key, d_value = (
         torch.full_like(tensor, math.nan) for tensor in (problem.query, problem.key, problem.value)
     )
-    with emulating(order):
+    with emulating(order) if INTERPRETING else contextlib.nullcontext():
         launch_attention_bwd(problem, d_out, statistics, delta, d_query, d_key, d_value, tile_map, config)
     return d_query, d_key, d_value
 
 
 def gradient_of_output(problem: Problem) -> torch.Tensor:
-    return random_tensor(*problem.query.shape[:3], problem.value.shape[3], seed=99, dtype=problem.query.dtype)
+    d_out = random_tensor(*problem.query.shape[:3], problem.value.shape[3], seed=99, dtype=problem.query.dtype)
+    return d_out.to(DEVICE)
 
 
 def check(problem: Problem, *, one_pass: bool = False, tile_map: bool = False, order: int = 0) -> None:
@@ -243,13 +253,13 @@ def test_large_finite_biases_of_all_keys_keep_probabilities_in_proportion(shape:
     bias = torch.full(shape, least, dtype=torch.float32)
     problem = make_problem(70, 80, bias=bias)
     output = problem.query.new_empty(1, 1, 70, 64)
-    lse, statistics = torch.empty(1, 1, 70), torch.empty(1, 1, 2, 70)
-    with emulating():
+    lse, statistics = (torch.empty(shape, device=DEVICE) for shape in ((1, 1, 70), (1, 1, 2, 70)))
+    with emulating() if INTERPRETING else contextlib.nullcontext():
         launch_attention_fwd(problem, output, lse, statistics)
     pivot, inverse_sum = statistics.unbind(2)
     products = problem.query.float() @ problem.key.float().mT * (problem.scale * math.log2(math.e))
-    weights = torch.exp2(products + bias * math.log2(math.e) - pivot[..., None]) * inverse_sum[..., None]
-    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 1, 70), rtol=1e-3, atol=1e-3)
+    weights = torch.exp2(products + bias.to(DEVICE) * math.log2(math.e) - pivot[..., None]) * inverse_sum[..., None]
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 1, 70, device=DEVICE), rtol=1e-3, atol=1e-3)
     d_out = gradient_of_output(problem)
     gradients = gradients_of(problem, statistics, d_out, output.double(), one_pass=False)
     assert all(bool(gradient.isfinite().all()) for gradient in gradients)

@@ -35,6 +35,7 @@ from tests.kernels.hopper.emulator import emulating
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 pytestmark = [
+    pytest.mark.hopper,
     pytest.mark.skipif(not (INTERPRETING or HOPPER), reason="needs sm_90, or the interpreter beside the emulator"),
     pytest.mark.usefixtures("poisoned"),
 ]
@@ -110,7 +111,11 @@ def check(problem, config=None, order=0):
     assert torch.all(pivot[empty] == 0) and torch.all(inverse_sum[empty] == 0)
     recovered = (pivot - torch.log2(inverse_sum)) * math.log(2)
     torch.testing.assert_close(recovered[~empty], lse.double()[~empty], rtol=1e-6, atol=2e-6)
-    assert torch.all((inverse_sum[~empty] > 0) & (inverse_sum[~empty] <= 1))  # the pivot is the maximum
+    # The pivot is the maximum, whose exponential is 1. But it is a rounded product, off by up to 2^-24 of itself, and
+    # where multiply-adds fuse, the exponent has the product unrounded; and the exponential of that difference and the
+    # reciprocal are off by an ulp each.
+    most = 1 + 2**-24 * pivot.abs() + 2 * 2**-23
+    assert torch.all((inverse_sum > 0)[~empty] & (inverse_sum <= most)[~empty])
 
 
 def make(device, arguments, *, batch=B, heads=H, kv_heads=HK, rows=L, keys=S, head_dim=D, dtype=BF16, **shape) -> Any:

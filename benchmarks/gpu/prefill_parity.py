@@ -1,0 +1,27 @@
+"""A plugin of pytest for ``benchmarks.gpu.prefill``: what tests launch is compiled into triton's cache, and no more.
+
+Triton is imported when the tests are collected, not before: their conftest.py wants to be first.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+_FOLDER = tempfile.TemporaryDirectory()
+_fillers: list[Any] = []
+
+
+def pytest_collection_finish() -> None:
+    from benchmarks.gpu.prefill import Filler
+
+    _fillers.append(Filler(Path(_FOLDER.name)))
+
+
+def pytest_runtest_teardown() -> None:
+    _fillers[-1].build_launchers()
+
+
+def pytest_unconfigure() -> None:
+    _FOLDER.cleanup()
