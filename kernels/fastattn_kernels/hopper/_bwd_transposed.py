@@ -68,7 +68,7 @@ def transposed_probabilities(
     if PARTIAL:
         row = rows_of(row_ids, slot, UNIT, COL)
         at = (batch.to(gl.int64), batch)
-        seen = visible(row, cols[:, None], at, sizes, (None, None, padding, documents, prefix, None, None))
+        seen = visible(row, cols[:, None], at, sizes, (None, None, padding, documents, prefix, None, None, None))
         if words is not None:
             own = gl.minimum(cols, seqlen_k - 1)
             start = from_mailbox(start_box, slot, COL) + UNIT * 64

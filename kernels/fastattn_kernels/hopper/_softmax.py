@@ -134,7 +134,7 @@ def probabilities(
         else:
             rows = row_start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))[:, None]
             cols = col_start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))[None, :]
-            seen = visible(rows, cols, at, sizes, (None, None, None, documents, prefix, None, None))
+            seen = visible(rows, cols, at, sizes, (None, None, None, documents, prefix, None, None, None))
             scores = gl.where(seen, scores, -INFINITY)
     return softmax_step(scores, row_max, row_sum, unit, HALVED)
 

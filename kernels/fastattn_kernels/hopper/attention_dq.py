@@ -137,7 +137,7 @@ def _consumer(
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, GRADIENT, 2)
     COL: gl.constexpr = gl.SliceLayout(0, SCORES)
     words, _, padding, documents, prefix, _, softcap, _ = rules
-    element_rules = (None, None, None, documents, prefix, None, None)  # what the packed bits do not say
+    element_rules = (None, None, None, documents, prefix, None, None, None)  # what the packed bits do not say
     batch, head, row_tile, at = _own_tile(seqlen_q, heads)
     sizes = (seqlen_q, seqlen_k, lower, upper, shift)
     _, partial, _, steps = visits_of(row_tile, at, sizes, rules, lists, False, BLOCK_M, BLOCK_N)
