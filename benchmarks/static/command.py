@@ -26,7 +26,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows, with all opcodes and loops, to FILE")
     parser.add_argument("--sass", metavar="DIR", type=Path, help="write machine code to DIR")
     parser.add_argument(
-        "--schedules", action="store_true", help="compile nothing: simulate how evenly the Hopper forward shares its work"
+        "--schedules",
+        action="store_true",
+        help="compile nothing: simulate how evenly the Hopper forward shares work",
     )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="at a time (default: %(default)s)")
     return parser
