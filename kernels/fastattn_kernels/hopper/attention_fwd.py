@@ -334,7 +334,10 @@ def _attention_fwd_kernel(
     q_empty = _barriers(CONSUMERS, 1)
     k_empty = _barriers(STAGES, CONSUMERS)
     v_empty = _barriers(STAGES, CONSUMERS)
-    turns = _barriers(CONSUMERS, 1)
+    if PING_PONG:
+        turns = _barriers(CONSUMERS, 1)
+    else:  # memory of barriers that nobody uses would be given to others
+        turns: gl.constexpr = None
     if counter_ptr is not None:
         box = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         box_full = _barriers(2, 1)
