@@ -34,7 +34,9 @@ def _parser() -> argparse.ArgumentParser:
         help="compile with the triton of these Pythons, too, and print registers and spills side by side",
     )  # fmt: skip
     parser.add_argument(
-        "--schedules", action="store_true", help="compile nothing: simulate how evenly the Hopper forward shares its work"
+        "--schedules",
+        action="store_true",
+        help="compile nothing: simulate how evenly the Hopper forward shares work",
     )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="at a time (default: %(default)s)")
     return parser

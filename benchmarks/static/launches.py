@@ -1,8 +1,9 @@
 """What a case of the laboratory launches: the launchers that ``fastattn`` calls, on small tensors of no content.
 
 A case is a dictionary of plain values, for it is handed to another process: dtype, sizes, the features that it has, and
-whether careful launches are wanted, too (``stand_in`` leaves them out otherwise). It is of a norm where it has a ``size``, of additive attention where it has
-an ``attention_dim``, else of attention, by the kernels for Hopper if it says ``hopper``.
+whether careful launches are wanted, too (``stand_in`` leaves them out otherwise). It is of a norm where it has a
+``size``, of additive attention where it has an ``attention_dim``, else of attention, by the kernels for Hopper if it
+says ``hopper``.
 """
 # ruff: noqa: TID251  # the laboratory looks at the kernels themselves
 

@@ -154,6 +154,6 @@ def any_not_finite(tile):
 
 @triton.jit
 def rows_not_finite(tile):
-    """1 for each row of a 2-D tile that holds NaN or inf, 0 for the others. A sum of zeros, which those two make NaN, is
-    one multiply-add an element; comparing them all makes the Hopper forward spill at head size 256."""
+    """1 for each row of a 2-D tile that holds NaN or inf, else 0. A sum of zeros, which those two make NaN, is one
+    multiply-add an element; with a comparison of each, the Hopper forward would spill at head size 256."""
     return tl.where(tl.sum(tile * 0.0, axis=1) == 0.0, 0, 1)

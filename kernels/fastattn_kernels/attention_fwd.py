@@ -220,8 +220,8 @@ def _attention_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
     PIPELINED: tl.constexpr = False,  # pyrefly: ignore[bad-function-definition]
 ):  # fmt: skip
-    """A program computes one of ``tiles`` tiles of queries. CAREFUL: it looks after its share of all tiles, and computes
-    those again that hold a marked row."""
+    """A program computes one of ``tiles`` tiles of queries. CAREFUL: it looks after its share of all tiles, and
+    computes those again that hold a marked row."""
     tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
     if CAREFUL:
         share = tl.cdiv(tiles, tl.num_programs(0))

@@ -1,4 +1,4 @@
-"""The careful launch: a forward marks rows that are not finite, and only tiles that hold such rows are computed again."""
+"""The careful launch: a forward marks rows that are not finite, and only tiles with such rows are computed again."""
 
 import contextlib
 import math
@@ -36,19 +36,17 @@ def problem_with_nan(device, *, hides=True) -> Problem:
 def results_of(problem) -> Any:
     rows = problem.query.shape[:3]
     out = torch.full_like(problem.query, math.nan)
-    lse, statistics = (
-        torch.full(shape, math.nan, device=out.device) for shape in ((*rows,), (*rows[:2], 2, rows[2]))
-    )
+    lse, statistics = (torch.full(shape, math.nan, device=out.device) for shape in ((*rows,), (*rows[:2], 2, rows[2])))
     return out, lse, statistics
 
 
-def launch_plain(problem, *results):
-    attention_fwd.launch_attention_fwd(problem, *results, None, Config(64, 32, 4, 1))
+def launch_plain(problem, out, lse, statistics):
+    attention_fwd.launch_attention_fwd(problem, out, lse, statistics, None, Config(64, 32, 4, 1))
 
 
-def launch_hopper(problem, *results):
+def launch_hopper(problem, out, lse, statistics):
     with emulating() if INTERPRETING else contextlib.nullcontext():
-        hopper.launch_attention_fwd(problem, *results)
+        hopper.launch_attention_fwd(problem, out, lse, statistics)
 
 
 @pytest.fixture(params=["triton", "gluon"])

@@ -183,9 +183,9 @@ def _attend_keys(
 
 @gluon.jit
 def _consumer(
-    INDEX: gl.constexpr, out_desc, lse_ptr, statistics_ptr, marks_ptr, buffers, out_s, full, empty, turns, row_bias, sinks, sizes,
-    rules, lists, scale, heads, schedule, counter_ptr, box, box_full, BLOCK_M: gl.constexpr,
-    STAGE_OUTPUT: gl.constexpr, PING_PONG: gl.constexpr,
+    INDEX: gl.constexpr, out_desc, lse_ptr, statistics_ptr, marks_ptr, buffers, out_s, full, empty, turns, row_bias,
+    sinks, sizes, rules, lists, scale, heads, schedule, counter_ptr, box, box_full,
+    BLOCK_M: gl.constexpr, STAGE_OUTPUT: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: 64 rows of each tile, from products to the output."""
     q_s, k_s, v_s, b_s = buffers
@@ -316,7 +316,7 @@ def _attention_fwd_kernel(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     STAGE_OUTPUT: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries of a head against all keys they see, tile after tile, which a counter hands out if there is one."""
+    """BLOCK_M queries of a head against all keys they see, tile after tile, which a counter may hand out."""
     CONSUMERS: gl.constexpr = BLOCK_M // ROWS
     q_s = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, ROWS, BLOCK_D], q_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
@@ -334,7 +334,10 @@ def _attention_fwd_kernel(
     q_empty = _barriers(CONSUMERS, 1)
     k_empty = _barriers(STAGES, CONSUMERS)
     v_empty = _barriers(STAGES, CONSUMERS)
-    turns = _barriers(CONSUMERS, 1)
+    if PING_PONG:
+        turns = _barriers(CONSUMERS, 1)
+    else:  # memory of barriers that nobody uses would be given to others
+        turns: gl.constexpr = None
     if counter_ptr is not None:
         box = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         box_full = _barriers(2, 1)
@@ -349,13 +352,13 @@ def _attention_fwd_kernel(
         [
             (_consumer, (
                 0, out_desc, lse_ptr, statistics_ptr, marks_ptr, (q_s, k_s, v_s, b_s), out_s,
-                (q_full, k_full, v_full), (q_empty, k_empty, v_empty), turns, row_bias, sinks, sizes, rules, lists, scale, heads, schedule,
-                counter_ptr, box, box_full, BLOCK_M, STAGE_OUTPUT, PING_PONG,
+                (q_full, k_full, v_full), (q_empty, k_empty, v_empty), turns, row_bias, sinks, sizes, rules, lists,
+                scale, heads, schedule, counter_ptr, box, box_full, BLOCK_M, STAGE_OUTPUT, PING_PONG,
             )),
             (_consumer, (
                 1, out_desc, lse_ptr, statistics_ptr, marks_ptr, (q_s, k_s, v_s, b_s), out_s,
-                (q_full, k_full, v_full), (q_empty, k_empty, v_empty), turns, row_bias, sinks, sizes, rules, lists, scale, heads, schedule,
-                counter_ptr, box, box_full, BLOCK_M, STAGE_OUTPUT, PING_PONG,
+                (q_full, k_full, v_full), (q_empty, k_empty, v_empty), turns, row_bias, sinks, sizes, rules, lists,
+                scale, heads, schedule, counter_ptr, box, box_full, BLOCK_M, STAGE_OUTPUT, PING_PONG,
             )),
             (_producer, (
                 (q_desc, k_desc, v_desc, b_desc), (q_s, k_s, v_s, b_s), (q_full, k_full, v_full),
