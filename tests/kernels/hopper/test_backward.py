@@ -1,4 +1,4 @@
-"""The Hopper backward, emulated: every option against float64, in the pair of passes and in one."""
+"""The Hopper backward: every option against float64, in the pair of passes and in one."""
 
 import dataclasses
 import math
@@ -27,10 +27,9 @@ from fastattn_kernels.attention_tile_map import TileMap
 from fastattn_kernels.hopper._bwd_problem import bias_arguments, rules_of_keys, rules_of_rows
 from fastattn_kernels.hopper.attention_bwd import backward_config, launch_attention_bwd, refusals
 from fastattn_kernels.hopper.attention_fwd import launch_attention_fwd
-from tests.conftest import INTERPRETING
-from tests.kernels.hopper.emulator import emulating
+from tests import machines
 
-pytestmark = pytest.mark.skipif(not INTERPRETING, reason="the emulator runs on the CPU, beside Triton's interpreter")
+pytestmark = pytest.mark.skipif(not machines.EXECUTING, reason="HOPPER_BACKWARD")
 
 LOG2_E = math.log2(math.e)
 _RULES = ("mask", "key_padding_mask", "query_documents", "key_documents", "prefix", "lower", "upper")
@@ -96,7 +95,7 @@ def gradients_of(
     d_query, d_key, d_value = (
         torch.full_like(tensor, math.nan) for tensor in (problem.query, problem.key, problem.value)
     )
-    with emulating(order):
+    with machines.order_of_events(order):
         launch_attention_bwd(problem, d_out, statistics, delta, d_query, d_key, d_value, tile_map, config)
     return d_query, d_key, d_value
 
@@ -244,8 +243,7 @@ def test_large_finite_biases_of_all_keys_keep_probabilities_in_proportion(shape:
     problem = make_problem(70, 80, bias=bias)
     output = problem.query.new_empty(1, 1, 70, 64)
     lse, statistics = torch.empty(1, 1, 70), torch.empty(1, 1, 2, 70)
-    with emulating():
-        launch_attention_fwd(problem, output, lse, statistics)
+    launch_attention_fwd(problem, output, lse, statistics)
     pivot, inverse_sum = statistics.unbind(2)
     products = problem.query.float() @ problem.key.float().mT * (problem.scale * math.log2(math.e))
     weights = torch.exp2(products + bias * math.log2(math.e) - pivot[..., None]) * inverse_sum[..., None]
