@@ -4,6 +4,8 @@
 # make lock: constraints.txt anew, with the newest release of everything that constraints.in does not pin; UPGRADE= keeps
 # the versions that are there and adds what is missing. make compat: the tests with other versions of python, torch and
 # triton, each in an environment of its own under build/compat; writes docs/compat.md.
+# make proof: compiled kernels executed on the CPU, with the oldest triton and the locked one; writes docs/proof.md, within
+# an hour on two cores. Rows that were run with these sources are not run again.
 # make gpu: installs nothing, uses the python3 on the path, which has to hold torch and triton; SWEEP=1: every
 # configuration of the attention kernels instead of the matrix.
 
@@ -17,10 +19,11 @@ STAMP  := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: -c constraints.txt
 UPGRADE ?= --upgrade
 
-.PHONY: test lint bench report parity resources fuzz lock compat gpu clean
+.PHONY: test lint bench report parity resources fuzz lock compat proof gpu clean
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal
+	FASTATTN_MACHINE=ptx $(BIN)/python -m pytest -n 0 tests/machines/test_soft_gpu.py
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks --quick --out build/bench
@@ -51,6 +54,9 @@ lock: $(BIN)/python
 
 compat: $(STAMP)
 	$(BIN)/python -m tests.compat
+
+proof: $(STAMP)
+	$(BIN)/python -m tests.proof
 
 gpu:
 	PYTHONPATH=.:kernels python3 -m benchmarks.gpu --out "$(OUT)" $(if $(SWEEP),--sweep)

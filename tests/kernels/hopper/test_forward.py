@@ -107,7 +107,8 @@ def check(problem, config=None, order=0):
     assert torch.all(pivot[empty] == 0) and torch.all(inverse_sum[empty] == 0)
     recovered = (pivot - torch.log2(inverse_sum)) * math.log(2)
     torch.testing.assert_close(recovered[~empty], lse.double()[~empty], rtol=1e-6, atol=2e-6)
-    assert torch.all((inverse_sum[~empty] > 0) & (inverse_sum[~empty] <= 1))  # the pivot is the maximum
+    # The pivot is the maximum; where multiply-adds fuse, a row of one key may have rounded it otherwise than its score.
+    assert torch.all((inverse_sum[~empty] > 0) & (inverse_sum[~empty] <= 1 + 2**-20))
 
 
 def make(device, arguments, *, batch=B, heads=H, kv_heads=HK, rows=L, keys=S, head_dim=D, dtype=BF16, **shape) -> Any:

@@ -1,7 +1,7 @@
 """Arithmetic, logic, comparisons and conversions, 32 lanes at once.
 
-Products with an addend are computed in double precision and rounded once, as fused ones are. ``ex2``, ``lg2``, ``tanh``,
-``rcp`` and the like are numpy's: more exact than the hardware's. ``.ftz`` is ignored: subnormal numbers stay.
+Products with an addend are computed in double precision and rounded once, as fused ones are. ``ex2``, ``lg2``,
+``tanh``, ``rcp`` and the like are numpy's: more exact than the hardware's. ``.ftz`` is ignored: subnormal numbers stay.
 """
 
 from __future__ import annotations
@@ -310,7 +310,9 @@ def compare(instruction: Instruction) -> Step:
     floating = kind in ("f32", "f64", *_HALVES)
     # gtu and the like hold where a number is NaN, gt and the like do not.
     unordered = floating and comparison in ("equ", "neu", "ltu", "leu", "gtu", "geu")
-    function = _COMPARE.get(comparison[:2])
+    if comparison not in ("num", "nan") and comparison[:2] not in _COMPARE:
+        raise instruction.unknown("this comparison")
+    function = _COMPARE.get(comparison[:2], np.equal)
 
     def holds(a: Array, b: Array) -> Array:
         if not floating:
@@ -330,14 +332,12 @@ def compare(instruction: Instruction) -> Step:
             for i, put in enumerate(puts):
                 put(warp, result[i::2])
             return
-        if combine is not None:
-            result = combine(result, other(warp))  # type: ignore[misc]
+        if combine is not None and other is not None:
+            result = combine(result, other(warp))
         puts[0](warp, result)
         if len(puts) > 1:
             puts[1](warp, ~result)
 
-    if function is None and comparison not in ("num", "nan"):
-        raise instruction.unknown("this comparison")
     return step
 
 

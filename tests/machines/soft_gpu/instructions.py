@@ -28,27 +28,24 @@ if TYPE_CHECKING:
 
 @functools.lru_cache(maxsize=64)
 def load(ptx: str, name: str) -> Program:
-    """The kernel ``name`` of a module, ready to run. What this machine does not know fails where it is executed."""
+    """The kernel ``name`` of a module. A step is built when it is first executed: much of a kernel never is."""
     program = Program(ptx, name)
-    program.steps = [_step(Instruction(program, index)) for index in range(len(program.statements))]
+    program.steps = [functools.partial(_build_and_run, program, index) for index in range(len(program.statements))]
     return program
 
 
-def _step(instruction: Instruction) -> Step:
-    try:
-        return _builder(instruction)(instruction)
-    except NotImplementedError as error:
-        return functools.partial(_fail, error)
-
-
-def _fail(error: NotImplementedError, warp: Warp) -> None:
-    raise error
+def _build_and_run(program: Program, index: int, warp: Warp) -> Any:
+    instruction = Instruction(program, index)
+    program.steps[index] = _builder(instruction)(instruction)
+    return program.steps[index](warp)
 
 
 def _builder(instruction: Instruction) -> Callable[[Instruction], Step]:
     name, parts = instruction.name, instruction.parts
     if name in ("ld", "st", "atom", "red"):
-        space = next((part.partition("::")[0] for part in parts if part.startswith(("param", "shared", "global"))), None)
+        space = next(
+            (part.partition("::")[0] for part in parts if part.startswith(("param", "shared", "global"))), None
+        )
         found = _MEMORY.get((name, space))
     elif name == "cp":
         found = tma.copy if "bulk" in parts else shared.copy

@@ -34,8 +34,12 @@ _CALLBACK = ctypes.CFUNCTYPE(
 class _Launch:
     """The launch under way: the tensors it was given, and what went wrong with it."""
 
-    tensors: list[torch.Tensor] = []
-    error: BaseException | None = None
+    def __init__(self) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self.error: BaseException | None = None
+
+
+_launch = _Launch()
 
 
 def _tensors(arguments: Any) -> Iterator[torch.Tensor]:
@@ -54,9 +58,9 @@ def _on_launch(
 ) -> int:
     try:
         with np.errstate(all="ignore"):
-            run(ptx.decode(), name.decode(), (grid_x, grid_y, grid_z), threads, shared, parameters, _Launch.tensors)
+            run(ptx.decode(), name.decode(), (grid_x, grid_y, grid_z), threads, shared, parameters, _launch.tensors)
     except BaseException as error:  # nothing may pass through the launcher's C; `launch` raises it behind
-        _Launch.error = error
+        _launch.error = error
         return 1
     return 0
 
@@ -76,7 +80,9 @@ def run(
     values = [ctypes.string_at(parameters[i], size) for i, (_, size) in enumerate(program.parameters)]
     memory, seed = GlobalMemory(tensors), machines.order()
     choice = random.Random(f"{seed} {name}")
-    waiting = [(x, y, z) for z in reversed(range(grid[2])) for y in reversed(range(grid[1])) for x in reversed(range(grid[0]))]
+    waiting = [
+        (x, y, z) for z in reversed(range(grid[2])) for y in reversed(range(grid[1])) for x in reversed(range(grid[0]))
+    ]
     resident: list[Block] = []
     while waiting or resident:
         if waiting and len(resident) < _RESIDENT:
@@ -103,16 +109,16 @@ def install() -> None:
         """triton's own, which hands over the tensors and raises what went wrong."""
 
         def __call__(self, *arguments: Any) -> None:
-            _Launch.tensors, _Launch.error = list(_tensors(arguments)), None
+            _launch.tensors, _launch.error = list(_tensors(arguments)), None
             try:
                 super().__call__(*arguments)
             except RuntimeError:
-                if _Launch.error is None:
+                if _launch.error is None:
                     raise
             finally:
-                _Launch.tensors = []
-            if _Launch.error is not None:
-                error, _Launch.error = _Launch.error, None
+                _launch.tensors = []
+            if _launch.error is not None:
+                error, _launch.error = _launch.error, None
                 raise error
 
     class Driver(driver.CudaDriver):
@@ -121,10 +127,12 @@ def install() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.launcher_cls = Launcher
-            self.get_device_capability = lambda device=0: (9, 0)
-            self.get_current_device = lambda: 0
-            self.get_current_stream = lambda device=0: 0
-            self.set_current_device = lambda device: None
+            answers: dict[str, Any] = {
+                "get_device_capability": (9, 0), "get_current_device": 0, "get_current_stream": 0,
+                "set_current_device": None,
+            }  # fmt: skip
+            for name, value in answers.items():
+                setattr(self, name, lambda *_, value=value: value)
 
         def get_active_torch_device(self) -> torch.device:
             return torch.device("cpu")
@@ -137,7 +145,7 @@ _callback = _CALLBACK(_on_launch)  # the library keeps its address: it has to li
 
 @functools.cache
 def _build() -> Path:
-    """The stand-in libcuda, compiled where its source has changed, with the compiler that triton builds launchers with."""
+    """The stand-in libcuda, compiled where its source has changed, with the compiler that triton itself needs."""
     import triton
 
     headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
@@ -148,7 +156,17 @@ def _build() -> Path:
         compiler = os.environ.get("CC", "cc")
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             made = Path(folder) / library.name
-            command = [compiler, "-shared", "-fPIC", "-O1", f"-Wl,-soname,{library.name}", f"-I{headers}", str(SOURCE), "-o", str(made)]
+            command = [
+                compiler,
+                "-shared",
+                "-fPIC",
+                "-O1",
+                f"-Wl,-soname,{library.name}",
+                f"-I{headers}",
+                str(SOURCE),
+                "-o",
+                str(made),
+            ]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{compiler} does not compile {SOURCE.name}:\n{done.stderr}")

@@ -11,7 +11,7 @@ import numpy as np
 
 from tests.machines.findings import Finding
 from tests.machines.soft_gpu.memory import GlobalMemory
-from tests.machines.soft_gpu.operands import BLOCKED, FINISHED, LANES, Array
+from tests.machines.soft_gpu.operands import BLOCKED, FINISHED, LANES, UNWRITTEN, Array
 from tests.machines.soft_gpu.products import Product
 from tests.machines.soft_gpu.program import Program
 from tests.machines.soft_gpu.races import SharedMemoryWatch
@@ -27,7 +27,7 @@ class Warp:
     def __init__(self, block: Block, index: int) -> None:
         self.block, self.id = block, index
         self.thread_ids = LANES + np.uint32(32 * index)
-        self.registers: list[Any] = [None] * block.program.slots
+        self.registers: dict[int, Array] = defaultdict(lambda: UNWRITTEN)
         self.place, self.executed, self.done = 0, 0, False
         # Lanes that go different ways: the place of each; which are at the instruction under way; who jumps where.
         self.places: Array | None = None
@@ -95,7 +95,9 @@ class Warp:
             return
         if together[self.place]:
             lanes = np.nonzero(self.active)[0].tolist()
-            raise Finding("undefined", f"warp {self.id} has diverged: lanes {lanes} alone get to what all execute together")
+            raise Finding(
+                "undefined", f"warp {self.id} has diverged: lanes {lanes} alone get to what all execute together"
+            )
         result = steps[self.place](self)
         following = np.full(32, self.place + 1)
         if result is FINISHED:
@@ -157,7 +159,10 @@ class Block:
         self.landing.pop(self.random.randrange(len(self.landing)))()
 
     def _deadlock(self) -> None:
-        waiting = [f"warp {warp.id} at {self.program.where(warp.place)}" for warp in sorted(self._live, key=lambda warp: warp.id)]
+        waiting = [
+            f"warp {warp.id} at {self.program.where(warp.place)}"
+            for warp in sorted(self._live, key=lambda warp: warp.id)
+        ]
         raise Finding("deadlock", f"all of block {self.place} that has not ended waits:\n  " + "\n  ".join(waiting))
 
     def _end(self) -> None:
@@ -168,4 +173,6 @@ class Block:
             if warp.products or any(warp.product_groups):
                 raise Finding("unfinished", f"warp {warp.id} has not waited for its wgmma", where)
             if any(warp.stores.values()) or any(group for groups in warp.store_groups.values() for group in groups):
-                raise Finding("unfinished", f"warp {warp.id} has not waited for its TMA stores to read shared memory", where)
+                raise Finding(
+                    "unfinished", f"warp {warp.id} has not waited for its TMA stores to read shared memory", where
+                )

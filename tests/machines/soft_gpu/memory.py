@@ -1,9 +1,9 @@
 """Global memory: the tensors that a launch was given, element by element, and what blocks do to each other's elements.
 
-An access outside every element of every tensor is out of bounds: gaps that strides leave count as outside. Blocks run in
-any order and side by side on a GPU, so an element that one block writes and another reads or writes is a race; so are two
-warps of a block that no barrier orders. Atomic additions are ordered by the hardware; writing what is there already, as
-flags are written, does no harm.
+An access outside every element of every tensor is out of bounds: gaps that strides leave count as outside. Blocks run
+in any order and side by side on a GPU, so an element that one block writes and another reads or writes is a race, and
+so are two warps of a block that no barrier orders. Atomic additions are ordered by the hardware; writing what is there
+already, as flags are written, does no harm.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Region:
     def __init__(self, begin: int, tensors: list[torch.Tensor]) -> None:
         size = tensors[0].untyped_storage().nbytes()
         self.begin, self.end = begin, begin + size
-        self.bytes = np.frombuffer((ctypes.c_uint8 * size).from_address(begin), np.uint8)
+        self.bytes = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(begin))
         self.unit = min(tensor.itemsize for tensor in tensors)
         elements = size // self.unit
         self.inside = np.zeros(elements, bool)
@@ -123,9 +123,11 @@ class GlobalMemory:
     def _outside(self, address: int, size: int, where: str) -> Finding:
         near = min(self._regions, key=lambda region: max(region.begin - address, address - region.end), default=None)
         how = f"byte {address - near.begin} of a storage of {near.end - near.begin}" if near else "no tensor at all"
-        return Finding("out of bounds", f"{size} bytes at {address:#x}: {how}, in no element of the launch's tensors", where)
+        return Finding(
+            "out of bounds", f"{size} bytes at {address:#x}: {how}, in no element of the launch's tensors", where
+        )
 
-    # ---------------------------------------------------------------------------------------------------- who comes first
+    # ------------------------------------------------------------------------------------------------ who comes first
 
     def _note_read(self, warp: Warp, region: Region, units: Array, where: str) -> None:
         block = warp.block.id
@@ -162,7 +164,9 @@ class GlobalMemory:
         unordered = (writers == block) & (region.writing_tick[units] > warp.clock[region.writing_warp[units]])
         if unordered.any():
             writer = int(region.writing_warp[units][unordered].flat[0])
-            raise Finding("race", f"warp {warp.id} {does} an element that warp {writer} writes at any time before or after", where)
+            raise Finding(
+                "race", f"warp {warp.id} {does} an element that warp {writer} writes at any time before or after", where
+            )
 
     def _check_readers(self, region: Region, units: Array, block: int, where: str) -> None:
         readers = region.reader[units]
@@ -223,7 +227,9 @@ def widened(values: Array, kind: str) -> Array:
 
 def _aligned(addresses: Array, size: int) -> None:
     if (addresses % size).any():
-        raise Finding("undefined", f"an access of {size} bytes at {int(addresses[addresses % size != 0][0]):#x}: not aligned")
+        raise Finding(
+            "undefined", f"an access of {size} bytes at {int(addresses[addresses % size != 0][0]):#x}: not aligned"
+        )
 
 
 _ATOMICS: dict[str, Any] = {

@@ -23,6 +23,9 @@ Write = Callable[["Warp", Array], None]
 Step = Callable[["Warp"], Any]  # None: go on behind; an int: go on there; BLOCKED or FINISHED
 BLOCKED, FINISHED = object(), object()
 
+# What a register holds that was never written: NaN as a float. Compilers do read such registers, for a half that they
+# then throw away.
+UNWRITTEN = np.full(32, -1, np.int64).view(np.uint64)
 LANES = np.arange(32, dtype=np.uint32)
 ALL_LANES = np.ones(32, bool)
 SHARED_BASE = 1024  # the address of `global_smem`: shared memory's first byte is not at 0 on a GPU, either
@@ -143,7 +146,9 @@ class Instruction:
         if self.guard is None:
 
             def put(warp: Warp, value: Array) -> None:
-                warp.registers[slot] = value if warp.active is None else _blend(warp.active, value, warp.registers[slot])
+                warp.registers[slot] = (
+                    value if warp.active is None else _blend(warp.active, value, warp.registers[slot])
+                )
 
             return put
         lanes = self.lanes()
@@ -155,10 +160,8 @@ class Instruction:
         return put_where
 
 
-def _blend(on: Array, value: Array, old: Array | None) -> Array:
-    if old is None:
-        old = np.zeros_like(value)
-    elif old.dtype != value.dtype:
+def _blend(on: Array, value: Array, old: Array) -> Array:
+    if old.dtype != value.dtype:
         old = old.view(value.dtype) if old.itemsize == value.itemsize else old.astype(value.dtype)
     return np.where(on, value, old)
 

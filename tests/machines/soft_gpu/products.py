@@ -117,7 +117,7 @@ def _fragment(registers: list[Array], depth: int, kind: str) -> Array:
     return result
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _accumulator(columns: int) -> tuple[Array, Array]:
     """Row and column of each register ``[columns / 2]`` of each lane in a warp's part of a result."""
     register = np.arange(columns // 2)[:, None]
@@ -159,7 +159,7 @@ def _multiply_async(instruction: Instruction) -> Step:
         for slot in slots:
             value = warp.registers[slot]
             if value is not _UNDER_WAY:
-                warp.accumulators[slot] = value
+                warp.accumulators[slot] = value.astype(np.uint32) if value.itemsize > 4 else value
             elif slot not in warp.accumulators:
                 raise Finding("in flight", "a product is added to a copy of a result that was not waited for")
             warp.registers[slot] = _UNDER_WAY

@@ -48,13 +48,8 @@ class Program:
     def warps(self) -> int:
         return self.threads // 32
 
-    @property
-    def slots(self) -> int:
-        """How many registers the program names."""
-        return len(self._slots)
-
     def slot(self, register: str) -> int:
-        """The place of a register in a warp's list of them."""
+        """The number of a register."""
         return self._slots.setdefault(register, len(self._slots))
 
     def label(self, name: str, scopes: tuple[int, ...]) -> int:
@@ -111,7 +106,10 @@ class Program:
 
 def _parameter(line: str) -> tuple[str, int]:
     """Name and size of a parameter."""
-    found = re.match(r"\.param\s+(?:\.align \d+ )?\.(\w+)\s+(?:\.ptr\s+\.\w+\s+\.align\s+\d+\s+)?(\w+)(?:\[(\d+)\])?$", line.strip().rstrip(","))
+    found = re.match(
+        r"\.param\s+(?:\.align \d+ )?\.(\w+)\s+(?:\.ptr\s+\.\w+\s+\.align\s+\d+\s+)?(\w+)(?:\[(\d+)\])?$",
+        line.strip().rstrip(","),
+    )
     if found is None:
         raise NotImplementedError(f"the parameter {line.strip()!r}")
     return found[2], int(found[3]) if found[3] else _BYTES[found[1]]

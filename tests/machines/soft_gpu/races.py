@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from tests.machines.soft_gpu.machine import Warp
 
 Array = Any
-# Who accesses: ordinary instructions; TMA and wgmma; cp.async, which has waits of its own and is taken to need no fence,
-# as triton places none between it and wgmma.
+# Who accesses: ordinary instructions; TMA and wgmma; cp.async, which has waits of its own and is taken to need no
+# fence, as triton places none between it and wgmma.
 Proxy = Literal["generic", "async", "copy"]
 _UNTIL_RELEASED = 2**30  # the tick of a read that is still going on
 
@@ -100,4 +100,6 @@ class SharedMemoryWatch:
         agent = int(writers[i])
         name = f"warp {agent}" if agent < self._warps else "TMA"
         byte = 4 * int(words[i])
-        return Finding("race", f"{access} of shared byte {byte}, which {name} writes at any time before or after", where)
+        return Finding(
+            "race", f"{access} of shared byte {byte}, which {name} writes at any time before or after", where
+        )

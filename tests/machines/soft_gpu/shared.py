@@ -34,7 +34,14 @@ def load(instruction: Instruction) -> Step:
         data = warp.block.shared[offsets[:, None] + np.arange(size)].view(UNSIGNED[bits])
         for i, put in enumerate(puts):
             value = widened(data[:, i], kind)
-            put(warp, value.view(np.int16).astype(np.int32).view(np.uint32) if wide and kind[0] == "s" else value.astype(np.uint32) if wide else value)
+            put(
+                warp,
+                value.view(np.int16).astype(np.int32).view(np.uint32)
+                if wide and kind[0] == "s"
+                else value.astype(np.uint32)
+                if wide
+                else value,
+            )
 
     return step
 
@@ -74,7 +81,10 @@ def _inside(warp: Warp, offsets: Array, on: Array, size: int) -> Array:
     """The offsets of the lanes that are on, 0 for the others."""
     offsets = np.where(on, offsets, 0)
     if (offsets < 0).any() or (offsets + size > len(warp.block.shared)).any():
-        raise Finding("out of bounds", f"shared bytes {int(offsets.min())} to {int(offsets.max()) + size} of {len(warp.block.shared)}")
+        raise Finding(
+            "out of bounds",
+            f"shared bytes {int(offsets.min())} to {int(offsets.max()) + size} of {len(warp.block.shared)}",
+        )
     if (offsets % size).any():
         raise Finding("undefined", f"an access of {size} bytes of shared memory that is not aligned")
     return offsets

@@ -44,7 +44,15 @@ def _decode(raw: bytes) -> TensorMap:
     if magic != _MAGIC:
         raise Finding("undefined", "what should be a tensor map is none")
     rank, kind, swizzle = rest[14:]
-    return TensorMap(base, tuple(rest[:rank]), tuple(rest[5 : 4 + rank]), tuple(rest[9 : 9 + rank]), _ELEMENT_BYTES[kind], kind, swizzle)
+    return TensorMap(
+        base,
+        tuple(rest[:rank]),
+        tuple(rest[5 : 4 + rank]),
+        tuple(rest[9 : 9 + rank]),
+        _ELEMENT_BYTES[kind],
+        kind,
+        swizzle,
+    )
 
 
 def _elements(map: TensorMap, corner: list[int]) -> tuple[Array, Array]:
@@ -84,7 +92,9 @@ def _box(warp: Warp, parameter: int, corner: list[int], offset: int) -> _Box:
     elements = int(np.prod(map.box))
     size = elements * map.element_bytes
     if (offset + SHARED_BASE) % max(128, _PATTERN[map.swizzle]):
-        raise Finding("undefined", f"a box at shared byte {offset}: no multiple of its pattern's {_PATTERN[map.swizzle]} bytes")
+        raise Finding(
+            "undefined", f"a box at shared byte {offset}: no multiple of its pattern's {_PATTERN[map.swizzle]} bytes"
+        )
     if offset < 0 or offset + size > len(warp.block.shared):
         raise Finding("out of bounds", f"a box in shared bytes {offset} to {offset + size} of {len(warp.block.shared)}")
     return _Box(map, corner, size, *_places(offset, elements, map.element_bytes, map.swizzle))
@@ -106,7 +116,9 @@ def copy(instruction: Instruction) -> Step:
     return _store(instruction)
 
 
-def _operands(instruction: Instruction, shared: str, tensor: str) -> Callable[[Warp], list[tuple[int, int, int, list[int]]]]:
+def _operands(
+    instruction: Instruction, shared: str, tensor: str
+) -> Callable[[Warp], list[tuple[int, int, int, list[int]]]]:
     """A function of a warp: each lane that copies, its place in shared memory, its map and its coordinates."""
     found = re.match(r"\[(%\w+),\s*\{(.*)\}\]$", tensor)
     if found is None:
@@ -117,7 +129,12 @@ def _operands(instruction: Instruction, shared: str, tensor: str) -> Callable[[W
 
     def operands(warp: Warp) -> list[tuple[int, int, int, list[int]]]:
         return [
-            (lane, int(offset(warp)[lane]), int(map(warp)[lane]), [int(numbers(c(warp), "s32")[lane]) for c in coordinates])
+            (
+                lane,
+                int(offset(warp)[lane]),
+                int(map(warp)[lane]),
+                [int(numbers(c(warp), "s32")[lane]) for c in coordinates],
+            )
             for lane in np.nonzero(lanes(warp))[0].tolist()
         ]
 

@@ -112,7 +112,9 @@ def _execute(function: Any, program: Program, args: list[Any], grid: tuple[int, 
     race = pidraces.find_race(memory.access_log)
     if race is not None:
         (first, _, op), (second, _, other) = race.first, race.second
-        raise Finding("race", f"programs {first} and {second}, {race.kind} of {race.shared_bytes} bytes", f"{op}\n{other}")
+        raise Finding(
+            "race", f"programs {first} and {second}, {race.kind} of {race.shared_bytes} bytes", f"{op}\n{other}"
+        )
 
 
 def _values(argument: Any, type_: Type, mapped: dict[int, torch.Tensor]) -> list[Any]:
