@@ -28,6 +28,7 @@ LIMIT = 1800  # seconds of one row
 OLDEST = compat.PAIRS[0]
 
 HOPPER, KERNELS, OPS = "tests/kernels/hopper/", "tests/kernels/", "tests/ops/"
+NORM = OPS + "test_norm_parity.py"
 EVERY = "--every"
 RUN = ("-k", "not compiles")  # some tests compile for other GPUs
 ATTENTION = (OPS + "test_attention_parity.py", "-k", "triton")
@@ -53,9 +54,13 @@ ROWS = (
     Row("tile map", "ptx", (KERNELS + "test_attention_tile_map.py",)),
     Row("residual norm", "ptx", (KERNELS + "test_residual_norm.py",)),
     Row("additive attention", "ptx", (KERNELS + "test_additive.py", *RUN)),
+    Row("dropout: output, weights, masks", "ptx", (OPS + "test_attention_dropout.py", "-k", "triton"), plain=True),
+    Row("dropout, forward against backward", "ptx", (*ATTENTION[:-1], "triton and dropout", EVERY, "4"), plain=True),
     Row("attention's parity, 1 in 12", "ptx", (*ATTENTION, EVERY, "12")),
     Row("attention's parity, 1 in 12, plain", "ptx", (*ATTENTION, EVERY, "12"), plain=True),
-    Row("the norms' parity, 1 in 4", "ptx", (OPS + "test_norm_parity.py", "-k", "triton", EVERY, "4")),
+    Row("additive attention's parity, 1 in 6", "ptx", (OPS + "test_additive_parity.py", "-k", "triton", EVERY, "6")),
+    Row("the norms' parity, 1 in 12", "ptx", (NORM, "-k", "triton and not wide_rows", EVERY, "12")),
+    Row("norms of rows in several parts", "ptx", (NORM, "-k", "triton and wide_rows")),
 )  # fmt: skip
 
 
