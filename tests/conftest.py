@@ -16,14 +16,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for every core: more threads
 import pytest
 import torch
 
-assert "triton" not in sys.modules, "TRITON_INTERPRET has to be set before triton is imported"
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # `auto` then runs the kernels on the CPU
+assert "triton" not in sys.modules, "the machine has to be chosen before triton is imported"
 
-from fastattn import testing  # noqa: E402
-from tests import pairwise  # noqa: E402
+from tests import machines
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+# isort: split
+from fastattn import testing
+from tests import pairwise
+from tests.machines import INTERPRETING
+
+machines.install()
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
 if WORKER:
@@ -67,8 +69,8 @@ def pytest_unconfigure(config):
 
 
 def pytest_report_header(config):
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return f"fastattn: seed {config.seed} (--seed {config.seed} repeats it), device {where}, interpreter {INTERPRETING}"
+    where = torch.cuda.get_device_name() if machines.NAME == "gpu" else "cpu"
+    return f"fastattn: seed {config.seed} (--seed {config.seed} repeats it), device {where}, machine {machines.NAME}"
 
 
 # ---------------------------------------------------------------------- the error table and feature pairs, by xdist
@@ -129,7 +131,7 @@ def pytest_terminal_summary(terminalreporter, config):
 @pytest.fixture(scope="session")
 def device():
     """Where the tensors of a test lie: the GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return machines.DEVICE
 
 
 @pytest.fixture(params=["torch", "triton"])

@@ -1,7 +1,5 @@
-"""The Hopper backward against float64, every option, in the pair of passes and in one: in the emulator on the CPU, for
-real where there is such a GPU."""
+"""The Hopper backward: every option against float64, in the pair of passes and in one."""
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -29,14 +27,12 @@ from fastattn_kernels.attention_tile_map import TileMap
 from fastattn_kernels.hopper._bwd_problem import bias_arguments, rules_of_keys, rules_of_rows
 from fastattn_kernels.hopper.attention_bwd import backward_config, launch_attention_bwd, refusals
 from fastattn_kernels.hopper.attention_fwd import launch_attention_fwd
-from tests.conftest import INTERPRETING
-from tests.kernels.hopper.emulator import emulating
+from tests import machines
+from tests.machines import DEVICE
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-DEVICE = torch.device("cuda" if HOPPER else "cpu")
 pytestmark = [
     pytest.mark.hopper,
-    pytest.mark.skipif(not (INTERPRETING or HOPPER), reason="needs sm_90, or the interpreter beside the emulator"),
+    pytest.mark.skipif(not machines.RUNS_GLUON, reason=machines.NO_GLUON),
 ]
 
 LOG2_E = math.log2(math.e)
@@ -105,7 +101,7 @@ def gradients_of(
     d_query, d_key, d_value = (
         torch.full_like(tensor, math.nan) for tensor in (problem.query, problem.key, problem.value)
     )
-    with emulating(order) if INTERPRETING else contextlib.nullcontext():
+    with machines.order_of_events(order):
         launch_attention_bwd(problem, d_out, statistics, delta, d_query, d_key, d_value, tile_map, config)
     return d_query, d_key, d_value
 
@@ -254,8 +250,7 @@ def test_large_finite_biases_of_all_keys_keep_probabilities_in_proportion(shape:
     problem = make_problem(70, 80, bias=bias)
     output = problem.query.new_empty(1, 1, 70, 64)
     lse, statistics = (torch.empty(shape, device=DEVICE) for shape in ((1, 1, 70), (1, 1, 2, 70)))
-    with emulating() if INTERPRETING else contextlib.nullcontext():
-        launch_attention_fwd(problem, output, lse, statistics)
+    launch_attention_fwd(problem, output, lse, statistics)
     pivot, inverse_sum = statistics.unbind(2)
     products = problem.query.float() @ problem.key.float().mT * (problem.scale * math.log2(math.e))
     weights = torch.exp2(products + bias.to(DEVICE) * math.log2(math.e) - pivot[..., None]) * inverse_sum[..., None]

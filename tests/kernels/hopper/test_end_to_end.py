@@ -1,4 +1,4 @@
-"""The public function on Gluon's kernels, in the emulator: forward and gradients, beside plain Triton's."""
+"""The public function on Gluon's kernels: forward and gradients, beside plain Triton's."""
 
 import pytest
 import torch
@@ -6,22 +6,16 @@ import torch
 import fastattn
 from fastattn.reference import attention as reference
 from fastattn.testing import assert_within_budget, attention_inputs
-from fastattn_kernels import attention
-from fastattn_kernels._device import Target
-from tests.conftest import INTERPRETING
-from tests.kernels.hopper.emulator import emulating
+from tests import machines
 
-pytestmark = pytest.mark.skipif(
-    not INTERPRETING, reason="needs Triton's interpreter: on a GPU the parity tests do this"
-)
+pytestmark = pytest.mark.skipif(not machines.RUNS_GLUON, reason=machines.NO_GLUON)
 
 
 @pytest.mark.parametrize("deterministic", [True, False], ids=["pair", "one_pass"])
-def test_attention_grad_on_gluon_matches_reference(deterministic, monkeypatch):
-    monkeypatch.setattr(attention, "target_of", lambda device: Target("cuda", 90))
-    tensors = attention_inputs(1, 2, 70, 90, 64, kv_heads=1, dtype=torch.bfloat16, seed=3)
-    d_output = torch.randn(1, 2, 70, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
-    padding = torch.arange(90)[None] >= 75
+def test_attention_grad_on_gluon_matches_reference(deterministic, device):
+    tensors = attention_inputs(1, 2, 70, 90, 64, kv_heads=1, dtype=torch.bfloat16, seed=3, device=device)
+    d_output = torch.randn(1, 2, 70, 64, generator=torch.Generator().manual_seed(1)).to(device, torch.bfloat16)
+    padding = torch.arange(90, device=device)[None] >= 75
 
     def gradients(function, dtype):
         leaves = [t.to(dtype).requires_grad_() for t in tensors]
@@ -34,7 +28,7 @@ def test_attention_grad_on_gluon_matches_reference(deterministic, monkeypatch):
     def theirs(*qkv):
         return reference(*qkv, upper=0, key_padding_mask=padding).output
 
-    with emulating(), fastattn.use_kernels("gluon", deterministic=deterministic):
+    with fastattn.use_kernels("gluon", deterministic=deterministic):
         found = gradients(ours, torch.bfloat16)
     truths, peers = gradients(theirs, torch.float64), gradients(theirs, torch.bfloat16)
     for name, tensor, truth, peer in zip(("output", "dq", "dk", "dv"), found, truths, peers):

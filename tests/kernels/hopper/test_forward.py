@@ -1,6 +1,5 @@
-"""The Hopper forward against the float64 reference: in the emulator on the CPU, for real where there is such a GPU."""
+"""The Hopper forward against the float64 reference, on every machine that runs Gluon's kernels."""
 
-import contextlib
 import dataclasses
 import math
 import random
@@ -19,7 +18,7 @@ from fastattn.testing import (
     key_padding_mask,
     prefix_lengths,
 )
-from tests.conftest import INTERPRETING
+from tests import machines
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -31,12 +30,10 @@ from fastattn_kernels.hopper import attention_fwd
 from fastattn_kernels.hopper._mask_bits import pack_mask
 from fastattn_kernels.hopper.config import ForwardConfig, Schedule, forward_config
 from fastattn_kernels.hopper.problem import refusals
-from tests.kernels.hopper.emulator import emulating
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 pytestmark = [
     pytest.mark.hopper,
-    pytest.mark.skipif(not (INTERPRETING or HOPPER), reason="needs sm_90, or the interpreter beside the emulator"),
+    pytest.mark.skipif(not machines.RUNS_GLUON, reason=machines.NO_GLUON),
     pytest.mark.usefixtures("poisoned"),
 ]
 
@@ -78,7 +75,7 @@ def launch(problem, config=None, order=0) -> Any:
     lse, statistics = (
         query.new_empty(size, dtype=torch.float32) for size in ((batch, heads, rows), (batch, heads, 2, rows))
     )
-    with emulating(order) if INTERPRETING else contextlib.nullcontext():
+    with machines.order_of_events(order):
         attention_fwd.launch_attention_fwd(problem, out, lse, statistics, tile_map_for(problem), config)
     return out, lse, statistics
 
@@ -256,7 +253,7 @@ def test_hopper_forward_hands_out_tiles_one_by_one(case, order, device, monkeypa
     check(problem, dataclasses.replace(forward_config(problem), schedule="dynamic"), order)
 
 
-@pytest.mark.skipif(not INTERPRETING, reason="the order is the emulator's")
+@pytest.mark.skipif(machines.NAME == "gpu", reason="a GPU takes the order that it likes")
 @pytest.mark.parametrize("order", range(1, 6))
 def test_hopper_forward_does_not_depend_on_who_goes_first(order, device):
     problem = make(device, TOGETHER["causal_mask_and_bias"]())

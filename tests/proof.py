@@ -1,0 +1,201 @@
+"""The proof that compiled kernels are right: ``make proof`` runs tests on machines and writes docs/proof.md's tables.
+
+``python -m tests.proof [WORD ...]`` runs the rows whose name holds one of the words; the others keep what was found
+before. A row that has been run with these sources is not run again: ``--again`` does. ``--seconds`` ends the run after
+that time: the rows that are left keep what they had, or say that they were not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from tests import compat
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "proof.md"
+RESULTS = ROOT / "build" / "proof"
+LIMIT = 1800  # seconds of one row
+OLDEST = compat.PAIRS[0]
+
+HOPPER, KERNELS, OPS = "tests/kernels/hopper/", "tests/kernels/", "tests/ops/"
+NORM = OPS + "test_norm_parity.py"
+EVERY = "--every"
+RUN = ("-k", "not compiles")  # some tests compile for other GPUs
+ATTENTION = (OPS + "test_attention_parity.py", "-k", "triton")
+
+
+class Row(NamedTuple):
+    """One selection of tests, which runs on a machine with each of the tritons."""
+
+    name: str
+    machine: str
+    selection: tuple[str, ...]
+    tritons: tuple[str, ...] = (OLDEST.triton or "", compat.locked("triton"))
+    plain: bool = False  # plain Triton also where Gluon would be chosen
+
+
+ROWS = (
+    Row("what the machine sees", "ptx", ("tests/machines/test_soft_gpu.py",)),
+    Row("forward, Gluon", "ptx", (HOPPER + "test_forward.py",)),
+    Row("backward, Gluon: pair and one pass", "ptx", (HOPPER + "test_backward.py",)),
+    Row("forward and backward, Gluon, end to end", "ptx", (HOPPER + "test_end_to_end.py",)),
+    Row("one pass, plain", "ptx", (KERNELS + "test_attention_one_pass.py", *RUN), plain=True),
+    Row("pipelined forward, plain", "ptx", (KERNELS + "test_attention_pipelined.py",), plain=True),
+    Row("tile map", "ptx", (KERNELS + "test_attention_tile_map.py",)),
+    Row("residual norm", "ptx", (KERNELS + "test_residual_norm.py",)),
+    Row("additive attention", "ptx", (KERNELS + "test_additive.py", *RUN)),
+    Row("dropout: output, weights, masks", "ptx", (OPS + "test_attention_dropout.py", "-k", "triton"), plain=True),
+    Row("dropout, forward against backward", "ptx", (*ATTENTION[:-1], "triton and dropout", EVERY, "4"), plain=True),
+    Row("attention's parity, 1 in 12", "ptx", (*ATTENTION, EVERY, "12")),
+    Row("attention's parity, 1 in 12, plain", "ptx", (*ATTENTION, EVERY, "12"), plain=True),
+    Row("additive attention's parity, 1 in 6", "ptx", (OPS + "test_additive_parity.py", "-k", "triton", EVERY, "6")),
+    Row("the norms' parity, 1 in 12", "ptx", (NORM, "-k", "triton and not wide_rows", EVERY, "12")),
+    Row("norms of rows in several parts", "ptx", (NORM, "-k", "triton and wide_rows")),
+)  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------------- running
+
+
+class Task(NamedTuple):
+    row: Row
+    triton: str
+    python: Path
+
+    @property
+    def result(self) -> Path:
+        """Where what was found lies."""
+        name = re.sub(r"\W+", "-", f"{self.row.name} {self.row.machine} {self.triton}")
+        return RESULTS / f"{name}.json"
+
+
+def sources() -> str:
+    """A fingerprint of what a row's result depends on."""
+    digest = hashlib.sha256()
+    for folder in ("kernels", "fastattn", "tests/kernels", "tests/machines", "tests/ops"):
+        for path in sorted((ROOT / folder).rglob("*.[cp]*")):
+            if path.suffix in (".py", ".c"):
+                digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def run(task: Task, fingerprint: str) -> dict[str, str]:
+    """Run the row's tests with one triton, in a process of its own; what became of them, and the CPU time they took."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((".", "kernels"))}
+    environment |= {"FASTATTN_MACHINE": task.row.machine, "TRITON_INTERPRET": "0"}
+    environment |= {"FASTATTN_KERNELS": "triton"} if task.row.plain else {}
+    command = [str(task.python), "-m", "pytest", "-q", "-n", "0", "--tb=short", *task.row.selection]
+    log = task.result.with_suffix(".txt")
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + LIMIT
+        while True:
+            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if ended:
+                break
+            if time.monotonic() > deadline:
+                process.kill()
+            time.sleep(0.2)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    said = f"not done in {LIMIT} s" if process.returncode < 0 else compat.count(log.read_text(), process.returncode)
+    found = {
+        "kernels": task.row.name, "machine": task.row.machine, "triton": task.triton, "passed": said,
+        "CPU seconds": f"{usage.ru_utime + usage.ru_stime:.0f}", "sources": fingerprint,
+    }  # fmt: skip
+    task.result.write_text(json.dumps(found))
+    print(
+        f"{task.row.name}, {task.row.machine}, triton {task.triton}: {said}, {found['CPU seconds']} s of a CPU",
+        flush=True,
+    )
+    return found
+
+
+def known(task: Task) -> dict[str, str] | None:
+    """What an earlier run found."""
+    return json.loads(task.result.read_text()) if task.result.exists() else None
+
+
+def failed(found: dict[str, str]) -> bool:
+    return re.search("failed|error|not done|ended|not run", found["passed"]) is not None
+
+
+# ------------------------------------------------------------------------------------------------------------- the page
+
+COLUMNS = ("kernels", "machine", "triton", "passed", "CPU seconds")
+_TABLE = re.compile(r"(<!-- found -->\n\n).*?(\n<!-- /found -->)", re.DOTALL)
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *(tuple(row[column] for column in COLUMNS) for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write(tasks: list[Task], fingerprint: str) -> str:
+    """Put what is known of every row into the page; the table."""
+    rows = []
+    for task in tasks:
+        found = known(task) or {"passed": "not run", "CPU seconds": "", "sources": fingerprint}
+        found |= {"kernels": task.row.name, "machine": task.row.machine, "triton": task.triton}
+        found["passed"] += "" if found["sources"] == fingerprint else ", with earlier sources"
+        rows.append(found)
+    made = table(rows)
+    PAGE.write_text(_TABLE.sub(lambda found: found[1] + made + found[2], PAGE.read_text()))
+    return made
+
+
+def pythons() -> dict[str, Path]:
+    """An interpreter for each triton: this one has the locked pair, the oldest pair has an environment of its own."""
+    found = {compat.locked("triton"): Path(sys.executable)}
+    interpreter = compat.find_python(OLDEST.python)
+    folder = compat.ENVIRONMENTS / f"python{OLDEST.python}-torch{OLDEST.torch}-triton{OLDEST.triton}"
+    if (folder / "bin" / "python").exists():
+        found[OLDEST.triton or ""] = folder / "bin" / "python"
+    elif interpreter:
+        found[OLDEST.triton or ""] = compat.set_up(OLDEST, interpreter)
+    else:
+        print(f"triton {OLDEST.triton}: not tried: there is no python{OLDEST.python} on the path")
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """Run what is to be run, two rows at a time; 1 where something failed or was not run."""
+    parser = argparse.ArgumentParser(prog="python -m tests.proof", description=__doc__.partition("\n")[0])
+    parser.add_argument("words", nargs="*", metavar="WORD")
+    parser.add_argument("--again", action="store_true", help="run also what was run with these sources")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="begin no row later than this (default: 3600)")
+    parser.add_argument("--workers", type=int, default=2, help="rows at a time (default: 2)")
+    options = parser.parse_args(arguments)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    interpreters, fingerprint = pythons(), sources()
+    tasks = [Task(row, t, interpreters[t]) for row in ROWS for t in row.tritons if t in interpreters]
+    deadline = time.monotonic() + options.seconds
+
+    def begin(task: Task) -> None:
+        before = known(task)
+        if before and before["sources"] == fingerprint and not options.again and not failed(before):
+            print(
+                f"{task.row.name}, {task.row.machine}, triton {task.triton}: found before with these sources",
+                flush=True,
+            )
+        elif time.monotonic() < deadline:
+            run(task, fingerprint)
+
+    chosen = [task for task in tasks if not options.words or any(word in task.row.name for word in options.words)]
+    with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
+        list(pool.map(begin, chosen))
+    print(write(tasks, fingerprint), end="")
+    return int(any((found := known(task)) is None or failed(found) for task in tasks))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
