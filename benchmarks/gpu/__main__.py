@@ -97,6 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
     seconds = SECONDS[options.call] - children.KILL_SECONDS
     status = children.run(command, seconds, environ={**os.environ, "PYTHONPATH": path})
     if status is None:
+        said = options.out / "answer.txt"
+        print(said.read_text() if said.is_file() else "", flush=True)
         print(f"call {options.call} was ended after {seconds:.0f} s: {options.out} has what there was", file=sys.stderr)
         return children.TIMED_OUT
     return status
