@@ -43,7 +43,8 @@ _SLOWEST_TEST = 35.0  # seconds that a parity test may take once it is begun, an
 _WAKING_SECONDS = 15.0  # of a process, until it has begun with what its budget is for
 _SANITIZED = 6  # faults that are looked into, of each kind; each costs every tool up to a minute
 _MOST_BYTES = 15 << 20  # of a file that is to be brought back
-_PARITY_TESTS = (
+PARITY_OPTIONS = ("-m", "parity or hopper", "-k", "triton or gluon or hopper")
+PARITY_TESTS = (
     "tests/kernels/hopper/test_forward.py",
     "tests/kernels/hopper/test_backward.py",
     "tests/ops/test_attention_parity.py",
@@ -171,8 +172,8 @@ class Call:
         budget = 0.001 if self.options.dry_run else max(5.0, seconds - _SLOWEST_TEST)
         # torch's own backend has nothing to prove here. The kernels take all of the time, most of it compilation: what
         # has not begun in time is skipped, so that the table of the rest is written.
-        command = [sys.executable, "-m", "pytest", "-v", "-m", "parity or hopper", "-k", "triton or gluon or hopper"]
-        command += [*_PARITY_TESTS, "--budget", f"{budget}", "--error-table-json", str(table)]
+        command = [sys.executable, "-m", "pytest", "-v", *PARITY_OPTIONS, *PARITY_TESTS]
+        command += ["--budget", f"{budget}", "--error-table-json", str(table)]
         if importlib.util.find_spec("xdist") is not None and not self.options.dry_run:
             command += ["-n", str(min(14, os.cpu_count() or 1)), "--dist", "worksteal"]
         hung = bool(self.launched) and first_launches.hangs(self.launched)

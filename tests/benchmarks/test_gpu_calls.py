@@ -279,7 +279,7 @@ import sys
 sys.modules["expecttest"] = None
 import pytest
 files = ["tests/ops/test_norm_samples.py", "tests/modules/test_multihead_attention_samples.py"]
-files += {list(calls._PARITY_TESTS)!r}
+files += {list(calls.PARITY_TESTS)!r}
 sys.exit(pytest.main(["-q", "--collect-only", "-n", "0", *files]))
 """
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
