@@ -133,16 +133,17 @@ class Call:
     def _compiled_here(self) -> set[str]:
         return cache.entries(self.scratch / "triton") - self._cached
 
-    def pack_cache(self) -> None:
-        """What was compiled here, for call 2, where there is enough of it and it is small enough to be brought back."""
+    def pack_cache(self) -> str:
+        """What was compiled here, for call 2, unless it is too large to be brought back; what became of it."""
         folder, archive = self.scratch / "triton", self.out / "cache.tar.xz"
         new = self._compiled_here()
         if not any(cache.count(folder, new).values()):
-            return
+            return "nothing was compiled in this call"
         cache.pack(folder, archive, new, preset=1)
         if (size := archive.stat().st_size) > _MOST_BYTES:
             archive.unlink()
-            raise ValueError(f"{archive.name}: expected up to {_MOST_BYTES} bytes, and it had {size}: left out")
+            return f"what was compiled is left out: {size} bytes, and {_MOST_BYTES} are brought back"
+        return f"{archive}: what was compiled, for call 2"
 
     # --------------------------------------------------------------------------------------------------------- timings
 
@@ -319,10 +320,11 @@ def carry_out(options: Options, begun: float) -> int:
         {"1": _first, "2": _second, "sweep": _sweep}[options.call](call)
         status = 1 if answer.wrong(call.facts, call.launched, call.document()) else 0
         said = (options.out / "answer.txt").read_text()
-        # the questions once more at the end, where a terminal and those who cut off the beginning have them
-        print(f"{said}\n{said.partition(answer.REST)[0]}", flush=True)
+        print(said, flush=True)
         if options.call == "1":  # last of all: the folder has six files at most, one half written among them
-            call.pack_cache()
+            print(f"{call.pack_cache()}\n")
+        # the questions once more at the end, where a terminal and those who cut off the beginning have them
+        print(said.partition(answer.REST)[0], flush=True)
         return status
 
 

@@ -168,6 +168,19 @@ def test_part_that_breaks_down_takes_no_other_along_and_is_wrong(call):
     assert "  NO: it broke down: ZeroDivisionError: of nought" in (it.out / "answer.txt").read_text().splitlines()
 
 
+@pytest.mark.parametrize("most", [1 << 20, 10])
+def test_what_call_1_compiled_comes_back_unless_it_is_large(call, monkeypatch, most):
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setattr(calls, "_MOST_BYTES", most)
+    it = call()
+    assert it.pack_cache() == "nothing was compiled in this call"
+    (it.scratch / "triton" / "K").mkdir(parents=True)
+    (it.scratch / "triton" / "K" / "k.cubin").write_text("k")
+    said = it.pack_cache()
+    assert (it.out / "cache.tar.xz").exists() == (most > 10)
+    assert said.endswith("what was compiled, for call 2" if most > 10 else "and 10 are brought back")
+
+
 def test_run_that_hangs_goes_on_in_another_process():
     """Twice the watchdog ends the process; each of its successors is told to resume."""
     asked = []
