@@ -56,6 +56,15 @@ def test_compat_finds_a_python_by_what_it_says(tmp_path, monkeypatch):
     assert [compat.find_python(other) for other in ("3.97", "3.98", "3.99")] == [None] * 3
 
 
+def test_compat_sets_up_one_environment_and_prints_its_python(monkeypatch, capsys):
+    monkeypatch.setattr(compat, "set_up", lambda pair, interpreter: f"{'-'.join(pair)} by {interpreter}")
+    monkeypatch.setattr(compat, "find_python", {"3.12": "it"}.get)
+    assert compat.main(["set-up", "3.12", "2.11.0", "3.6.0"]) == 0
+    assert capsys.readouterr().out == "3.12-2.11.0-3.6.0 by it\n"
+    assert compat.main(["set-up", "3.11", "2.11.0", "3.6.0"]) == 1
+    assert capsys.readouterr().err == "there is no python3.11 on the path\n"
+
+
 def test_committed_compat_table_has_no_failures():
     for row in ROWS:
         assert list(row) == list(compat.COLUMNS), "`make compat` writes docs/compat.md anew"

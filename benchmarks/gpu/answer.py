@@ -27,7 +27,7 @@ def lines(facts: Facts, launched: Document, document: Document) -> list[str]:
     said += ["Faster than cuDNN?", *(beside_cudnn(document) or ["  nothing was timed yet"]), *REST.splitlines()]
     said += first_launches.sentences(launched) if launched else []
     said += _of_cache(facts) + _of_parity(facts)
-    said += tools.sanitizer_sentences(facts.get("sanitizer", {}).get("rows", []))
+    said += _of_faults(facts)
     said += tools.ncu_sentences(facts.get("ncu", []))
     if document:
         said += kernel_findings(document)
@@ -51,8 +51,9 @@ def wrong(facts: Facts, launched: Document, document: Document) -> list[str]:
         for row in document.get("results", [])
         if row["variant"].split("-")[0] == OURS and row["status"] in FAILED
     ]
-    parity = facts.get("parity", {}).get("verdict", "")
-    said += [f"parity {parity}"] if parity.startswith(("failed", "pytest")) else []
+    parity = facts.get("parity", {"verdict": ""})
+    if parity["verdict"].startswith("failed") or parity.get("failed"):
+        said.append(f"parity {parity['verdict']}")
     return said + [
         f"{name} broke down: {part['broke_down']}" for name, part in facts["parts"].items() if part["broke_down"]
     ]
@@ -112,6 +113,13 @@ def _of_parity(facts: Facts) -> list[str]:
     plain = ", in plain Triton" if parity.get("in_plain_triton") else ""
     failed = parity.get("failed", [])[:_MOST_FAULTS]
     return [f"parity {parity['verdict']}{plain}" + (f": {counts}" if counts else ""), *(f"  {name}" for name in failed)]
+
+
+def _of_faults(facts: Facts) -> list[str]:
+    found = facts.get("sanitizer", {"faults": [], "rows": []})
+    if found["faults"] and not found["rows"]:
+        return [f"{len(found['faults'])} faults were not looked into: compute-sanitizer is not there"]
+    return tools.sanitizer_sentences(found["rows"])
 
 
 def _of_versions(versions: Facts) -> list[str]:

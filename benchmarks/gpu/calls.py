@@ -42,9 +42,9 @@ _WATCH_SECONDS = {"1": 20.0, "2": 30.0, "sweep": 45.0}  # a variant that takes l
 _SLOWEST_TEST = 35.0  # seconds that a parity test may take once it is begun, and pytest to start
 _WAKING_SECONDS = 15.0  # of a process, until it has begun with what its budget is for
 _SANITIZED = 6  # faults that are looked into, of each kind; each costs every tool up to a minute
-_SANITIZER_SECONDS = 60.0
 _MOST_BYTES = 15 << 20  # of a file that is to be brought back
-_PARITY_TESTS = (
+PARITY_OPTIONS = ("-m", "parity or hopper", "-k", "triton or gluon or hopper")
+PARITY_TESTS = (
     "tests/kernels/hopper/test_forward.py",
     "tests/kernels/hopper/test_backward.py",
     "tests/ops/test_attention_parity.py",
@@ -113,12 +113,14 @@ class Call:
         archives = [self.options.archive, self.options.after and self.options.after / "cache.tar.xz"]
         found: list[dict[str, Any]] = []
         self.facts["cache"] = {"archives": found}
-        for archive in archives:
-            if archive is not None and archive.is_file():
-                manifest = cache.unpack(archive, folder)
-                said = cache.differences(self.facts["versions"]["compiler"], manifest)
-                found.append({"archive": archive.name, **manifest, "differs": said})
-        self._cached = cache.entries(folder)
+        try:
+            for archive in archives:
+                if archive is not None and archive.is_file():
+                    manifest = cache.unpack(archive, folder)
+                    said = cache.differences(self.facts["versions"]["compiler"], manifest)
+                    found.append({"archive": archive.name, **manifest, "differs": said})
+        finally:
+            self._cached = cache.entries(folder)
 
     def launch_first(self) -> None:
         """Every kernel that is to be timed, once; of call 2 those of the whole matrix, too."""
@@ -131,16 +133,17 @@ class Call:
     def _compiled_here(self) -> set[str]:
         return cache.entries(self.scratch / "triton") - self._cached
 
-    def pack_cache(self) -> None:
-        """What was compiled here, for call 2, where there is enough of it and it is small enough to be brought back."""
+    def pack_cache(self) -> str:
+        """What was compiled here, for call 2, unless it is too large to be brought back; what became of it."""
         folder, archive = self.scratch / "triton", self.out / "cache.tar.xz"
         new = self._compiled_here()
         if not any(cache.count(folder, new).values()):
-            return
+            return "nothing was compiled in this call"
         cache.pack(folder, archive, new, preset=1)
         if (size := archive.stat().st_size) > _MOST_BYTES:
             archive.unlink()
-            raise ValueError(f"{archive.name}: expected up to {_MOST_BYTES} bytes, and it had {size}: left out")
+            return f"what was compiled is left out: {size} bytes, and {_MOST_BYTES} are brought back"
+        return f"{archive}: what was compiled, for call 2"
 
     # --------------------------------------------------------------------------------------------------------- timings
 
@@ -170,8 +173,8 @@ class Call:
         budget = 0.001 if self.options.dry_run else max(5.0, seconds - _SLOWEST_TEST)
         # torch's own backend has nothing to prove here. The kernels take all of the time, most of it compilation: what
         # has not begun in time is skipped, so that the table of the rest is written.
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "parity or hopper", "-k", "triton or gluon or hopper"]
-        command += [*_PARITY_TESTS, "--budget", f"{budget}", "--error-table-json", str(table)]
+        command = [sys.executable, "-m", "pytest", "-v", *PARITY_OPTIONS, *PARITY_TESTS]
+        command += ["--budget", f"{budget}", "--error-table-json", str(table)]
         if importlib.util.find_spec("xdist") is not None and not self.options.dry_run:
             command += ["-n", str(min(14, os.cpu_count() or 1)), "--dist", "worksteal"]
         hung = bool(self.launched) and first_launches.hangs(self.launched)
@@ -181,10 +184,12 @@ class Call:
         said = log.read_text(errors="replace")
         with (self.out / "log.txt").open("a") as stream:
             stream.write(said)
-        counted = json.loads(table.read_text()) if table.exists() else {}
+        outcomes = parity_outcomes(said)
+        counted = {kind: len(names) for kind, names in outcomes.items()}
+        counted = json.loads(table.read_text()) if table.exists() else counted
         self.facts["parity"] = {
             "verdict": parity_verdict(status, counted, seconds),
-            "failed": re.findall(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE),
+            "failed": outcomes["failed"],
             "in_plain_triton": hung,
             "table": counted,
         }
@@ -197,14 +202,8 @@ class Call:
         if not commands or self.facts["versions"]["tools"]["compute-sanitizer"] is None:
             self.facts["sanitizer"] = {"faults": list(commands), "rows": []}
             return
-        rows = tools.sanitize(
-            commands,
-            10.0,
-            _SANITIZER_SECONDS,
-            self.scratch / "sanitizer.log",
-            self._afresh,
-            lambda: self.left(FAULTS_BY),
-        )
+        log = self.scratch / "sanitizer.log"
+        rows = tools.sanitize(commands, log, self._afresh, lambda: self.left(FAULTS_BY))
         self.facts["sanitizer"] = {"faults": list(commands), "rows": rows}
 
     def _faults(self) -> dict[str, list[str]]:
@@ -233,9 +232,9 @@ class Call:
         self.facts["ncu"] = []
         if self.facts["versions"]["tools"]["ncu"] is None:
             return
-        barred = {f"{row['variant']} {row['case'].split('-')[0]}" for row in self.launched.get("launches", [])
-                  if row["status"] in first_launches.BARRED}  # fmt: skip
-        keys = [key for key in tools.PROFILED if " ".join(key.split(": ")[:1] + ["kernels"]) not in barred]
+        rows = self.launched.get("launches", [])
+        failed = {f"{row['variant']}: kernels" for row in rows if row["status"] in first_launches.BARRED}
+        keys = [key for key in tools.PROFILED if key.partition("-b")[0] not in failed]
         table, raw = self.scratch / "ncu.csv", []
         for half in (keys[:6], keys[6:]):  # ncu writes at its end: a kill costs one half
             if self.left(PROFILE_BY) > 10.0:
@@ -246,12 +245,29 @@ class Call:
             (self.out / "ncu.csv").write_text("\n".join(raw))
 
 
+def parity_outcomes(said: str) -> dict[str, list[str]]:
+    """The tests that passed, failed and were skipped, by what ``pytest -v`` said of each, with xdist or without: of
+    one that was ended there is no table."""
+    found: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
+    kinds = {"PASSED": "passed", "FAILED": "failed", "ERROR": "failed", "SKIPPED": "skipped"}
+    word = "|".join(kinds)
+    side_by_side = re.compile(rf"\[gw\d+\] .*?({word}) (tests/.+?)\s*")
+    alone = re.compile(rf"(tests/.+?) ({word})( .*)?")
+    for line in said.splitlines():
+        if match := side_by_side.fullmatch(line):
+            kind, name = match[1], match[2]
+        elif match := alone.fullmatch(line):
+            name, kind = match[1], match[2]
+        else:
+            continue
+        found[kinds[kind]].append(name)
+    return found
+
+
 def parity_verdict(status: int | None, table: dict[str, Any], seconds: float) -> str:
     """In a word, which counts as passed only where something was."""
     if status is None:
         return f"not done after {seconds:.0f} s"
-    if not table:
-        return f"pytest's exit status {status}, and no table"
     if table["failed"] or status:
         return f"failed: {table['failed']} tests (pytest's exit status {status})"
     return "passed" if table["passed"] else "nothing was run"
@@ -304,10 +320,11 @@ def carry_out(options: Options, begun: float) -> int:
         {"1": _first, "2": _second, "sweep": _sweep}[options.call](call)
         status = 1 if answer.wrong(call.facts, call.launched, call.document()) else 0
         said = (options.out / "answer.txt").read_text()
-        # the questions once more at the end, where a terminal and those who cut off the beginning have them
-        print(f"{said}\n{said.partition(answer.REST)[0]}", flush=True)
+        print(said, flush=True)
         if options.call == "1":  # last of all: the folder has six files at most, one half written among them
-            call.pack_cache()
+            print(f"{call.pack_cache()}\n")
+        # the questions once more at the end, where a terminal and those who cut off the beginning have them
+        print(said.partition(answer.REST)[0], flush=True)
         return status
 
 

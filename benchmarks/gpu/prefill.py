@@ -36,6 +36,7 @@ from benchmarks import first_launches
 from benchmarks.cases import AttentionCase, Case, NormCase
 from benchmarks.families import kernels
 from benchmarks.gpu import cache
+from benchmarks.gpu.calls import PARITY_OPTIONS, PARITY_TESTS
 from benchmarks.plan import Settings, entries
 from benchmarks.registry import Refused, families
 from benchmarks.reporting.document import OURS
@@ -44,11 +45,6 @@ from fastattn.ops import _availability
 
 ROOT = Path(__file__).parents[2]
 TARGET = "cuda:90"
-PARITY_TESTS = (
-    "tests/ops/test_norm_parity.py",
-    "tests/ops/test_attention_parity.py",
-    "tests/ops/test_additive_parity.py",
-)
 _SMALL_ROWS = 4096  # of a norm: more programs than run at once, as in the timed ones
 
 
@@ -147,7 +143,7 @@ def _small(case: Case) -> Case:
 
 def run_parity(seconds: float) -> None:
     """The parity tests, for what they launch, in a process of their own: their conftest.py comes before triton."""
-    options = ["-q", "-m", "parity", "-k", "triton or gluon", "--tb=no", "-rN", "--budget", f"{seconds:.0f}"]
+    options = ["-q", *PARITY_OPTIONS, "--tb=no", "-rN", "--budget", f"{seconds:.0f}"]
     command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "benchmarks.gpu.prefill_parity", *options]
     subprocess.run([*command, *PARITY_TESTS], cwd=ROOT, stdout=sys.stdout)  # they fail: what they compute is garbage
 

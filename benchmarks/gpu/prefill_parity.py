@@ -13,6 +13,14 @@ _FOLDER = tempfile.TemporaryDirectory()
 _fillers: list[Any] = []
 
 
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """The Gluon kernels' own tests are for a GPU or an emulator, and say so by module: here they are for a compiler."""
+    import pytest
+
+    for module in {item.getparent(pytest.Module) for item in items if item.get_closest_marker("hopper")}:
+        module.own_markers = [mark for mark in module.own_markers if mark.name != "skipif"]
+
+
 def pytest_collection_finish() -> None:
     from benchmarks.gpu.prefill import Filler
 

@@ -13,6 +13,8 @@ Run = Callable[[list[str], float, Path], int | None]  # a command, its seconds, 
 
 SECTIONS = ("SpeedOfLight", "Occupancy", "WarpStateStats", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis")
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
+SANITIZER_SECONDS = 60.0  # of one look
+_LEAST_SECONDS = 10.0  # that must be left for another to be begun
 FAULTY = 9  # compute-sanitizer's exit status where it found something
 _STALLS = 3  # how many of the reasons to wait are worth a line
 
@@ -118,15 +120,11 @@ def ncu_sentences(rows: list[Row]) -> list[str]:
 # --------------------------------------------------------------------------------------------------- compute-sanitizer
 
 
-def sanitize(
-    commands: dict[str, list[str]], seconds: float, limit: float, log: Path, run: Run, left: Callable[[], float]
-) -> list[Row]:
+def sanitize(commands: dict[str, list[str]], log: Path, run: Run, left: Callable[[], float]) -> list[Row]:
     """What compute-sanitizer says of each command, one of its tools after another.
 
     Args:
         commands: by name; what failed before.
-        seconds: that must be left for another to be begun.
-        limit: of one, in seconds.
         log: where their output goes.
         run: starts a process.
         left: how many seconds there are.
@@ -134,11 +132,14 @@ def sanitize(
     rows: list[Row] = []
     for tool in SANITIZERS:
         for name, command in commands.items():
-            if left() < seconds:
+            if left() < _LEAST_SECONDS:
                 rows.append({"what": name, "tool": tool, "verdict": "no time left", "said": []})
                 continue
             options = ["--tool", tool, "--error-exitcode", str(FAULTY), "--print-limit", "20"]
-            status = run(["compute-sanitizer", *options, *command], min(limit, left()), log)
+            # every tensor has an allocation of its own, so that what lies beyond it is nobody's
+            program = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer"]
+            limit = min(SANITIZER_SECONDS, left())
+            status = run([*program, *options, *command], limit, log)
             verdict = {0: "nothing found", FAULTY: "faults found", None: f"not done in {limit:.0f} s"}
             said = log.read_text(errors="replace").splitlines() if log.exists() else []
             said = [line for line in said if line.startswith("=========")][:20]

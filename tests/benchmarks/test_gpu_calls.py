@@ -168,6 +168,19 @@ def test_part_that_breaks_down_takes_no_other_along_and_is_wrong(call):
     assert "  NO: it broke down: ZeroDivisionError: of nought" in (it.out / "answer.txt").read_text().splitlines()
 
 
+@pytest.mark.parametrize("most", [1 << 20, 10])
+def test_what_call_1_compiled_comes_back_unless_it_is_large(call, monkeypatch, most):
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setattr(calls, "_MOST_BYTES", most)
+    it = call()
+    assert it.pack_cache() == "nothing was compiled in this call"
+    (it.scratch / "triton" / "K").mkdir(parents=True)
+    (it.scratch / "triton" / "K" / "k.cubin").write_text("k")
+    said = it.pack_cache()
+    assert (it.out / "cache.tar.xz").exists() == (most > 10)
+    assert said.endswith("what was compiled, for call 2" if most > 10 else "and 10 are brought back")
+
+
 def test_run_that_hangs_goes_on_in_another_process():
     """Twice the watchdog ends the process; each of its successors is told to resume."""
     asked = []
@@ -229,12 +242,31 @@ def test_bad_options_are_refused_by_name(capsys, arguments, named):
         (0, {"passed": 0, "failed": 0}, "nothing was run"),
         (1, {"passed": 3, "failed": 1}, "failed: 1 tests (pytest's exit status 1)"),
         (2, {"passed": 3, "failed": 0}, "failed: 0 tests (pytest's exit status 2)"),
-        (4, {}, "pytest's exit status 4, and no table"),
+        (4, {"passed": 0, "failed": 0}, "failed: 0 tests (pytest's exit status 4)"),
         (None, {"passed": 3, "failed": 0}, "not done after 9 s"),
     ],
 )
 def test_parity_passes_only_where_something_did(status, table, verdict):
     assert calls.parity_verdict(status, table, 9.0) == verdict
+
+
+def test_outcomes_of_parity_are_read_off_what_pytest_said_of_each():
+    """With xdist and without; names have spaces, and the summary at the end says some of it again."""
+    said = """
+tests/ops/test_it.py::test_it[mask bool-a] PASSED                       [  1%]
+tests/ops/test_it.py::test_it[mask bool-b] SKIPPED (the time is up)     [  2%]
+tests/ops/test_it.py::test_hangs[a]
+[gw1] [ 50%] FAILED tests/ops/test_it.py::test_other[b c]
+[gw0] [ 51%] ERROR tests/ops/test_it.py::test_other[d]
+[gw0] [ 52%] PASSED tests/ops/test_it.py::test_other[e]
+FAILED tests/ops/test_it.py::test_other[b c] - AssertionError: no
+SKIPPED [2] tests/conftest.py:64: the time is up
+"""
+    assert calls.parity_outcomes(said) == {
+        "passed": ["tests/ops/test_it.py::test_it[mask bool-a]", "tests/ops/test_it.py::test_other[e]"],
+        "failed": ["tests/ops/test_it.py::test_other[b c]", "tests/ops/test_it.py::test_other[d]"],
+        "skipped": ["tests/ops/test_it.py::test_it[mask bool-b]"],
+    }
 
 
 def test_parity_runs_in_plain_triton_where_what_the_package_picks_hung(call, monkeypatch):
@@ -260,7 +292,7 @@ import sys
 sys.modules["expecttest"] = None
 import pytest
 files = ["tests/ops/test_norm_samples.py", "tests/modules/test_multihead_attention_samples.py"]
-files += {list(calls._PARITY_TESTS)!r}
+files += {list(calls.PARITY_TESTS)!r}
 sys.exit(pytest.main(["-q", "--collect-only", "-n", "0", *files]))
 """
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
@@ -320,15 +352,22 @@ if "memcheck" in sys.argv and "benchmarks.gpu.one" in sys.argv:
         ("memcheck", test, "nothing found"),
         *[(t, what, "nothing found") for t in ("racecheck", "synccheck") for what in (key, test)],
     ]
-    it.facts["ncu"] = []
     it.save()
     said = (it.out / "answer.txt").read_text()
     assert f"memcheck: {key}: faults found: Invalid __global__ read of size 4 bytes" in said
     assert key in one.known()
 
 
+def test_faults_that_nothing_looks_into_are_said(call, after):
+    it = call("2", after=after)
+    it.facts["versions"]["tools"]["compute-sanitizer"] = None
+    it.look_into_faults()
+    it.save()
+    assert "2 faults were not looked into: compute-sanitizer is not there" in (it.out / "answer.txt").read_text()
+
+
 def test_sanitizer_begins_nothing_that_it_has_no_time_for(tmp_path):
-    rows = tools.sanitize({"a": ["a"]}, 10.0, 60.0, tmp_path / "log", lambda *_: 0, lambda: 9.0)
+    rows = tools.sanitize({"a": ["a"]}, tmp_path / "log", lambda *_: 0, lambda: 9.0)
     assert {r["verdict"] for r in rows} == {"no time left"}
 
 
