@@ -35,9 +35,14 @@ def print_generically() -> None:
 class _Parser(mlir.Parser):
     """ttsem's, which makes each type once."""
 
-    @functools.cache  # noqa: B019  # of the parser, that lives as long as one module is parsed
+    def __init__(self, text: str) -> None:
+        super().__init__(mlir.tokenize(text), text)
+        self.types: dict[tuple[str, str], Type] = {}
+
     def _make_shaped_type(self, kind: str, inner: str, full_raw: str) -> Type:
-        return super()._make_shaped_type(kind, inner, full_raw)
+        if (kind, inner) not in self.types:
+            self.types[kind, inner] = super()._make_shaped_type(kind, inner, full_raw)
+        return self.types[kind, inner]
 
 
 class Module(NamedTuple):
@@ -61,7 +66,7 @@ def parse(text: str) -> Module:
     """A module printed generically."""
     locations = dict(_LOCATION.findall(text))
     text = _LOCATION.sub("", text)
-    parser = _Parser(mlir.tokenize(text), text)
+    parser = _Parser(text)
     parser.parse_leading_aliases()
     module = parser.parse_op()
     functions = [op for op in module.regions[0].blocks[0].ops if op.name == "tt.func"]
