@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -66,8 +67,12 @@ def parse(text: str) -> Module:
     """A module printed generically."""
     locations = dict(_LOCATION.findall(text))
     text = _LOCATION.sub("", text)
-    parser = _Parser(text)
-    parser.parse_leading_aliases()
-    module = parser.parse_op()
+    gc.disable()  # beside all that a process of tests holds, collecting takes as long as parsing
+    try:
+        parser = _Parser(text)
+        parser.parse_leading_aliases()
+        module = parser.parse_op()
+    finally:
+        gc.enable()
     functions = [op for op in module.regions[0].blocks[0].ops if op.name == "tt.func"]
     return Module({str(op.attrs["sym_name"]): op for op in functions}, locations)
