@@ -97,27 +97,27 @@ def gluon_forward() -> None:
         checks.check(problem, checks.ForwardConfig(128, 64, 2, stage_output=True), machines.order())
 
 
-def _gluon_backward(one_pass: bool, **options: Any) -> None:
+def _gluon_backward(rows: int, keys: int, one_pass: bool, **options: Any) -> None:
     checks = _checks("hopper/test_backward.py")
-    problem = checks.make_problem(270, 140, heads=2, kv_heads=1, upper=-60, **options)
+    problem = checks.make_problem(rows, keys, heads=2, kv_heads=1, **options)
     with _without_careful_launches(sys.modules["fastattn_kernels.hopper.attention_bwd"]):
         checks.check(problem, one_pass=one_pass, order=machines.order())
 
 
 def gluon_pair() -> None:
     """dK and dV, then dQ."""
-    _gluon_backward(one_pass=False)
+    _gluon_backward(270, 140, one_pass=False, upper=-60)
 
 
 def gluon_pair_with_bias() -> None:
     from fastattn.testing import random_tensor
 
-    _gluon_backward(one_pass=False, bias=random_tensor(1, 2, 270, 140, seed=7, dtype=torch.bfloat16))
+    _gluon_backward(140, 400, one_pass=False, bias=random_tensor(1, 2, 140, 400, seed=7, dtype=torch.bfloat16))
 
 
 def gluon_one_pass() -> None:
     """All three gradients at once."""
-    _gluon_backward(one_pass=True)
+    _gluon_backward(270, 140, one_pass=True, upper=-60)
 
 
 # -------------------------------------------------------------------------------------------------------- plain kernels
@@ -131,7 +131,7 @@ def _plain_attention(one_pass: bool) -> None:
     single = importlib.import_module("fastattn_kernels.attention_bwd_one_pass")
     config = importlib.import_module("fastattn_kernels.attention_config")
     tile = config.Config(32, 32, 4, 1)
-    problem = checks.make_problem(70, 90, 40, heads=2, kv_heads=1, upper=10, dtype=torch.float32)
+    problem = checks.make_problem(70, 90, 40, heads=2, kv_heads=1, upper=10)
     d_out = checks.gradient_of_output(problem)
     truths, peers = ([out, *gradients] for out, gradients in (
         checks.reference(problem, d_out, dtype) for dtype in (torch.float64, torch.float32)

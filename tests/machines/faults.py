@@ -76,7 +76,7 @@ FAULTS: dict[str, Fault] = {
     "queries released before the last product": Fault(
         "gluon_forward", FWD, "    if STAGE_OUTPUT:  # the last product with",
         "    mbarrier.arrive(q_empty.index(INDEX), count=1)\n        if STAGE_OUTPUT:  # the last product with",
-        ("over-arrival",), quick=False,
+        ("deadlock", "over-arrival", "in flight"), quick=False,
     ),
     "keys refilled without asking": Fault(
         "gluon_forward", FWD, "            mbarrier.wait(k_empty.index(slot), parity ^ 1)\n", "",
@@ -85,7 +85,8 @@ FAULTS: dict[str, Fault] = {
     "output stored before the product is done": Fault(
         "gluon_forward", FWD,
         "        acc = warpgroup_mma_wait(0, deps=[acc])\n        mbarrier.arrive(v_empty.index(slot), count=1)\n",
-        "        mbarrier.arrive(v_empty.index(slot), count=1)\n", ("in flight",),
+        "        acc = warpgroup_mma_wait(1, deps=[acc])\n        mbarrier.arrive(v_empty.index(slot), count=1)\n",
+        ("in flight",),
     ),
     "output overwritten before it left": Fault(
         "gluon_forward", FWD, "            tma_store_wait(0)  # the last tile's output has left\n", "            pass\n",
@@ -123,14 +124,14 @@ FAULTS: dict[str, Fault] = {
         "gluon_forward", FWD, "gl.store(lse_ptr + rows_of + row, lse, mask=row < seqlen_q)",
         "gl.store(lse_ptr + rows_of + row, lse)", ("race", "out of bounds", WRONG),
     ),
-    "mask of the first tile shifted by one": Fault(
-        "gluon_forward", "_masking.py", "seen = seen & (cols <= rows + upper)",
-        "seen = seen & (cols <= rows + upper + 1)", (WRONG,),
+    "diagonal shifted by one": Fault(
+        "gluon_forward", "hopper/_softmax.py", "rows + (upper + 1 - col_start)", "rows + (upper + 2 - col_start)",
+        (WRONG,),
     ),
     # ------------------------------------------------------------------------------------------------- Gluon's backward
     "scores used before they are done": Fault(
         "gluon_pair", BWD, "                products = warpgroup_mma_wait(0, deps=[s])\n",
-        "                products = s\n", ("in flight",), quick=False,
+        "                products = warpgroup_mma_wait(3, deps=[s])\n", ("in flight",), quick=False,
     ),
     "gradient of the output not waited for": Fault(
         "gluon_pair", BWD, "            mbarrier.wait(do_full.index(slot), parity)\n", "", ("in flight",),
@@ -165,6 +166,10 @@ FAULTS: dict[str, Fault] = {
     "keys overwritten while the other reads them": Fault(
         "gluon_one_pass", BWD, "        mbarrier.wait(finished.index(OTHER), 0)\n", "        pass\n", ("in flight",),
     ),
+    "diagonal of the backward shifted by one": Fault(
+        "gluon_pair", "_masking.py", "seen = seen & (cols <= rows + upper)", "seen = seen & (cols < rows + upper)",
+        (WRONG,), quick=False,
+    ),
     # ------------------------------------------------------------------------------------------------------- Gluon's dQ
     "values of dQ not waited for": Fault(
         "gluon_pair", DQ, "            mbarrier.wait(v_full.index(slot), parity)\n", "", ("in flight",),
@@ -174,7 +179,8 @@ FAULTS: dict[str, Fault] = {
         "    mbarrier.wait(k_full.index(slot), parity ^ 1)\n", _ANY_USE, quick=False,
     ),
     "keys of dQ released before dQ has read them": Fault(
-        "gluon_pair", DQ, "            dq = warpgroup_mma_wait(1, deps=[dq])\n", "", ("in flight",), quick=False,
+        "gluon_pair_with_bias", DQ, "            dq = warpgroup_mma_wait(1, deps=[dq])\n",
+        "            dq = warpgroup_mma_wait(2, deps=[dq])\n", ("in flight",), quick=False,
     ),
     "no fence behind the bias of dQ": Fault(
         "gluon_pair_with_bias", DQ,
