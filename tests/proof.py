@@ -171,6 +171,7 @@ def main(arguments: list[str]) -> int:
     """Run what is to be run, two rows at a time; 1 where something failed or was not run."""
     parser = argparse.ArgumentParser(prog="python -m tests.proof", description=__doc__.partition("\n")[0])
     parser.add_argument("words", nargs="*", metavar="WORD")
+    parser.add_argument("--triton", metavar="VERSION", help="run the rows of this triton alone")
     parser.add_argument("--again", action="store_true", help="run also what was run with these sources")
     parser.add_argument("--seconds", type=float, default=3600.0, help="begin no row later than this (default: 3600)")
     parser.add_argument("--workers", type=int, default=2, help="rows at a time (default: 2)")
@@ -190,7 +191,8 @@ def main(arguments: list[str]) -> int:
         elif time.monotonic() < deadline:
             run(task, fingerprint)
 
-    chosen = [task for task in tasks if not options.words or any(word in task.row.name for word in options.words)]
+    chosen = [task for task in tasks if options.triton in (None, task.triton)]
+    chosen = [task for task in chosen if not options.words or any(word in task.row.name for word in options.words)]
     with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
         list(pool.map(begin, chosen))
     print(write(tasks, fingerprint), end="")

@@ -123,7 +123,7 @@ def barrier_at(warp: Warp, address: int) -> MBarrier:
     found = warp.block.mbarriers.get(offset)
     if found is None:
         raise Finding("undefined", f"no mbarrier at shared byte {offset}")
-    warp.block.watch.read(warp, np.array([offset >> 2]), "async")
+    warp.block.watch.read(warp, warp.block.watch.units(np.array([offset]), 8), "async")
     return found
 
 
@@ -152,7 +152,7 @@ def _initialise(instruction: Instruction) -> Step:
                 raise Finding("undefined", f"an mbarrier at shared byte {offset}, which is no multiple of 8")
             if offset in block.mbarriers:
                 raise Finding("undefined", f"an mbarrier at shared byte {offset}, where one is already")
-            block.watch.write(warp, np.array([offset >> 2, (offset >> 2) + 1]), "async")
+            block.watch.write(warp, block.watch.units(np.array([offset]), 8), "async")
             agent = block.program.warps + block.mbarriers_made
             block.mbarriers_made += 1
             if agent >= block.agents:

@@ -125,7 +125,7 @@ class Block:
         self.random = random.Random(seed)
         self.shared = np.full(shared, 0xFF, np.uint8)
         self.agents = program.warps + _BARRIERS
-        self.watch = SharedMemoryWatch(shared, program.warps)
+        self.watch = SharedMemoryWatch(shared, program.shared_unit, program.warps)
         self.mbarriers: dict[int, Any] = {}
         self.mbarriers_made = 0
         self.barriers: dict[int, Any] = {}

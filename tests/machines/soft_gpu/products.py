@@ -66,8 +66,10 @@ class Product(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _operand_places(descriptor: int, rows: int, depth: int, rows_inside: bool, size: int) -> tuple[Array, Array]:
-    """Which elements of shared memory an operand ``[rows, depth]`` is by its descriptor, and which words that are.
+def _operand_places(
+    descriptor: int, rows: int, depth: int, rows_inside: bool, size: int, unit: int
+) -> tuple[Array, Array]:
+    """Which elements of shared memory an operand ``[rows, depth]`` is by its descriptor, and which units that are.
 
     ``rows_inside``: rows are the contiguous dimension ("MN-major"), not the depth.
     """
@@ -84,16 +86,18 @@ def _operand_places(descriptor: int, rows: int, depth: int, rows_inside: bool, s
     address = start + across + along
     address ^= ((address >> 7) & (0, 7, 3, 1)[mode]) << 4
     address -= SHARED_BASE
-    return address // size, np.unique(address >> 2)
+    parts = address[..., None] + np.arange(0, size, unit) if size > unit else address
+    return address // size, np.unique(parts // unit)
 
 
 def _in_shared(warp: Warp, descriptor: int, rows: int, depth: int, rows_inside: bool, size: int) -> tuple[Array, Array]:
     if descriptor >> 49 & 7:
         raise NotImplementedError("wgmma descriptors with a base offset")
-    places, words = _operand_places(descriptor, rows, depth, rows_inside, size)
-    if words[0] < 0 or words[-1] >= len(warp.block.shared) // 4:
-        raise Finding("out of bounds", f"a wgmma operand in shared bytes {4 * words[0]} to {4 * words[-1] + 4}")
-    return places, words
+    places, units = _operand_places(descriptor, rows, depth, rows_inside, size, warp.block.watch.unit)
+    first, last = int(places.min()) * size, int(places.max() + 1) * size
+    if first < 0 or last > len(warp.block.shared):
+        raise Finding("out of bounds", f"a wgmma operand in shared bytes {first} to {last} of {len(warp.block.shared)}")
+    return places, units
 
 
 def _values(raw: Array, kind: str) -> Array:
@@ -145,17 +149,17 @@ def _multiply_async(instruction: Instruction) -> Step:
     def begin(warp: Warp) -> None:
         block = warp.block
         add = bool(adds(warp)[0])
-        right_places, words = _in_shared(warp, int(right_descriptor(warp)[0]), columns, depth, right_inside, size)
-        operands = [words]
+        right_places, units = _in_shared(warp, int(right_descriptor(warp)[0]), columns, depth, right_inside, size)
+        operands = [units]
         if left_descriptor is None:
             known = _fragment([read(warp) for read in left_reads], depth, kind)
         else:
-            left_places, left_words = _in_shared(warp, int(left_descriptor(warp)[0]), 64, depth, left_inside, size)
+            left_places, left_units = _in_shared(warp, int(left_descriptor(warp)[0]), 64, depth, left_inside, size)
             left_places = left_places[warp.id % 4 * 16 :][:16]
-            operands.append(left_words)
-        for words in operands:
-            block.watch.read(warp, words, "async")
-            block.watch.hold(warp, words)
+            operands.append(left_units)
+        for units in operands:
+            block.watch.read(warp, units, "async")
+            block.watch.hold(warp, units)
         for slot in slots:
             value = warp.registers[slot]
             if value is not _UNDER_WAY:
@@ -173,8 +177,8 @@ def _multiply_async(instruction: Instruction) -> Step:
                 if add:
                     value = value + warp.accumulators[slot].view(np.float32)
                 warp.accumulators[slot] = value.view(np.uint32)
-            for words in operands:
-                block.watch.release(warp, words)
+            for units in operands:
+                block.watch.release(warp, units)
 
         warp.products.append(Product(finish, slots))
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 _BYTES = {"u8": 1, "u16": 2, "u32": 4, "s32": 4, "b32": 4, "f32": 4, "u64": 8, "s64": 8, "b64": 8, "f64": 8}
 _TOGETHER = re.compile(r"(@\S+ )?(bar|barrier|mbarrier|wgmma|mma|shfl|vote|redux|elect|setmaxnreg|ldmatrix|stmatrix)\.")
+_SHARED_ACCESS = re.compile(r"\b(?:ld|st)\.shared\S*?(?:\.v(\d))?\.[busf](8|16|32|64) ")
 _LABEL = re.compile(r"([\w$%]+):(?!:)")
 _TARGETS = re.compile(r"\s*\.branchtargets\s+([^;]*);")
 _COMMENT = re.compile(r"^(\s*\.loc\b[^\n]*)$|//[^\n]*", re.MULTILINE)  # behind .loc stands the chain of inlined calls
@@ -42,6 +43,9 @@ class Program:
         self._parse(ptx, head.end() - 1)
         # What the lanes of a warp execute together or not at all.
         self.together = [_TOGETHER.match(statement.text) is not None for statement in self.statements]
+        # The bytes that races in shared memory are told apart by: neighbours in a word may be written by two warps.
+        narrow = [_SHARED_ACCESS.search(statement.text) for statement in self.statements]
+        self.shared_unit = min([4, *(int(found[1] or 1) * int(found[2]) // 8 for found in narrow if found)])
         self.steps: list[Any] = []
 
     @property

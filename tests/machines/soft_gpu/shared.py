@@ -30,7 +30,7 @@ def load(instruction: Instruction) -> Step:
         on = lanes(warp)
         offsets = _inside(warp, address(warp), on, size)
         if on.any():
-            warp.block.watch.read(warp, words_of(offsets[on], size), "generic")
+            warp.block.watch.read(warp, warp.block.watch.units(offsets[on], size), "generic")
         data = warp.block.shared[offsets[:, None] + np.arange(size)].view(UNSIGNED[bits])
         for i, put in enumerate(puts):
             value = widened(data[:, i], kind)
@@ -67,14 +67,8 @@ def store(instruction: Instruction) -> Step:
 def _write(warp: Warp, offsets: Array, rows: Array) -> None:
     places = offsets[:, None] + np.arange(rows.shape[1])
     same = np.array_equal(warp.block.shared[places], rows)
-    warp.block.watch.write(warp, words_of(offsets, rows.shape[1]), "generic", same=same)
+    warp.block.watch.write(warp, warp.block.watch.units(offsets, rows.shape[1]), "generic", same=same)
     warp.block.shared[places] = rows
-
-
-def words_of(offsets: Array, size: int) -> Array:
-    """The words, each once, of ``size`` bytes at every offset."""
-    first = offsets >> 2
-    return np.unique(first if size <= 4 else first[:, None] + np.arange(size // 4))
 
 
 def _inside(warp: Warp, offsets: Array, on: Array, size: int) -> Array:
@@ -111,7 +105,7 @@ def matrix(instruction: Instruction) -> Step:
 
         def step(warp: Warp) -> None:
             offsets = rows_of(warp)
-            warp.block.watch.read(warp, words_of(offsets, 16), "generic")
+            warp.block.watch.read(warp, warp.block.watch.units(offsets, 16), "generic")
             matrices = warp.block.shared[offsets[:, None] + np.arange(16)].view(np.uint16).reshape(count, 8, 8)
             for put, one in zip(puts, matrices):
                 put(warp, np.ascontiguousarray(one.T if transposed else one).view(np.uint32).reshape(32))
@@ -166,7 +160,7 @@ def copy(instruction: Instruction) -> Step:
         if (addresses[bytes_read > 0] % size).any():
             raise Finding("undefined", f"cp.async of {size} bytes from an address that is not aligned")
         places = offsets[:, None] + np.arange(size)
-        warp.block.watch.write(warp, words_of(offsets, size), "copy")
+        warp.block.watch.write(warp, warp.block.watch.units(offsets, size), "copy")
         warp.block.shared[places] = 0xFF
 
         def land() -> None:

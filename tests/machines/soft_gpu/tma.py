@@ -67,12 +67,12 @@ def _elements(map: TensorMap, corner: list[int]) -> tuple[Array, Array]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _places(offset: int, elements: int, element_bytes: int, swizzle: int) -> tuple[Array, Array]:
-    """Where each byte of a box lies in shared memory, ``[elements, element_bytes]``, and the words it covers."""
+def _places(offset: int, elements: int, element_bytes: int, swizzle: int, unit: int) -> tuple[Array, Array]:
+    """Where each byte of a box lies in shared memory, ``[elements, element_bytes]``, and the units it covers."""
     address = SHARED_BASE + offset + np.arange(elements, dtype=np.int64) * element_bytes
     address ^= ((address >> 7) & ((1 << swizzle) - 1)) << 4
-    words = np.arange(offset >> 2, (offset + elements * element_bytes) >> 2)
-    return (address - SHARED_BASE)[:, None] + np.arange(element_bytes), words
+    units = np.arange(offset // unit, (offset + elements * element_bytes) // unit)
+    return (address - SHARED_BASE)[:, None] + np.arange(element_bytes), units
 
 
 class _Box(NamedTuple):
@@ -80,7 +80,7 @@ class _Box(NamedTuple):
     corner: list[int]
     size: int
     places: Array
-    words: Array
+    units: Array
 
 
 def _box(warp: Warp, parameter: int, corner: list[int], offset: int) -> _Box:
@@ -97,7 +97,7 @@ def _box(warp: Warp, parameter: int, corner: list[int], offset: int) -> _Box:
         )
     if offset < 0 or offset + size > len(warp.block.shared):
         raise Finding("out of bounds", f"a box in shared bytes {offset} to {offset + size} of {len(warp.block.shared)}")
-    return _Box(map, corner, size, *_places(offset, elements, map.element_bytes, map.swizzle))
+    return _Box(map, corner, size, *_places(offset, elements, map.element_bytes, map.swizzle, warp.block.watch.unit))
 
 
 def copy(instruction: Instruction) -> Step:
@@ -152,7 +152,7 @@ def _load(instruction: Instruction) -> Step:
             box = _box(warp, parameter, corner, offset)
             barrier = barrier_at(warp, int(barrier_address(warp)[lane]))
             by = barrier.begin_load()
-            block.watch.write(warp, box.words, "async", by=by)
+            block.watch.write(warp, box.units, "async", by=by)
             block.shared[box.places] = 0xFF
 
             def land(box: _Box = box, barrier: Any = barrier, tick: int = by[1]) -> None:
@@ -176,8 +176,8 @@ def _store(instruction: Instruction) -> Step:
             box = _box(warp, parameter, corner, offset)
             if adds and box.map.type != _FLOAT32:
                 raise instruction.unknown("an addition of other elements than float32")
-            block.watch.read(warp, box.words, "async")
-            block.watch.hold(warp, box.words)
+            block.watch.read(warp, box.units, "async")
+            block.watch.hold(warp, box.units)
 
             def finish(box: _Box = box) -> None:
                 data = block.shared[box.places]
@@ -186,7 +186,7 @@ def _store(instruction: Instruction) -> Step:
                     block.memory.add(warp, addresses, inside, data.view(np.float32)[:, 0], where)
                 else:
                     block.memory.store(warp, addresses, inside, data, where)
-                block.watch.release(warp, box.words)
+                block.watch.release(warp, box.units)
 
             warp.stores[lane].append(finish)
 

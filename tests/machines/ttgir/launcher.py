@@ -12,15 +12,17 @@ from triton._C.libtriton import ir
 from triton.compiler.compiler import make_backend
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime.jit import JITFunction
-from ttsem import mlir, pidraces, values
+from ttsem import pidraces, values
 from ttsem.harness import descriptor_values
-from ttsem.ir_types import Module, Type
-from ttsem.memory import Memory, MemoryFault
+from ttsem.ir_types import Op, Type
+from ttsem.memory import Memory
 
 from benchmarks.static.stand_in import StandInDriver, parse_target
 from tests import machines
 from tests.machines.findings import Finding
 from tests.machines.ttgir.interpreter import Interpreter
+from tests.machines.ttgir.modules import Module, parse, print_generically
+from tests.machines.ttgir.worst_case import WorstCase
 
 TARGET = "cuda:90"
 
@@ -32,11 +34,12 @@ class Program(NamedTuple):
     name: str
     arguments: list[Type]
     paths: list[tuple[int, ...]]
+    interpreter: type[Interpreter]
 
 
 def install() -> None:
     """Every launch of a function of triton or Gluon comes here from now on."""
-    mlir.enable_generic_printing()  # of the whole process, for good
+    print_generically()
     triton.runtime.driver.set_active(StandInDriver(parse_target(TARGET)))
     JITFunction.run = _run  # type: ignore[method-assign]
 
@@ -71,11 +74,11 @@ def _compile(
     backend.add_stages(stages, options, source.language)
     metadata = {"target": target, **options.__dict__}
     module = stages["ttgir" if is_gluon else "ttir"](module, metadata)
-    parsed = mlir.parse(str(module))
+    parsed = parse(str(module))
     name = next(name for name in parsed.funcs if name.startswith(function.__name__))
     arguments = [type_ for _, type_ in parsed.funcs[name].regions[0].blocks[0].args]
     paths = [path for i, kind in enumerate(signature.values()) for path in _runtime_paths(kind, (i,))]
-    return Program(parsed, name, arguments, paths)
+    return Program(parsed, name, arguments, paths, WorstCase if is_gluon else Interpreter)
 
 
 def _runtime_paths(kind: Any, path: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -101,20 +104,14 @@ def _execute(function: Any, program: Program, args: list[Any], grid: tuple[int, 
     for address, storage in mapped.items():
         memory.register(address, storage.numpy())
     rng = random.Random(f"{machines.order()} {program.name} {grid}")
-    interpreter = Interpreter(program.module, memory, grid, rng)
-    try:
-        with np.errstate(all="ignore"):
-            interpreter.run_grid(program.name, passed)
-    except MemoryFault as fault:
-        raise Finding("out of bounds", f"a {fault.kind} of {len(fault.addrs)} elements", interpreter.where) from fault
-    except values.Poison as poison:
-        raise Finding("undefined", str(poison), interpreter.where) from poison
-    race = pidraces.find_race(memory.access_log)
+    interpreter = program.interpreter(program.module, memory, grid, rng)
+    with np.errstate(all="ignore"):
+        interpreter.run_grid(program.name, passed)
+    race: Any = pidraces.find_race(memory.access_log)
     if race is not None:
-        (first, _, op), (second, _, other) = race.first, race.second
-        raise Finding(
-            "race", f"programs {first} and {second}, {race.kind} of {race.shared_bytes} bytes", f"{op}\n{other}"
-        )
+        (one, _, op), (other, _, other_op) = race.first, race.second
+        places = " and ".join(program.module.place(each) for each in (op, other_op))
+        raise Finding("race", f"{race.kind} of {race.shared_bytes} bytes by programs {one} and {other}", places)
 
 
 def _values(argument: Any, type_: Type, mapped: dict[int, torch.Tensor]) -> list[Any]:
