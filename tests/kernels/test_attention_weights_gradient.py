@@ -29,9 +29,9 @@ def backward(forward, d_weights, only_if=None):
     delta = launch_attention_delta(output, d_out, None)
     if d_weights is not None:
         launch_attention_weights_delta(problem, statistics, d_weights, delta)
-    gradients = [torch.full_like(t, math.nan) for t in (problem.query, problem.key, problem.value)]
-    launch_attention_bwd(problem, d_out, statistics, delta, d_weights, *gradients, only_if=only_if)
-    return delta, *gradients
+    dq, dk, dv = (torch.full_like(t, math.nan) for t in (problem.query, problem.key, problem.value))
+    launch_attention_bwd(problem, d_out, statistics, delta, d_weights, dq, dk, dv, only_if=only_if)
+    return delta, dq, dk, dv
 
 
 @pytest.mark.parametrize("is_used", [True, False])
