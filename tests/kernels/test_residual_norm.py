@@ -7,6 +7,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from fastattn.reference import add_norm as reference
 from fastattn.testing import assert_within_budget, random_tensor
+from tests.machines.marks import quick
 from fastattn_kernels.attention_config import Config
 from fastattn_kernels.residual_norm_bwd import launch_residual_norm_bwd
 from fastattn_kernels.residual_norm_config import NormBackwardConfig
@@ -52,7 +53,7 @@ def results(tensors, is_rms, dtype):
 
 
 @pytest.mark.parametrize("is_rms", [False, True], ids=["layer", "rms"])
-@pytest.mark.parametrize("tile", FORWARD)
+@pytest.mark.parametrize("tile", quick(FORWARD, "rows_in_a_loop", "many_rows"))
 def test_forward_under_any_tile(tile, is_rms, tensors):
     output, total = (torch.full_like(tensors["x"], torch.nan) for _ in range(2))
     statistics = tensors["x"].new_full((3, 11), torch.nan)
@@ -64,7 +65,7 @@ def test_forward_under_any_tile(tile, is_rms, tensors):
 
 
 @pytest.mark.parametrize("is_rms", [False, True], ids=["layer", "rms"])
-@pytest.mark.parametrize("grid", BACKWARD)
+@pytest.mark.parametrize("grid", quick(BACKWARD, "programs_share_rows", "two_parts", "four_parts_in_loops"))
 def test_backward_under_any_grid(grid, is_rms, tensors, poisoned):
     output, total = (torch.empty_like(tensors["x"]) for _ in range(2))
     statistics = tensors["x"].new_empty(3, 11)
