@@ -7,12 +7,12 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from fastattn.reference import add_norm as reference
 from fastattn.testing import assert_within_budget, random_tensor
-from tests.machines.marks import quick
 from fastattn_kernels.attention_config import Config
 from fastattn_kernels.residual_norm_bwd import launch_residual_norm_bwd
 from fastattn_kernels.residual_norm_config import NormBackwardConfig
 from fastattn_kernels.residual_norm_fwd import launch_residual_norm_fwd
 from fastattn_kernels.residual_norm_problem import NormProblem
+from tests.machines.marks import quick
 
 NAMES = ("x", "residual", "weight", "bias", "x_bias", "row_scale")
 FORWARD = {

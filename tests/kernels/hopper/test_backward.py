@@ -177,9 +177,7 @@ def test_pair_matches_reference(name: str) -> None:
 QUICK_IN_ONE_PASS = ("causal", "d128-fp16", "group-of-4", "mask", "padding", "prefix", "all-at-once-d128")
 
 
-@pytest.mark.parametrize(
-    "name", quick([name for name in CASES if name not in NOT_IN_ONE_PASS], *QUICK_IN_ONE_PASS)
-)
+@pytest.mark.parametrize("name", quick([name for name in CASES if name not in NOT_IN_ONE_PASS], *QUICK_IN_ONE_PASS))
 def test_one_pass_matches_reference(name: str) -> None:
     check(CASES[name](), one_pass=True)
 

@@ -272,9 +272,7 @@ def test_hopper_forward_keeps_finite_biases_finite(rows_of_bias, device):
     torch.testing.assert_close(inverse_sum, torch.full_like(inverse_sum, 1 / (S - 4)))
 
 
-@pytest.mark.parametrize(
-    "case", quick(["causal_bottom_right", "mask", "padding", "bias", "everything"], "padding")
-)
+@pytest.mark.parametrize("case", quick(["causal_bottom_right", "mask", "padding", "bias", "everything"], "padding"))
 def test_hopper_forward_statistics_are_those_of_the_plain_kernel(case, device):
     problem = make(device, {**ALONE, **TOGETHER}[case](), batch=B, dtype=FP16)
     out, lse, statistics = launch(problem)
