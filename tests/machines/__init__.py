@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 
@@ -68,7 +68,7 @@ _order = 0
 
 
 @contextlib.contextmanager
-def order_of_events(seed: int) -> Iterator[None]:
+def order_of_events(seed: int) -> Generator[None]:
     """What a machine is free to choose (who goes first, when a copy lands), it draws from ``seed`` meanwhile."""
     global _order
     before, _order = _order, seed

@@ -35,5 +35,8 @@ def test_machine_finds_fault(fault):
 
 
 def test_fault_without_its_place_is_refused():
-    with pytest.raises(LookupError, match=r"attention_fwd.py has 0 times"), kernels_with("attention_fwd.py", "x y z", ""):
+    with (
+        pytest.raises(LookupError, match=r"attention_fwd.py has 0 times"),
+        kernels_with("attention_fwd.py", "x y z", ""),
+    ):
         pass

@@ -29,6 +29,7 @@ from fastattn_kernels.hopper.attention_bwd import backward_config, launch_attent
 from fastattn_kernels.hopper.attention_fwd import launch_attention_fwd
 from tests import machines
 from tests.machines import DEVICE
+from tests.machines.marks import quick
 
 pytestmark = [
     pytest.mark.hopper,
@@ -169,12 +170,21 @@ CASES: dict[str, Callable[[], Problem]] = {
 NOT_IN_ONE_PASS = ("bias", "bias-float32", "softcap", "softcap-d128-fp16", "all-at-once")
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = (
+    "causal", "d128-causal", "heads-inside", "group-of-2", "window", "mask", "documents", "softcap", "sinks", "bias",
+    "bias-of-keys", "all-at-once",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", quick(CASES, *QUICK))
 def test_pair_matches_reference(name: str) -> None:
     check(CASES[name]())
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in NOT_IN_ONE_PASS])
+QUICK_IN_ONE_PASS = ("causal", "d128-fp16", "group-of-4", "mask", "padding", "prefix", "all-at-once-d128")
+
+
+@pytest.mark.parametrize("name", quick([name for name in CASES if name not in NOT_IN_ONE_PASS], *QUICK_IN_ONE_PASS))
 def test_one_pass_matches_reference(name: str) -> None:
     check(CASES[name](), one_pass=True)
 
@@ -185,7 +195,7 @@ def test_one_pass_leaves_to_the_pair_what_does_not_fit(name: str) -> None:
 
 
 @pytest.mark.parametrize("one_pass", [False, True])
-@pytest.mark.parametrize("name", ["blocks", "padding", "documents"])
+@pytest.mark.parametrize("name", quick(["blocks", "padding", "documents"], "blocks"))
 def test_tile_lists_match_reference(name: str, one_pass: bool) -> None:
     blocks = torch.eye(3, dtype=torch.bool).repeat_interleave(64, 0).repeat_interleave(128, 1)[None, None, :150, :280]
     documents = torch.arange(280) // 64
@@ -197,7 +207,7 @@ def test_tile_lists_match_reference(name: str, one_pass: bool) -> None:
     check(make_problem(150, 280, **options), one_pass=one_pass, tile_map=True)
 
 
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", quick([1, 2], 1, 2))
 @pytest.mark.parametrize("one_pass", [False, True])
 def test_every_order_of_events_gives_the_same(one_pass: bool, order: int) -> None:
     problem = make_problem(270, 140, heads=2, kv_heads=1, upper=-60)
@@ -221,7 +231,7 @@ def test_finite_bias_is_never_minus_infinity(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize("one_pass", quick([False, True], True))
 def test_what_is_masked_out_never_leaks(one_pass: bool) -> None:
     """NaN in keys and values that nobody may see."""
     padding = torch.arange(140)[None] >= 90
