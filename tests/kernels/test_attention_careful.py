@@ -1,13 +1,13 @@
 """The careful launch: a forward marks rows that are not finite, and only tiles with such rows are computed again."""
 
-import contextlib
 import math
 from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import INTERPRETING
+from tests import machines
+from tests.machines.marks import quick
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -17,7 +17,6 @@ from fastattn_kernels import attention_fwd
 from fastattn_kernels.attention_config import Config, careful_config
 from fastattn_kernels.attention_problem import Problem
 from fastattn_kernels.hopper import attention_fwd as hopper
-from tests.kernels.hopper.emulator import emulating
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -45,14 +44,13 @@ def launch_plain(problem, out, lse, statistics):
 
 
 def launch_hopper(problem, out, lse, statistics):
-    with emulating() if INTERPRETING else contextlib.nullcontext():
-        hopper.launch_attention_fwd(problem, out, lse, statistics)
+    hopper.launch_attention_fwd(problem, out, lse, statistics)
 
 
-@pytest.fixture(params=["triton", "gluon"])
-def launch(request, device):
-    if request.param == "gluon" and not INTERPRETING and torch.cuda.get_device_capability(device)[0] != 9:
-        pytest.skip("the Gluon kernels are for sm_90")
+@pytest.fixture(params=quick(["triton", "gluon"], "gluon"))
+def launch(request):
+    if request.param == "gluon" and not machines.RUNS_GLUON:
+        pytest.skip(machines.NO_GLUON)
     return {"triton": launch_plain, "gluon": launch_hopper}[request.param]
 
 
