@@ -15,6 +15,9 @@ BIN    := $(VENV)/bin
 OUT    ?= build/gpu
 SECONDS ?= 60
 STAMP  := $(VENV)/.installed
+# Executes compiled kernels in `make test`. It asks for Python 3.12 and runs on older ones, so that no requirement can
+# name it; tests/machines/ttgir/repairs.py says which version its repairs are for.
+TTSEM  := ttsem==0.1.0
 
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: -c constraints.txt
 UPGRADE ?= --upgrade
@@ -23,6 +26,7 @@ UPGRADE ?= --upgrade
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal
+	FASTATTN_MACHINE=ttgir $(BIN)/python -m pytest -n auto --dist worksteal -m machine tests/kernels tests/machines
 	FASTATTN_MACHINE=ptx $(BIN)/python -m pytest -n 0 tests/machines/test_soft_gpu.py
 
 bench: $(STAMP)
@@ -68,6 +72,7 @@ $(BIN)/python:
 $(STAMP): pyproject.toml setup.py constraints.txt | $(BIN)/python
 	$(INSTALL) pip setuptools
 	$(INSTALL) --no-build-isolation -e '.[dev]'
+	$(INSTALL) --no-deps --ignore-requires-python $(TTSEM)
 	touch $@
 
 clean:

@@ -9,6 +9,7 @@ from fastattn.reference import additive_attention as reference
 from fastattn.testing import assert_within_budget, random_tensor
 from tests.kernels.cross_compile import SHARED_MEMORY
 from tests.kernels.test_cross_compile import TARGETS, compile_for
+from tests.machines.marks import quick
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
@@ -67,7 +68,7 @@ def run(call: AdditiveProblem, d_out: torch.Tensor, name: str, tile_map: TileMap
 
 
 @pytest.mark.parametrize("upper", [None, -3], ids="upper_{}".format)
-@pytest.mark.parametrize("name", FORWARD)
+@pytest.mark.parametrize("name", quick(FORWARD, "wide"))
 def test_additive_under_any_tile(name, upper, device, poisoned):
     call, d_out = problem(device, upper), random_tensor(B, H, L, DV, seed=4, device=device)
     found = run(call, d_out, name)

@@ -12,6 +12,7 @@ from fastattn_kernels.residual_norm_bwd import launch_residual_norm_bwd
 from fastattn_kernels.residual_norm_config import NormBackwardConfig
 from fastattn_kernels.residual_norm_fwd import launch_residual_norm_fwd
 from fastattn_kernels.residual_norm_problem import NormProblem
+from tests.machines.marks import quick
 
 NAMES = ("x", "residual", "weight", "bias", "x_bias", "row_scale")
 FORWARD = {
@@ -52,7 +53,7 @@ def results(tensors, is_rms, dtype):
 
 
 @pytest.mark.parametrize("is_rms", [False, True], ids=["layer", "rms"])
-@pytest.mark.parametrize("tile", FORWARD)
+@pytest.mark.parametrize("tile", quick(FORWARD, "rows_in_a_loop", "many_rows"))
 def test_forward_under_any_tile(tile, is_rms, tensors):
     output, total = (torch.full_like(tensors["x"], torch.nan) for _ in range(2))
     statistics = tensors["x"].new_full((3, 11), torch.nan)
@@ -64,7 +65,7 @@ def test_forward_under_any_tile(tile, is_rms, tensors):
 
 
 @pytest.mark.parametrize("is_rms", [False, True], ids=["layer", "rms"])
-@pytest.mark.parametrize("grid", BACKWARD)
+@pytest.mark.parametrize("grid", quick(BACKWARD, "programs_share_rows", "two_parts", "four_parts_in_loops"))
 def test_backward_under_any_grid(grid, is_rms, tensors, poisoned):
     output, total = (torch.empty_like(tensors["x"]) for _ in range(2))
     statistics = tensors["x"].new_empty(3, 11)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 
@@ -54,7 +54,8 @@ def install() -> None:
         return
     from fastattn.ops import _availability
 
-    _availability.DEVICES, _availability.WHERE = ("cpu",), f"Triton kernels executed as {NAME}"
+    _availability.DEVICES = ("cpu",)
+    _availability.WHERE = f"Triton kernels executed as {NAME}"  # pyrefly: ignore[bad-assignment]  # it is no literal
     if NAME == "ttgir":
         from tests.machines.ttgir import launcher
     else:
@@ -68,7 +69,7 @@ _order = 0
 
 
 @contextlib.contextmanager
-def order_of_events(seed: int) -> Iterator[None]:
+def order_of_events(seed: int) -> Generator[None]:
     """What a machine is free to choose (who goes first, when a copy lands), it draws from ``seed`` meanwhile."""
     global _order
     before, _order = _order, seed

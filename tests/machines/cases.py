@@ -14,7 +14,7 @@ import importlib.util
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,7 +28,7 @@ _PACKAGE = "fastattn_kernels"
 
 
 @contextlib.contextmanager
-def kernels_with(file: str, old: str, new: str) -> Iterator[None]:
+def kernels_with(file: str, old: str, new: str) -> Generator[None]:
     """The kernels' package with ``new`` for ``old`` in one of its files, for whoever imports it meanwhile.
 
     Raises:
@@ -45,7 +45,7 @@ def kernels_with(file: str, old: str, new: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _packages_from(directory: str) -> Iterator[None]:
+def _packages_from(directory: str) -> Generator[None]:
     def imported() -> list[str]:
         return [name for name in sys.modules if name == _PACKAGE or name.startswith(_PACKAGE + ".")]
 
@@ -72,12 +72,12 @@ def _checks(file: str) -> Any:
 
 
 @contextlib.contextmanager
-def _without_careful_launches(module: Any) -> Iterator[None]:
+def _without_careful_launches(module: Any) -> Generator[None]:
     """They would do the tiles again that a fault has made NaN."""
     with contextlib.ExitStack() as stack:
         for name in ("launch_careful_fwd", "launch_careful_bwd"):
             if hasattr(module, name):
-                stack.enter_context(mock.patch.object(module, name, lambda *_, **__: None))
+                stack.enter_context(mock.patch.object(module, name))
         yield
 
 
@@ -92,7 +92,7 @@ def gluon_forward() -> None:
     problem = checks.make(
         machines.DEVICE, {"upper": keys - rows, "bias": bias}, batch=1, heads=3, kv_heads=3, rows=rows, keys=keys
     )
-    few = mock.patch.object(checks.attention_fwd, "multiprocessors", lambda _: 2)
+    few = mock.patch.object(checks.attention_fwd, "multiprocessors", return_value=2)
     with few, _without_careful_launches(checks.attention_fwd):
         checks.check(problem, checks.ForwardConfig(128, 64, 2, stage_output=True), machines.order())
 

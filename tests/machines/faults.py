@@ -92,8 +92,8 @@ FAULTS: dict[str, Fault] = {
         ("in flight",),
     ),
     "output overwritten before it left": Fault(
-        "gluon_forward", FWD, "            tma_store_wait(0)  # the last tile's output has left\n", "            pass\n",
-        ("in flight",),
+        "gluon_forward", FWD, "            tma_store_wait(0)  # the last tile's output has left\n",
+        "            pass\n", ("in flight",),
     ),
     "no fence before the output is stored": Fault(
         "gluon_forward", FWD, "        fence_async_shared()\n        tma_store(out_desc", "        tma_store(out_desc",

@@ -28,8 +28,9 @@ from fastattn_kernels.hopper._bwd_problem import bias_arguments, rules_of_keys, 
 from fastattn_kernels.hopper.attention_bwd import backward_config, launch_attention_bwd, refusals
 from fastattn_kernels.hopper.attention_fwd import launch_attention_fwd
 from tests import machines
+from tests.machines.marks import quick
 
-pytestmark = pytest.mark.skipif(not machines.EXECUTING, reason="HOPPER_BACKWARD")
+pytestmark = pytest.mark.skipif(not machines.RUNS_GLUON, reason=machines.NO_GLUON)
 
 LOG2_E = math.log2(math.e)
 _RULES = ("mask", "key_padding_mask", "query_documents", "key_documents", "prefix", "lower", "upper")
@@ -162,23 +163,33 @@ CASES: dict[str, Callable[[], Problem]] = {
 NOT_IN_ONE_PASS = ("bias", "bias-float32", "softcap", "softcap-d128-fp16", "all-at-once")
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = (
+    "causal", "d128-causal", "heads-inside", "group-of-2", "window", "mask", "documents", "softcap", "sinks", "bias",
+    "bias-of-keys", "all-at-once",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", quick(CASES, *QUICK))
 def test_pair_matches_reference(name: str) -> None:
     check(CASES[name]())
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in NOT_IN_ONE_PASS])
+QUICK_IN_ONE_PASS = ("causal", "d128-fp16", "group-of-4", "mask", "padding", "prefix", "all-at-once-d128")
+
+
+@pytest.mark.parametrize("name", quick([name for name in CASES if name not in NOT_IN_ONE_PASS], *QUICK_IN_ONE_PASS))
 def test_one_pass_matches_reference(name: str) -> None:
     check(CASES[name](), one_pass=True)
 
 
+@pytest.mark.machine
 @pytest.mark.parametrize("name", NOT_IN_ONE_PASS)
 def test_one_pass_leaves_to_the_pair_what_does_not_fit(name: str) -> None:
     assert not backward_config(CASES[name](), deterministic=False).one_pass
 
 
 @pytest.mark.parametrize("one_pass", [False, True])
-@pytest.mark.parametrize("name", ["blocks", "padding", "documents"])
+@pytest.mark.parametrize("name", quick(["blocks", "padding", "documents"], "blocks"))
 def test_tile_lists_match_reference(name: str, one_pass: bool) -> None:
     blocks = torch.eye(3, dtype=torch.bool).repeat_interleave(64, 0).repeat_interleave(128, 1)[None, None, :150, :280]
     documents = torch.arange(280) // 64
@@ -190,7 +201,7 @@ def test_tile_lists_match_reference(name: str, one_pass: bool) -> None:
     check(make_problem(150, 280, **options), one_pass=one_pass, tile_map=True)
 
 
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", quick([1, 2], 1, 2))
 @pytest.mark.parametrize("one_pass", [False, True])
 def test_every_order_of_events_gives_the_same(one_pass: bool, order: int) -> None:
     problem = make_problem(270, 140, heads=2, kv_heads=1, upper=-60)
@@ -214,7 +225,7 @@ def test_finite_bias_is_never_minus_infinity(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize("one_pass", quick([False, True], True))
 def test_what_is_masked_out_never_leaks(one_pass: bool) -> None:
     """NaN in keys and values that nobody may see."""
     padding = torch.arange(140)[None] >= 90
@@ -229,6 +240,7 @@ def test_what_is_masked_out_never_leaks(one_pass: bool) -> None:
         torch.testing.assert_close(actual, expected, atol=0.02, rtol=0.02)
 
 
+@pytest.mark.machine
 def test_refusals_name_what_they_refuse() -> None:
     assert "head_dim=160" in " ".join(refusals(make_problem(8, 8, 160)))
     assert not refusals(make_problem(8, 8, 128))
@@ -254,6 +266,7 @@ def test_large_finite_biases_of_all_keys_keep_probabilities_in_proportion(shape:
     assert gradients[2].float().abs().max() < 100
 
 
+@pytest.mark.machine
 def test_gradients_at_odd_addresses_are_copied() -> None:
     """Autograd hands over slices of a concatenation: contiguous, and not aligned."""
     problem = make_problem(70, 80)
@@ -266,6 +279,7 @@ def test_gradients_at_odd_addresses_are_copied() -> None:
         assert torch.equal(actual, other)
 
 
+@pytest.mark.machine
 def test_expanded_masks_and_biases_stay_small() -> None:
     mask = torch.ones(1, 1, 70, 80, dtype=torch.bool).expand(2, 4, 70, 80)
     problem = make_problem(70, 80, batch=2, heads=4, kv_heads=4, mask=mask)

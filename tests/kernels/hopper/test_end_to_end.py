@@ -11,6 +11,7 @@ from tests import machines
 pytestmark = pytest.mark.skipif(not machines.RUNS_GLUON, reason=machines.NO_GLUON)
 
 
+@pytest.mark.machine
 @pytest.mark.parametrize("deterministic", [True, False], ids=["pair", "one_pass"])
 def test_attention_grad_on_gluon_matches_reference(deterministic, device):
     tensors = attention_inputs(1, 2, 70, 90, 64, kv_heads=1, dtype=torch.bfloat16, seed=3, device=device)

@@ -19,6 +19,7 @@ from fastattn.testing import (
     prefix_lengths,
 )
 from tests import machines
+from tests.machines.marks import quick
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -166,17 +167,23 @@ TOGETHER: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [*ALONE, *TOGETHER])
+QUICK = (
+    "causal_bottom_right", "window", "documents", "mask", "padding", "bias", "bias_of_keys", "softcap", "sinks",
+    "everything",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", quick([*ALONE, *TOGETHER], *QUICK))
 def test_hopper_forward_matches_reference(case, device):
     check(make(device, {**ALONE, **TOGETHER}[case]()))
 
 
-@pytest.mark.parametrize("case", ["plain", "softcap", "bias", "everything"])
+@pytest.mark.parametrize("case", quick(["plain", "softcap", "bias", "everything"], "plain"))
 def test_hopper_forward_matches_reference_in_float16(case, device):
     check(make(device, {**ALONE, **TOGETHER}[case](), dtype=FP16))
 
 
-@pytest.mark.parametrize("sample", range(8))
+@pytest.mark.parametrize("sample", quick(range(8), 0, 1))
 def test_hopper_forward_matches_reference_at_random(sample, device, request):
     """Any four options at once, in any order of events."""
     rng = random.Random(f"{request.config.seed} {sample}")
@@ -200,13 +207,16 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("case", SIZES)
+@pytest.mark.parametrize("case", quick(SIZES, "one_pair", "one_more", "rows_that_see_nothing_first"))
 def test_hopper_forward_takes_any_length(case, device):
     rows, keys, arguments = SIZES[case]
     check(make(device, dict(arguments), batch=1, rows=rows, keys=keys))
 
 
-@pytest.mark.parametrize("widths", [(8, 8), (40, 64), (80, 80), (96, 128), (128, 128), (192, 192), (256, 64)], ids=str)
+WIDTHS = [(8, 8), (40, 64), (80, 80), (96, 128), (128, 128), (192, 192), (256, 64)]
+
+
+@pytest.mark.parametrize("widths", quick(WIDTHS, (40, 64), (192, 192)), ids=str)
 def test_hopper_forward_takes_any_head_size(widths, device):
     head_dim, value_dim = widths
     check(make(device, {"upper": S - L}, batch=1, kv_heads=2, head_dim=head_dim, value_dim=value_dim))
@@ -230,7 +240,7 @@ def test_hopper_forward_takes_configurations(case, config, device):
     check(make(device, ALONE[case]()), ForwardConfig(128, *config))
 
 
-@pytest.mark.parametrize("blocks_at_once", [1, 3, 64])
+@pytest.mark.parametrize("blocks_at_once", quick([1, 3, 64], 3))
 def test_hopper_forward_is_persistent(blocks_at_once, device, monkeypatch):
     """Whether thread blocks take all tiles of rows, several each, or one: the rings of buffers run on."""
     monkeypatch.setattr(attention_fwd, "multiprocessors", lambda _: blocks_at_once)
@@ -239,14 +249,14 @@ def test_hopper_forward_is_persistent(blocks_at_once, device, monkeypatch):
 
 
 @pytest.mark.skipif(machines.NAME == "gpu", reason="a GPU takes the order that it likes")
-@pytest.mark.parametrize("order", range(1, 6))
+@pytest.mark.parametrize("order", quick(range(1, 6), 1, 2, 3))
 def test_hopper_forward_does_not_depend_on_who_goes_first(order, device):
     problem = make(device, TOGETHER["causal_mask_and_bias"]())
     one, other = launch(problem), launch(problem, order=order)
     assert all(torch.equal(a, b) for a, b in zip(one, other))
 
 
-@pytest.mark.parametrize("rows_of_bias", [L, 1])
+@pytest.mark.parametrize("rows_of_bias", quick([L, 1], L))
 def test_hopper_forward_keeps_finite_biases_finite(rows_of_bias, device):
     """finfo.min hides keys in much of the world's code, but a row that sees no others is not empty; -inf is."""
     hidden = torch.zeros(B, 1, rows_of_bias, S, dtype=BF16)
@@ -263,7 +273,7 @@ def test_hopper_forward_keeps_finite_biases_finite(rows_of_bias, device):
     torch.testing.assert_close(inverse_sum, torch.full_like(inverse_sum, 1 / (S - 4)))
 
 
-@pytest.mark.parametrize("case", ["causal_bottom_right", "mask", "padding", "bias", "everything"])
+@pytest.mark.parametrize("case", quick(["causal_bottom_right", "mask", "padding", "bias", "everything"], "padding"))
 def test_hopper_forward_statistics_are_those_of_the_plain_kernel(case, device):
     problem = make(device, {**ALONE, **TOGETHER}[case](), batch=B, dtype=FP16)
     out, lse, statistics = launch(problem)
@@ -273,7 +283,7 @@ def test_hopper_forward_statistics_are_those_of_the_plain_kernel(case, device):
     torch.testing.assert_close(lse, plain_lse, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("where", ["value", "key", "query"])
+@pytest.mark.parametrize("where", quick(["value", "key", "query"], "value"))
 def test_hopper_forward_lets_nothing_leak_from_behind_masks(where, device):
     """NaN and inf that nobody sees leave no trace; a NaN in a query is its row's own."""
     arguments = {"upper": S - L, "key_padding_mask": key_padding_mask(B, S, seed=3)}
@@ -293,6 +303,7 @@ def test_hopper_forward_lets_nothing_leak_from_behind_masks(where, device):
     torch.testing.assert_close(statistics[..., rows], clean_statistics[..., rows], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.machine
 def test_pack_mask_puts_a_threads_keys_into_a_word(device):
     """Bit ``2 i + e`` of word ``4 g + q`` is key ``64 g + 8 i + 2 q + e``."""
     mask = attention_mask(B, H, 5, S, seed=1).to(device)
@@ -324,6 +335,7 @@ REFUSED: dict[str, Any] = {
 }
 
 
+@pytest.mark.machine
 @pytest.mark.parametrize("case", REFUSED)
 def test_hopper_refuses_with_a_reason(case, device):
     problem = make(device, {})

@@ -40,7 +40,7 @@ class Interpreter(Interp):
         if handler is None:
             raise Unsupported(op.name, op.text or "")
         if self.memory.access_log is not None:
-            self.memory.current_op = op
+            self.memory.current_op = op  # pyrefly: ignore[bad-assignment]  # it is only handed back with a race
         arguments: list[Any] = [self.value(name) for name in op.operands]
         try:
             results = handler(self, op, arguments)

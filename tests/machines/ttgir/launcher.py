@@ -9,12 +9,11 @@ import numpy as np
 import torch
 import triton
 from triton._C.libtriton import ir
-from triton.compiler.compiler import make_backend
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime.jit import JITFunction
 from ttsem import pidraces, values
 from ttsem.harness import descriptor_values
-from ttsem.ir_types import Op, Type
+from ttsem.ir_types import Type
 from ttsem.memory import Memory
 
 from benchmarks.static.stand_in import StandInDriver, parse_target
@@ -46,14 +45,14 @@ def install() -> None:
 
 def _run(function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
     """``JITFunction.run``."""
-    programs, keys, target, backend, binder = function.device_caches[0]
+    programs, _, target, backend, binder = function.device_caches[0]
     bound, specialization, options = binder(*args, **kwargs)
     key = str(specialization) + str(options)
     if key not in programs:
         programs[key] = _compile(function, kwargs, bound, specialization, options, target, backend)
     if not warmup:
         grid = grid(bound) if callable(grid) else grid
-        _execute(function, programs[key], list(bound.values()), (*map(int, grid), 1, 1)[:3])
+        _execute(function, programs[key], list(bound.values()), [*map(int, grid), 1, 1])
 
 
 def _compile(
@@ -88,7 +87,8 @@ def _runtime_paths(kind: Any, path: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [] if kind == "constexpr" else [path]
 
 
-def _execute(function: Any, program: Program, args: list[Any], grid: tuple[int, int, int]) -> None:
+def _execute(function: Any, program: Program, args: list[Any], grid: list[int]) -> None:
+    sizes = (grid[0], grid[1], grid[2])
     memory = Memory()
     memory.trace()
     mapped: dict[int, torch.Tensor] = {}  # storages, by address
@@ -103,8 +103,8 @@ def _execute(function: Any, program: Program, args: list[Any], grid: tuple[int, 
         raise TypeError(f"{program.name} takes {len(program.arguments)} arguments, {len(passed)} were made")
     for address, storage in mapped.items():
         memory.register(address, storage.numpy())
-    rng = random.Random(f"{machines.order()} {program.name} {grid}")
-    interpreter = program.interpreter(program.module, memory, grid, rng)
+    rng = random.Random(f"{machines.order()} {program.name} {sizes}")
+    interpreter = program.interpreter(program.module, memory, sizes, rng)
     with np.errstate(all="ignore"):
         interpreter.run_grid(program.name, passed)
     race: Any = pidraces.find_race(memory.access_log)

@@ -1,4 +1,4 @@
-"""Modules of MLIR: printed in the form that ttsem parses, parsed, and where in the source their operations come from."""
+"""Modules of MLIR: printed as ttsem parses them, parsed, and where in the source their operations come from."""
 
 from __future__ import annotations
 

@@ -81,7 +81,9 @@ class Partitions:
                 elif ready:
                     self._resume(self.rng.choice(eager or ready))
                 else:
-                    raise Finding("deadlock", "; ".join(f"{each.name} waits for {each.waits_for()}" for each in waiting))
+                    raise Finding(
+                        "deadlock", "; ".join(f"{each.name} waits for {each.waits_for()}" for each in waiting)
+                    )
                 if self.error is not None:
                     raise self.error
         finally:

@@ -77,9 +77,7 @@ def dot(interp: Any, op: Op, args: list[Any]) -> list[Any]:
     if not values.is_float(result_type):
         return ops.OPS["tt.dot"](interp, op, args)
     dtype = np.float64 if result_type.scalar.name == "f64" else np.float32
-    left, right = (
-        values.to_float(arg, ty).astype(dtype, copy=False) for arg, ty in zip(args, (left_type, right_type))
-    )
+    left, right = (values.to_float(arg, ty).astype(dtype, copy=False) for arg, ty in zip(args, (left_type, right_type)))
     if op.attrs.get("inputPrecision", 0) == 0 and left_type.scalar.name == "f32":
         left, right = ops._to_tf32(left), ops._to_tf32(right)
     with np.errstate(all="ignore"):

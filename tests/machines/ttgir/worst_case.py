@@ -1,8 +1,8 @@
 """What a GPU may do at worst to a warp-specialised program, and what the program does wrong then.
 
 - a TMA load spoils its tile when it is issued, and lands late, in any order;
-- a wgmma may read its operands, and a TMA store its tile, until it is waited for: whoever changes them earlier is wrong,
-  and so is whoever uses a product's result earlier;
+- a wgmma may read its operands, and a TMA store its tile, until it is waited for: whoever changes them earlier is
+  wrong, and so is whoever uses a product's result earlier;
 - what generic accesses have written, wgmma and TMA may read, and what they have touched, TMA may overwrite, only behind
   a ``fence_async_shared`` of the partition that accessed it;
 - barriers count arrivals: one too many is wrong; nobody able to go on is a deadlock;
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from ttsem import ops
+from ttsem import ops as ttsem_ops
 from ttsem.ir_types import Op, Region
 from ttsem.values import Barrier, MemDesc
 
@@ -27,6 +27,8 @@ from tests.machines.findings import Finding
 from tests.machines.ttgir.interpreter import Interpreter
 from tests.machines.ttgir.partitions import Partitions
 from tests.machines.ttgir.repairs import OPERATIONS, Handler, reduce_into
+
+ops: Any = ttsem_ops  # which says of no value what it is
 
 _SWITCH = 0.35  # how often a partition gives its turn away at an operation on shared memory
 # These only hand a value on: a product in flight may pass through them.
@@ -46,7 +48,7 @@ def _operation(*names: str) -> Callable[[Handler], Handler]:
     return register
 
 
-# ------------------------------------------------------------------------------------------------------ what is under way
+# ---------------------------------------------------------------------------------------------------- what is under way
 
 
 @dataclasses.dataclass(eq=False)
@@ -59,7 +61,7 @@ class Load:
 
     def land(self) -> None:
         self.tile[...] = self.block
-        self.barrier.complete_tx(int(self.tile.nbytes))
+        self.barrier.complete_tx(self.tile.nbytes)
 
 
 class Product(NamedTuple):
@@ -122,7 +124,7 @@ def _spoil(tile: np.ndarray) -> None:
         tile[...] = 0x7FC0 if tile.dtype == np.uint16 else np.iinfo(tile.dtype).max if tile.dtype.kind in "iu" else True
 
 
-# -------------------------------------------------------------------------------------------------------- the interpreter
+# ------------------------------------------------------------------------------------------------------ the interpreter
 
 
 class WorstCase(Interpreter):
@@ -154,7 +156,9 @@ class WorstCase(Interpreter):
         assert self.partitions.current is not None
         return self.partitions.members.index(self.partitions.current)
 
-    def run_scheduled(self, default: Region, default_args: list[Any], tasks: list[tuple[str, Region, list[Any]]]) -> Any:
+    def run_scheduled(
+        self, default: Region, default_args: list[Any], tasks: list[tuple[str, Region, list[Any]]]
+    ) -> Any:
         scopes = list(self.scopes)
         self.partitions = Partitions(self.rng, self.loads)
 
@@ -257,7 +261,7 @@ _POINTS = {
 }  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------------------- generic accesses, fences
+# --------------------------------------------------------------------------------------------- generic accesses, fences
 
 
 @_operation("ttg.local_alloc")
@@ -297,7 +301,7 @@ def _fence(interp: WorstCase, op: Op, args: list[Any]) -> list[Any]:
     return []
 
 
-# --------------------------------------------------------------------------------------------------------------- barriers
+# ------------------------------------------------------------------------------------------------------------- barriers
 
 
 def _barrier(interp: WorstCase, op: Op, tile: MemDesc) -> Barrier:
@@ -331,7 +335,7 @@ def _wait(interp: WorstCase, op: Op, args: list[Any]) -> list[Any]:
     return []
 
 
-# -------------------------------------------------------------------------------------------------------------------- TMA
+# ------------------------------------------------------------------------------------------------------------------ TMA
 
 
 @_operation("ttng.async_tma_copy_global_to_local")
@@ -381,7 +385,7 @@ def _tma_store_wait(interp: WorstCase, op: Op, args: list[Any]) -> list[Any]:
     return []
 
 
-# --------------------------------------------------------------------------------------------------------------- products
+# ------------------------------------------------------------------------------------------------------------- products
 
 
 @_operation("ttng.warp_group_dot")
