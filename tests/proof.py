@@ -56,6 +56,8 @@ ROWS = (
     Row("forward, Gluon", "ptx", (HOPPER + "test_forward.py",)),
     Row("backward, Gluon: pair and one pass", "ptx", (HOPPER + "test_backward.py",)),
     Row("forward and backward, Gluon, end to end", "ptx", (HOPPER + "test_end_to_end.py",)),
+    Row("plain kernels, each feature once", "ptx", ("tests/machines/test_parity.py",)),
+    Row("plain kernels, each feature once", "ttgir", ("tests/machines/test_parity.py",), LOCKED),
     Row("one pass, plain", "ptx", (KERNELS + "test_attention_one_pass.py", *RUN), plain=True),
     Row("pipelined forward, plain", "ptx", (KERNELS + "test_attention_pipelined.py",), plain=True),
     Row("tile map", "ptx", (KERNELS + "test_attention_tile_map.py",)),
