@@ -17,18 +17,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 from tests import compat
+from tests.machines.faults import FAULTS
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "proof.md"
 RESULTS = ROOT / "build" / "proof"
 LIMIT = 1800  # seconds of one row
 OLDEST = compat.PAIRS[0]
+LOCKED = (compat.locked("triton"),)
 
 HOPPER, KERNELS, OPS = "tests/kernels/hopper/", "tests/kernels/", "tests/ops/"
 NORM = OPS + "test_norm_parity.py"
+FAULTS_TESTS = "tests/machines/test_faults.py"
 EVERY = "--every"
 RUN = ("-k", "not compiles")  # some tests compile for other GPUs
 ATTENTION = (OPS + "test_attention_parity.py", "-k", "triton")
@@ -40,15 +44,20 @@ class Row(NamedTuple):
     name: str
     machine: str
     selection: tuple[str, ...]
-    tritons: tuple[str, ...] = (OLDEST.triton or "", compat.locked("triton"))
+    tritons: tuple[str, ...] = (OLDEST.triton or "", *LOCKED)
     plain: bool = False  # plain Triton also where Gluon would be chosen
 
 
 ROWS = (
     Row("what the machine sees", "ptx", ("tests/machines/test_soft_gpu.py",)),
+    Row("seeded faults", "ptx", (FAULTS_TESTS,), LOCKED),
+    Row("seeded faults", "ttgir", (FAULTS_TESTS,), LOCKED),
+    Row("Gluon kernels, all cases", "ttgir", (HOPPER,), LOCKED),
     Row("forward, Gluon", "ptx", (HOPPER + "test_forward.py",)),
     Row("backward, Gluon: pair and one pass", "ptx", (HOPPER + "test_backward.py",)),
     Row("forward and backward, Gluon, end to end", "ptx", (HOPPER + "test_end_to_end.py",)),
+    Row("plain kernels, each feature once", "ptx", ("tests/machines/test_parity.py",)),
+    Row("plain kernels, each feature once", "ttgir", ("tests/machines/test_parity.py",), LOCKED),
     Row("one pass, plain", "ptx", (KERNELS + "test_attention_one_pass.py", *RUN), plain=True),
     Row("pipelined forward, plain", "ptx", (KERNELS + "test_attention_pipelined.py",), plain=True),
     Row("tile map", "ptx", (KERNELS + "test_attention_tile_map.py",)),
@@ -89,13 +98,14 @@ def sources() -> str:
     return digest.hexdigest()[:16]
 
 
-def run(task: Task, fingerprint: str) -> dict[str, str]:
+def run(task: Task, fingerprint: str) -> None:
     """Run the row's tests with one triton, in a process of its own; what became of them, and the CPU time they took."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((".", "kernels"))}
     environment |= {"FASTATTN_MACHINE": task.row.machine, "TRITON_INTERPRET": "0"}
     environment |= {"FASTATTN_KERNELS": "triton"} if task.row.plain else {}
-    command = [str(task.python), "-m", "pytest", "-q", "-n", "0", "--tb=short", *task.row.selection]
-    log = task.result.with_suffix(".txt")
+    log, report = task.result.with_suffix(".txt"), task.result.with_suffix(".xml")
+    options = ("-q", "-n", "0", "--tb=short", f"--junitxml={report}")
+    command = [str(task.python), "-m", "pytest", *options, *task.row.selection]
     with log.open("w") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + LIMIT
@@ -110,34 +120,53 @@ def run(task: Task, fingerprint: str) -> dict[str, str]:
     said = f"not done in {LIMIT} s" if process.returncode < 0 else compat.count(log.read_text(), process.returncode)
     found = {
         "kernels": task.row.name, "machine": task.row.machine, "triton": task.triton, "passed": said,
-        "CPU seconds": f"{usage.ru_utime + usage.ru_stime:.0f}", "sources": fingerprint,
+        "CPU seconds": f"{usage.ru_utime + usage.ru_stime:.0f}", "sources": fingerprint, "faults": faults_in(report),
     }  # fmt: skip
     task.result.write_text(json.dumps(found))
     print(
         f"{task.row.name}, {task.row.machine}, triton {task.triton}: {said}, {found['CPU seconds']} s of a CPU",
         flush=True,
     )
-    return found
 
 
-def known(task: Task) -> dict[str, str] | None:
+def faults_in(report: Path) -> dict[str, str]:
+    """Which seeded faults a row's tests found, as what."""
+    if not report.exists():
+        return {}
+    cases = ElementTree.parse(report).iter("testcase")
+    found = {case.get("name", ""): case.find("properties/property[@name='found']") for case in cases}
+    return {
+        name.partition("[")[2].rstrip("]").replace("_", " "): told.get("value", "")
+        for name, told in found.items() if told is not None
+    }  # fmt: skip
+
+
+def known(task: Task) -> dict[str, Any] | None:
     """What an earlier run found."""
     return json.loads(task.result.read_text()) if task.result.exists() else None
 
 
-def failed(found: dict[str, str]) -> bool:
+def failed(found: dict[str, Any]) -> bool:
     return re.search("failed|error|not done|ended|not run", found["passed"]) is not None
 
 
 # ------------------------------------------------------------------------------------------------------------- the page
 
 COLUMNS = ("kernels", "machine", "triton", "passed", "CPU seconds")
-_TABLE = re.compile(r"(<!-- found -->\n\n).*?(\n<!-- /found -->)", re.DOTALL)
 
 
-def table(rows: list[dict[str, str]]) -> str:
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *(tuple(row[column] for column in COLUMNS) for row in rows)]
+def table(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> str:
+    lines = [columns, ("---",) * len(columns), *(tuple(row.get(column, "") for column in columns) for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def faults_table(tasks: list[Task]) -> str:
+    """What each machine said of each seeded fault."""
+    rows: dict[str, dict[str, str]] = {name: {"fault": name, "file": fault.file} for name, fault in FAULTS.items()}
+    for task in tasks:
+        for name, said in (known(task) or {}).get("faults", {}).items():
+            rows.setdefault(name, {"fault": name})[task.row.machine] = said
+    return table(("fault", "file", "ttgir", "ptx"), list(rows.values()))
 
 
 def write(tasks: list[Task], fingerprint: str) -> str:
@@ -148,8 +177,11 @@ def write(tasks: list[Task], fingerprint: str) -> str:
         found |= {"kernels": task.row.name, "machine": task.row.machine, "triton": task.triton}
         found["passed"] += "" if found["sources"] == fingerprint else ", with earlier sources"
         rows.append(found)
-    made = table(rows)
-    PAGE.write_text(_TABLE.sub(lambda found: found[1] + made + found[2], PAGE.read_text()))
+    made, text = table(COLUMNS, rows), PAGE.read_text()
+    for name, lines in (("found", made), ("faults", faults_table(tasks))):
+        marked = re.compile(rf"(<!-- {name} -->\n\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        text = marked.sub(lambda found, lines=lines: found[1] + lines + found[2], text)
+    PAGE.write_text(text)
     return made
 
 

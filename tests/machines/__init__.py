@@ -54,7 +54,8 @@ def install() -> None:
         return
     from fastattn.ops import _availability
 
-    _availability.DEVICES, _availability.WHERE = ("cpu",), f"Triton kernels executed as {NAME}"
+    _availability.DEVICES = ("cpu",)
+    _availability.WHERE = f"Triton kernels executed as {NAME}"  # pyrefly: ignore[bad-assignment]  # it is no literal
     if NAME == "ttgir":
         from tests.machines.ttgir import launcher
     else:

@@ -31,6 +31,9 @@ class Fault(NamedTuple):
 FWD, BWD, DQ = (f"hopper/attention_{name}.py" for name in ("fwd", "bwd", "dq"))
 _ANY_USE = ("in flight", WRONG, "deadlock", "over-arrival")
 
+# Nothing: triton 3.7 itself puts the fence between ordinary stores and a TMA store that lacks one, behind TTGIR.
+_COMPILER_FENCES = ()
+
 _K_READ = "        scores = warpgroup_mma_wait(1, deps=[scores])\n"
 _FENCE = (
     "        if b_s is not None:\n"
@@ -141,7 +144,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "dK stored without a fence": Fault(
         "gluon_pair", BWD, "    fence_async_shared()\n    batch, kv_head, col_tile, _ = _own_tile",
-        "    batch, kv_head, col_tile, _ = _own_tile", ("fence",),
+        "    batch, kv_head, col_tile, _ = _own_tile", ("fence",), ptx=_COMPILER_FENCES,
     ),
     "no fence behind the rows' numbers": Fault(
         "gluon_pair", BWD, "                    fence_async_shared()\n                    if ONE_PASS:",
@@ -158,7 +161,7 @@ FAULTS: dict[str, Fault] = {
     "dQ overwritten before it is added": Fault("gluon_one_pass", BWD, _LATE_ADDITION, "", ("in flight",)),
     "no fence before dQ is added": Fault(
         "gluon_one_pass", BWD, "                fence_async_shared()\n                tma_reduce_add",
-        "                tma_reduce_add", ("fence",), quick=False,
+        "                tma_reduce_add", ("fence",), ptx=_COMPILER_FENCES, quick=False,
     ),
     "dQ stored where it has to be added": Fault(
         "gluon_one_pass", BWD, "tma_reduce_add(d_query, [piece, 0]", "tma_store(d_query, [piece, 0]", ("race", WRONG),

@@ -25,13 +25,14 @@ def test_kernels_as_they_are_pass(case, order):
 
 
 @pytest.mark.parametrize("fault", [_param(name) for name in faults.FAULTS])
-def test_machine_finds_fault(fault):
+def test_machine_finds_fault(fault, record_property):
     expected = fault.ttgir if machines.NAME == "ttgir" else fault.ptx
     if not expected:
         pytest.skip(f"{machines.NAME} cannot see this fault: docs/proof.md says why")
     said = faults.found(fault)
     assert said, f"nothing was found in {faults.ORDERS} orders of events"
     assert said in expected or "any" in expected
+    record_property("found", said)
 
 
 def test_fault_without_its_place_is_refused():

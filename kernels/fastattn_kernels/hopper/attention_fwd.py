@@ -280,10 +280,12 @@ def _consumer(
         gl.store(lse_ptr + rows_of + row, lse, mask=row < seqlen_q)
         gl.store(statistics_ptr + 2 * rows_of + row, pivot, mask=row < seqlen_q)
         gl.store(statistics_ptr + 2 * rows_of + seqlen_q + row, inverse_sum, mask=row < seqlen_q)
-        if STAGE_OUTPUT:
-            tma_store_wait(0)  # the last tile's output has left
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(slot), count=1)
+        # Behind the arrival: between the product and its wait, the compiler would take the barrier that comes with this
+        # for one behind the product, and leave out the one that holds the arrival back until all four warps have waited.
+        if STAGE_OUTPUT:
+            tma_store_wait(0)  # the last tile's output has left
         acc = acc * gl.convert_layout(inverse_sum, gl.SliceLayout(1, OUTPUT))[:, None]
         if marks_ptr is not None:
             marks = gl.convert_layout(rows_not_finite(acc), ROW)

@@ -189,6 +189,7 @@ def test_one_pass_matches_reference(name: str) -> None:
     check(CASES[name](), one_pass=True)
 
 
+@pytest.mark.machine
 @pytest.mark.parametrize("name", NOT_IN_ONE_PASS)
 def test_one_pass_leaves_to_the_pair_what_does_not_fit(name: str) -> None:
     assert not backward_config(CASES[name](), deterministic=False).one_pass
@@ -246,6 +247,7 @@ def test_what_is_masked_out_never_leaks(one_pass: bool) -> None:
         torch.testing.assert_close(actual, expected, atol=0.02, rtol=0.02)
 
 
+@pytest.mark.machine
 def test_refusals_name_what_they_refuse() -> None:
     assert "head_dim=160" in " ".join(refusals(make_problem(8, 8, 160)))
     assert not refusals(make_problem(8, 8, 128))
@@ -271,6 +273,7 @@ def test_large_finite_biases_of_all_keys_keep_probabilities_in_proportion(shape:
     assert gradients[2].float().abs().max() < 100
 
 
+@pytest.mark.machine
 def test_gradients_at_odd_addresses_are_copied() -> None:
     """Autograd hands over slices of a concatenation: contiguous, and not aligned."""
     problem = make_problem(70, 80)
@@ -283,6 +286,7 @@ def test_gradients_at_odd_addresses_are_copied() -> None:
         assert torch.equal(actual, other)
 
 
+@pytest.mark.machine
 def test_expanded_masks_and_biases_stay_small() -> None:
     mask = torch.ones(1, 1, 70, 80, dtype=torch.bool).expand(2, 4, 70, 80)
     problem = make_problem(70, 80, batch=2, heads=4, kv_heads=4, mask=mask)

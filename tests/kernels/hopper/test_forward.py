@@ -318,6 +318,7 @@ def test_hopper_forward_lets_nothing_leak_from_behind_masks(where, device):
     torch.testing.assert_close(statistics[..., rows], clean_statistics[..., rows], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.machine
 def test_pack_mask_puts_a_threads_keys_into_a_word(device):
     """Bit ``2 i + e`` of word ``4 g + q`` is key ``64 g + 8 i + 2 q + e``."""
     mask = attention_mask(B, H, 5, S, seed=1).to(device)
@@ -349,6 +350,7 @@ REFUSED: dict[str, Any] = {
 }
 
 
+@pytest.mark.machine
 @pytest.mark.parametrize("case", REFUSED)
 def test_hopper_refuses_with_a_reason(case, device):
     problem = make(device, {})
