@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from typing import Any, NamedTuple
 
@@ -24,6 +25,11 @@ from tests.machines.ttgir.modules import Module, parse, print_generically
 from tests.machines.ttgir.worst_case import WorstCase
 
 TARGET = "cuda:90"
+STAGES = ("ttir", "ttgir")
+# How far plain kernels are compiled: TTIR is what they mean, TTGIR has their pipelines, too, and takes twice the time.
+PLAIN = os.environ.get("FASTATTN_PLAIN_STAGE", "ttir")
+if PLAIN not in STAGES:
+    raise ValueError(f"FASTATTN_PLAIN_STAGE={PLAIN}: it takes {' or '.join(STAGES)}")
 
 
 class Program(NamedTuple):
@@ -72,7 +78,8 @@ def _compile(
     stages: dict[str, Any] = {}
     backend.add_stages(stages, options, source.language)
     metadata = {"target": target, **options.__dict__}
-    module = stages["ttgir" if is_gluon else "ttir"](module, metadata)
+    for stage in ("ttgir",) if is_gluon else STAGES[: STAGES.index(PLAIN) + 1]:
+        module = stages[stage](module, metadata)
     parsed = parse(str(module))
     name = next(name for name in parsed.funcs if name.startswith(function.__name__))
     arguments = [type_ for _, type_ in parsed.funcs[name].regions[0].blocks[0].args]
