@@ -97,7 +97,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "no fence before the output is stored": Fault(
         "gluon_forward", FWD, "        fence_async_shared()\n        tma_store(out_desc", "        tma_store(out_desc",
-        ("fence",),
+        ("fence",), ptx=_COMPILER_FENCES,
     ),
     "no fence behind the bias": Fault("gluon_forward", FWD, _K_READ + _FENCE, _K_READ, ("fence",), quick=False),
     "last output not waited for": Fault(

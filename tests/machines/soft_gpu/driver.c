@@ -44,6 +44,7 @@ CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice
 }
 
 CUresult cuCtxGetCurrent(CUcontext *context) { *context = (CUcontext)&the_context; return CUDA_SUCCESS; }
+CUresult cuCtxGetDevice(CUdevice *device) { *device = 0; return CUDA_SUCCESS; }
 CUresult cuCtxSetCurrent(CUcontext context) { return CUDA_SUCCESS; }
 CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { *value = 0; return CUDA_SUCCESS; }
 CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return CUDA_SUCCESS; }
@@ -72,7 +73,9 @@ static launch_callback on_launch;
 
 void soft_gpu_on_launch(launch_callback callback) { on_launch = callback; }
 
-/* Modules stay for as long as the process does, as triton's do. */
+/* Modules stay for as long as the process does, unloaded or not: launches may still hold their functions. */
+CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
+
 CUresult cuModuleLoadData(CUmodule *module, const void *image) {
   *module = (CUmodule)strdup(image);
   return CUDA_SUCCESS;
