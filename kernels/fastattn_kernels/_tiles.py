@@ -144,16 +144,3 @@ def is_off(only_if):
     """Whether a kernel has nothing to do: ``only_if`` is a pointer to a byte and the value that it has to have."""
     flag_ptr, expected = only_if
     return tl.load(flag_ptr).to(tl.int32) != expected
-
-
-@triton.jit
-def any_not_finite(tile):
-    """Whether a 2-D tile holds NaN or inf, as a scalar."""
-    return tl.max(tl.max(tl.where(tl.abs(tile) < INFINITY, 0, 1), axis=1), axis=0) > 0
-
-
-@triton.jit
-def rows_not_finite(tile):
-    """1 for each row of a 2-D tile that holds NaN or inf, else 0. A sum of zeros, which those two make NaN, is one
-    multiply-add an element; with a comparison of each, the Hopper forward would spill at head size 256."""
-    return tl.where(tl.sum(tile * 0.0, axis=1) == 0.0, 0, 1)

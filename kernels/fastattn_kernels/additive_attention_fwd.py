@@ -9,16 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn_kernels._device import device_guard
+from fastattn_kernels._marks import empty_marks, is_marked, programs, rows_not_finite, tiles_to_look_at
 from fastattn_kernels._masking import INFINITY, LOG2_E, masked_scores, tanh
-from fastattn_kernels._tiles import (
-    any_not_finite,
-    head_of,
-    load_tile,
-    softmax_step,
-    store_statistics,
-    store_tile,
-    weighted_sum,
-)
+from fastattn_kernels._tiles import head_of, load_tile, softmax_step, store_statistics, store_tile, weighted_sum
 from fastattn_kernels._visits import count_visits, key_edges, list_of, visited_tile
 from fastattn_kernels.additive_attention_config import (
     additive_careful_config,
@@ -104,24 +97,19 @@ def _attend_keys(
     return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=[*RUN_TIME, "size"])
-def _additive_fwd_kernel(
-    query, key, weight, value, out, statistics_ptr, rules, tile_lists, lists_per_batch, lists_per_head,
-    heads, group, seqlen_q, seqlen_k, lower, upper, shift, size,
+@triton.jit
+def _attend_rows(
+    batch_head, row_tile, query, key, weight, value, out, statistics_ptr, marks_ptr, rules,
+    tile_lists, lists_per_batch, lists_per_head, heads, seqlen_q, seqlen_k, lower, upper, shift, size,
     VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, HARDWARE_TANH: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """One BLOCK_M tile of queries of one head against all visible keys. CAREFUL: only if its output is not finite."""
+    """One BLOCK_M tile of queries of one head against all visible keys; with marks, unless ``marks_ptr`` is None."""
     tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
-    batch_head = tl.program_id(0) // tiles_m
-    row_tile = tiles_m - 1 - tl.program_id(0) % tiles_m  # longest first, as in attention_fwd
     row_start = row_tile * BLOCK_M
     batch = (batch_head // heads).to(tl.int64)
     head = (batch_head % heads).to(tl.int64)
     out = head_of(out, batch, head)
-    if CAREFUL:
-        if not any_not_finite(load_tile(out, row_start, seqlen_q, BLOCK_M, BLOCK_DV, VALUE_DIM, True)):
-            return
     at = (batch, head)
     sizes = (seqlen_q, seqlen_k, lower, upper, shift)
     query, key, weight = columns_of(query, batch, head), columns_of(key, batch, head), weight_of(weight, head)
@@ -146,10 +134,41 @@ def _additive_fwd_kernel(
     )  # fmt: skip
 
     inverse_sum = tl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)  # a row that may see nothing is zero
-    store_tile(out, row_start, seqlen_q, acc * inverse_sum[:, None], BLOCK_M, BLOCK_DV, VALUE_DIM)
+    o = acc * inverse_sum[:, None]
+    store_tile(out, row_start, seqlen_q, o, BLOCK_M, BLOCK_DV, VALUE_DIM)
     pivot = tl.where(row_max == -INFINITY, 0.0, row_max)
     row = row_start + tl.arange(0, BLOCK_M)
-    store_statistics(statistics_ptr + 2 * batch_head.to(tl.int64) * seqlen_q, row, seqlen_q, pivot, inverse_sum)
+    rows_of = batch_head.to(tl.int64) * seqlen_q
+    if marks_ptr is not None:
+        tl.store(marks_ptr + rows_of + row, rows_not_finite(o), mask=row < seqlen_q)
+    store_statistics(statistics_ptr + 2 * rows_of, row, seqlen_q, pivot, inverse_sum)
+
+
+@triton.jit(do_not_specialize=[*RUN_TIME, "size", "tiles"])
+def _additive_fwd_kernel(
+    query, key, weight, value, out, statistics_ptr, marks_ptr, rules, tile_lists, lists_per_batch, lists_per_head,
+    heads, group, seqlen_q, seqlen_k, lower, upper, shift, size, tiles,
+    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, HARDWARE_TANH: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """One of ``tiles`` tiles of queries. CAREFUL: those of the program's share that hold a marked row."""
+    tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
+    if CAREFUL:
+        first, last = tiles_to_look_at(marks_ptr, tiles, seqlen_q, BLOCK_M)
+        for tile in tl.range(first, last):
+            if is_marked(marks_ptr, tile, seqlen_q, BLOCK_M):
+                _attend_rows(
+                    tile // tiles_m, tile % tiles_m, query, key, weight, value, out, statistics_ptr, None, rules,
+                    tile_lists, lists_per_batch, lists_per_head, heads, seqlen_q, seqlen_k, lower, upper, shift, size,
+                    VALUE_DIM, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION, HARDWARE_TANH, CAREFUL,
+                )  # fmt: skip
+    else:
+        # longest first, as in attention_fwd
+        _attend_rows(
+            tl.program_id(0) // tiles_m, tiles_m - 1 - tl.program_id(0) % tiles_m, query, key, weight, value, out,
+            statistics_ptr, marks_ptr, rules, tile_lists, lists_per_batch, lists_per_head, heads, seqlen_q, seqlen_k,
+            lower, upper, shift, size, VALUE_DIM, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION, HARDWARE_TANH, CAREFUL,
+        )  # fmt: skip
 
 
 def launch_additive_fwd(
@@ -168,13 +187,15 @@ def launch_additive_fwd(
     config = config or additive_forward_config(query.device, query.dtype, value_dim, problem.load())
     scored = problem.scored()
     hardware_tanh = has_hardware_tanh(query.device, query.dtype)
-    for careful in (False, True) if problem.masks_pairs() else (False,):
+    marks = empty_marks(problem, out)
+    for careful in (False,) if marks is None else (False, True):
         tile = additive_careful_config() if careful else config
         lists = tile_map.of_rows(tile) if tile_map is not None and not careful else None
+        tiles = int(triton.cdiv(seqlen_q, tile.block_m)) * batch * heads
         with device_guard(query):
-            _additive_fwd_kernel[(triton.cdiv(seqlen_q, tile.block_m) * batch * heads,)](
-                *scored, strided(value), strided(out), statistics, problem.rules(), *list_arguments(lists),
-                *problem.sizes(), size,
+            _additive_fwd_kernel[(programs(tiles, query.device, careful),)](
+                *scored, strided(value), strided(out), statistics, marks, problem.rules(), *list_arguments(lists),
+                *problem.sizes(), size, tiles,
                 VALUE_DIM=value_dim, BLOCK_DV=head_block(value_dim), PRECISION=dot_precision(query.dtype),
                 HARDWARE_TANH=hardware_tanh, CAREFUL=careful, **tile.launch_options(),
             )  # fmt: skip

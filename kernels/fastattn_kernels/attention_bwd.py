@@ -3,6 +3,8 @@
 Both recompute P from each row's statistics (arXiv:2307.08691, algorithm 2); the workspace is delta, O(L).
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -10,9 +12,9 @@ from torch import Tensor
 
 from fastattn_kernels._device import device_guard
 from fastattn_kernels._dropout import dropout_factor
+from fastattn_kernels._marks import empty_marks, is_marked, programs, rows_not_finite, tiles_to_look_at
 from fastattn_kernels._masking import INFINITY, LOG2_E, capped, capped_slope, distance, masked_scores
 from fastattn_kernels._tiles import (
-    any_not_finite,
     head_of,
     is_off,
     load_statistics,
@@ -178,35 +180,23 @@ def _grad_of_keys(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=RUN_TIME)
-def _attention_bwd_dkdv_kernel(
-    query, key, value, d_out, statistics_ptr, delta_ptr, d_key, d_value, rules, dropout, d_weights,
-    tile_lists, lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
+@triton.jit
+def _grad_of_tile_of_keys(
+    batch_head, col_tile, query, key, value, d_out, statistics_ptr, delta_ptr, d_key, d_value, marks_ptr,
+    rules, dropout, d_weights, tile_lists, lists_per_batch, lists_per_head,
+    heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale, d_query_ptr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
-    d_query_ptr=None, only_if=None,
 ):  # fmt: skip
-    """dK and dV of one BLOCK_N tile of keys, from all query rows that see it. CAREFUL: only if they are not finite.
-
-    With ``d_query_ptr``, to zeros ``[B, H, L, D]``, it is the whole backward in one pass; see attention_bwd_one_pass.
-    """
-    if only_if is not None:
-        if is_off(only_if):
-            return
+    """dK and dV of one BLOCK_N tile of keys, from all query rows that see it; a key is marked, unless ``marks_ptr`` is
+    None, where one of the two is not finite."""
     tiles_n = tl.cdiv(seqlen_k, BLOCK_N)
     kv_heads = heads // group
-    batch_head = tl.program_id(0) // tiles_n
-    col_tile = tl.program_id(0) % tiles_n  # under a diagonal the first keys are seen most: longest first
     col_start = col_tile * BLOCK_N
     batch = (batch_head // kv_heads).to(tl.int64)
     kv_head = (batch_head % kv_heads).to(tl.int64)
     d_key = head_of(d_key, batch, kv_head)
     d_value = head_of(d_value, batch, kv_head)
-    if CAREFUL:
-        stored_dk = load_tile(d_key, col_start, seqlen_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)
-        stored_dv = load_tile(d_value, col_start, seqlen_k, BLOCK_N, BLOCK_DV, VALUE_DIM, True)
-        if not (any_not_finite(stored_dk) | any_not_finite(stored_dv)):
-            return
     sizes = (seqlen_q, seqlen_k, lower, upper, shift)
     key = head_of(key, batch, kv_head)
     value = head_of(value, batch, kv_head)
@@ -232,8 +222,50 @@ def _attention_bwd_dkdv_kernel(
         group, sizes, rules, dropout, d_weights, d_query_ptr, full, edges, tiles,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, False, CAREFUL, PRECISION,
     )  # fmt: skip
-    store_tile(d_key, col_start, seqlen_k, dk * scale, BLOCK_N, BLOCK_D, HEAD_DIM)
+    dk *= scale
+    store_tile(d_key, col_start, seqlen_k, dk, BLOCK_N, BLOCK_D, HEAD_DIM)
     store_tile(d_value, col_start, seqlen_k, dv, BLOCK_N, BLOCK_DV, VALUE_DIM)
+    if marks_ptr is not None:
+        col = col_start + tl.arange(0, BLOCK_N)
+        marks = rows_not_finite(dk) | rows_not_finite(dv)
+        tl.store(marks_ptr + batch_head.to(tl.int64) * seqlen_k + col, marks, mask=col < seqlen_k)
+
+
+@triton.jit(do_not_specialize=[*RUN_TIME, "tiles"])
+def _attention_bwd_dkdv_kernel(
+    query, key, value, d_out, statistics_ptr, delta_ptr, d_key, d_value, marks_ptr, rules, dropout, d_weights,
+    tile_lists, lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale, tiles,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
+    d_query_ptr=None, only_if=None,
+):  # fmt: skip
+    """dK and dV of one of ``tiles`` tiles of keys. CAREFUL: of those of the program's share that hold a marked key.
+
+    With ``d_query_ptr``, to zeros ``[B, H, L, D]``, it is the whole backward in one pass; see attention_bwd_one_pass.
+    """
+    if only_if is not None:
+        if is_off(only_if):
+            return
+    tiles_n = tl.cdiv(seqlen_k, BLOCK_N)
+    if CAREFUL:
+        first, last = tiles_to_look_at(marks_ptr, tiles, seqlen_k, BLOCK_N)
+        for tile in tl.range(first, last):
+            if is_marked(marks_ptr, tile, seqlen_k, BLOCK_N):
+                _grad_of_tile_of_keys(
+                    tile // tiles_n, tile % tiles_n, query, key, value, d_out, statistics_ptr, delta_ptr, d_key,
+                    d_value, None, rules, dropout, d_weights, tile_lists, lists_per_batch, lists_per_head,
+                    heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale, d_query_ptr,
+                    HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION, CAREFUL,
+                )  # fmt: skip
+    else:
+        # under a diagonal the first keys are seen most: longest first
+        _grad_of_tile_of_keys(
+            tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n, query, key, value, d_out, statistics_ptr,
+            delta_ptr, d_key, d_value, marks_ptr, rules, dropout, d_weights,
+            tile_lists, lists_per_batch, lists_per_head,
+            heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale, d_query_ptr,
+            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION, CAREFUL,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -272,28 +304,20 @@ def _grad_of_queries(
     return dq, d_slope
 
 
-@triton.jit(do_not_specialize=RUN_TIME)
-def _attention_bwd_dq_kernel(
-    query, key, value, d_out, statistics_ptr, delta_ptr, d_query, d_slopes_ptr, rules, dropout, d_weights,
-    tile_lists, lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
+@triton.jit
+def _grad_of_tile_of_queries(
+    batch_head, row_tile, query, key, value, d_out, statistics_ptr, delta_ptr, d_query, d_slopes_ptr, marks_ptr,
+    rules, dropout, d_weights, tile_lists, lists_per_batch, lists_per_head,
+    heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
-    only_if=None,
 ):  # fmt: skip
-    """dQ of one BLOCK_M tile of rows, from all keys that it sees. CAREFUL: only if it is not finite."""
-    if only_if is not None:
-        if is_off(only_if):
-            return
+    """dQ of one BLOCK_M tile of rows, from all keys that it sees; its rows are marked unless ``marks_ptr`` is None."""
     tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
-    batch_head = tl.program_id(0) // tiles_m
-    row_tile = tiles_m - 1 - tl.program_id(0) % tiles_m  # longest first, as in the forward
     row_start = row_tile * BLOCK_M
     batch = (batch_head // heads).to(tl.int64)
     head = (batch_head % heads).to(tl.int64)
     d_query = head_of(d_query, batch, head)
-    if CAREFUL:
-        if not any_not_finite(load_tile(d_query, row_start, seqlen_q, BLOCK_M, BLOCK_D, HEAD_DIM, True)):
-            return
     at = (batch, head)
     sizes = (seqlen_q, seqlen_k, lower, upper, shift)
     key = head_of(key, batch, head // group)
@@ -327,9 +351,57 @@ def _attention_bwd_dq_kernel(
         sizes, rules, dropout, d_weights, partial, edges, tiles,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, SLOPES, True, CAREFUL, PRECISION,
     )  # fmt: skip
-    store_tile(d_query, row_start, seqlen_q, dq * scale, BLOCK_M, BLOCK_D, HEAD_DIM)
+    dq *= scale
+    store_tile(d_query, row_start, seqlen_q, dq, BLOCK_M, BLOCK_D, HEAD_DIM)
+    if marks_ptr is not None:
+        tl.store(marks_ptr + rows_of + row, rows_not_finite(dq), mask=row < seqlen_q)
     if SLOPES:
         tl.store(d_slopes_ptr + rows_of + row, d_slope, mask=row < seqlen_q)
+
+
+@triton.jit(do_not_specialize=[*RUN_TIME, "tiles"])
+def _attention_bwd_dq_kernel(
+    query, key, value, d_out, statistics_ptr, delta_ptr, d_query, d_slopes_ptr, marks_ptr, rules, dropout, d_weights,
+    tile_lists, lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale, tiles,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
+    only_if=None,
+):  # fmt: skip
+    """dQ of one of ``tiles`` tiles of rows. CAREFUL: of those of the program's share that hold a marked row."""
+    if only_if is not None:
+        if is_off(only_if):
+            return
+    tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
+    if CAREFUL:
+        first, last = tiles_to_look_at(marks_ptr, tiles, seqlen_q, BLOCK_M)
+        for tile in tl.range(first, last):
+            if is_marked(marks_ptr, tile, seqlen_q, BLOCK_M):
+                _grad_of_tile_of_queries(
+                    tile // tiles_m, tile % tiles_m, query, key, value, d_out, statistics_ptr, delta_ptr, d_query,
+                    d_slopes_ptr, None, rules, dropout, d_weights, tile_lists, lists_per_batch, lists_per_head,
+                    heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
+                    HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION, CAREFUL,
+                )  # fmt: skip
+    else:
+        # longest first, as in the forward
+        _grad_of_tile_of_queries(
+            tl.program_id(0) // tiles_m, tiles_m - 1 - tl.program_id(0) % tiles_m, query, key, value, d_out,
+            statistics_ptr, delta_ptr, d_query, d_slopes_ptr, marks_ptr, rules, dropout, d_weights, tile_lists,
+            lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
+            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION, CAREFUL,
+        )  # fmt: skip
+
+
+class GradientMarks(NamedTuple):
+    """Marks of the rows of dQ, ``[B, H, L]``, and of the keys, ``[B, Hk, S]``, of which dK or dV is not finite."""
+
+    of_rows: Tensor | None
+    of_keys: Tensor | None
+
+
+def empty_gradient_marks(problem: Problem) -> GradientMarks:
+    """:func:`fastattn_kernels._marks.empty_marks` of all gradients."""
+    return GradientMarks(empty_marks(problem, problem.query), empty_marks(problem, problem.key))
 
 
 def launch_attention_delta(out: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
@@ -367,7 +439,8 @@ def launch_attention_bwd(
     query = problem.query
     sizes = query.shape[3], problem.value.shape[3]
     config = config or backward_config(query.device, query.dtype, *sizes, problem.load(d_weights))
-    arguments = problem, d_out, statistics, delta, d_weights, dq, dk, dv, d_slopes
+    marks = empty_gradient_marks(problem)
+    arguments = problem, d_out, statistics, delta, d_weights, dq, dk, dv, marks, d_slopes
     _launch_passes(*arguments, tile_map, config, only_if, careful=False)
     if problem.masks_pairs():
         launch_careful_bwd(*arguments, only_if)
@@ -382,15 +455,16 @@ def launch_careful_bwd(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    marks: GradientMarks,
     d_slopes: Tensor | None = None,
     only_if: Argument = None,
 ) -> None:
-    """Write again, with 0 * NaN = 0, those tiles of gradients that are not finite: what follows the launch of any
-    kernel on a problem that masks pairs."""
+    """Do again, with ``0 * NaN = 0 * inf = 0``, those tiles of gradients of which a row is marked: what follows the
+    launch of any kernel on a problem that masks pairs."""
     smallest = careful_config(problem.query.dtype, problem.query.shape[3], problem.value.shape[3])
     config = BackwardConfig(smallest, smallest)
     _launch_passes(
-        problem, d_out, statistics, delta, d_weights, dq, dk, dv, d_slopes, None, config, only_if, careful=True
+        problem, d_out, statistics, delta, d_weights, dq, dk, dv, marks, d_slopes, None, config, only_if, careful=True
     )
 
 
@@ -403,6 +477,7 @@ def _launch_passes(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    marks: GradientMarks,
     d_slopes: Tensor | None,
     tile_map: TileMap | None,
     config: BackwardConfig,
@@ -425,14 +500,16 @@ def _launch_passes(
     }
     with device_guard(query):
         if dk.numel() or dv.numel():
-            _attention_bwd_dkdv_kernel[(triton.cdiv(seqlen_k, config.dkdv.block_n) * batch * kv_heads,)](
-                *inputs, strided(dk), strided(dv), *rules,
-                *list_arguments(tile_map and tile_map.of_keys(config.dkdv)), *numbers, **sizes,
+            tiles = int(triton.cdiv(seqlen_k, config.dkdv.block_n)) * batch * kv_heads
+            _attention_bwd_dkdv_kernel[(programs(tiles, query.device, careful),)](
+                *inputs, strided(dk), strided(dv), marks.of_keys, *rules,
+                *list_arguments(tile_map and tile_map.of_keys(config.dkdv)), *numbers, tiles, **sizes,
                 CAREFUL=careful, only_if=only_if, **config.dkdv.launch_options(),
             )  # fmt: skip
         if dq.numel():
-            _attention_bwd_dq_kernel[(triton.cdiv(seqlen_q, config.dq.block_m) * batch * heads,)](
-                *inputs, strided(dq), d_slopes, *rules,
-                *list_arguments(tile_map and tile_map.of_rows(config.dq)), *numbers, **sizes,
+            tiles = int(triton.cdiv(seqlen_q, config.dq.block_m)) * batch * heads
+            _attention_bwd_dq_kernel[(programs(tiles, query.device, careful),)](
+                *inputs, strided(dq), d_slopes, marks.of_rows, *rules,
+                *list_arguments(tile_map and tile_map.of_rows(config.dq)), *numbers, tiles, **sizes,
                 CAREFUL=careful, only_if=only_if, **config.dq.launch_options(),
             )  # fmt: skip

@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn_kernels._device import device_guard
+from fastattn_kernels._marks import rows_not_finite
 from fastattn_kernels._tiles import head_of, store_tile
-from fastattn_kernels.attention_bwd import _attention_bwd_dkdv_kernel, launch_careful_bwd
+from fastattn_kernels.attention_bwd import _attention_bwd_dkdv_kernel, empty_gradient_marks, launch_careful_bwd
 from fastattn_kernels.attention_config import Config, dot_precision, head_block, one_pass_config
 from fastattn_kernels.attention_problem import Problem, WeightsGradient, strided
 from fastattn_kernels.attention_tile_map import TileMap, list_arguments
@@ -25,9 +26,10 @@ _FINISHED_ROWS = 64
 
 @triton.jit(do_not_specialize=["heads", "seqlen_q"])
 def _finish_dq_kernel(
-    d_query, sums_ptr, heads, seqlen_q, scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr
-):
-    """dQ from its sums: scaled, and rounded once."""
+    d_query, sums_ptr, marks_ptr, heads, seqlen_q, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """dQ from its sums: scaled, and rounded once; its rows are marked unless ``marks_ptr`` is None."""
     tiles = tl.cdiv(seqlen_q, BLOCK_M)
     batch_head = (tl.program_id(0) // tiles).to(tl.int64)
     row_start = tl.program_id(0) % tiles * BLOCK_M
@@ -37,6 +39,8 @@ def _finish_dq_kernel(
     dq = tl.load(ptrs, mask=(row < seqlen_q)[:, None] & (col < HEAD_DIM)[None, :], other=0.0) * scale
     d_query = head_of(d_query, batch_head // heads, batch_head % heads)
     store_tile(d_query, row_start, seqlen_q, dq, BLOCK_M, BLOCK_D, HEAD_DIM)
+    if marks_ptr is not None:
+        tl.store(marks_ptr + batch_head * seqlen_q + row, rows_not_finite(dq), mask=row < seqlen_q)
 
 
 def one_pass_refusals(problem: Problem, *, needs_slopes: bool) -> list[str]:
@@ -75,20 +79,22 @@ def launch_attention_bwd_one_pass(
     kv_heads, seqlen_k, value_dim = key.shape[1], key.shape[2], value.shape[3]
     config = config or one_pass_config(query.device, query.dtype, head_dim, value_dim, problem.load(d_weights))
     sums = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
+    marks = empty_gradient_marks(problem)
+    tiles = int(triton.cdiv(seqlen_k, config.block_n)) * batch * kv_heads
     with device_guard(query):
         if d_key.numel() or d_value.numel():
-            _attention_bwd_dkdv_kernel[(triton.cdiv(seqlen_k, config.block_n) * batch * kv_heads,)](
+            _attention_bwd_dkdv_kernel[(tiles,)](
                 strided(query), strided(key), strided(value), strided(d_out), statistics, delta,
-                strided(d_key), strided(d_value),
+                strided(d_key), strided(d_value), marks.of_keys,
                 problem.rules(), problem.dropout(), None if d_weights is None else d_weights.argument(),
-                *list_arguments(tile_map and tile_map.of_keys(config)), *problem.sizes(), problem.scale,
+                *list_arguments(tile_map and tile_map.of_keys(config)), *problem.sizes(), problem.scale, tiles,
                 HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=head_block(head_dim), BLOCK_DV=head_block(value_dim),
                 PRECISION=dot_precision(query.dtype), CAREFUL=False, d_query_ptr=sums, **config.launch_options(),
             )  # fmt: skip
         if d_query.numel():
             _finish_dq_kernel[(triton.cdiv(seqlen_q, _FINISHED_ROWS) * batch * heads,)](
-                strided(d_query), sums, heads, seqlen_q, problem.scale,
+                strided(d_query), sums, marks.of_rows, heads, seqlen_q, problem.scale,
                 HEAD_DIM=head_dim, BLOCK_D=head_block(head_dim), BLOCK_M=_FINISHED_ROWS,
             )  # fmt: skip
     if problem.masks_pairs():
-        launch_careful_bwd(problem, d_out, statistics, delta, d_weights, d_query, d_key, d_value)
+        launch_careful_bwd(problem, d_out, statistics, delta, d_weights, d_query, d_key, d_value, marks)

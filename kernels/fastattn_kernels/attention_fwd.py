@@ -1,22 +1,14 @@
 """Forward: one tile of queries against all keys it may see, by online softmax (arXiv:2205.14135, arXiv:2307.08691)."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn_kernels._device import device_guard, multiprocessors
+from fastattn_kernels._device import device_guard
 from fastattn_kernels._dropout import dropout_keep, dropout_scale
+from fastattn_kernels._marks import empty_marks, is_marked, programs, rows_not_finite, tiles_to_look_at
 from fastattn_kernels._masking import INFINITY, LN_2, LOG2_E, capped, masked_scores
-from fastattn_kernels._tiles import (
-    head_of,
-    load_tile,
-    rows_not_finite,
-    softmax_step,
-    store_statistics,
-    store_tile,
-    weighted_sum,
-)
+from fastattn_kernels._tiles import head_of, load_tile, softmax_step, store_statistics, store_tile, weighted_sum
 from fastattn_kernels._visits import count_visits, key_edges, list_of, visited_tile
 from fastattn_kernels.attention_config import Config, careful_config, dot_precision, forward_config, head_block
 from fastattn_kernels.attention_problem import RUN_TIME, Problem, strided
@@ -24,11 +16,6 @@ from fastattn_kernels.attention_tile_map import TileMap, list_arguments
 
 # The smallest normal float32: scores times this are 0, as a scale of 0 wants, yet -inf times it stays -inf.
 TINY = tl.constexpr(1.1754943508222875e-38)
-# Marks of rows that a program of the careful launch reads at once.
-_MARKS = tl.constexpr(1024)
-# Programs of the careful launch a multiprocessor: as many as its registers leave room for, since each that has to wait
-# for a place adds a microsecond or so to every masked call.
-_CAREFUL_PROGRAMS = 2
 
 
 @triton.jit
@@ -135,8 +122,7 @@ def _attend_rows(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
     PIPELINED: tl.constexpr,
 ):  # fmt: skip
-    """One BLOCK_M tile of queries of one head against all visible keys. Where there is a ``marks_ptr``, each row whose
-    output is not finite gets a 1 there, and each other row a 0."""
+    """One BLOCK_M tile of queries of one head against all visible keys; with marks, unless ``marks_ptr`` is None."""
     tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
     row_start = row_tile * BLOCK_M
     batch = (batch_head // heads).to(tl.int64)
@@ -196,22 +182,6 @@ def _attend_rows(
     store_statistics(statistics_ptr + 2 * rows_of, row, seqlen_q, pivot, inverse_sum)
 
 
-@triton.jit
-def _first_row(tile, tiles_m, seqlen_q, BLOCK_M: tl.constexpr):
-    """The first row of a tile, both counted over all heads: where the tile before it ends."""
-    return (tile // tiles_m).to(tl.int64) * seqlen_q + tile % tiles_m * BLOCK_M
-
-
-@triton.jit
-def _any_marked(marks_ptr, begin, end):
-    """Whether one of the rows from ``begin`` to ``end`` is marked, :func:`_first_row`."""
-    found = 0
-    for start in tl.range(begin, end, _MARKS):
-        row = start + tl.arange(0, _MARKS)
-        found = tl.maximum(found, tl.max(tl.load(marks_ptr + row, mask=row < end, other=0).to(tl.int32), 0))
-    return found > 0
-
-
 @triton.jit(do_not_specialize=[*RUN_TIME, "tiles"])
 def _attention_fwd_kernel(
     query, key, value, out, lse_ptr, statistics_ptr, marks_ptr, rules, sinks, dropout,
@@ -224,20 +194,15 @@ def _attention_fwd_kernel(
     computes those again that hold a marked row."""
     tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
     if CAREFUL:
-        share = tl.cdiv(tiles, tl.num_programs(0))
-        first = tl.minimum(tl.program_id(0) * share, tiles)
-        last = tl.minimum(first + share, tiles)
-        begin = _first_row(first, tiles_m, seqlen_q, BLOCK_M)
-        if _any_marked(marks_ptr, begin, _first_row(last, tiles_m, seqlen_q, BLOCK_M)):
-            for tile in tl.range(first, last):
-                begin = _first_row(tile, tiles_m, seqlen_q, BLOCK_M)
-                if _any_marked(marks_ptr, begin, _first_row(tile + 1, tiles_m, seqlen_q, BLOCK_M)):
-                    _attend_rows(
-                        tile // tiles_m, tile % tiles_m, query, key, value, out, lse_ptr, statistics_ptr, None, rules,
-                        sinks, dropout, tile_lists, lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k,
-                        lower, upper, shift, scale, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION,
-                        CAREFUL, PIPELINED,
-                    )  # fmt: skip
+        first, last = tiles_to_look_at(marks_ptr, tiles, seqlen_q, BLOCK_M)
+        for tile in tl.range(first, last):
+            if is_marked(marks_ptr, tile, seqlen_q, BLOCK_M):
+                _attend_rows(
+                    tile // tiles_m, tile % tiles_m, query, key, value, out, lse_ptr, statistics_ptr, None, rules,
+                    sinks, dropout, tile_lists, lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k,
+                    lower, upper, shift, scale, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION,
+                    CAREFUL, PIPELINED,
+                )  # fmt: skip
     else:
         # the last rows see the most keys under a diagonal: longest tiles first leave no long one for the end
         _attend_rows(
@@ -262,9 +227,8 @@ def _launch(
     batch, heads, seqlen_q, head_dim = query.shape
     value_dim = value.shape[3]
     tiles = int(triton.cdiv(seqlen_q, config.block_m)) * batch * heads
-    programs = min(tiles, _CAREFUL_PROGRAMS * multiprocessors(query.device)) if careful else tiles
     with device_guard(query):
-        _attention_fwd_kernel[(programs,)](
+        _attention_fwd_kernel[(programs(tiles, query.device, careful),)](
             strided(query), strided(problem.key), strided(value), strided(out), lse, statistics, marks,
             problem.rules(), strided(problem.sinks), problem.dropout(), *list_arguments(lists),
             *problem.sizes(), problem.scale, tiles,
@@ -291,22 +255,14 @@ def launch_attention_fwd(
     if problem.scale < 0 or not whole:  # its sign moves into q, which the pipelined order leaves as it is loaded
         config = config._replace(pipelined=False)
     lists = None if tile_map is None else tile_map.of_rows(config)
-    marks = empty_marks(problem)
+    marks = empty_marks(problem, out)
     _launch(problem, out, lse, statistics, marks, lists, config, careful=False)
     if marks is not None:
         launch_careful_fwd(problem, out, lse, statistics, marks)
 
 
-def empty_marks(problem: Problem) -> Tensor | None:
-    """Where a forward writes, for each row ``[B, H, L]``, whether its output is not finite; None where nothing is
-    hidden, and so nothing can leak. Every row writes its own: nothing has to be zeroed."""
-    if not problem.masks_pairs():
-        return None
-    return torch.empty(problem.query.shape[:3], dtype=torch.int8, device=problem.query.device)
-
-
 def launch_careful_fwd(problem: Problem, out: Tensor, lse: Tensor, statistics: Tensor, marks: Tensor) -> None:
     """Do again, with ``0 * NaN = 0 * inf = 0``, the tiles with rows that the forward has marked. Where it has marked
-    none, this reads a byte a row and writes nothing."""
+    none, this reads the marks and writes nothing."""
     config = careful_config(problem.query.dtype, problem.query.shape[3], problem.value.shape[3])
     _launch(problem, out, lse, statistics, marks, None, config, careful=True)

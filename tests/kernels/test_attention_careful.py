@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from fastattn.reference import attention as reference
 from fastattn.testing import attention_inputs
-from fastattn_kernels import attention_fwd
+from fastattn_kernels import _marks, attention_fwd
 from fastattn_kernels.attention_config import Config, careful_config
 from fastattn_kernels.attention_problem import Problem
 from fastattn_kernels.hopper import attention_fwd as hopper
@@ -73,7 +73,9 @@ def test_forward_marks_the_rows_that_are_not_finite(launch, device, monkeypatch)
     found = []
     for module in (attention_fwd, hopper):
         monkeypatch.setattr(module, "launch_careful_fwd", lambda *arguments: found.append(arguments[-1]))
-        monkeypatch.setattr(module, "empty_marks", lambda _: torch.full((B, H, L), 77, dtype=torch.int8, device=device))
+        monkeypatch.setattr(
+            module, "empty_marks", lambda *_: torch.full((B, H, L), 77, dtype=torch.int8, device=device)
+        )
     problem = problem_with_nan(device)
     out, lse, statistics = results_of(problem)
     launch(problem, out, lse, statistics)
@@ -86,7 +88,7 @@ def test_forward_marks_the_rows_that_are_not_finite(launch, device, monkeypatch)
 @pytest.mark.parametrize("programs_at_once", [1, 2, 1000])
 def test_careful_launch_leaves_only_rows_not_finite_that_see_it(launch, programs_at_once, device, monkeypatch):
     """However many tiles a program looks after."""
-    monkeypatch.setattr(attention_fwd, "multiprocessors", lambda _: programs_at_once)
+    monkeypatch.setattr(_marks, "multiprocessors", lambda _: programs_at_once)
     problem = problem_with_nan(device)
     results = results_of(problem)
     launch(problem, *results)
@@ -106,7 +108,7 @@ def test_careful_launch_leaves_only_rows_not_finite_that_see_it(launch, programs
 @pytest.mark.parametrize("programs_at_once", [1, 3, 1000])
 def test_careful_launch_writes_only_tiles_with_a_marked_row(marked, programs_at_once, device, monkeypatch):
     """Where no row is marked it writes nothing at all, whatever the output holds."""
-    monkeypatch.setattr(attention_fwd, "multiprocessors", lambda _: programs_at_once)
+    monkeypatch.setattr(_marks, "multiprocessors", lambda _: programs_at_once)
     problem = problem_with_nan(device)
     marks = torch.zeros(B, H, L, dtype=torch.int8, device=device)
     written = torch.zeros(B, H, L, dtype=torch.bool, device=device)
@@ -133,7 +135,7 @@ def test_forward_is_followed_by_one_careful_launch_where_it_hides(launch, launch
 def test_forward_that_hides_nothing_is_one_launch(launch, launches, device):
     problem = problem_with_nan(device, hides=False)
     launch(problem, *results_of(problem))
-    assert attention_fwd.empty_marks(problem) is None
+    assert _marks.empty_marks(problem, problem.query) is None
     assert True not in launches
 
 
@@ -148,7 +150,7 @@ def test_careful_launch_has_few_programs(device, monkeypatch):
             return kernel[grid]
 
     monkeypatch.setattr(attention_fwd, "_attention_fwd_kernel", Noting())
-    monkeypatch.setattr(attention_fwd, "multiprocessors", lambda _: 2)
+    monkeypatch.setattr(_marks, "multiprocessors", lambda _: 2)
     problem = problem_with_nan(device)
     launch_plain(problem, *results_of(problem))
-    assert grids == [(B * H * 3,), (2 * attention_fwd._CAREFUL_PROGRAMS,)]
+    assert grids == [(B * H * 3,), (2 * _marks._CAREFUL_PROGRAMS,)]

@@ -5,12 +5,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn_kernels._device import device_guard
+from fastattn_kernels._marks import rows_not_finite
 from fastattn_kernels._masking import INFINITY
-from fastattn_kernels._tiles import head_of, load_statistics
+from fastattn_kernels._tiles import head_of, load_statistics, store_tile
 from fastattn_kernels.attention_problem import strided
 
 # Rows of a head are padded to whole tiles of any height, which also aligns every head for TMA.
 PADDED_TO = 128
+# Elements of a tile of dQ in the one-pass form: two pieces.
+_TILE = tl.constexpr(2 * 64 * 64)
 
 
 @triton.jit(do_not_specialize=["seqlen_q", "padded", "plane"])
@@ -51,27 +54,28 @@ def row_numbers(statistics: Tensor, delta: Tensor, has_bias: bool) -> Tensor:
 
 @triton.jit(do_not_specialize=["heads", "seqlen_q"])
 def _finish_dq_kernel(
-    pieces_ptr, d_query, scale, heads, seqlen_q,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """One 64 x 64 piece of dQ, from the order in which an accumulator lies in registers; scaled and rounded."""
-    piece = tl.program_id(0).to(tl.int64)
-    own = (piece % 2).to(tl.int32)
+    pieces_ptr, d_query, marks_ptr, scale, heads, seqlen_q, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """dQ of a tile of rows, from two 64 x 64 pieces in the order in which an accumulator lies in registers; scaled and
+    rounded. Its rows are marked unless ``marks_ptr`` is None."""
+    BLOCK_M: tl.constexpr = _TILE // BLOCK_D
     tiles = tl.cdiv(seqlen_q, BLOCK_M)
-    batch_head = piece // 2 // tiles
-    start = (piece // 2 % tiles).to(tl.int32) * BLOCK_M
-    dq = tl.load(pieces_ptr + piece * 4096 + tl.arange(0, 4096))
-    # [column block, warp, row, column pair, row half, column], whose rows are (warp, row half, row)
-    dq = dq.reshape(8, 4, 8, 4, 2, 2).permute(1, 4, 2, 0, 3, 5).reshape(64, 64) * scale
-    ptr, stride_m, stride_d = head_of(d_query, batch_head // heads, batch_head % heads)
-    if BLOCK_D == 128:
-        row = start + tl.arange(0, 64)
-        col = own * 64 + tl.arange(0, 64)
-    else:
-        row = start + own * 64 + tl.arange(0, 64)
-        col = tl.arange(0, 64)
-    ptrs = ptr + row.to(tl.int64)[:, None] * stride_m + col.to(tl.int64)[None, :] * stride_d
-    tl.store(ptrs, dq.to(ptr.dtype.element_ty), mask=(row < seqlen_q)[:, None] & (col < HEAD_DIM)[None, :])
+    batch_head = (tl.program_id(0) // tiles).to(tl.int64)
+    row_start = tl.program_id(0) % tiles * BLOCK_M
+    dq = tl.load(pieces_ptr + tl.program_id(0).to(tl.int64) * _TILE + tl.arange(0, _TILE)) * scale
+    # [piece, column block, warp, row, column pair, row half, column], where (warp, row half, row) are a piece's rows
+    dq = dq.reshape(2, 8, 4, 8, 4, 2, 2)
+    if BLOCK_D == 128:  # side by side
+        dq = dq.permute(2, 5, 3, 0, 1, 4, 6)
+    else:  # one below the other
+        dq = dq.permute(0, 2, 5, 3, 1, 4, 6)
+    dq = dq.reshape(BLOCK_M, BLOCK_D)
+    store_tile(
+        head_of(d_query, batch_head // heads, batch_head % heads), row_start, seqlen_q, dq, BLOCK_M, BLOCK_D, HEAD_DIM
+    )
+    if marks_ptr is not None:
+        row = row_start + tl.arange(0, BLOCK_M)
+        tl.store(marks_ptr + batch_head * seqlen_q + row, rows_not_finite(dq), mask=row < seqlen_q)
 
 
 def empty_dq_pieces(delta: Tensor, block_m: int) -> Tensor:
@@ -80,10 +84,10 @@ def empty_dq_pieces(delta: Tensor, block_m: int) -> Tensor:
     return delta.new_zeros(int(triton.cdiv(seqlen_q, block_m)) * batch * heads * 32, 256)
 
 
-def finish_dq(pieces: Tensor, d_query: Tensor, scale: float, block_d: int, block_m: int) -> None:
-    """Write dQ from its pieces."""
+def finish_dq(pieces: Tensor, d_query: Tensor, marks: Tensor | None, scale: float, block_d: int) -> None:
+    """Write dQ from its pieces, and the marks of its rows."""
     _, heads, seqlen_q, head_dim = d_query.shape
     with device_guard(d_query):
-        _finish_dq_kernel[(pieces.shape[0] // 16,)](
-            pieces, strided(d_query), scale, heads, seqlen_q, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m
+        _finish_dq_kernel[(pieces.numel() // _TILE.value,)](
+            pieces, strided(d_query), marks, scale, heads, seqlen_q, HEAD_DIM=head_dim, BLOCK_D=block_d
         )

@@ -28,9 +28,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from fastattn_kernels import _marks
 from fastattn_kernels._device import device_guard
 from fastattn_kernels._masking import LN_2, LOG2_E
-from fastattn_kernels.attention_bwd import launch_careful_bwd
+from fastattn_kernels.attention_bwd import GradientMarks, empty_gradient_marks, launch_careful_bwd
 from fastattn_kernels.attention_config import Config
 from fastattn_kernels.attention_problem import RUN_TIME, Problem
 from fastattn_kernels.attention_tile_map import TileMap, list_arguments
@@ -53,12 +54,14 @@ from fastattn_kernels.hopper._bwd_transposed import (
     transposed_score_gradient,
     unit_of,
 )
-from fastattn_kernels.hopper._compat import tma_load, tma_reduce_add, tma_store, tma_store_wait
+from fastattn_kernels.hopper._compat import shared, tma_load, tma_reduce_add, tma_store, tma_store_wait
 from fastattn_kernels.hopper._schedule import from_mailbox, ring
 from fastattn_kernels.hopper.attention_dq import launch_attention_dq
 from fastattn_kernels.hopper.config import head_block
 from fastattn_kernels.hopper.problem import descriptor, head_descriptor
 from fastattn_kernels.hopper.problem import refusals as forward_refusals
+
+rows_not_finite = shared(_marks.rows_not_finite)
 
 # Keys of a thread block.
 BLOCK_N = gl.constexpr(128)
@@ -163,7 +166,7 @@ def _consumer(
     heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of 64 keys, those of consumer OWN."""
-    d_query, d_key, d_value = gradients
+    d_query, d_key, d_value, marks_ptr = gradients
     k_tiles, v_tiles, q_tiles, do_tiles, b_tiles = buffers
     ds_tiles, dq_tiles = dq_buffers
     kv_full, q_full, do_full = full_barriers
@@ -276,23 +279,29 @@ def _consumer(
         mbarrier.wait(finished.index(OTHER), 0)
     # Keys and values are dead: their gradients lie there before they leave. ``unit * LN_2`` is the scale, in the
     # register that the loop has anyway.
-    _stage(dk * (unit * LN_2), k_tiles.index(OWN), BLOCK_D)
+    dk = dk * (unit * LN_2)
+    _stage(dk, k_tiles.index(OWN), BLOCK_D)
     _stage(dv, v_tiles.index(OWN), BLOCK_D)
     fence_async_shared()
-    batch, kv_head, col_tile, _ = _own_tile(seqlen_k, heads // group)
+    batch, kv_head, col_tile, at = _own_tile(seqlen_k, heads // group)
     tma_store(d_key, [batch, kv_head, col_tile * BLOCK_N + OWN * KEYS, 0], k_tiles.index(OWN))
     tma_store(d_value, [batch, kv_head, col_tile * BLOCK_N + OWN * KEYS, 0], v_tiles.index(OWN))
+    if marks_ptr is not None:
+        col = col_tile * BLOCK_N + OWN * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(1, GRADIENT))
+        marks = rows_not_finite(dk) | rows_not_finite(dv)
+        keys_of = (at[0] * (heads // group) + at[1]) * seqlen_k
+        gl.store(marks_ptr + keys_of + col, marks.to(gl.int8), mask=col < seqlen_k)
     tma_store_wait(0)
 
 
 @gluon.jit(do_not_specialize=[*RUN_TIME, "padded_rows"])
 def _attention_bwd_kernel(
-    query, key, value, d_out, d_query, d_key, d_value, pivots, deltas, inverse_sums, bias, bias_axes,
+    query, key, value, d_out, d_query, d_key, d_value, marks_ptr, pivots, deltas, inverse_sums, bias, bias_axes,
     row_bias, rules, tile_lists, lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k, lower, upper, shift,
     scale, padded_rows, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of 128 keys of one head, from all rows of its group that see them; and, where there is a ``d_query``,
-    what those keys give to dQ."""
+    what those keys give to dQ. Unless ``marks_ptr`` is None, a key is marked where its dK or dV is not finite."""
     dtype: gl.constexpr = query.dtype
     k_tiles = gl.allocate_shared_memory(dtype, [2, 1, 1, KEYS, BLOCK_D], key.layout)
     v_tiles = gl.allocate_shared_memory(dtype, [2, 1, 1, KEYS, BLOCK_D], value.layout)
@@ -336,7 +345,7 @@ def _attention_bwd_kernel(
         mbarrier.init(finished.index(i), count=1)
     descriptors = (query, key, value, d_out, bias)
     of_rows = (pivots, deltas, inverse_sums)
-    gradients = (d_query, d_key, d_value)
+    gradients = (d_query, d_key, d_value, marks_ptr)
     buffers = (k_tiles, v_tiles, q_tiles, do_tiles, b_tiles)
     rows = (pivot_rows, delta_rows, sum_rows, row_ids)
     dq_buffers = (ds_tiles, dq_tiles)
@@ -394,18 +403,19 @@ def launch_attention_bwd(
     if delta.numel() == 0:
         return
     config = config or backward_config(problem, deterministic)
+    marks = empty_gradient_marks(problem)
     # a copy in any case: a contiguous one may still begin at an odd address
     d_out = d_out if suits_tma(d_out) else d_out.clone(memory_format=torch.contiguous_format)
     with writable_by_tma(d_query, d_key, d_value) as (written_dq, written_dk, written_dv):
         pieces = empty_dq_pieces(delta, config.block_m) if config.one_pass else None
-        _launch(problem, d_out, statistics, delta, pieces, written_dk, written_dv, tile_map, config)
+        _launch(problem, d_out, statistics, delta, pieces, written_dk, written_dv, marks, tile_map, config)
         if pieces is None:
-            launch_attention_dq(problem, d_out, statistics, delta, written_dq, tile_map, config)
+            launch_attention_dq(problem, d_out, statistics, delta, written_dq, marks.of_rows, tile_map, config)
         else:
             block_d = head_block(problem.query.shape[3], problem.value.shape[3])
-            finish_dq(pieces, written_dq, problem.scale, block_d, config.block_m)
+            finish_dq(pieces, written_dq, marks.of_rows, problem.scale, block_d)
     if problem.masks_pairs():
-        launch_careful_bwd(problem, d_out, statistics, delta, None, d_query, d_key, d_value)
+        launch_careful_bwd(problem, d_out, statistics, delta, None, d_query, d_key, d_value, marks)
 
 
 def _launch(
@@ -416,6 +426,7 @@ def _launch(
     pieces: Tensor | None,
     d_key: Tensor,
     d_value: Tensor,
+    marks: GradientMarks,
     tile_map: TileMap | None,
     config: BackwardConfig,
 ) -> None:
@@ -430,7 +441,7 @@ def _launch(
             head_descriptor(value, KEYS.value, problem), head_descriptor(d_out, tile.block_m, problem),
             None if pieces is None else pieces_descriptor(pieces),
             head_descriptor(d_key, KEYS.value, problem), head_descriptor(d_value, KEYS.value, problem),
-            pivots, deltas, sums[0] if sums else None,
+            marks.of_keys, pivots, deltas, sums[0] if sums else None,
             None if bias is None else descriptor(bias, tile.block_m, KEYS.value), bias_axes, row_bias,
             rules_of_keys(problem), *list_arguments(tile_map and tile_map.of_keys(tile)), *problem.sizes(),
             problem.scale, numbers.shape[3], BLOCK_D=head_block(query.shape[3], value.shape[3]),

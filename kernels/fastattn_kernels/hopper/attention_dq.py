@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fastattn_kernels import _tiles
+from fastattn_kernels import _marks, _tiles
 from fastattn_kernels._device import device_guard
 from fastattn_kernels._masking import LN_2, LOG2_E
 from fastattn_kernels.attention_config import Config
@@ -36,6 +36,7 @@ from fastattn_kernels.hopper.config import head_block
 from fastattn_kernels.hopper.problem import descriptor, head_descriptor
 
 load_statistics = shared(_tiles.load_statistics)
+rows_not_finite = shared(_marks.rows_not_finite)
 
 # Rows of a consumer and of a thread block.
 ROWS = gl.constexpr(64)
@@ -125,8 +126,8 @@ def _next_scores(
 
 @gluon.jit
 def _consumer(
-    OWN: gl.constexpr, d_query, statistics_ptr, delta_ptr, q_tiles, do_tiles, k_tiles, v_tiles, b_tiles, tile_box,
-    q_full, k_full, v_full, empty, row_bias, rules, lists,
+    OWN: gl.constexpr, d_query, marks_ptr, statistics_ptr, delta_ptr, q_tiles, do_tiles, k_tiles, v_tiles, b_tiles,
+    tile_box, q_full, k_full, v_full, empty, row_bias, rules, lists,
     heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
 ):  # fmt: skip
     """dQ of 64 rows, those of consumer OWN."""
@@ -192,16 +193,21 @@ def _consumer(
                 fence_async_shared()  # the bias has been read before TMA writes there again
             mbarrier.arrive(empty.index(slot), count=1)
     warpgroup_mma_wait(0, deps=[s])
-    q_tiles.index(OWN).reshape([ROWS, BLOCK_D]).store((dq * (unit * LN_2)).to(dtype))
+    dq = dq * (unit * LN_2)
+    q_tiles.index(OWN).reshape([ROWS, BLOCK_D]).store(dq.to(dtype))
     fence_async_shared()
-    batch, head, row_tile, _ = _own_tile(seqlen_q, heads)
+    batch, head, row_tile, at = _own_tile(seqlen_q, heads)
     tma_store(d_query, [batch, head, row_tile * BLOCK_M + OWN * ROWS, 0], q_tiles.index(OWN))
+    if marks_ptr is not None:
+        row = row_tile * BLOCK_M + OWN * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, GRADIENT))
+        rows_of = (at[0] * heads + at[1]) * seqlen_q
+        gl.store(marks_ptr + rows_of + row, rows_not_finite(dq).to(gl.int8), mask=row < seqlen_q)
     tma_store_wait(0)
 
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def attention_dq_kernel(
-    query, key, value, d_out, d_query, statistics_ptr, delta_ptr, bias, bias_axes, row_bias, rules,
+    query, key, value, d_out, d_query, marks_ptr, statistics_ptr, delta_ptr, bias, bias_axes, row_bias, rules,
     tile_lists, lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
     BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -230,13 +236,13 @@ def attention_dq_kernel(
     gl.warp_specialize(
         [
             (_consumer, (
-                0, d_query, statistics_ptr, delta_ptr, q_tiles, do_tiles, k_tiles, v_tiles, b_tiles, tile_box,
-                q_full, k_full, v_full, empty, row_bias, rules, lists,
+                0, d_query, marks_ptr, statistics_ptr, delta_ptr, q_tiles, do_tiles, k_tiles, v_tiles, b_tiles,
+                tile_box, q_full, k_full, v_full, empty, row_bias, rules, lists,
                 heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale, BLOCK_N, BLOCK_D,
             )),
             (_consumer, (
-                1, d_query, statistics_ptr, delta_ptr, q_tiles, do_tiles, k_tiles, v_tiles, b_tiles, tile_box,
-                q_full, k_full, v_full, empty, row_bias, rules, lists,
+                1, d_query, marks_ptr, statistics_ptr, delta_ptr, q_tiles, do_tiles, k_tiles, v_tiles, b_tiles,
+                tile_box, q_full, k_full, v_full, empty, row_bias, rules, lists,
                 heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale, BLOCK_N, BLOCK_D,
             )),
             (_producer, (
@@ -256,10 +262,11 @@ def launch_attention_dq(
     statistics: Tensor,
     delta: Tensor,
     d_query: Tensor,
+    marks: Tensor | None,
     tile_map: TileMap | None,
     config: BackwardConfig,
 ) -> None:
-    """Write dQ; ``d_out`` suits TMA."""
+    """Write dQ, and the marks of its rows; ``d_out`` suits TMA."""
     query, key, value = problem.query, problem.key, problem.value
     batch, heads, seqlen_q = delta.shape
     tile = Config(BLOCK_M.value, config.block_n, 4, config.stages)
@@ -268,7 +275,7 @@ def launch_attention_dq(
         attention_dq_kernel[(int(triton.cdiv(seqlen_q, tile.block_m)) * batch * heads,)](
             head_descriptor(query, ROWS.value, problem), head_descriptor(key, tile.block_n, problem),
             head_descriptor(value, tile.block_n, problem), head_descriptor(d_out, ROWS.value, problem),
-            head_descriptor(d_query, ROWS.value, problem), statistics, delta,
+            head_descriptor(d_query, ROWS.value, problem), marks, statistics, delta,
             None if bias is None else descriptor(bias, ROWS.value, tile.block_n), bias_axes, row_bias,
             rules_of_rows(problem), *list_arguments(tile_map and tile_map.of_rows(tile)), *problem.sizes(),
             problem.scale, BLOCK_D=head_block(query.shape[3], value.shape[3]), BLOCK_N=tile.block_n,

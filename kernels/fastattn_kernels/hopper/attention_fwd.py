@@ -22,11 +22,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fastattn_kernels import _tiles
+from fastattn_kernels import _marks
 from fastattn_kernels._device import device_guard, multiprocessors
+from fastattn_kernels._marks import empty_marks
 from fastattn_kernels._masking import INFINITY, LOG2_E
 from fastattn_kernels.attention_config import Config
-from fastattn_kernels.attention_fwd import TINY, empty_marks, launch_careful_fwd
+from fastattn_kernels.attention_fwd import TINY, launch_careful_fwd
 from fastattn_kernels.attention_problem import RUN_TIME, Problem, strided
 from fastattn_kernels.attention_tile_map import TileMap, list_arguments
 from fastattn_kernels.hopper._compat import gluon, shared, tma_load, tma_store, tma_store_wait
@@ -46,7 +47,7 @@ from fastattn_kernels.hopper._softmax import HALF_LOG2_E, load_addends, pack, pr
 from fastattn_kernels.hopper.config import CONSUMER_ROWS, ForwardConfig, forward_config, head_block, is_of_keys
 from fastattn_kernels.hopper.problem import bias_for_tma, bias_of_keys, descriptor, element_rules, head_descriptor
 
-rows_not_finite = shared(_tiles.rows_not_finite)
+rows_not_finite = shared(_marks.rows_not_finite)
 
 # The compiler gives a thread 168 registers, as if the producer were a warpgroup too; this is how the three share them.
 _CONSUMER_REGISTERS = gl.constexpr(240)
@@ -403,7 +404,7 @@ def launch_attention_fwd(
         bias_axes = (int(bias.shape[0] > 1), int(bias.shape[1] > 1))
     else:
         row_bias = bias_of_keys(bias)
-    marks = empty_marks(problem)
+    marks = empty_marks(problem, out)
     programs, counter = tiles, None
     if config.schedule != "grid":
         programs = min(tiles, multiprocessors(query.device))
