@@ -179,8 +179,8 @@ def write(tasks: list[Task], fingerprint: str) -> str:
         rows.append(found)
     made, text = table(COLUMNS, rows), PAGE.read_text()
     for name, lines in (("found", made), ("faults", faults_table(tasks))):
-        marked = re.compile(rf"(<!-- {name} -->\n\n).*?(\n<!-- /{name} -->)", re.DOTALL)
-        text = marked.sub(lambda found, lines=lines: found[1] + lines + found[2], text)
+        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        text = marked.sub(lambda found, lines=lines: f"{found[1]}\n{lines}\n{found[2]}", text)
     PAGE.write_text(text)
     return made
 

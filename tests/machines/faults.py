@@ -192,8 +192,9 @@ FAULTS: dict[str, Fault] = {
         "                pass\n", ("fence",), quick=False,
     ),
     "dQ stored without a fence": Fault(
-        "gluon_pair", DQ, "    fence_async_shared()\n    batch, head, row_tile, at = _own_tile",
-        "    batch, head, row_tile, at = _own_tile", ("fence",),
+        "gluon_pair", DQ, "    fence_async_shared()
+    batch, head, row_tile, at = _own_tile",
+        "    batch, head, row_tile, at = _own_tile", ("fence",), ptx=_COMPILER_FENCES,
     ),
     "the other half of dQ's queries": Fault(
         "gluon_pair", DQ, "q = q_tiles.index(OWN + zero)", "q = q_tiles.index(1 - OWN + zero)",

@@ -283,8 +283,9 @@ def _consumer(
         gl.store(statistics_ptr + 2 * rows_of + seqlen_q + row, inverse_sum, mask=row < seqlen_q)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(slot), count=1)
-        # Behind the arrival: between the product and its wait, the compiler would take the barrier that comes with this
-        # for one behind the product, and leave out the one that holds the arrival back until all four warps have waited.
+        # Behind the arrival: between the product and its wait, the compiler would take the barrier that comes with
+        # this for one behind the product, and leave out the one that holds the arrival back until all four warps have
+        # waited.
         if STAGE_OUTPUT:
             tma_store_wait(0)  # the last tile's output has left
         acc = acc * gl.convert_layout(inverse_sum, gl.SliceLayout(1, OUTPUT))[:, None]

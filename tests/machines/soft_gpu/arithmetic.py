@@ -71,7 +71,7 @@ def arithmetic(instruction: Instruction) -> Step:
     reads = [instruction.read(token, bits) for token in sources]
     if kind in ("f32", "f64"):
         return _of_floats(instruction, put, reads)
-    if name in ("mul", "mad", "min", "max", "div", "rem"):
+    if name in ("mul", "mad", "min", "max", "div", "rem", "abs"):
         return _of_signed(instruction, put, reads)
     if name in _INTEGERS:
         function = _INTEGERS[name]
@@ -152,7 +152,7 @@ def _of_signed(instruction: Instruction, put: Any, reads: list[Read]) -> Step:
         if name == "mul":
             return lambda warp: put(warp, reads[0](warp) * reads[1](warp))
         return lambda warp: put(warp, reads[0](warp) * reads[1](warp) + reads[2](warp))
-    function = {"min": np.minimum, "max": np.maximum, "div": _quotient, "rem": _remainder}[name]
+    function = {"min": np.minimum, "max": np.maximum, "div": _quotient, "rem": _remainder, "abs": np.abs}[name]
     relu = "relu" in parts
 
     def compute(warp: Any) -> None:
