@@ -14,7 +14,7 @@ _fillers: list[Any] = []
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """The Gluon kernels' own tests are for machines that execute them, and say so by module: here they are for a compiler."""
+    """The Gluon kernels' own tests are skipped, module by module, where nothing executes them: here they compile."""
     import pytest
 
     for module in {item.getparent(pytest.Module) for item in items if item.get_closest_marker("hopper")}:

@@ -11,6 +11,8 @@ from tests.conftest import INTERPRETING
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from tests.kernels.hopper.emulator import emulating
+
 from fastattn.reference import attention as reference
 from fastattn.testing import attention_inputs, random_tensor
 from fastattn_kernels import _marks, attention_bwd, attention_bwd_one_pass, attention_fwd
@@ -18,7 +20,6 @@ from fastattn_kernels.attention_bwd import BackwardConfig, GradientMarks
 from fastattn_kernels.attention_config import Config, careful_config
 from fastattn_kernels.attention_problem import Problem
 from fastattn_kernels.hopper import attention_bwd as hopper
-from tests.kernels.hopper.emulator import emulating
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

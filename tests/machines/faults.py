@@ -143,8 +143,7 @@ FAULTS: dict[str, Fault] = {
         "gluon_pair", BWD, _DK_DONE + _DK_RELEASED, _DK_RELEASED + _DK_DONE, ("in flight",),
     ),
     "dK stored without a fence": Fault(
-        "gluon_pair", BWD, "    fence_async_shared()
-    batch, kv_head, col_tile, at = _own_tile",
+        "gluon_pair", BWD, "    fence_async_shared()\n    batch, kv_head, col_tile, at = _own_tile",
         "    batch, kv_head, col_tile, at = _own_tile", ("fence",), ptx=_COMPILER_FENCES,
     ),
     "no fence behind the rows' numbers": Fault(
@@ -192,8 +191,7 @@ FAULTS: dict[str, Fault] = {
         "                pass\n", ("fence",), quick=False,
     ),
     "dQ stored without a fence": Fault(
-        "gluon_pair", DQ, "    fence_async_shared()
-    batch, head, row_tile, at = _own_tile",
+        "gluon_pair", DQ, "    fence_async_shared()\n    batch, head, row_tile, at = _own_tile",
         "    batch, head, row_tile, at = _own_tile", ("fence",), ptx=_COMPILER_FENCES,
     ),
     "the other half of dQ's queries": Fault(
