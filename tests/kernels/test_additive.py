@@ -127,7 +127,7 @@ def test_additive_compiles_without_spills(dtype, target):
     """The configurations, all of them under `make resources`; the tangent is one instruction where there is one."""
     cases = [
         {"dtype": dtype, "attention_dim": 100, "value_dim": value_dim, "length": 100, "keys": 100, **features}
-        for value_dim in ((64, 256) if (dtype, target) in QUICK else (64, 128, 256, 512))
+        for value_dim in ((64,) if (dtype, target) in QUICK else (64, 128, 256, 512))
         for features in FEATURES.values()
     ]
     rows = compile_for(target, cases)

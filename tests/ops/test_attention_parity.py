@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("poisoned")]
 
 RANDOM_CASES = 16
 # What a case costs at most, in Triton's interpreter; and one of a single head, so that the largest sizes may meet.
-MOST_COST, MOST_COST_OF_ONE = 26, 52
+MOST_COST, MOST_COST_OF_ONE = 13, 36
 
 # Every level of every axis, alone: the rest is plain, and there are two batch entries where that tells.
 BATCHED = ("mask", "padding", "layout")
