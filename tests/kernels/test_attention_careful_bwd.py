@@ -112,7 +112,7 @@ def not_finite(tensor):
 
 def test_backward_marks_the_rows_and_keys_that_are_not_finite(launch, device, monkeypatch):
     """All of them, and no other; what it finds in the marks' memory does not matter."""
-    marks = GradientMarks(
+    marks: Any = GradientMarks(
         *(torch.full(shape, 77, dtype=torch.int8, device=device) for shape in ((B, H, L), (B, HK, S)))
     )
     for module in MODULES:
@@ -158,8 +158,10 @@ def test_careful_launch_writes_only_tiles_with_a_mark(marked, programs_at_once, 
     monkeypatch.setattr(_marks, "multiprocessors", lambda _: programs_at_once)
     problem, d_out = problem_with_nan(device)
     arguments = arguments_of(problem, d_out)
-    marks = GradientMarks(*(torch.zeros(shape, dtype=torch.int8, device=device) for shape in ((B, H, L), (B, HK, S))))
-    written = GradientMarks(marks.of_rows.bool(), marks.of_keys.bool())
+    marks: Any = GradientMarks(
+        *(torch.zeros(shape, dtype=torch.int8, device=device) for shape in ((B, H, L), (B, HK, S)))
+    )
+    written: Any = GradientMarks(marks.of_rows.bool(), marks.of_keys.bool())
     tile = careful_config(problem.query.dtype, D, D)
     if marked == "rows":
         marks.of_rows[1, 2, 80] = 1
@@ -179,5 +181,5 @@ def test_careful_launch_writes_only_tiles_with_a_mark(marked, programs_at_once, 
 def test_backward_that_hides_nothing_has_no_careful_launch(launch, careful_launches, device):
     problem, d_out = problem_with_nan(device, hides=False)
     launch(*arguments_of(problem, d_out))
-    assert attention_bwd.empty_gradient_marks(problem) == (None, None)
+    assert list(attention_bwd.empty_gradient_marks(problem)) == [None, None]
     assert careful_launches == []

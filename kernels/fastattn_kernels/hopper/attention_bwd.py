@@ -283,13 +283,13 @@ def _consumer(
     _stage(dk, k_tiles.index(OWN), BLOCK_D)
     _stage(dv, v_tiles.index(OWN), BLOCK_D)
     fence_async_shared()
-    batch, kv_head, col_tile, at = _own_tile(seqlen_k, heads // group)
+    batch, kv_head, col_tile, _ = _own_tile(seqlen_k, heads // group)
     tma_store(d_key, [batch, kv_head, col_tile * BLOCK_N + OWN * KEYS, 0], k_tiles.index(OWN))
     tma_store(d_value, [batch, kv_head, col_tile * BLOCK_N + OWN * KEYS, 0], v_tiles.index(OWN))
     if marks_ptr is not None:
         col = col_tile * BLOCK_N + OWN * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(1, GRADIENT))
         marks = rows_not_finite(dk) | rows_not_finite(dv)
-        keys_of = (at[0] * (heads // group) + at[1]) * seqlen_k
+        keys_of = (batch * (heads // group) + kv_head).to(gl.int64) * seqlen_k
         gl.store(marks_ptr + keys_of + col, marks.to(gl.int8), mask=col < seqlen_k)
     tma_store_wait(0)
 

@@ -196,11 +196,11 @@ def _consumer(
     dq = dq * (unit * LN_2)
     q_tiles.index(OWN).reshape([ROWS, BLOCK_D]).store(dq.to(dtype))
     fence_async_shared()
-    batch, head, row_tile, at = _own_tile(seqlen_q, heads)
+    batch, head, row_tile, _ = _own_tile(seqlen_q, heads)
     tma_store(d_query, [batch, head, row_tile * BLOCK_M + OWN * ROWS, 0], q_tiles.index(OWN))
     if marks_ptr is not None:
         row = row_tile * BLOCK_M + OWN * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, GRADIENT))
-        rows_of = (at[0] * heads + at[1]) * seqlen_q
+        rows_of = (batch * heads + head).to(gl.int64) * seqlen_q
         gl.store(marks_ptr + rows_of + row, rows_not_finite(dq).to(gl.int8), mask=row < seqlen_q)
     tma_store_wait(0)
 
