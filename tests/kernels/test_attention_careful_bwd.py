@@ -156,8 +156,7 @@ def test_careful_launch_leaves_only_gradients_not_finite_that_depend_on_nan(
 def test_careful_launch_writes_only_tiles_with_a_mark(marked, programs_at_once, device, monkeypatch):
     """Where nothing is marked it writes nothing at all, whatever the gradients hold."""
     monkeypatch.setattr(_marks, "multiprocessors", lambda _: programs_at_once)
-    problem, d_out = problem_with_nan(device)
-    arguments = arguments_of(problem, d_out)
+    problem, d_out, statistics, delta, dq, dk, dv = arguments_of(*problem_with_nan(device))
     marks: Any = GradientMarks(
         *(torch.zeros(shape, dtype=torch.int8, device=device) for shape in ((B, H, L), (B, HK, S)))
     )
@@ -171,8 +170,7 @@ def test_careful_launch_writes_only_tiles_with_a_mark(marked, programs_at_once, 
         marks.of_keys[0, 1, 70] = 1
         start = 70 // tile.block_n * tile.block_n
         written.of_keys[0, 1, start : start + tile.block_n] = True
-    dq, dk, dv = arguments[4:]
-    attention_bwd.launch_careful_bwd(*arguments[:4], None, dq, dk, dv, marks)
+    attention_bwd.launch_careful_bwd(problem, d_out, statistics, delta, None, dq, dk, dv, marks)
     assert torch.equal((dq != 7.0).any(3), written.of_rows)
     assert torch.equal((dk != 7.0).any(3), written.of_keys)
     assert torch.equal((dv != 7.0).any(3), written.of_keys)
