@@ -1,20 +1,18 @@
 """The careful launches of the backward: rows of dQ and keys are marked, and only tiles with such are computed again."""
 
-import contextlib
 import math
 from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import INTERPRETING
+from fastattn.reference import attention as reference
+from fastattn.testing import attention_inputs, random_tensor
+from tests import machines
+from tests.machines.marks import quick
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from tests.kernels.hopper.emulator import emulating
-
-from fastattn.reference import attention as reference
-from fastattn.testing import attention_inputs, random_tensor
 from fastattn_kernels import _marks, attention_bwd, attention_bwd_one_pass, attention_fwd
 from fastattn_kernels.attention_bwd import BackwardConfig, GradientMarks
 from fastattn_kernels.attention_config import Config, careful_config
@@ -24,9 +22,11 @@ from fastattn_kernels.hopper import attention_bwd as hopper
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 # Rows and keys that fill no tile. The last keys are seen by nobody, and share a tile with keys that are.
-B, H, HK, L, S, D = 2, 4, 2, 90, 140, 64
+B, H, HK, L, S, D = 2, 6, 3, 90, 140, 64
 # Batch entry 0: the gradient of this row of head 1 is NaN. The keys of its group that it sees get NaN.
 SPOILT_ROW = 10
+# And so is the query in this row of head 3. Of keys that it does not see, dK is spoilt at first, and dV is not.
+SPOILT_QUERY = 20
 # Batch entry 1: this key is NaN. Rows that see it get NaN, and so do all keys that these see.
 SPOILT_KEY = 40
 
@@ -37,6 +37,7 @@ def problem_with_nan(device, *, hides=True) -> tuple[Problem, Any]:
     d_out = random_tensor(B, H, L, D, dtype=torch.float16, device=device, seed=2)
     key[1, :, SPOILT_KEY] = math.nan
     d_out[0, 1, SPOILT_ROW] = math.nan
+    query[0, 3, SPOILT_QUERY] = math.nan
     return Problem(query, key, value, 1 / math.sqrt(D), upper=0 if hides else None), d_out
 
 
@@ -67,8 +68,7 @@ def launch_one_pass(problem, d_out, statistics, delta, *gradients):
 
 
 def launch_hopper(*arguments, deterministic=True):
-    with emulating() if INTERPRETING else contextlib.nullcontext():
-        hopper.launch_attention_bwd(*arguments, deterministic=deterministic)
+    hopper.launch_attention_bwd(*arguments, deterministic=deterministic)
 
 
 def launch_hopper_one_pass(*arguments):
@@ -84,10 +84,10 @@ LAUNCHERS = {
 MODULES = (attention_bwd, attention_bwd_one_pass, hopper)
 
 
-@pytest.fixture(params=LAUNCHERS)
-def launch(request, device):
-    if "gluon" in request.param and not INTERPRETING and torch.cuda.get_device_capability(device)[0] != 9:
-        pytest.skip("the Gluon kernels are for sm_90")
+@pytest.fixture(params=quick(LAUNCHERS, "gluon", "gluon-one-pass"))
+def launch(request):
+    if "gluon" in request.param and not machines.RUNS_GLUON:
+        pytest.skip(machines.NO_GLUON)
     return LAUNCHERS[request.param]
 
 
@@ -142,9 +142,11 @@ def test_careful_launch_leaves_only_gradients_not_finite_that_depend_on_nan(
     rows, keys = torch.arange(L, device=device), torch.arange(S, device=device)
     spoilt_rows = torch.zeros(B, H, L, dtype=torch.bool, device=device)
     spoilt_rows[0, 1, SPOILT_ROW] = True
+    spoilt_rows[0, 3, SPOILT_QUERY] = True
     spoilt_rows[1] = rows >= SPOILT_KEY
     spoilt_keys = torch.zeros(B, HK, S, dtype=torch.bool, device=device)
     spoilt_keys[0, 0] = keys <= SPOILT_ROW
+    spoilt_keys[0, 1] = keys <= SPOILT_QUERY
     spoilt_keys[1] = keys < L
     for actual, truth, spoilt in zip(arguments[4:], truths, (spoilt_rows, spoilt_keys, spoilt_keys), strict=True):
         assert actual[spoilt].isnan().all()
