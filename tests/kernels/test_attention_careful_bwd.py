@@ -112,19 +112,17 @@ def not_finite(tensor):
 
 def test_backward_marks_the_rows_and_keys_that_are_not_finite(launch, device, monkeypatch):
     """All of them, and no other; what it finds in the marks' memory does not matter."""
-    marks = GradientMarks(
-        *(torch.full(shape, 77, dtype=torch.int8, device=device) for shape in ((B, H, L), (B, HK, S)))
-    )
+    of_rows, of_keys = (torch.full(shape, 77, dtype=torch.int8, device=device) for shape in ((B, H, L), (B, HK, S)))
     for module in MODULES:
         monkeypatch.setattr(module, "launch_careful_bwd", lambda *arguments: None)
-        monkeypatch.setattr(module, "empty_gradient_marks", lambda problem: marks)
+        monkeypatch.setattr(module, "empty_gradient_marks", lambda problem: GradientMarks(of_rows, of_keys))
     arguments = arguments_of(*problem_with_nan(device))
     launch(*arguments)
     dq, dk, dv = arguments[4:]
     rows, keys = not_finite(dq), not_finite(dk) | not_finite(dv)
     assert rows[0].any() and not rows.all() and keys[0].any() and not keys.all()
-    assert torch.equal(marks.of_rows, rows.to(torch.int8))
-    assert torch.equal(marks.of_keys, keys.to(torch.int8))
+    assert torch.equal(of_rows, rows.to(torch.int8))
+    assert torch.equal(of_keys, keys.to(torch.int8))
 
 
 def test_careful_launch_leaves_only_gradients_not_finite_that_depend_on_nan(
@@ -160,22 +158,22 @@ def test_careful_launch_writes_only_tiles_with_a_mark(marked, programs_at_once, 
     monkeypatch.setattr(_marks, "multiprocessors", lambda _: programs_at_once)
     problem, d_out = problem_with_nan(device)
     arguments = arguments_of(problem, d_out)
-    marks = GradientMarks(*(torch.zeros(shape, dtype=torch.int8, device=device) for shape in ((B, H, L), (B, HK, S))))
-    written = GradientMarks(marks.of_rows.bool(), marks.of_keys.bool())
+    of_rows, of_keys = (torch.zeros(shape, dtype=torch.int8, device=device) for shape in ((B, H, L), (B, HK, S)))
+    rows_written, keys_written = of_rows.bool(), of_keys.bool()
     tile = careful_config(problem.query.dtype, D, D)
     if marked == "rows":
-        marks.of_rows[1, 2, 80] = 1
+        of_rows[1, 2, 80] = 1
         start = 80 // tile.block_m * tile.block_m
-        written.of_rows[1, 2, start : start + tile.block_m] = True
+        rows_written[1, 2, start : start + tile.block_m] = True
     elif marked == "keys":
-        marks.of_keys[0, 1, 70] = 1
+        of_keys[0, 1, 70] = 1
         start = 70 // tile.block_n * tile.block_n
-        written.of_keys[0, 1, start : start + tile.block_n] = True
+        keys_written[0, 1, start : start + tile.block_n] = True
     dq, dk, dv = arguments[4:]
-    attention_bwd.launch_careful_bwd(*arguments[:4], None, dq, dk, dv, marks)
-    assert torch.equal((dq != 7.0).any(3), written.of_rows)
-    assert torch.equal((dk != 7.0).any(3), written.of_keys)
-    assert torch.equal((dv != 7.0).any(3), written.of_keys)
+    attention_bwd.launch_careful_bwd(*arguments[:4], None, dq, dk, dv, GradientMarks(of_rows, of_keys))
+    assert torch.equal((dq != 7.0).any(3), rows_written)
+    assert torch.equal((dk != 7.0).any(3), keys_written)
+    assert torch.equal((dv != 7.0).any(3), keys_written)
 
 
 def test_backward_that_hides_nothing_has_no_careful_launch(launch, careful_launches, device):
