@@ -105,7 +105,7 @@ def test_careful_launch_leaves_only_rows_not_finite_that_see_it(launch, programs
 
 
 @pytest.mark.parametrize("marked", [None, (1, 2, 100)], ids=str)
-@pytest.mark.parametrize("programs_at_once", [1, 3, 1000])
+@pytest.mark.parametrize("programs_at_once", [1, 4, 1000])  # 4: tiles that programs cannot share evenly
 def test_careful_launch_writes_only_tiles_with_a_marked_row(marked, programs_at_once, device, monkeypatch):
     """Where no row is marked it writes nothing at all, whatever the output holds."""
     monkeypatch.setattr(_marks, "multiprocessors", lambda _: programs_at_once)
@@ -125,6 +125,19 @@ def test_careful_launch_writes_only_tiles_with_a_marked_row(marked, programs_at_
     assert torch.equal(lse != 7.0, written)
     assert torch.equal((out != 7.0).any(3), written)
     assert torch.equal((statistics != 7.0).any(2), written)
+
+
+@pytest.mark.parametrize("marked", [0, 2400, 4999])
+def test_careful_launch_finds_a_mark_wherever_it_is_in_a_long_share(marked, device, monkeypatch):
+    """A program that looks after 2500 rows reads their marks in three turns."""
+    monkeypatch.setattr(_marks, "multiprocessors", lambda _: 1)
+    query, key, value = attention_inputs(1, 1, 5000, 40, D, dtype=torch.float16, device=device, seed=1)
+    marks = torch.zeros(1, 1, 5000, dtype=torch.int8, device=device)
+    marks[..., marked] = 1
+    lse, statistics = (torch.full(shape, 7.0, device=device) for shape in ((1, 1, 5000), (1, 1, 2, 5000)))
+    problem = Problem(query, key, value, 1 / math.sqrt(D), upper=0)
+    attention_fwd.launch_careful_fwd(problem, torch.empty_like(query), lse, statistics, marks)
+    assert lse[..., marked] != 7.0
 
 
 def test_forward_is_followed_by_one_careful_launch_where_it_hides(launch, launches, device):

@@ -1,20 +1,18 @@
 """The careful launches of the backward: rows of dQ and keys are marked, and only tiles with such are computed again."""
 
-import contextlib
 import math
 from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import INTERPRETING
+from fastattn.reference import attention as reference
+from fastattn.testing import attention_inputs, random_tensor
+from tests import machines
+from tests.machines.marks import quick
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from tests.kernels.hopper.emulator import emulating
-
-from fastattn.reference import attention as reference
-from fastattn.testing import attention_inputs, random_tensor
 from fastattn_kernels import _marks, attention_bwd, attention_bwd_one_pass, attention_fwd
 from fastattn_kernels.attention_bwd import BackwardConfig, GradientMarks
 from fastattn_kernels.attention_config import Config, careful_config
@@ -24,9 +22,11 @@ from fastattn_kernels.hopper import attention_bwd as hopper
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 # Rows and keys that fill no tile. The last keys are seen by nobody, and share a tile with keys that are.
-B, H, HK, L, S, D = 2, 4, 2, 90, 140, 64
+B, H, HK, L, S, D = 2, 6, 3, 90, 140, 64
 # Batch entry 0: the gradient of this row of head 1 is NaN. The keys of its group that it sees get NaN.
 SPOILT_ROW = 10
+# And so is the query in this row of head 3. Of keys that it does not see, dK is spoilt at first, and dV is not.
+SPOILT_QUERY = 20
 # Batch entry 1: this key is NaN. Rows that see it get NaN, and so do all keys that these see.
 SPOILT_KEY = 40
 
@@ -37,6 +37,7 @@ def problem_with_nan(device, *, hides=True) -> tuple[Problem, Any]:
     d_out = random_tensor(B, H, L, D, dtype=torch.float16, device=device, seed=2)
     key[1, :, SPOILT_KEY] = math.nan
     d_out[0, 1, SPOILT_ROW] = math.nan
+    query[0, 3, SPOILT_QUERY] = math.nan
     return Problem(query, key, value, 1 / math.sqrt(D), upper=0 if hides else None), d_out
 
 
@@ -67,8 +68,7 @@ def launch_one_pass(problem, d_out, statistics, delta, *gradients):
 
 
 def launch_hopper(*arguments, deterministic=True):
-    with emulating() if INTERPRETING else contextlib.nullcontext():
-        hopper.launch_attention_bwd(*arguments, deterministic=deterministic)
+    hopper.launch_attention_bwd(*arguments, deterministic=deterministic)
 
 
 def launch_hopper_one_pass(*arguments):
@@ -84,10 +84,10 @@ LAUNCHERS = {
 MODULES = (attention_bwd, attention_bwd_one_pass, hopper)
 
 
-@pytest.fixture(params=LAUNCHERS)
-def launch(request, device):
-    if "gluon" in request.param and not INTERPRETING and torch.cuda.get_device_capability(device)[0] != 9:
-        pytest.skip("the Gluon kernels are for sm_90")
+@pytest.fixture(params=quick(LAUNCHERS, "gluon", "gluon-one-pass"))
+def launch(request):
+    if "gluon" in request.param and not machines.RUNS_GLUON:
+        pytest.skip(machines.NO_GLUON)
     return LAUNCHERS[request.param]
 
 
@@ -112,19 +112,17 @@ def not_finite(tensor):
 
 def test_backward_marks_the_rows_and_keys_that_are_not_finite(launch, device, monkeypatch):
     """All of them, and no other; what it finds in the marks' memory does not matter."""
-    marks: Any = GradientMarks(
-        *(torch.full(shape, 77, dtype=torch.int8, device=device) for shape in ((B, H, L), (B, HK, S)))
-    )
+    of_rows, of_keys = (torch.full(shape, 77, dtype=torch.int8, device=device) for shape in ((B, H, L), (B, HK, S)))
     for module in MODULES:
         monkeypatch.setattr(module, "launch_careful_bwd", lambda *arguments: None)
-        monkeypatch.setattr(module, "empty_gradient_marks", lambda problem: marks)
+        monkeypatch.setattr(module, "empty_gradient_marks", lambda problem: GradientMarks(of_rows, of_keys))
     arguments = arguments_of(*problem_with_nan(device))
     launch(*arguments)
     dq, dk, dv = arguments[4:]
     rows, keys = not_finite(dq), not_finite(dk) | not_finite(dv)
     assert rows[0].any() and not rows.all() and keys[0].any() and not keys.all()
-    assert torch.equal(marks.of_rows, rows.to(torch.int8))
-    assert torch.equal(marks.of_keys, keys.to(torch.int8))
+    assert torch.equal(of_rows, rows.to(torch.int8))
+    assert torch.equal(of_keys, keys.to(torch.int8))
 
 
 def test_careful_launch_leaves_only_gradients_not_finite_that_depend_on_nan(
@@ -142,9 +140,11 @@ def test_careful_launch_leaves_only_gradients_not_finite_that_depend_on_nan(
     rows, keys = torch.arange(L, device=device), torch.arange(S, device=device)
     spoilt_rows = torch.zeros(B, H, L, dtype=torch.bool, device=device)
     spoilt_rows[0, 1, SPOILT_ROW] = True
+    spoilt_rows[0, 3, SPOILT_QUERY] = True
     spoilt_rows[1] = rows >= SPOILT_KEY
     spoilt_keys = torch.zeros(B, HK, S, dtype=torch.bool, device=device)
     spoilt_keys[0, 0] = keys <= SPOILT_ROW
+    spoilt_keys[0, 1] = keys <= SPOILT_QUERY
     spoilt_keys[1] = keys < L
     for actual, truth, spoilt in zip(arguments[4:], truths, (spoilt_rows, spoilt_keys, spoilt_keys), strict=True):
         assert actual[spoilt].isnan().all()
@@ -156,28 +156,28 @@ def test_careful_launch_leaves_only_gradients_not_finite_that_depend_on_nan(
 def test_careful_launch_writes_only_tiles_with_a_mark(marked, programs_at_once, device, monkeypatch):
     """Where nothing is marked it writes nothing at all, whatever the gradients hold."""
     monkeypatch.setattr(_marks, "multiprocessors", lambda _: programs_at_once)
-    problem, d_out, statistics, delta, dq, dk, dv = arguments_of(*problem_with_nan(device))
-    marks: Any = GradientMarks(
-        *(torch.zeros(shape, dtype=torch.int8, device=device) for shape in ((B, H, L), (B, HK, S)))
-    )
-    written: Any = GradientMarks(marks.of_rows.bool(), marks.of_keys.bool())
+    problem, d_out = problem_with_nan(device)
+    arguments = arguments_of(problem, d_out)
+    of_rows, of_keys = (torch.zeros(shape, dtype=torch.int8, device=device) for shape in ((B, H, L), (B, HK, S)))
+    rows_written, keys_written = of_rows.bool(), of_keys.bool()
     tile = careful_config(problem.query.dtype, D, D)
     if marked == "rows":
-        marks.of_rows[1, 2, 80] = 1
+        of_rows[1, 2, 80] = 1
         start = 80 // tile.block_m * tile.block_m
-        written.of_rows[1, 2, start : start + tile.block_m] = True
+        rows_written[1, 2, start : start + tile.block_m] = True
     elif marked == "keys":
-        marks.of_keys[0, 1, 70] = 1
+        of_keys[0, 1, 70] = 1
         start = 70 // tile.block_n * tile.block_n
-        written.of_keys[0, 1, start : start + tile.block_n] = True
-    attention_bwd.launch_careful_bwd(problem, d_out, statistics, delta, None, dq, dk, dv, marks)
-    assert torch.equal((dq != 7.0).any(3), written.of_rows)
-    assert torch.equal((dk != 7.0).any(3), written.of_keys)
-    assert torch.equal((dv != 7.0).any(3), written.of_keys)
+        keys_written[0, 1, start : start + tile.block_n] = True
+    dq, dk, dv = arguments[4:]
+    attention_bwd.launch_careful_bwd(*arguments[:4], None, dq, dk, dv, GradientMarks(of_rows, of_keys))
+    assert torch.equal((dq != 7.0).any(3), rows_written)
+    assert torch.equal((dk != 7.0).any(3), keys_written)
+    assert torch.equal((dv != 7.0).any(3), keys_written)
 
 
 def test_backward_that_hides_nothing_has_no_careful_launch(launch, careful_launches, device):
     problem, d_out = problem_with_nan(device, hides=False)
     launch(*arguments_of(problem, d_out))
-    assert list(attention_bwd.empty_gradient_marks(problem)) == [None, None]
+    assert attention_bwd.empty_gradient_marks(problem) == (None, None)
     assert careful_launches == []

@@ -29,7 +29,6 @@ BACKWARD = {
     "two_parts": NormBackwardConfig(Config(1, 64, 4, 1), 2, 2, False),
     "four_parts_in_loops": NormBackwardConfig(Config(2, 32, 4, 1), 2, 4, False),
     "four_parts_and_sums_apart": NormBackwardConfig(Config(2, 32, 4, 1), 2, 4, True),
-    "more_partial_sums_than_a_tile": NormBackwardConfig(Config(1, 128, 4, 1), 300, 1, False),
 }
 
 
@@ -82,6 +81,22 @@ def test_backward_under_any_grid(grid, is_rms, tensors, poisoned):
         # a sum of 100 rounded numbers errs by sqrt(100) units of the sum of their magnitudes, which is below 200
         allowance = 2.0**-24 * 10 * 200 if name == "row_scale" else 0.0
         assert_within_budget(actual, truth=t, peer=p, name=f"d_{name}", allowance=allowance)
+
+
+def test_rows_of_all_programs_are_summed(device):
+    """More programs than the sum of their parts takes at once, each with a row of its own."""
+    x, d_output = (random_tensor(300, 20, seed=seed, device=device) for seed in (1, 2))
+    call = NormProblem(x, is_rms=True, eps=0.0)
+    output, total, d_x = (torch.empty_like(x) for _ in range(3))
+    statistics = x.new_empty(1, 300)
+    launch_residual_norm_fwd(call, output, total, statistics, torch.float32)
+    (d_weight, d_bias), _ = launch_residual_norm_bwd(
+        call, d_output, None, total, statistics, None, d_x, (True, True, False), False,
+        config=NormBackwardConfig(Config(1, 32, 4, 1), 300, 1, False),
+    )  # fmt: skip
+    torch.testing.assert_close(d_bias.double(), d_output.double().sum(0), rtol=0, atol=1e-4)
+    normal = x.double() * x.double().square().mean(1, keepdim=True).rsqrt()
+    torch.testing.assert_close(d_weight.double(), (d_output * normal).sum(0), rtol=0, atol=1e-4)
 
 
 def test_sums_do_not_depend_on_what_is_wanted(tensors):

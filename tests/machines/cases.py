@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 
 from tests import machines
@@ -97,6 +98,15 @@ def gluon_forward() -> None:
         checks.check(problem, checks.ForwardConfig(128, 64, 2, stage_output=True), machines.order())
 
 
+def gluon_forward_of_few_keys() -> None:
+    """Several rounds a program, handed out one by one, with as many tiles of keys in each as there are stages."""
+    checks = _checks("hopper/test_forward.py")
+    problem = checks.make(machines.DEVICE, {}, batch=1, heads=4, kv_heads=2, rows=250, keys=128)
+    config = checks.ForwardConfig(128, 64, 2, stage_output=True, schedule="dynamic")
+    with mock.patch.object(checks.attention_fwd, "multiprocessors", return_value=2):
+        checks.check(problem, config, machines.order())
+
+
 def _gluon_backward(rows: int, keys: int, one_pass: bool, **options: Any) -> None:
     checks = _checks("hopper/test_backward.py")
     problem = checks.make_problem(rows, keys, heads=2, kv_heads=1, **options)
@@ -160,6 +170,13 @@ def plain_one_pass() -> None:
     _plain_attention(one_pass=True)
 
 
+def plain_careful() -> None:
+    """The careful forward, whose programs cannot share the tiles evenly; one row of the last tile is marked."""
+    checks = _checks("test_attention_careful.py")
+    with pytest.MonkeyPatch.context() as patch:
+        checks.test_careful_launch_writes_only_tiles_with_a_marked_row((1, 2, 149), 4, machines.DEVICE, patch)
+
+
 def _norm_tensors(checks: Any) -> dict[str, torch.Tensor]:
     return checks.tensors.__wrapped__(machines.DEVICE)
 
@@ -185,7 +202,7 @@ def additive() -> None:
 CASES: dict[str, Callable[[], None]] = {
     case.__name__: case
     for case in (
-        gluon_forward, gluon_pair, gluon_pair_with_bias, gluon_one_pass, plain_attention, plain_one_pass, norm_forward,
-        norm_backward, additive,
+        gluon_forward, gluon_forward_of_few_keys, gluon_pair, gluon_pair_with_bias, gluon_one_pass, plain_attention,
+        plain_one_pass, plain_careful, norm_forward, norm_backward, additive,
     )
 }  # fmt: skip

@@ -33,6 +33,8 @@ _ANY_USE = ("in flight", WRONG, "deadlock", "over-arrival")
 
 # Nothing: triton 3.7 itself puts the fence between ordinary stores and a TMA store that lacks one, behind TTGIR.
 _COMPILER_FENCES = ()
+# Nothing: to ptx it is no race that two blocks write the same.
+_SAME_TWICE = ()
 
 _K_READ = "        scores = warpgroup_mma_wait(1, deps=[scores])\n"
 _FENCE = (
@@ -42,6 +44,7 @@ _FENCE = (
 _K_RELEASED = "        mbarrier.arrive(k_empty.index(slot), count=1)\n"
 _V_READ = "        acc = warpgroup_mma_wait(0, deps=[acc])\n"
 _V_RELEASED = "        mbarrier.arrive(v_empty.index(previous), count=1)\n"
+_LAST_V_RELEASED = "        mbarrier.arrive(v_empty.index(slot), count=1)\n"
 _LAST_STORE = "        rounds += 1\n    tma_store_wait(0)\n"
 _DK_DONE = "                dk = warpgroup_mma_wait(1, deps=[dk])  # under the next S\n"
 _DK_RELEASED = "                mbarrier.arrive(empty.index(slot), count=1)\n"
@@ -131,6 +134,17 @@ FAULTS: dict[str, Fault] = {
         "gluon_forward", "hopper/_softmax.py", "rows + (upper + 1 - col_start)", "rows + (upper + 2 - col_start)",
         (WRONG,),
     ),
+    "last values released before they are read": Fault(
+        "gluon_forward_of_few_keys", FWD, _V_READ + _LAST_V_RELEASED, _LAST_V_RELEASED + _V_READ, ("in flight",),
+    ),
+    "next tile read before it is handed out": Fault(
+        "gluon_forward_of_few_keys", "hopper/_schedule.py", "        mbarrier.wait(box_full.index(slot), parity)\n", "",
+        (WRONG, "deadlock", "unfinished"),
+    ),
+    "a tile handed out twice": Fault(
+        "gluon_forward_of_few_keys", "hopper/_schedule.py", "tile = gl.num_programs(0) + gl.atomic_add",
+        "tile = gl.num_programs(0) - 1 + gl.atomic_add", ("race",), ptx=_SAME_TWICE,
+    ),
     # ------------------------------------------------------------------------------------------------- Gluon's backward
     "scores used before they are done": Fault(
         "gluon_pair", BWD, "                products = warpgroup_mma_wait(0, deps=[s])\n",
@@ -214,6 +228,10 @@ FAULTS: dict[str, Fault] = {
         '    tl.atomic_add(ptrs, dq, mask=(row < seqlen_q)[:, None] & (col < HEAD_DIM), sem="relaxed")\n',
         "    inside = (row < seqlen_q)[:, None] & (col < HEAD_DIM)\n"
         "    tl.store(ptrs, tl.load(ptrs, mask=inside, other=0.0) + dq, mask=inside)\n", ("race",),
+    ),
+    "last tiles looked at by no careful program": Fault(
+        "plain_careful", "_marks.py", "share = tl.cdiv(tiles, tl.num_programs(0))",
+        "share = tl.maximum(tiles // tl.num_programs(0), 1)", (WRONG,),
     ),
     "norm of an unguarded row": Fault(
         "norm_forward", "residual_norm_fwd.py", "tl.store(statistics_ptr + rows, rstd, mask=rows < row_count)",

@@ -36,6 +36,17 @@ def test_dropout_draws_anew_for_every_head_row_and_call(backend, device):
     assert len(first.flatten(0, 2).unique(dim=0)) == 2 * 2 * 33
 
 
+def test_dropout_of_kernels_depends_on_seed_and_offset(device):
+    """Were one of the two left out, all kernels would still agree, on fewer ways to draw."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    query = torch.zeros(1, 1, 33, 16, device=device)
+    call = make_call(query, query, query, dropout_p=0.5)
+    state = torch.tensor([3, 4], device=device)
+    drawn = kept_weights(call, state, "triton")
+    for one_more in ([1, 0], [0, 1]):
+        assert not torch.equal(kept_weights(call, state + torch.tensor(one_more, device=device), "triton"), drawn)
+
+
 def test_dropout_follows_torch_manual_seed(backend, device):
     query = torch.randn(1, 2, 33, 16, device=device)
 

@@ -263,6 +263,17 @@ def test_hopper_forward_hands_out_tiles_one_by_one(case, order, device, monkeypa
     check(problem, dataclasses.replace(forward_config(problem), schedule="dynamic"), order)
 
 
+@pytest.mark.parametrize("schedule", ["static", "dynamic"])
+@pytest.mark.parametrize("tiles_of_keys", [1, 2])
+@pytest.mark.parametrize("order", quick(range(4), 0, 1))
+def test_hopper_forward_takes_many_tiles_of_rows_with_few_keys(order, tiles_of_keys, schedule, device, monkeypatch):
+    """No more tiles of keys than stages: the producer may be a whole tile of rows ahead, and only the barriers between
+    two tiles of rows hold it back."""
+    monkeypatch.setattr(attention_fwd, "multiprocessors", lambda _: 2)
+    problem = make(device, {}, batch=1, heads=4, kv_heads=2, rows=250, keys=64 * tiles_of_keys)
+    check(problem, ForwardConfig(128, 64, 2, stage_output=True, schedule=schedule), order)
+
+
 @pytest.mark.skipif(machines.NAME == "gpu", reason="a GPU takes the order that it likes")
 @pytest.mark.parametrize("order", quick(range(1, 6), 1, 2, 3))
 def test_hopper_forward_does_not_depend_on_who_goes_first(order, device):
