@@ -169,8 +169,9 @@ def test_careful_launch_writes_only_tiles_with_a_mark(marked, programs_at_once, 
         of_keys[0, 1, 70] = 1
         start = 70 // tile.block_n * tile.block_n
         keys_written[0, 1, start : start + tile.block_n] = True
-    dq, dk, dv = arguments[4:]
-    attention_bwd.launch_careful_bwd(*arguments[:4], None, dq, dk, dv, GradientMarks(of_rows, of_keys))
+    _, _, statistics, delta, dq, dk, dv = arguments
+    marks = GradientMarks(of_rows, of_keys)
+    attention_bwd.launch_careful_bwd(problem, d_out, statistics, delta, None, dq, dk, dv, marks)
     assert torch.equal((dq != 7.0).any(3), rows_written)
     assert torch.equal((dk != 7.0).any(3), keys_written)
     assert torch.equal((dv != 7.0).any(3), keys_written)

@@ -2,8 +2,10 @@
 
 import ctypes
 import re
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from tests.machines.findings import Finding
 pytest.importorskip("triton", reason="triton is not installed")
 
 from tests.machines.soft_gpu import launcher
+from tests.machines.soft_gpu.races import SharedMemoryWatch
 from tests.machines.tiny_kernels import double, product, tiles, total
 
 pytestmark = pytest.mark.skipif(
@@ -52,6 +55,28 @@ def test_missing_fence_fails_the_launch(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(launcher, "run", lambda ptx, *rest: run(re.sub(r"fence\.proxy\.async\S*;", "", ptx), *rest))
     with pytest.raises(Finding, match=r"fence: .* reads what warp . stored"):
         tiles(loads=False)
+
+
+@pytest.mark.parametrize("fenced_by", ["writer", "reader", "another", "reader before it knows", "nobody"])
+def test_fence_counts_between_the_store_and_the_product_that_reads(fenced_by: str) -> None:
+    """Of the warp that stored, or of the one that reads, once it is synchronised with the other."""
+    writer, reader, another = warps = [SimpleNamespace(id=i, clock=np.array([1, 1, 1], np.int32)) for i in range(3)]
+    for warp in warps:
+        warp.clock[[i for i in range(3) if i != warp.id]] = 0
+    watch: Any = SharedMemoryWatch(64, 4, 3)
+    units = np.arange(4)
+    watch.write(writer, units, "generic")
+    if fenced_by == "reader before it knows":
+        watch.fence(reader)
+    for warp in (reader, another):
+        warp.clock[0] = 1  # as behind a bar.sync
+    if fenced_by in ("writer", "reader", "another"):
+        watch.fence({"writer": writer, "reader": reader, "another": another}[fenced_by])
+    if fenced_by in ("writer", "reader"):
+        watch.read(reader, units, "async")
+    else:
+        with pytest.raises(Finding, match="fence: TMA or wgmma reads what warp 0 stored"):
+            watch.read(reader, units, "async")
 
 
 def test_what_has_not_landed_races_with_its_reader() -> None:

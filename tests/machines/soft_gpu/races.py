@@ -34,6 +34,8 @@ class SharedMemoryWatch:
         self._read = np.zeros((units, warps), np.int32)
         # By generic accesses, not by TMA or wgmma, since the warp's last fence: 1 + the warp that wrote, who read.
         self._stored, self._loaded = np.zeros(units, np.int16), np.zeros((units, warps), bool)
+        # Warps that have fenced for themselves what another warp stored, after they had been synchronised with it.
+        self._fenced = np.zeros((units, warps), bool)
         self._held: list[list[Array]] = [[] for _ in range(warps)]
         self._warps = warps
 
@@ -51,7 +53,7 @@ class SharedMemoryWatch:
         self._read[units, warp.id] = warp.clock[warp.id]
         if proxy == "generic":
             self._loaded[units, warp.id] = True
-        elif (stored := self._stored[units]).any():
+        elif (stored := self._stored[units] * ~self._fenced[units, warp.id]).any():
             writer = int(stored.max()) - 1
             what = f"TMA or wgmma reads what warp {writer} stored, without fence.proxy.async in between"
             raise Finding("fence", what, where)
@@ -81,7 +83,7 @@ class SharedMemoryWatch:
             raise Finding("fence", what, where)
         self._writer[units], self._written[units] = by or (warp.id, warp.clock[warp.id])
         self._read[units] = 0
-        self._loaded[units] = False
+        self._loaded[units] = self._fenced[units] = False
         self._stored[units] = warp.id + 1 if proxy == "generic" else 0
 
     def hold(self, warp: Warp, units: Array) -> None:
@@ -98,9 +100,15 @@ class SharedMemoryWatch:
             self._read[other, warp.id] = _UNTIL_RELEASED
 
     def fence(self, warp: Warp) -> None:
-        """fence.proxy.async: orders the generic accesses of ``warp`` before what is asynchronous and comes later."""
+        """fence.proxy.async: orders generic accesses before what is asynchronous and comes later.
+
+        Those of ``warp`` before anybody's; what others stored, and ``warp`` was synchronised with, before its own.
+        """
         self._stored[self._stored == warp.id + 1] = 0
         self._loaded[:, warp.id] = False
+        stored = np.flatnonzero(self._stored)
+        known = self._written[stored] <= warp.clock[self._writer[stored]]
+        self._fenced[stored[known], warp.id] = True
 
     def _race(self, access: str, units: Array, early: Array, writers: Array, where: str) -> Finding:
         i = int(early.argmax())
