@@ -90,18 +90,22 @@ class Task(NamedTuple):
         return RESULTS / f"{name}.json"
 
 
-def sources() -> str:
-    """A fingerprint of what a row's result depends on."""
+def sources(row: Row) -> str:
+    """A fingerprint of what a row depends on: the package, the machines, its tests and what they share."""
+    found = {path for folder in ("kernels", "fastattn", "tests/machines") for path in (ROOT / folder).rglob("*.[cp]*")}
+    found |= {path for folder in ("tests/kernels", "tests/ops") for path in (ROOT / folder).glob("*.py")}
+    found = {path for path in found if path.suffix in (".py", ".c") and not path.name.startswith("test_")}
+    found |= set((ROOT / HOPPER).glob("*.py")) if HOPPER in row.selection else set()
+    found |= {ROOT / word for word in row.selection if word.endswith(".py")}
     digest = hashlib.sha256()
-    for folder in ("kernels", "fastattn", "tests/kernels", "tests/machines", "tests/ops"):
-        for path in sorted((ROOT / folder).rglob("*.[cp]*")):
-            if path.suffix in (".py", ".c"):
-                digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    for path in sorted(found):
+        digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def run(task: Task, fingerprint: str) -> None:
+def run(task: Task) -> None:
     """Run the row's tests with one triton, in a process of its own; what became of them, and the CPU time they took."""
+    fingerprint = sources(task.row)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((".", "kernels"))}
     environment |= {"FASTATTN_MACHINE": task.row.machine, "TRITON_INTERPRET": "0"}
     environment |= {"FASTATTN_KERNELS": "triton"} if task.row.plain else {}
@@ -171,10 +175,11 @@ def faults_table(tasks: list[Task]) -> str:
     return table(("fault", "file", "ttgir", "ptx"), list(rows.values()))
 
 
-def write(tasks: list[Task], fingerprint: str) -> str:
+def write(tasks: list[Task]) -> str:
     """Put what is known of every row into the page; the table."""
     rows = []
     for task in tasks:
+        fingerprint = sources(task.row)
         found = known(task) or {"passed": "not run", "CPU seconds": "", "sources": fingerprint}
         found |= {"kernels": task.row.name, "machine": task.row.machine, "triton": task.triton}
         found["passed"] += "" if found["sources"] == fingerprint else ", with earlier sources"
@@ -211,25 +216,25 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--workers", type=int, default=2, help="rows at a time (default: 2)")
     options = parser.parse_args(arguments)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    interpreters, fingerprint = pythons(), sources()
+    interpreters = pythons()
     tasks = [Task(row, t, interpreters[t]) for row in ROWS for t in row.tritons if t in interpreters]
     deadline = time.monotonic() + options.seconds
 
     def begin(task: Task) -> None:
         before = known(task)
-        if before and before["sources"] == fingerprint and not options.again and not failed(before):
+        if before and before["sources"] == sources(task.row) and not options.again and not failed(before):
             print(
                 f"{task.row.name}, {task.row.machine}, triton {task.triton}: found before with these sources",
                 flush=True,
             )
         elif time.monotonic() < deadline:
-            run(task, fingerprint)
+            run(task)
 
     chosen = [task for task in tasks if options.triton in (None, task.triton)]
     chosen = [task for task in chosen if not options.words or any(word in task.row.name for word in options.words)]
     with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
         list(pool.map(begin, chosen))
-    print(write(tasks, fingerprint), end="")
+    print(write(tasks), end="")
     return int(any((found := known(task)) is None or failed(found) for task in tasks))
 
 

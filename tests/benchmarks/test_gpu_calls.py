@@ -295,7 +295,9 @@ files = ["tests/ops/test_norm_samples.py", "tests/modules/test_multihead_attenti
 files += {list(calls.PARITY_TESTS)!r}
 sys.exit(pytest.main(["-q", "--collect-only", "-n", "0", *files]))
 """
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    # a process of its own, and no worker of the run that this test is part of
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     command = [sys.executable, "-c", code]
     found = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=200)
     assert found.returncode == 0, found.stdout[-2000:]

@@ -99,7 +99,8 @@ def test_interrupt_is_passed_on_and_the_command_may_write(tmp_path):
     inner = f"""
 import sys, time
 try:
-    open({str(tmp_path / "begun")!r}, "w").write("{os.getpid()}")
+    with open({str(tmp_path / "begun")!r}, "w") as file:  # a file that is closed by chance would swallow the interrupt
+        file.write("{os.getpid()}")
     time.sleep(600)
 except KeyboardInterrupt:
     open({str(tmp_path / "written")!r}, "w").write("yes")

@@ -73,7 +73,7 @@ def test_every_norm_configuration_compiles_without_spills(dtype, target):
 
 # TFLOP/s on tiles seen whole at head size 128, as the replay of a turn predicts them, where no tile of a mask or bias
 # is read; those of the pair are of the five products that one pass does.
-MODELLED_FLOORS = {("fwd", ""): 800, ("pair", "causal"): 550, ("pair", "full"): 540, ("one pass", ""): 600}
+MODELLED_FLOORS = {("fwd", ""): 800, ("pair", "causal"): 540, ("pair", "full"): 540, ("one pass", ""): 600}
 HOPPER_PASSES = [(head_dim, one) for head_dim in (64, 128) for one in ("fwd", "pair", "one pass")] + [(256, "fwd")]
 
 
@@ -129,6 +129,8 @@ def test_run_time_values_do_not_recompile(load):
     compiled = {}
     for row in rows:
         compiled.setdefault((row["kernel"], row["careful"]), set()).add(row["hash"])
-    # the lists of rows have two sizes of tile, those of keys one
-    expected = dict.fromkeys(compiled, 1) | ({("_tile_lists_kernel", None): 3} if load == "heavy" else {})
+    if load == "plain":  # the one row that sees every key hides none of them, and marks none
+        expected = {(kernel, careful): 2 if careful is False else 1 for kernel, careful in compiled}
+    else:  # the lists of rows have two sizes of tile, those of keys one
+        expected = dict.fromkeys(compiled, 1) | {("_tile_lists_kernel", None): 3}
     assert {name: len(hashes) for name, hashes in compiled.items()} == expected
