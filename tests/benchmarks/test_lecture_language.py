@@ -114,8 +114,9 @@ def test_classifier_learns_what_it_is_shown(data):
     assert classify(language.new_model(len(data.vocabulary), 1).trunk, shown, shown, 40, 2) == 1.0
 
 
-# Each seed takes the half of a minute: further ones run by ``python -m pytest -m resources tests/benchmarks``
-@pytest.mark.parametrize("run_seed", [0, *(pytest.param(s, marks=pytest.mark.resources) for s in (1, 2))])
+# Each seed takes the half of a minute: they run by ``python -m pytest -m resources tests/benchmarks``
+@pytest.mark.resources
+@pytest.mark.parametrize("run_seed", range(3))
 def test_quick_experiment_holds(run_seed, tmp_path):
     """The language model learned more than word frequencies, and who learned it needs fewer labels."""
     said = []
