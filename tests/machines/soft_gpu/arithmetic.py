@@ -364,6 +364,16 @@ def convert(instruction: Instruction) -> Step:
         return lambda warp: put(warp, bits_of_halves(read(warp).view(np.float32), to))
     if to == "f32" and kind in ("bf16", "f16"):
         return lambda warp: put(warp, halves(read(warp), kind).view(np.uint32))
+    if to == "bf16" and kind[0] in "su":
+
+        def from_integers(warp: Any) -> None:
+            exact = numbers(read(warp), kind)
+            rounded = exact.astype(np.float32)
+            if (rounded.astype(np.float64) != exact).any():  # it would be rounded twice
+                raise instruction.unknown("this conversion of an integer beyond 2^24")
+            put(warp, bits_of_halves(rounded, to))
+
+        return from_integers
     if "bf16" in (to, kind):
         raise instruction.unknown("this conversion")
     bits = BITS[to]
