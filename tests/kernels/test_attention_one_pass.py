@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import triton
 
 import fastattn
 from benchmarks.static.cases import LOADS
@@ -16,6 +17,7 @@ from benchmarks.static.targets import SHARED_MEMORY
 from fastattn_kernels import attention_bwd
 from fastattn_kernels.attention_bwd_one_pass import launch_attention_bwd_one_pass, one_pass_refusals
 from fastattn_kernels.attention_problem import Problem
+from tests.compat import locked
 from tests.ops.attention_cases import Case, attend, check
 
 
@@ -139,6 +141,8 @@ print(json.dumps(rows))
     ],
 )
 def test_one_pass_compiles_without_spills(target, head_dim):
+    if triton.__version__ != locked("triton"):
+        pytest.skip("tiles are chosen by what the locked triton makes of them; kernel_resources_pairs.md has others")
     cases = [{"dtype": "bfloat16", "head_dim": head_dim, **features} for features in LOADS.values()]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
