@@ -142,7 +142,7 @@ print(json.dumps(rows))
 )
 def test_one_pass_compiles_without_spills(target, head_dim):
     if triton.__version__ != locked("triton"):
-        pytest.skip("tiles are chosen by what the locked triton makes of them; kernel_resources_pairs.md has others")
+        pytest.skip("tiles are chosen for the locked triton; `make resources-pairs` compiles with others")
     cases = [{"dtype": "bfloat16", "head_dim": head_dim, **features} for features in LOADS.values()]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
