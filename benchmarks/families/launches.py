@@ -19,8 +19,8 @@ from torch import Tensor
 from benchmarks.cases import AttentionCase
 from benchmarks.families.masks import inputs, masks
 from benchmarks.registry import Refused, Step, Variant
-from fastattn.ops._call import make_call
-from fastattn.ops._contract import empty_in_order_of
+from fastattn.ops.attention.call import make_call
+from fastattn.ops.attention.contract import empty_in_order_of
 
 Kernels = Literal["triton", "gluon"]
 Part = Literal["forward", "pair", "dkdv", "dq", "one-pass"]
@@ -166,7 +166,7 @@ def _refuse(reasons: list[str]) -> None:
 
 def _problem(query: Tensor, key: Tensor, value: Tensor, arguments: dict[str, Any]) -> Any:
     """What the kernels are told of a call of ``fastattn.attention`` with these arguments."""
-    from fastattn_kernels.attention_problem import Problem
+    from fastattn_kernels.common.problem import Problem
 
     call = make_call(query, key, value, **arguments)
     return Problem(
@@ -189,13 +189,13 @@ def _problem(query: Tensor, key: Tensor, value: Tensor, arguments: dict[str, Any
 
 def forward_launch(candidate: Candidate, problem: Any) -> Callable[..., None]:
     """``launch(out, lse, statistics)`` of a candidate; raise Refused where it cannot."""
-    from fastattn_kernels.attention_tile_map import tile_map_for
+    from fastattn_kernels.common.tile_map import tile_map_for
 
     config: Any = None
     if candidate.kernels == "gluon":
-        from fastattn_kernels.hopper import attention_fwd as kernels
-        from fastattn_kernels.hopper.config import ForwardConfig
-        from fastattn_kernels.hopper.problem import refusals
+        from fastattn_kernels.attention.hopper import forward as kernels
+        from fastattn_kernels.attention.hopper.config import ForwardConfig
+        from fastattn_kernels.attention.hopper.problem import refusals
 
         _refuse(refusals(problem))
         if candidate.numbers:
@@ -205,7 +205,7 @@ def forward_launch(candidate: Candidate, problem: Any) -> Callable[..., None]:
             # two warpgroups' rows
             config = ForwardConfig(128, keys, stages, stage_output=bool(staged), ping_pong=bool(turns))
     else:
-        from fastattn_kernels import attention_fwd as kernels
+        from fastattn_kernels.attention import forward as kernels
 
         config = _tile(candidate.numbers)
 
@@ -217,11 +217,11 @@ def forward_launch(candidate: Candidate, problem: Any) -> Callable[..., None]:
 
 def backward_launch(candidate: Candidate, problem: Any) -> Callable[..., None]:
     """``launch(d_out, statistics, delta, (dq, dk, dv))`` of a candidate; raise Refused where it cannot."""
-    from fastattn_kernels.attention_tile_map import tile_map_for
+    from fastattn_kernels.common.tile_map import tile_map_for
 
     if candidate.kernels == "gluon":
-        from fastattn_kernels.hopper import attention_bwd as hopper
-        from fastattn_kernels.hopper._bwd_config import BackwardConfig, backward_config
+        from fastattn_kernels.attention.hopper import backward as hopper
+        from fastattn_kernels.attention.hopper.backward_config import BackwardConfig, backward_config
 
         _refuse(hopper.refusals(problem))
         one_pass = candidate.part == "one-pass"
@@ -236,7 +236,7 @@ def backward_launch(candidate: Candidate, problem: Any) -> Callable[..., None]:
             hopper.launch_attention_bwd(problem, d_out, statistics, delta, *gradients, tiles, of_hopper)
 
     elif candidate.part == "one-pass":
-        from fastattn_kernels.attention_bwd_one_pass import launch_attention_bwd_one_pass, one_pass_refusals
+        from fastattn_kernels.attention.backward_one_pass import launch_attention_bwd_one_pass, one_pass_refusals
 
         _refuse(one_pass_refusals(problem, needs_slopes=False))
         tile = _tile(candidate.numbers)
@@ -246,7 +246,7 @@ def backward_launch(candidate: Candidate, problem: Any) -> Callable[..., None]:
             launch_attention_bwd_one_pass(problem, d_out, statistics, delta, None, *gradients, tiles, tile)
 
     else:
-        from fastattn_kernels.attention_bwd import launch_attention_bwd
+        from fastattn_kernels.attention.backward import launch_attention_bwd
 
         config = _backward_config(candidate, problem)
 
@@ -259,7 +259,7 @@ def backward_launch(candidate: Candidate, problem: Any) -> Callable[..., None]:
 
 def _tile(numbers: Numbers) -> Any:
     """Of plain Triton; None: the package's own."""
-    from fastattn_kernels.attention_config import Config
+    from fastattn_kernels.attention.config import Config
 
     if not numbers:
         return None
@@ -269,7 +269,7 @@ def _tile(numbers: Numbers) -> Any:
 
 def _backward_config(candidate: Candidate, problem: Any) -> Any:
     """The package's own with the candidate's tile for its part; None: the package's own."""
-    from fastattn_kernels.attention_config import backward_config
+    from fastattn_kernels.attention.config import backward_config
 
     if not candidate.numbers:
         return None
@@ -299,7 +299,7 @@ def _build(candidate: Candidate) -> Callable[[AttentionCase, torch.dtype], Step]
 
 def _step(candidate: Candidate, case: AttentionCase, dtype: torch.dtype) -> Step:
     """The forward or the backward alone, with all that the package does around the launch in each call."""
-    from fastattn_kernels.attention_bwd import launch_attention_delta
+    from fastattn_kernels.attention.backward import launch_attention_delta
 
     query, key, value, d_out = inputs(case, dtype)
     problem = _problem(query, key, value, masks(case, dtype))

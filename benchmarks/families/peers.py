@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.cases import AttentionCase, Case
 from benchmarks.families.masks import SOFTCAP, inputs, masks, step, window
 from benchmarks.registry import Refused, Step, Variant
-from fastattn.ops._call import make_call
+from fastattn.ops.attention.call import make_call
 from fastattn.reference import distances, visibility
 
 # Above this many scores a variant that makes them all is not worth its minutes: a training step of 2^27 took 7 s on a

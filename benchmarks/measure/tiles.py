@@ -24,10 +24,10 @@ _MASKS: tuple[Mask, ...] = ("none", "causal", "padding", "documents", "window", 
 
 def count(case: AttentionCase) -> dict[str, Any]:
     """The tiles of one batch entry and head: all of them, and those that are visited whole and in part."""
-    from fastattn.ops._call import make_call
-    from fastattn_kernels.attention_config import Config
-    from fastattn_kernels.attention_problem import Problem
-    from fastattn_kernels.attention_tile_map import TileMap
+    from fastattn.ops.attention.call import make_call
+    from fastattn_kernels.attention.config import Config
+    from fastattn_kernels.common.problem import Problem
+    from fastattn_kernels.common.tile_map import TileMap
 
     query = torch.zeros(case.batch, case.heads, case.seqlen, case.head_dim, device=case.device)
     call = make_call(query, query, query, **masks(case, torch.float32))

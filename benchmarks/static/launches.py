@@ -34,15 +34,10 @@ def launch(case: Case) -> None:
 
 def launch_attention(case: Case) -> None:
     """Launch the ``passes`` of attention; with ``unless_under`` without those whose tile that heavier load has, too."""
-    from fastattn_kernels import (
-        attention_bias_bwd,
-        attention_bwd,
-        attention_bwd_one_pass,
-        attention_fwd,
-        attention_weights,
-    )
-    from fastattn_kernels.attention_problem import WeightsGradient
-    from fastattn_kernels.attention_tile_map import tile_map_for
+    from fastattn_kernels.attention import backward, backward_one_pass, bias_gradient, forward
+    from fastattn_kernels.attention import weights as weights_kernels
+    from fastattn_kernels.common.problem import WeightsGradient
+    from fastattn_kernels.common.tile_map import tile_map_for
 
     problem = _attention_problem(case)
     query, key, value = problem.query, problem.key, problem.value
@@ -55,33 +50,33 @@ def launch_attention(case: Case) -> None:
         tiles, heavier = _tiles_of(case, problem.load(d_weights)), _tiles_of(case, case["unless_under"])
         passes = [name for name in passes if name not in tiles or tiles[name] != heavier[name]]
     if "fwd" in passes:
-        attention_fwd.launch_attention_fwd(problem, output, lse, statistics, tile_map_for(problem))
+        forward.launch_attention_fwd(problem, output, lse, statistics, tile_map_for(problem))
     for name in ("dkdv", "dq"):
         if name in passes:
-            delta = attention_bwd.launch_attention_delta(output, output, None)
+            delta = backward.launch_attention_delta(output, output, None)
             nothing = query[:0]
             d_query, d_key, d_value = (nothing, key, value) if name == "dkdv" else (query, nothing, nothing)
-            attention_bwd.launch_attention_bwd(
+            backward.launch_attention_bwd(
                 problem, output, statistics, delta, d_weights, d_query, d_key, d_value,
                 torch.zeros(batch, heads, length) if case.get("slopes") else None, tile_map_for(problem),
             )  # fmt: skip
     if "one_pass" in passes:
-        attention_bwd_one_pass.launch_attention_bwd_one_pass(
+        backward_one_pass.launch_attention_bwd_one_pass(
             problem, output, statistics, lse, d_weights, query, key, value, tile_map_for(problem)
         )
     if "bias" in passes:
-        attention_bias_bwd.launch_attention_bias_bwd(problem, output, statistics, lse, d_weights)
+        bias_gradient.launch_attention_bias_bwd(problem, output, statistics, lse, d_weights)
     if "weights" in passes:
         weights = torch.empty(batch, length, keys, dtype=dtype)
-        attention_weights.launch_attention_weights(problem, statistics, weights, average=True)
+        weights_kernels.launch_attention_weights(problem, statistics, weights, average=True)
         gradient = WeightsGradient(weights, heads)
-        attention_weights.launch_attention_weights_delta(problem, statistics, gradient, lse)
+        weights_kernels.launch_attention_weights_delta(problem, statistics, gradient, lse)
 
 
 def launch_hopper(case: Case) -> None:
     """Launch the ``passes`` of attention on Hopper: fwd, pair (dK and dV, then dQ) and one pass (all three)."""
-    from fastattn_kernels.attention_tile_map import tile_map_for
-    from fastattn_kernels.hopper import attention_bwd, attention_fwd
+    from fastattn_kernels.attention.hopper import backward, forward
+    from fastattn_kernels.common.tile_map import tile_map_for
 
     problem = _attention_problem(case)
     query, key, value = problem.query, problem.key, problem.value
@@ -89,17 +84,17 @@ def launch_hopper(case: Case) -> None:
     lse, statistics = torch.empty(query.shape[:3]), torch.empty(*query.shape[:2], 2, query.shape[2])
     tile_map = tile_map_for(problem)
     if "fwd" in case["passes"]:
-        attention_fwd.launch_attention_fwd(problem, output, lse, statistics, tile_map)
+        forward.launch_attention_fwd(problem, output, lse, statistics, tile_map)
     for name in ("pair", "one pass"):
         if name in case["passes"]:
-            attention_bwd.launch_attention_bwd(
+            backward.launch_attention_bwd(
                 problem, output, statistics, lse, query, key, value, tile_map, deterministic=name == "pair"
             )
 
 
 def _attention_problem(case: Case) -> Any:
     """Of two batch entries and four heads in two groups, with the dtype, sizes and features of the case."""
-    from fastattn_kernels.attention_problem import Problem
+    from fastattn_kernels.common.problem import Problem
 
     def only(feature: str, value: Any) -> Any:
         return value if case.get(feature) else None
@@ -130,7 +125,7 @@ def _attention_problem(case: Case) -> Any:
 
 def _tiles_of(case: Case, load: Any) -> dict[str, Any]:
     """The tiles that a case's kernels have under a load."""
-    from fastattn_kernels import attention_config as config
+    from fastattn_kernels.attention import config
 
     arguments = torch.device("cpu"), getattr(torch, case["dtype"]), case["head_dim"], case["head_dim"], load
     backward = config.backward_config(*arguments)
@@ -143,9 +138,9 @@ def _tiles_of(case: Case, load: Any) -> dict[str, Any]:
 def launch_norm(case: Case) -> None:
     """Launch the norm kernels for ``case``: dtype, size, rows, kind ("layer" or "rms"), and the features that it has
     (residual, x_bias, row_scale, dropout, unit_offset, vectors: weight and bias; float32_residual)."""
-    from fastattn_kernels.residual_norm_bwd import launch_residual_norm_bwd
-    from fastattn_kernels.residual_norm_fwd import launch_residual_norm_fwd
-    from fastattn_kernels.residual_norm_problem import NormProblem
+    from fastattn_kernels.residual_norm.backward import launch_residual_norm_bwd
+    from fastattn_kernels.residual_norm.forward import launch_residual_norm_fwd
+    from fastattn_kernels.residual_norm.problem import NormProblem
 
     dtype, rows, size = getattr(torch, case["dtype"]), case.get("rows", 4096), case["size"]
     residual_dtype = torch.float32 if case.get("float32_residual") else dtype
@@ -188,12 +183,12 @@ def launch_norm(case: Case) -> None:
 def launch_additive(case: Case) -> None:
     """Launch the kernels of additive attention for ``case``: dtype, attention_dim, value_dim, whether carefully, and
     the features it names (causal, padding, mask, bias, weights)."""
-    from fastattn_kernels.additive_attention_bwd import launch_additive_bwd
-    from fastattn_kernels.additive_attention_fwd import launch_additive_fwd
-    from fastattn_kernels.additive_attention_pairs import launch_additive_weights
-    from fastattn_kernels.additive_attention_problem import AdditiveProblem
-    from fastattn_kernels.attention_problem import WeightsGradient
-    from fastattn_kernels.attention_tile_map import tile_map_for
+    from fastattn_kernels.additive_attention.backward import launch_additive_bwd
+    from fastattn_kernels.additive_attention.forward import launch_additive_fwd
+    from fastattn_kernels.additive_attention.pairs import launch_additive_weights
+    from fastattn_kernels.additive_attention.problem import AdditiveProblem
+    from fastattn_kernels.common.problem import WeightsGradient
+    from fastattn_kernels.common.tile_map import tile_map_for
 
     dtype, size, value_dim = getattr(torch, case["dtype"]), case["attention_dim"], case.get("value_dim", 64)
     batch, heads, length, keys = 2, 2, case.get("length", 256), case.get("keys", 512)

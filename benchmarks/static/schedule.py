@@ -1,8 +1,9 @@
 """How evenly the Hopper forward's tiles of rows are shared out, by a simulation: every schedule, mask and length.
 
 A tile of rows takes as long as its products take the tensor cores, and a fixed time beside them. Programs, one a
-multiprocessor, take tiles by the rules of ``fastattn_kernels.hopper.config.Schedule``; what a call takes is when the
-last of them is done. The costs below are estimates, not measurements; nothing is known here of L2, memory or clocks.
+multiprocessor, take tiles by the rules of ``Schedule`` in the kernels' ``hopper/config.py``; what a call takes is when
+the last of them is done. The costs below are estimates, not measurements; nothing is known here of L2, memory or
+clocks.
 
 ``python -m benchmarks static --schedules`` prints the table that docs/performance.md has.
 """
@@ -72,7 +73,7 @@ class Outcome(NamedTuple):
 
 
 def order(shape: Shape) -> list[tuple[int, int]]:
-    """The tiles in the order in which the kernel numbers them: ``fastattn_kernels.hopper._schedule.row_tile_at``."""
+    """The tiles in the order in which the kernel numbers them: ``row_tile_at`` in ``hopper/schedule.py``."""
     batch_heads, abreast = shape.batch * shape.heads, shape.heads_abreast
     first = batch_heads % abreast
     begins = [*([0] if first else []), *range(first, batch_heads, abreast), batch_heads]

@@ -16,7 +16,7 @@ from fastattn.modules import (
     TransformerEncoderLayer,
 )
 from fastattn.modules._common import check_backend
-from fastattn.ops._dispatch import Backend
+from fastattn.ops.common.backends import Backend
 
 _LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.TransformerEncoderLayer: TransformerEncoderLayer,

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from torch import nn
 
-from fastattn.ops._dispatch import Backend
+from fastattn.ops.common.backends import Backend
 
 
 def check_backend(backend: str | None) -> None:

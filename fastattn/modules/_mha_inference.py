@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.modules._mha_masks import Masks
-from fastattn.ops._dispatch import default_for
-from fastattn.ops._tracing import is_eager_on_cpu
+from fastattn.ops.common.backends import default_for
+from fastattn.ops.common.tracing import is_eager_on_cpu
 
 # Elements of the scores up to which it is not slower (measured against F.scaled_dot_product_attention, which makes no
 # scores, and against blocks of rows, which remake them), on one core of a server CPU.

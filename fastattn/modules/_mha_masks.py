@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.ops._layouts import check_dense
-from fastattn.ops._tracing import are_sizes
+from fastattn.ops.common.layouts import check_dense
+from fastattn.ops.common.tracing import are_sizes
 
 
 class Masks(NamedTuple):

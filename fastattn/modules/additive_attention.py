@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastattn.modules._common import check_backend
 from fastattn.ops import additive_attention
-from fastattn.ops._dispatch import Backend
+from fastattn.ops.common.backends import Backend
 
 
 class AdditiveAttention(nn.Module):

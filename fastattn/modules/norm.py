@@ -12,8 +12,8 @@ from torch.overrides import has_torch_function_variadic
 from fastattn.modules._common import check_backend, plain_twin
 from fastattn.modules._tracing import expect_defaults, leaf_node
 from fastattn.ops import add_layer_norm, add_rms_norm
-from fastattn.ops._dispatch import Backend
-from fastattn.ops._tracing import is_symbolically_traced
+from fastattn.ops.common.backends import Backend
+from fastattn.ops.common.tracing import is_symbolically_traced
 
 
 def _check_dropout(dropout: float) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import has_torch_function_unary
 
 from fastattn.modules._tracing import leaf_node
-from fastattn.ops._tracing import is_symbolically_traced
+from fastattn.ops.common.tracing import is_symbolically_traced
 
 
 class LearnedPositionalEncoding(nn.Module):

@@ -10,8 +10,8 @@ from torch.overrides import has_torch_function_unary
 
 from fastattn.modules._common import check_backend
 from fastattn.ops import attention
-from fastattn.ops._dispatch import Backend
-from fastattn.ops._tracing import is_symbolically_traced
+from fastattn.ops.common.backends import Backend
+from fastattn.ops.common.tracing import is_symbolically_traced
 
 
 class SelfAttention2d(nn.Module):

@@ -15,8 +15,8 @@ from fastattn.modules._common import check_backend, plain_twin
 from fastattn.modules._tracing import leaf_node
 from fastattn.modules.multihead_attention import MultiheadAttention
 from fastattn.modules.norm import AddLayerNorm, AddRMSNorm
-from fastattn.ops._dispatch import Backend
-from fastattn.ops._tracing import is_symbolically_traced
+from fastattn.ops.common.backends import Backend
+from fastattn.ops.common.tracing import is_symbolically_traced
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):

@@ -1,11 +1,11 @@
 """Floor 1: validation, dispatch and autograd over the kernels."""
 
-from fastattn.ops._dispatch import Explanation, use_backend
-from fastattn.ops._kernels import use_kernels
-from fastattn.ops.additive import additive_attention
-from fastattn.ops.attention import attention, scaled_dot_product_attention
+from fastattn.ops.additive_attention.api import additive_attention
+from fastattn.ops.attention.api import attention, scaled_dot_product_attention
+from fastattn.ops.common.backends import Explanation, use_backend
+from fastattn.ops.common.kernels import use_kernels
 from fastattn.ops.explain import explain
-from fastattn.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from fastattn.ops.residual_norm.api import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 __all__ = [
     "Explanation",

@@ -8,21 +8,18 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastattn.ops import (
-    _additive_call,
-    _additive_torch,
-    _additive_triton,
-    _call,
-    _dispatch,
-    _norm_call,
-    _norm_torch,
-    _norm_triton,
-    _torch_backend,
-    _triton_backend,
-)
-from fastattn.ops.additive import additive_attention
-from fastattn.ops.attention import attention
-from fastattn.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from fastattn.ops.additive_attention import call as additive_call
+from fastattn.ops.additive_attention import on_torch, on_triton
+from fastattn.ops.additive_attention.api import additive_attention
+from fastattn.ops.attention import call as _call
+from fastattn.ops.attention import on_torch as torch_backend
+from fastattn.ops.attention import on_triton as triton_backend
+from fastattn.ops.attention.api import attention
+from fastattn.ops.common import backends
+from fastattn.ops.residual_norm import call as norm_call
+from fastattn.ops.residual_norm import on_torch as norm_torch
+from fastattn.ops.residual_norm import on_triton as norm_triton
+from fastattn.ops.residual_norm.api import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 
 class _Operator(NamedTuple):
@@ -34,30 +31,30 @@ class _Operator(NamedTuple):
     more: dict[str, Any]  # arguments of make_call that the operator itself knows
 
 
-def _additive(average_attn_weights: bool, **arguments: Any) -> _additive_call.AdditiveCall:
-    return _additive_call.make_call(**arguments)
+def _additive(average_attn_weights: bool, **arguments: Any) -> additive_call.AdditiveCall:
+    return additive_call.make_call(**arguments)
 
 
-def _of_input(input: Tensor, **arguments: Any) -> _norm_call.NormCall:
+def _of_input(input: Tensor, **arguments: Any) -> norm_call.NormCall:
     given: dict[str, Any] = {"residual": None, "bias": None, **arguments}
-    return _norm_call.make_call(input, **given)
+    return norm_call.make_call(input, **given)
 
 
 def _norm(make_call: Callable[..., Any], kind: str) -> _Operator:
-    return _Operator(make_call, _norm_triton, _norm_torch, {"kind": kind})
+    return _Operator(make_call, norm_triton, norm_torch, {"kind": kind})
 
 
 _OPERATORS: dict[Callable[..., Any], _Operator] = {
-    attention: _Operator(_call.make_call, _triton_backend, _torch_backend, {}),
-    additive_attention: _Operator(_additive, _additive_triton, _additive_torch, {}),
-    add_layer_norm: _norm(_norm_call.make_call, "layer"),
-    add_rms_norm: _norm(_norm_call.make_call, "rms"),
+    attention: _Operator(_call.make_call, triton_backend, torch_backend, {}),
+    additive_attention: _Operator(_additive, on_triton, on_torch, {}),
+    add_layer_norm: _norm(norm_call.make_call, "layer"),
+    add_rms_norm: _norm(norm_call.make_call, "rms"),
     layer_norm: _norm(_of_input, "layer"),
     rms_norm: _norm(_of_input, "rms"),
 }
 
 
-def explain(*arguments: Any, **keywords: Any) -> _dispatch.Explanation:
+def explain(*arguments: Any, **keywords: Any) -> backends.Explanation:
     """Say which backend an operator would run on for these arguments, and why not on the others.
 
     ``explain(query, key, value, ...)`` is about :func:`attention`; of the others the first argument says which:
@@ -84,4 +81,4 @@ def explain(*arguments: Any, **keywords: Any) -> _dispatch.Explanation:
     backend = given.pop("backend")
     describe = {"triton": operator.triton.describe, "torch": operator.torch.describe}
     call = operator.make_call(**given, **operator.more)
-    return _dispatch.explain_call(call, backend, operator.triton.refusals, describe)
+    return backends.explain_call(call, backend, operator.triton.refusals, describe)

@@ -1,8 +1,8 @@
 """Floor 0: Triton kernels and their launchers. Tensors in, tensors out."""
 
-from fastattn_kernels._device import interpreting
+from fastattn_kernels.common.device import interpreting
 
 if interpreting():
-    from fastattn_kernels._interpreter import repair
+    from fastattn_kernels.common.interpreter import repair
 
     repair()

@@ -13,7 +13,7 @@ from benchmarks.cases import AttentionCase, Mask
 from benchmarks.families import attention, layer, masks, module
 from benchmarks.measure.accuracy import Gate
 from fastattn import reference
-from fastattn.ops._call import make_call
+from fastattn.ops.attention.call import make_call
 from fastattn.reference import visibility
 
 CASE = AttentionCase("attention", 3, 2, 37, 8)

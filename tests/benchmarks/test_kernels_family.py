@@ -72,7 +72,7 @@ def test_every_head_size_has_configurations_beside_the_packages_own(head_dim, ba
 
 def test_table_of_the_package_is_among_the_plain_configurations():
     """Without a mask: else a sweep would say nothing of the package's own choice."""
-    config = pytest.importorskip("fastattn_kernels.attention_config", reason="triton is not installed")
+    config = pytest.importorskip("fastattn_kernels.attention.config", reason="triton is not installed")
     parts: tuple[launches.Part, ...] = ("forward", "dkdv", "dq", "one-pass")
     for part in parts:
         for head_dim, swept in launches._CONFIGURATIONS["triton", part].items():
@@ -83,9 +83,9 @@ def test_table_of_the_package_is_among_the_plain_configurations():
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_choice_of_the_package_is_among_the_gluon_configurations(head_dim):
     """Without a mask, as above; head size 256 has a forward only."""
-    pytest.importorskip("fastattn_kernels.hopper.problem", reason="triton or its Gluon is not installed")
-    from fastattn_kernels.hopper._bwd_config import backward_config
-    from fastattn_kernels.hopper.config import forward_config
+    pytest.importorskip("fastattn_kernels.attention.hopper.problem", reason="triton or its Gluon is not installed")
+    from fastattn_kernels.attention.hopper.backward_config import backward_config
+    from fastattn_kernels.attention.hopper.config import forward_config
 
     case = dataclasses.replace(CASE, head_dim=head_dim, dtype=torch.bfloat16)
     query, key, value, _ = masks.inputs(case, case.dtype)
@@ -141,8 +141,8 @@ def test_plain_kernels_are_right_in_the_interpreter(mask):
 @pytest.fixture
 def hopper(monkeypatch):
     """Stands where the Hopper kernels do, and runs the plain ones: who was launched, and with which configuration."""
-    plain_fwd = pytest.importorskip("fastattn_kernels.attention_fwd", reason="triton is not installed")
-    plain_bwd = importlib.import_module("fastattn_kernels.attention_bwd")
+    plain_fwd = pytest.importorskip("fastattn_kernels.attention.forward", reason="triton is not installed")
+    plain_bwd = importlib.import_module("fastattn_kernels.attention.backward")
     found = types.SimpleNamespace(launched=[], refusals=[], writes=True)
 
     def launch_fwd(problem, out, lse, statistics, tile_map, config):
@@ -163,11 +163,11 @@ def hopper(monkeypatch):
     fields = {
         "problem": {"refusals": lambda problem: found.refusals},
         "config": {"ForwardConfig": lambda *numbers, stage_output, ping_pong: (*numbers, stage_output, ping_pong)},
-        "_bwd_config": {"BackwardConfig": config, "backward_config": backward_config},
-        "attention_fwd": {"launch_attention_fwd": launch_fwd},
-        "attention_bwd": {"launch_attention_bwd": launch_bwd, "refusals": lambda problem: found.refusals},
+        "backward_config": {"BackwardConfig": config, "backward_config": backward_config},
+        "forward": {"launch_attention_fwd": launch_fwd},
+        "backward": {"launch_attention_bwd": launch_bwd, "refusals": lambda problem: found.refusals},
     }
-    package = types.ModuleType("fastattn_kernels.hopper")
+    package = types.ModuleType("fastattn_kernels.attention.hopper")
     package.__path__ = []
     monkeypatch.setitem(sys.modules, package.__name__, package)
     for name, values in fields.items():
@@ -217,7 +217,7 @@ def test_tile_that_does_not_fit_is_refused(hopper, monkeypatch):
     def too_large(*arguments):
         raise errors.OutOfResources(262584, 232448, "shared memory")
 
-    monkeypatch.setattr(sys.modules["fastattn_kernels.hopper.attention_fwd"], "launch_attention_fwd", too_large)
+    monkeypatch.setattr(sys.modules["fastattn_kernels.attention.hopper.forward"], "launch_attention_fwd", too_large)
     (row,) = rows_of(CASE, "fastattn-gluon").values()
     assert row.status == "refused", row.reason
     assert "262584" in row.reason
@@ -225,9 +225,9 @@ def test_tile_that_does_not_fit_is_refused(hopper, monkeypatch):
 
 @TRITON
 def test_gluon_that_does_not_load_is_refused(monkeypatch):
-    package = importlib.import_module("fastattn_kernels.hopper")
-    monkeypatch.setitem(sys.modules, "fastattn_kernels.hopper.attention_fwd", None)
-    monkeypatch.delattr(package, "attention_fwd", raising=False)  # there if a test before this one imported it
+    package = importlib.import_module("fastattn_kernels.attention.hopper")
+    monkeypatch.setitem(sys.modules, "fastattn_kernels.attention.hopper.forward", None)
+    monkeypatch.delattr(package, "forward", raising=False)  # there if a test before this one imported it
     monkeypatch.setattr(launches, "_no_device", lambda kernels, case: None)
     with pytest.raises(Refused, match="does not load"):
         FAMILY.variant("fastattn-gluon").build(CASE, torch.float32)

@@ -13,9 +13,9 @@ import triton.language as tl
 
 from benchmarks.__main__ import main
 from benchmarks.static.schedule import MASKS, SHAPES, Schedule, Shape, order, simulate, visits
-from fastattn_kernels.attention_problem import Problem
-from fastattn_kernels.hopper._schedule import row_tile_at
-from fastattn_kernels.hopper.config import forward_config
+from fastattn_kernels.attention.hopper.config import forward_config
+from fastattn_kernels.attention.hopper.schedule import row_tile_at
+from fastattn_kernels.common.problem import Problem
 
 SMALL = [Shape(2, 3, 1000, 128), Shape(1, 40, 2048, 128), Shape(3, 2, 130, 64), Shape(1, 7, 16384, 256)]
 

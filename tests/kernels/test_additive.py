@@ -14,14 +14,14 @@ from tests.machines.marks import quick
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from fastattn_kernels.additive_attention_bwd import launch_additive_bwd  # noqa: E402
-from fastattn_kernels.additive_attention_config import AdditiveBackwardConfig, ColumnsConfig  # noqa: E402
-from fastattn_kernels.additive_attention_fwd import launch_additive_fwd  # noqa: E402
-from fastattn_kernels.additive_attention_pairs import launch_additive_weights  # noqa: E402
-from fastattn_kernels.additive_attention_problem import AdditiveProblem, columns, padded  # noqa: E402
-from fastattn_kernels.attention_bwd import launch_attention_delta  # noqa: E402
-from fastattn_kernels.attention_config import Config  # noqa: E402
-from fastattn_kernels.attention_tile_map import TileMap  # noqa: E402
+from fastattn_kernels.additive_attention.backward import launch_additive_bwd  # noqa: E402
+from fastattn_kernels.additive_attention.config import AdditiveBackwardConfig, ColumnsConfig  # noqa: E402
+from fastattn_kernels.additive_attention.forward import launch_additive_fwd  # noqa: E402
+from fastattn_kernels.additive_attention.pairs import launch_additive_weights  # noqa: E402
+from fastattn_kernels.additive_attention.problem import AdditiveProblem, columns, padded  # noqa: E402
+from fastattn_kernels.attention.backward import launch_attention_delta  # noqa: E402
+from fastattn_kernels.attention.config import Config  # noqa: E402
+from fastattn_kernels.common.tile_map import TileMap  # noqa: E402
 
 B, H, L, S, A, DV = 1, 2, 70, 90, 3, 6
 FORWARD = {"small": Config(16, 16, 4, 1), "wide": Config(16, 64, 4, 1), "tall": Config(64, 16, 4, 1)}

@@ -13,10 +13,11 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from fastattn.reference import attention as reference
 from fastattn.testing import attention_inputs
-from fastattn_kernels import _marks, attention_fwd
-from fastattn_kernels.attention_config import Config, careful_config
-from fastattn_kernels.attention_problem import Problem
-from fastattn_kernels.hopper import attention_fwd as hopper
+from fastattn_kernels.attention import forward
+from fastattn_kernels.attention.config import Config, careful_config
+from fastattn_kernels.attention.hopper import forward as hopper
+from fastattn_kernels.common import marks as _marks
+from fastattn_kernels.common.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -40,7 +41,7 @@ def results_of(problem) -> Any:
 
 
 def launch_plain(problem, out, lse, statistics):
-    attention_fwd.launch_attention_fwd(problem, out, lse, statistics, None, Config(64, 32, 4, 1))
+    forward.launch_attention_fwd(problem, out, lse, statistics, None, Config(64, 32, 4, 1))
 
 
 def launch_hopper(problem, out, lse, statistics):
@@ -58,20 +59,20 @@ def launch(request):
 def launches(monkeypatch):
     """Every launch of the plain forward: whether it was careful."""
     seen = []
-    original = attention_fwd._launch
+    original = forward._launch
 
     def noted(*arguments, careful):
         seen.append(careful)
         original(*arguments, careful=careful)
 
-    monkeypatch.setattr(attention_fwd, "_launch", noted)
+    monkeypatch.setattr(forward, "_launch", noted)
     return seen
 
 
 def test_forward_marks_the_rows_that_are_not_finite(launch, device, monkeypatch):
     """All of them, and no other; what it finds in the marks' memory does not matter."""
     found = []
-    for module in (attention_fwd, hopper):
+    for module in (forward, hopper):
         monkeypatch.setattr(module, "launch_careful_fwd", lambda *arguments: found.append(arguments[-1]))
         monkeypatch.setattr(
             module, "empty_marks", lambda *_: torch.full((B, H, L), 77, dtype=torch.int8, device=device)
@@ -121,7 +122,7 @@ def test_careful_launch_writes_only_tiles_with_a_marked_row(marked, programs_at_
     out.fill_(7.0)
     lse.fill_(7.0)
     statistics.fill_(7.0)
-    attention_fwd.launch_careful_fwd(problem, out, lse, statistics, marks)
+    forward.launch_careful_fwd(problem, out, lse, statistics, marks)
     assert torch.equal(lse != 7.0, written)
     assert torch.equal((out != 7.0).any(3), written)
     assert torch.equal((statistics != 7.0).any(2), written)
@@ -136,7 +137,7 @@ def test_careful_launch_finds_a_mark_wherever_it_is_in_a_long_share(marked, devi
     marks[..., marked] = 1
     lse, statistics = (torch.full(shape, 7.0, device=device) for shape in ((1, 1, 5000), (1, 1, 2, 5000)))
     problem = Problem(query, key, value, 1 / math.sqrt(D), upper=0)
-    attention_fwd.launch_careful_fwd(problem, torch.empty_like(query), lse, statistics, marks)
+    forward.launch_careful_fwd(problem, torch.empty_like(query), lse, statistics, marks)
     assert lse[..., marked] != 7.0
 
 
@@ -155,14 +156,14 @@ def test_forward_that_hides_nothing_is_one_launch(launch, launches, device):
 def test_careful_launch_has_few_programs(device, monkeypatch):
     """Thousands of programs that only look would take tens of microseconds to come and go."""
     grids = []
-    kernel = attention_fwd._attention_fwd_kernel
+    kernel = forward._attention_fwd_kernel
 
     class Noting:
         def __getitem__(self, grid):
             grids.append(grid)
             return kernel[grid]
 
-    monkeypatch.setattr(attention_fwd, "_attention_fwd_kernel", Noting())
+    monkeypatch.setattr(forward, "_attention_fwd_kernel", Noting())
     monkeypatch.setattr(_marks, "multiprocessors", lambda _: 2)
     problem = problem_with_nan(device)
     launch_plain(problem, *results_of(problem))

@@ -13,11 +13,12 @@ from tests.machines.marks import quick
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastattn_kernels import _marks, attention_bwd, attention_bwd_one_pass, attention_fwd
-from fastattn_kernels.attention_bwd import BackwardConfig, GradientMarks
-from fastattn_kernels.attention_config import Config, careful_config
-from fastattn_kernels.attention_problem import Problem
-from fastattn_kernels.hopper import attention_bwd as hopper
+from fastattn_kernels.attention import backward, backward_one_pass, forward
+from fastattn_kernels.attention.backward import BackwardConfig, GradientMarks
+from fastattn_kernels.attention.config import Config, careful_config
+from fastattn_kernels.attention.hopper import backward as hopper
+from fastattn_kernels.common import marks as _marks
+from fastattn_kernels.common.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -45,8 +46,8 @@ def arguments_of(problem, d_out) -> tuple[Any, ...]:
     """What every launcher takes: the forward's statistics, delta, and gradients to be written, which hold 7."""
     out = torch.empty_like(problem.query)
     statistics = torch.empty(B, H, 2, L, device=out.device)
-    attention_fwd.launch_attention_fwd(problem, out, torch.empty(B, H, L, device=out.device), statistics)
-    delta = attention_bwd.launch_attention_delta(out, d_out, None)
+    forward.launch_attention_fwd(problem, out, torch.empty(B, H, L, device=out.device), statistics)
+    delta = backward.launch_attention_delta(out, d_out, None)
     return problem, d_out, statistics, delta, *(torch.full_like(x, 7.0) for x in gradients_are_like(problem))
 
 
@@ -57,14 +58,12 @@ def gradients_are_like(problem) -> tuple[Any, ...]:
 def launch_plain(problem, d_out, statistics, delta, *gradients):
     tile = Config(32, 64, 4, 1)
     config = BackwardConfig(tile, tile)
-    attention_bwd.launch_attention_bwd(problem, d_out, statistics, delta, None, *gradients, config=config)
+    backward.launch_attention_bwd(problem, d_out, statistics, delta, None, *gradients, config=config)
 
 
 def launch_one_pass(problem, d_out, statistics, delta, *gradients):
     tile = Config(32, 64, 4, 1)
-    attention_bwd_one_pass.launch_attention_bwd_one_pass(
-        problem, d_out, statistics, delta, None, *gradients, config=tile
-    )
+    backward_one_pass.launch_attention_bwd_one_pass(problem, d_out, statistics, delta, None, *gradients, config=tile)
 
 
 def launch_hopper(*arguments, deterministic=True):
@@ -81,7 +80,7 @@ LAUNCHERS = {
     "gluon": launch_hopper,
     "gluon-one-pass": launch_hopper_one_pass,
 }
-MODULES = (attention_bwd, attention_bwd_one_pass, hopper)
+MODULES = (backward, backward_one_pass, hopper)
 
 
 @pytest.fixture(params=quick(LAUNCHERS, "gluon", "gluon-one-pass"))
@@ -95,7 +94,7 @@ def launch(request):
 def careful_launches(monkeypatch):
     """The marks that each careful launch got."""
     seen = []
-    original = attention_bwd.launch_careful_bwd
+    original = backward.launch_careful_bwd
 
     def noted(*arguments):
         seen.append(next(argument for argument in arguments if isinstance(argument, GradientMarks)))
@@ -171,7 +170,7 @@ def test_careful_launch_writes_only_tiles_with_a_mark(marked, programs_at_once, 
         keys_written[0, 1, start : start + tile.block_n] = True
     _, _, statistics, delta, dq, dk, dv = arguments
     marks = GradientMarks(of_rows, of_keys)
-    attention_bwd.launch_careful_bwd(problem, d_out, statistics, delta, None, dq, dk, dv, marks)
+    backward.launch_careful_bwd(problem, d_out, statistics, delta, None, dq, dk, dv, marks)
     assert torch.equal((dq != 7.0).any(3), rows_written)
     assert torch.equal((dk != 7.0).any(3), keys_written)
     assert torch.equal((dv != 7.0).any(3), keys_written)
@@ -180,5 +179,5 @@ def test_careful_launch_writes_only_tiles_with_a_mark(marked, programs_at_once, 
 def test_backward_that_hides_nothing_has_no_careful_launch(launch, careful_launches, device):
     problem, d_out = problem_with_nan(device, hides=False)
     launch(*arguments_of(problem, d_out))
-    assert attention_bwd.empty_gradient_marks(problem) == (None, None)
+    assert backward.empty_gradient_marks(problem) == (None, None)
     assert careful_launches == []

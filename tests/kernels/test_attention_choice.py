@@ -8,9 +8,9 @@ import torch
 from triton.compiler.errors import CompilationError
 
 import fastattn
-from fastattn_kernels import attention as module
-from fastattn_kernels._device import Target
-from fastattn_kernels.attention_problem import Problem
+from fastattn_kernels.attention import choice as module
+from fastattn_kernels.common.device import Target
+from fastattn_kernels.common.problem import Problem
 
 attention: Any = module  # stand-ins take the place of tensors
 
@@ -26,9 +26,8 @@ class Kernels:
         monkeypatch.setattr(attention, "target_of", lambda device: Target(*target))
         monkeypatch.setattr(attention, "_hopper", lambda direction: gluon)
         monkeypatch.setattr(attention, "_broken", {})
-        for name in ("fwd", "bwd"):
-            module = getattr(attention, f"attention_{name}")
-            monkeypatch.setattr(module, f"launch_attention_{name}", lambda *a, **k: self.launched.append("plain"))
+        for of, name in ((attention.forward, "launch_attention_fwd"), (attention.backward, "launch_attention_bwd")):
+            monkeypatch.setattr(of, name, lambda *a, **k: self.launched.append("plain"))
 
     def _gluon(self, *arguments, **keywords):
         if self.error is not None:
@@ -121,8 +120,8 @@ def test_an_error_that_is_not_the_compilers_is_nobodys_to_hide(kernels):
 def test_another_gluon_is_a_reason(monkeypatch, direction):
     hopper = attention._hopper.__wrapped__
     kernels = Kernels(monkeypatch)
-    for name in ("fwd", "bwd"):
-        monkeypatch.setitem(sys.modules, f"fastattn_kernels.hopper.attention_{name}", None)
+    for name in ("forward", "backward"):
+        monkeypatch.setitem(sys.modules, f"fastattn_kernels.attention.hopper.{name}", None)
     monkeypatch.setattr(attention, "_hopper", hopper)
     assert kernels.run(direction=direction) == ["plain"]
     with pytest.raises(NotImplementedError, match="has another Gluon: import of"):
@@ -171,7 +170,7 @@ def test_gradient_of_weights_that_may_be_zeros_has_a_launch_of_its_own(kernels, 
         conditions.append((arguments[4], only_if))
         kernels.launched.append("plain")
 
-    monkeypatch.setattr(attention.attention_bwd, "launch_attention_bwd", plain)
+    monkeypatch.setattr(attention.backward, "launch_attention_bwd", plain)
     kernels.reasons = ["it rains"] * gluon_refuses
     used = torch.tensor(False)
     d_weights = attention.WeightsGradient(torch.zeros(1, 4, 4), 2, used)

@@ -14,9 +14,9 @@ import fastattn
 from benchmarks.static.cases import LOADS
 from benchmarks.static.compile import ROOT
 from benchmarks.static.targets import SHARED_MEMORY
-from fastattn_kernels import attention_bwd
-from fastattn_kernels.attention_bwd_one_pass import launch_attention_bwd_one_pass, one_pass_refusals
-from fastattn_kernels.attention_problem import Problem
+from fastattn_kernels.attention import backward
+from fastattn_kernels.attention.backward_one_pass import launch_attention_bwd_one_pass, one_pass_refusals
+from fastattn_kernels.common.problem import Problem
 from tests.compat import locked
 from tests.ops.attention_cases import Case, attend, check
 
@@ -44,7 +44,7 @@ def one_pass(monkeypatch):
         launch_attention_bwd_one_pass(problem, d_out, statistics, delta, d_weights, dq, dk, dv, tile_map, config)
         launches.append(problem)
 
-    monkeypatch.setattr(attention_bwd, "launch_attention_bwd", launch)
+    monkeypatch.setattr(backward, "launch_attention_bwd", launch)
     with fastattn.use_kernels("triton"):
         yield launches
 
@@ -112,9 +112,9 @@ COMPILE = """
 import json, sys
 import torch
 from benchmarks.static import launches, stand_in
-from fastattn_kernels.attention_bwd_one_pass import launch_attention_bwd_one_pass
-from fastattn_kernels.attention_problem import WeightsGradient
-from fastattn_kernels.attention_tile_map import tile_map_for
+from fastattn_kernels.attention.backward_one_pass import launch_attention_bwd_one_pass
+from fastattn_kernels.common.problem import WeightsGradient
+from fastattn_kernels.common.tile_map import tile_map_for
 target, rows = sys.argv[1], []
 compiled = stand_in.Compiled(target)
 for case in json.loads(sys.argv[2]):

@@ -3,8 +3,8 @@
 import pytest
 
 import fastattn
-from fastattn_kernels import attention_fwd
-from fastattn_kernels.attention_config import Config
+from fastattn_kernels.attention import forward
+from fastattn_kernels.attention.config import Config
 from tests.ops.attention_cases import Case, check
 
 
@@ -17,7 +17,7 @@ def pipelined(monkeypatch):
         tiles.append(Config(64, 32, 4, 1, pipelined=True))
         return tiles[-1]
 
-    monkeypatch.setattr(attention_fwd, "forward_config", forward_config)
+    monkeypatch.setattr(forward, "forward_config", forward_config)
     with fastattn.use_kernels("triton"):
         yield tiles
 

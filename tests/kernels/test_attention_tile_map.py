@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.ops import _triton_launch
-from fastattn.ops._call import make_call
+from fastattn.ops.attention import launch
+from fastattn.ops.attention.call import make_call
 from fastattn.reference import visibility
 from fastattn.testing import attention_inputs, attention_mask, key_padding_mask
 from tests.conftest import INTERPRETING
@@ -15,9 +15,9 @@ from tests.machines.marks import quick
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastattn_kernels import attention_config
-from fastattn_kernels import attention_tile_map as tile_map
-from fastattn_kernels.attention_problem import Problem
+from fastattn_kernels.attention import config as attention_config
+from fastattn_kernels.common import tile_map
+from fastattn_kernels.common.problem import Problem
 
 B, H, HK, L, S, D = 2, 2, 1, 150, 270, 8
 
@@ -188,4 +188,4 @@ def test_small_problems_have_no_map(device):
     query, key, value = attention_inputs(1, 1, 64, 64, D, device=device)
     mask = torch.ones(1, 1, 64, 64, dtype=torch.bool, device=device)
     assert tile_map.tile_map_for(Problem(query, key, value, 1.0, mask=mask)) is None
-    assert _triton_launch.tile_map_for is tile_map.tile_map_for
+    assert launch.tile_map_for is tile_map.tile_map_for

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from fastattn_kernels.attention_bwd import launch_attention_bwd, launch_attention_delta
-from fastattn_kernels.attention_fwd import launch_attention_fwd
-from fastattn_kernels.attention_problem import Problem, WeightsGradient
-from fastattn_kernels.attention_weights import launch_attention_weights_delta
+from fastattn_kernels.attention.backward import launch_attention_bwd, launch_attention_delta
+from fastattn_kernels.attention.forward import launch_attention_fwd
+from fastattn_kernels.attention.weights import launch_attention_weights_delta
+from fastattn_kernels.common.problem import Problem, WeightsGradient
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from fastattn.reference import add_norm as reference
 from fastattn.testing import assert_within_budget, random_tensor
-from fastattn_kernels.attention_config import Config
-from fastattn_kernels.residual_norm_bwd import launch_residual_norm_bwd
-from fastattn_kernels.residual_norm_config import NormBackwardConfig
-from fastattn_kernels.residual_norm_fwd import launch_residual_norm_fwd
-from fastattn_kernels.residual_norm_problem import NormProblem
+from fastattn_kernels.attention.config import Config
+from fastattn_kernels.residual_norm.backward import launch_residual_norm_bwd
+from fastattn_kernels.residual_norm.config import NormBackwardConfig
+from fastattn_kernels.residual_norm.forward import launch_residual_norm_fwd
+from fastattn_kernels.residual_norm.problem import NormProblem
 from tests.machines.marks import quick
 
 NAMES = ("x", "residual", "weight", "bias", "x_bias", "row_scale")

@@ -1,4 +1,4 @@
-"""What launchers hand to kernels in tuples keeps its constants in every triton: see ``attention_problem.nested``."""
+"""What launchers hand to kernels in tuples keeps its constants in every triton: see ``problem.nested``."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.static.cases import LOADS, hopper_cases, table_jobs
 from benchmarks.static.launches import launch
-from fastattn_kernels.attention_problem import nested
+from fastattn_kernels.common.problem import nested
 
 # all passes of a case, whichever tiles a heavier load has
 CASES = {

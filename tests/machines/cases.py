@@ -93,8 +93,8 @@ def gluon_forward() -> None:
     problem = checks.make(
         machines.DEVICE, {"upper": keys - rows, "bias": bias}, batch=1, heads=3, kv_heads=3, rows=rows, keys=keys
     )
-    few = mock.patch.object(checks.attention_fwd, "multiprocessors", return_value=2)
-    with few, _without_careful_launches(checks.attention_fwd):
+    few = mock.patch.object(checks.forward, "multiprocessors", return_value=2)
+    with few, _without_careful_launches(checks.forward):
         checks.check(problem, checks.ForwardConfig(128, 64, 2, stage_output=True), machines.order())
 
 
@@ -103,14 +103,14 @@ def gluon_forward_of_few_keys() -> None:
     checks = _checks("hopper/test_forward.py")
     problem = checks.make(machines.DEVICE, {}, batch=1, heads=4, kv_heads=2, rows=250, keys=128)
     config = checks.ForwardConfig(128, 64, 2, stage_output=True, schedule="dynamic")
-    with mock.patch.object(checks.attention_fwd, "multiprocessors", return_value=2):
+    with mock.patch.object(checks.forward, "multiprocessors", return_value=2):
         checks.check(problem, config, machines.order())
 
 
 def _gluon_backward(rows: int, keys: int, one_pass: bool, **options: Any) -> None:
     checks = _checks("hopper/test_backward.py")
     problem = checks.make_problem(rows, keys, heads=2, kv_heads=1, **options)
-    with _without_careful_launches(sys.modules["fastattn_kernels.hopper.attention_bwd"]):
+    with _without_careful_launches(sys.modules["fastattn_kernels.attention.hopper.backward"]):
         checks.check(problem, one_pass=one_pass, order=machines.order())
 
 
@@ -137,9 +137,11 @@ def _plain_attention(one_pass: bool) -> None:
     from fastattn.testing import assert_within_budget
 
     checks = _checks("hopper/test_backward.py")
-    forward, backward = (importlib.import_module(f"fastattn_kernels.attention_{name}") for name in ("fwd", "bwd"))
-    single = importlib.import_module("fastattn_kernels.attention_bwd_one_pass")
-    config = importlib.import_module("fastattn_kernels.attention_config")
+    forward, backward = (
+        importlib.import_module(f"fastattn_kernels.attention.{name}") for name in ("forward", "backward")
+    )
+    single = importlib.import_module("fastattn_kernels.attention.backward_one_pass")
+    config = importlib.import_module("fastattn_kernels.attention.config")
     tile = config.Config(32, 32, 4, 1)
     problem = checks.make_problem(70, 90, 40, heads=2, kv_heads=1, upper=10)
     d_out = checks.gradient_of_output(problem)

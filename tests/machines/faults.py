@@ -28,7 +28,7 @@ class Fault(NamedTuple):
     quick: bool = True  # tried by `make test`, too
 
 
-FWD, BWD, DQ = (f"hopper/attention_{name}.py" for name in ("fwd", "bwd", "dq"))
+FWD, BWD, DQ = (f"attention/hopper/{name}.py" for name in ("forward", "backward", "backward_dq"))
 _ANY_USE = ("in flight", WRONG, "deadlock", "over-arrival")
 
 # Nothing: triton 3.7 itself puts the fence between ordinary stores and a TMA store that lacks one, behind TTGIR.
@@ -131,18 +131,20 @@ FAULTS: dict[str, Fault] = {
         "gl.store(lse_ptr + rows_of + row, lse)", ("race", "out of bounds", WRONG),
     ),
     "diagonal shifted by one": Fault(
-        "gluon_forward", "hopper/_softmax.py", "rows + (upper + 1 - col_start)", "rows + (upper + 2 - col_start)",
+        "gluon_forward", "attention/hopper/forward_softmax.py",
+        "rows + (upper + 1 - col_start)", "rows + (upper + 2 - col_start)",
         (WRONG,),
     ),
     "last values released before they are read": Fault(
         "gluon_forward_of_few_keys", FWD, _V_READ + _LAST_V_RELEASED, _LAST_V_RELEASED + _V_READ, ("in flight",),
     ),
     "next tile read before it is handed out": Fault(
-        "gluon_forward_of_few_keys", "hopper/_schedule.py", "        mbarrier.wait(box_full.index(slot), parity)\n", "",
+        "gluon_forward_of_few_keys", "attention/hopper/schedule.py",
+        "        mbarrier.wait(box_full.index(slot), parity)\n", "",
         (WRONG, "deadlock", "unfinished"),
     ),
     "a tile handed out twice": Fault(
-        "gluon_forward_of_few_keys", "hopper/_schedule.py", "tile = gl.num_programs(0) + gl.atomic_add",
+        "gluon_forward_of_few_keys", "attention/hopper/schedule.py", "tile = gl.num_programs(0) + gl.atomic_add",
         "tile = gl.num_programs(0) - 1 + gl.atomic_add", ("race",), ptx=_SAME_TWICE,
     ),
     # ------------------------------------------------------------------------------------------------- Gluon's backward
@@ -184,7 +186,8 @@ FAULTS: dict[str, Fault] = {
         "gluon_one_pass", BWD, "        mbarrier.wait(finished.index(OTHER), 0)\n", "        pass\n", ("in flight",),
     ),
     "diagonal of the backward shifted by one": Fault(
-        "gluon_pair", "_masking.py", "seen = seen & (cols <= rows + upper)", "seen = seen & (cols < rows + upper)",
+        "gluon_pair", "common/masking.py",
+        "seen = seen & (cols <= rows + upper)", "seen = seen & (cols < rows + upper)",
         (WRONG,), quick=False,
     ),
     # ------------------------------------------------------------------------------------------------------- Gluon's dQ
@@ -214,40 +217,41 @@ FAULTS: dict[str, Fault] = {
     ),
     # ---------------------------------------------------------------------------------------------------- plain kernels
     "rows past the end stored": Fault(
-        "plain_attention", "_tiles.py",
+        "plain_attention", "common/tiles.py",
         "    inside = (rows < row_end)[:, None] & (cols < USED_COLS)[None, :]\n    tl.store(",
         "    inside = (rows <= row_end)[:, None] & (cols < USED_COLS)[None, :]\n    tl.store(",
         ("race", "out of bounds", WRONG),
     ),
     "mask shifted by one": Fault(
-        "plain_attention", "_masking.py", "seen = seen & (cols <= rows + upper)", "seen = seen & (cols < rows + upper)",
+        "plain_attention", "common/masking.py",
+        "seen = seen & (cols <= rows + upper)", "seen = seen & (cols < rows + upper)",
         (WRONG,),
     ),
     "dQ added without an atomic": Fault(
-        "plain_one_pass", "attention_bwd.py",
+        "plain_one_pass", "attention/backward.py",
         '    tl.atomic_add(ptrs, dq, mask=(row < seqlen_q)[:, None] & (col < HEAD_DIM), sem="relaxed")\n',
         "    inside = (row < seqlen_q)[:, None] & (col < HEAD_DIM)\n"
         "    tl.store(ptrs, tl.load(ptrs, mask=inside, other=0.0) + dq, mask=inside)\n", ("race",),
     ),
     "last tiles looked at by no careful program": Fault(
-        "plain_careful", "_marks.py", "share = tl.cdiv(tiles, tl.num_programs(0))",
+        "plain_careful", "common/marks.py", "share = tl.cdiv(tiles, tl.num_programs(0))",
         "share = tl.maximum(tiles // tl.num_programs(0), 1)", (WRONG,),
     ),
     "norm of an unguarded row": Fault(
-        "norm_forward", "residual_norm_fwd.py", "tl.store(statistics_ptr + rows, rstd, mask=rows < row_count)",
+        "norm_forward", "residual_norm/forward.py", "tl.store(statistics_ptr + rows, rstd, mask=rows < row_count)",
         "tl.store(statistics_ptr + rows, rstd)", ("race", "out of bounds", WRONG),
     ),
     "norm of a column too many": Fault(
-        "norm_forward", "residual_norm_fwd.py",
+        "norm_forward", "residual_norm/forward.py",
         "    inside = (rows < row_count) & (cols < size)\n    total = load_rows(x",
         "    inside = (rows < row_count) & (cols <= size)\n    total = load_rows(x", (WRONG, "out of bounds", "race"),
     ),
     "gradient of an unguarded row": Fault(
-        "norm_backward", "residual_norm_bwd.py", "tl.store(means_ptr + rows, mean_gn, mask=rows < row_count)",
+        "norm_backward", "residual_norm/backward.py", "tl.store(means_ptr + rows, mean_gn, mask=rows < row_count)",
         "tl.store(means_ptr + rows, mean_gn)", ("race", "out of bounds", WRONG),
     ),
     "a score's term too many": Fault(
-        "additive", "additive_attention_fwd.py", "w = tl.where(first + offset < size, w * LOG2_E, 0.0)",
+        "additive", "additive_attention/forward.py", "w = tl.where(first + offset < size, w * LOG2_E, 0.0)",
         "w = tl.where(first + offset <= size, w * LOG2_E, 0.0)", (WRONG,), quick=False,
     ),
 }  # fmt: skip

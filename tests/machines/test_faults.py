@@ -37,7 +37,7 @@ def test_machine_finds_fault(fault, record_property):
 
 def test_fault_without_its_place_is_refused():
     with (
-        pytest.raises(LookupError, match=r"attention_fwd.py has 0 times"),
-        kernels_with("attention_fwd.py", "x y z", ""),
+        pytest.raises(LookupError, match=r"attention/forward.py has 0 times"),
+        kernels_with("attention/forward.py", "x y z", ""),
     ):
         pass

@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fastattn_kernels.hopper._compat import gluon, tma_load, tma_store, tma_store_wait
+from fastattn_kernels.attention.hopper.compat import gluon, tma_load, tma_store, tma_store_wait
 
 
 @triton.jit

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 import fastattn
-from fastattn.ops import _autograd, _torch_backend, _torch_formula, _torch_sdpa, _torch_tiles
-from fastattn.ops._call import make_call
-from fastattn.ops._contract import implementation
+from fastattn.ops.attention import formula, on_torch, operator, sdpa
+from fastattn.ops.attention import tiles as torch_tiles
+from fastattn.ops.attention.call import make_call
+from fastattn.ops.attention.contract import implementation
 from fastattn.reference import attention as reference
 from fastattn.reference import visibility
 from fastattn.testing import (
@@ -304,17 +305,17 @@ PATHS = ("tiles", "sdpa", "unseen", "formula", "blocks")
 def run_path(path, call):
     """``(output, weights or None, lse or None)`` of a call without dropout on one path, or None where it declines."""
     if path == "blocks":
-        return _autograd.apply(call, None, "torch")
+        return operator.apply(call, None, "torch")
     if path == "formula":
-        found = _torch_formula.run(call, None) if _torch_formula.takes(call) else None
+        found = formula.run(call, None) if formula.takes(call) else None
         return None if found is None else (*found, None)
     output = None
-    if path == "unseen" and _torch_backend._sdpa_serves_unseen(call):
-        output = _torch_sdpa.run_unseen(call)
-    elif path == "sdpa" and _torch_sdpa.takes(call) and _torch_sdpa.is_tame(call):
-        output = _torch_sdpa.run(call)
-    elif path == "tiles" and _torch_tiles.takes(call) and _torch_sdpa.is_tame(call):
-        output = _torch_tiles.run(call, *_autograd.operands(call, None, "torch"), may_decline=False)
+    if path == "unseen" and on_torch._sdpa_serves_unseen(call):
+        output = sdpa.run_unseen(call)
+    elif path == "sdpa" and sdpa.takes(call) and sdpa.is_tame(call):
+        output = sdpa.run(call)
+    elif path == "tiles" and torch_tiles.takes(call) and sdpa.is_tame(call):
+        output = torch_tiles.run(call, *operator.operands(call, None, "torch"), may_decline=False)
     return None if output is None else (output, None, None)
 
 
@@ -345,7 +346,7 @@ def run_backend(problem, backend):
         call = make_call(**arguments, dropout_p=case.dropout)
         state = dropout_state(call, backend)
         keep = kept_weights(call, state, backend)
-        found = _autograd.apply(call, state, backend)
+        found = operator.apply(call, state, backend)
     elif backend in PATHS:
         gradients = contextlib.nullcontext() if backend != "tiles" else torch.no_grad()  # which tiles do not take
         with gradients:
@@ -403,7 +404,7 @@ def dropout_state(call, backend):
 
 def kept_weights(call, state, backend):
     """Boolean ``[B, H, L, S]``: the weights that this state keeps."""
-    return implementation(backend).dropout_keep(*_autograd.operands(call, state, backend))
+    return implementation(backend).dropout_keep(*operator.operands(call, state, backend))
 
 
 def check(feature, case, backend, device):

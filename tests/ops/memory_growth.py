@@ -12,7 +12,7 @@ import torch
 
 import fastattn
 from benchmarks.measure.memory import peak_mib
-from fastattn.ops import _torch_blocks, _torch_dropout, _torch_sdpa
+from fastattn.ops.attention import blocks, dropout, sdpa
 
 B, H, D = 1, 2, 8
 LENGTH = 1024
@@ -104,9 +104,9 @@ def main():
     torch.set_num_threads(1)
     # A quarter of what a call may hold whole, so that calls of half the length, which take a quarter of the time, are
     # as far beyond it.
-    _torch_blocks.BLOCK_ELEMENTS //= 4
-    _torch_sdpa.MOST_MERGED //= 4
-    _torch_dropout.MOST_DRAWN_WHOLE //= 4
+    blocks.BLOCK_ELEMENTS //= 4
+    sdpa.MOST_MERGED //= 4
+    dropout.MOST_DRAWN_WHOLE //= 4
     found = {
         f"{name}-{mode}": [peak(name, length, mode == "training") for length in (LENGTH, 2 * LENGTH)]
         for name in NAMES

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
-from fastattn.ops._norm_autograd import dropout_factor as of_kernels
+from fastattn.ops.residual_norm.operator import dropout_factor as of_kernels
 from fastattn.reference import add_norm
 from fastattn.testing import assert_within_budget, random_tensor
 from tests import pairwise

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastattn
-from fastattn.ops import _additive_blocks
-from fastattn.ops._additive_contract import AdditiveInputs, AdditiveOptions, implementation
-from fastattn.ops._torch_blocks import Block
+from fastattn.ops.additive_attention import blocks as additive_blocks
+from fastattn.ops.additive_attention.contract import AdditiveInputs, AdditiveOptions, implementation
+from fastattn.ops.attention.blocks import Block
 from fastattn.testing import random_tensor
 
 # What it returns depends on its arguments; a test knows which it gave.
@@ -66,8 +66,8 @@ class Watched(TorchDispatchMode):
 @pytest.fixture
 def _no_formula(monkeypatch):
     """The torch backend's small calls go through the operators too."""
-    monkeypatch.setattr(_additive_blocks, "BLOCK_ELEMENTS", 40)
-    monkeypatch.setattr(_additive_blocks, "BLOCK_ELEMENTS_ON_GPU", 40)
+    monkeypatch.setattr(additive_blocks, "BLOCK_ELEMENTS", 40)
+    monkeypatch.setattr(additive_blocks, "BLOCK_ELEMENTS_ON_GPU", 40)
 
 
 @pytest.mark.usefixtures("_no_formula")
@@ -131,7 +131,7 @@ def test_additive_compiles_once_for_all_lengths(device):
 def test_additive_derivatives_of_every_order(name, blocks, monkeypatch):
     """Gradients, their gradients and forward mode, in float64; the formula in one piece and in blocks of rows."""
     if blocks:
-        monkeypatch.setattr(_additive_blocks, "BLOCK_ELEMENTS", 40)
+        monkeypatch.setattr(additive_blocks, "BLOCK_ELEMENTS", 40)
     tensors = [t.detach()[..., :3, :2].requires_grad_() for t in leaves("cpu", torch.float64)]
     tensors[3] = tensors[3].detach()[:, :2].requires_grad_()
     call = dict(arguments(name, "cpu"))
@@ -214,8 +214,8 @@ def test_additive_second_derivatives_lose_nothing_in_small_blocks(monkeypatch, d
     shapes = ((1, length, size), (1, keys, size), (1, keys, size), (size,))
     narrow = [random_tensor(*s, seed=i, device=device).bfloat16() for i, s in enumerate(shapes)]
     given = random_tensor(1, length, size, seed=9, device=device).bfloat16()
-    monkeypatch.setattr(_additive_blocks, "BLOCK_ELEMENTS", 2 * keys * size)
-    monkeypatch.setattr(_additive_blocks, "BLOCK_ELEMENTS_ON_GPU", 2 * keys * size)
+    monkeypatch.setattr(additive_blocks, "BLOCK_ELEMENTS", 2 * keys * size)
+    monkeypatch.setattr(additive_blocks, "BLOCK_ELEMENTS_ON_GPU", 2 * keys * size)
 
     def second(dtype):
         tensors = [t.to(dtype).requires_grad_() for t in narrow]
@@ -249,7 +249,7 @@ def test_additive_makes_no_tensor_of_pairs_times_columns(backend, device):
     pytest.importorskip("triton", reason="triton is not installed")
     length, size = (256, 32) if backend == "torch" else (64, 32)
     pairs = 4 * length * length  # bytes of one float32 each
-    most = 4 * _additive_blocks.block_elements(device) if backend == "torch" else pairs
+    most = 4 * additive_blocks.block_elements(device) if backend == "torch" else pairs
     assert most <= pairs * size / 8
     assert pairs <= largest_made(backend, device, length, size) <= most
 
@@ -257,7 +257,7 @@ def test_additive_makes_no_tensor_of_pairs_times_columns(backend, device):
 def test_a_block_that_is_everything_is_noticed(monkeypatch, device):
     """What the test above would measure, were the torch backend's blocks not cut."""
     whole = Block(slice(0, 1), slice(0, 64), slice(0, 64))
-    monkeypatch.setattr(_additive_blocks, "blocks", lambda inputs, options: [whole])
+    monkeypatch.setattr(additive_blocks, "blocks", lambda inputs, options: [whole])
     assert largest_made("torch", device, 64, 32) == 4 * 64 * 64 * 32
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.ops import _additive_blocks
+from fastattn.ops.additive_attention import blocks
 from fastattn.reference import additive_attention as reference
 from fastattn.testing import random_tensor
 
@@ -25,8 +25,8 @@ def backend(request, monkeypatch):
     if name == "triton":
         pytest.importorskip("triton", reason="triton is not installed")
     if form == "blocks":
-        monkeypatch.setattr(_additive_blocks, "BLOCK_ELEMENTS", 800)
-        monkeypatch.setattr(_additive_blocks, "BLOCK_ELEMENTS_ON_GPU", 800)
+        monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 800)
+        monkeypatch.setattr(blocks, "BLOCK_ELEMENTS_ON_GPU", 800)
     return name
 
 
@@ -71,8 +71,8 @@ def test_additive_hidden_values_do_not_leak(how, bad, backend, device):
 @pytest.mark.parametrize("elements", [1 << 18, 800], ids=["formula", "blocks"])
 def test_additive_bias_is_what_it_is_in_the_dtype_of_the_scores(elements, monkeypatch, device):
     """A float64 bias of -1e300 is -inf in float32: it hides keys, and a row of it is zero and not NaN."""
-    monkeypatch.setattr(_additive_blocks, "BLOCK_ELEMENTS", elements)
-    monkeypatch.setattr(_additive_blocks, "BLOCK_ELEMENTS_ON_GPU", elements)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS_ON_GPU", elements)
     bias = torch.zeros(L, S, dtype=torch.float64, device=device)
     bias[3] = -1e300
     bias[:, 35:] = -1e300

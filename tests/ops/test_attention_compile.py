@@ -9,10 +9,10 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
-from fastattn.ops import _autograd
-from fastattn.ops._call import make_call
+from fastattn.ops.attention import operator
+from fastattn.ops.attention.call import make_call
 from fastattn.testing import attention_inputs, attention_mask, key_padding_mask, random_tensor
-from fastattn_kernels import attention_bwd
+from fastattn_kernels.attention import backward
 from tests.ops.attention_cases import attend, dropout_state
 
 B, H, L, S, D = 2, 2, 5, 7, 8
@@ -79,7 +79,7 @@ def test_operators_pass_opcheck(name, backend, device):
     call = make_call(*leaves[:3], **arguments)
     torch.manual_seed(0)
     state = dropout_state(call, backend) if call.dropout_p else None
-    inputs, options = _autograd.operands(call, state, backend)
+    inputs, options = operator.operands(call, state, backend)
     torch.library.opcheck(torch.ops.fastattn.attention_forward.default, (*inputs, *options))
     output, lse, weights, statistics = torch.ops.fastattn.attention_forward(*inputs, *options)
     needs = [*(t is not None for t in (call.bias, call.alibi_slopes, call.sinks)), True]
@@ -91,7 +91,7 @@ def test_operators_pass_opcheck(name, backend, device):
 def test_outputs_of_the_operators_alias_nothing(backend, device):
     leaves, _ = make_arguments("plain", device)
     call = make_call(*(t.detach() for t in leaves))
-    found = _autograd.apply(call, None, backend)[0]
+    found = operator.apply(call, None, backend)[0]
     assert found.untyped_storage().data_ptr() not in {t.untyped_storage().data_ptr() for t in leaves}
 
 
@@ -201,7 +201,7 @@ class Returning(torch.nn.Module):
 def backward_passes(monkeypatch):
     """Of each launch of the plain backward: had it a gradient of weights, anything to do, and was it careful?"""
     found = []
-    launch = attention_bwd._launch_passes
+    launch = backward._launch_passes
 
     def noting(problem, d_out, statistics, delta, d_weights, *rest, careful):
         only_if = rest[-1]
@@ -209,7 +209,7 @@ def backward_passes(monkeypatch):
         found.append((d_weights is not None, is_on, careful))
         launch(problem, d_out, statistics, delta, d_weights, *rest, careful=careful)
 
-    monkeypatch.setattr(attention_bwd, "_launch_passes", noting)
+    monkeypatch.setattr(backward, "_launch_passes", noting)
     return found
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.ops import _dispatch, _kernels, _torch_backend, _triton_backend
+from fastattn.ops.attention import on_torch, on_triton
+from fastattn.ops.common import backends, kernels
 from fastattn.testing import attention_inputs
 from tests.ops.attention_cases import attend
 
@@ -24,7 +25,7 @@ def qkv(device):
 def ran(monkeypatch):
     """The backends that ran, in turn."""
     names = []
-    for name, module in (("torch", _torch_backend), ("triton", _triton_backend)):
+    for name, module in (("torch", on_torch), ("triton", on_triton)):
 
         def run(call, name=name, original=module.run):
             names.append(name)
@@ -54,28 +55,28 @@ def test_backend_argument_wins_over_the_context(qkv, ran):
 
 def test_use_backend_nests_and_restores(qkv, ran):
     pytest.importorskip("triton", reason="triton is not installed")
-    before = _dispatch._default_backend.value
+    before = backends._default_backend.value
     with fastattn.use_backend("torch"):
         attend(*qkv)
         with fastattn.use_backend("triton"):
             attend(*qkv)
         attend(*qkv)
     assert ran == ["torch", "triton", "torch"]
-    assert _dispatch._default_backend.value == before
+    assert backends._default_backend.value == before
 
 
 def test_use_backend_restores_after_an_exception():
-    before = _dispatch._default_backend.value
+    before = backends._default_backend.value
     with pytest.raises(KeyError), fastattn.use_backend("torch"):
         raise KeyError
-    assert _dispatch._default_backend.value == before
+    assert backends._default_backend.value == before
 
 
 def test_use_backend_refuses_an_unknown_name():
-    before = _dispatch._default_backend.value
+    before = backends._default_backend.value
     with pytest.raises(ValueError, match=r"backend='flash'.*'auto', 'triton', 'torch'"), fastattn.use_backend("flash"):  # type: ignore[arg-type]
         pass
-    assert _dispatch._default_backend.value == before
+    assert backends._default_backend.value == before
 
 
 # ------------------------------------------------------------------------------------------------------------ explain
@@ -132,7 +133,7 @@ def test_explain_gives_every_reason_at_once(device):
 def test_auto_says_once_that_it_fell_back(device, caplog, monkeypatch):
     """Where the kernels run, a silent fall-back costs the user the speed he came for (transformers#46960)."""
     pytest.importorskip("triton", reason="triton is not installed")
-    monkeypatch.setattr(_dispatch, "_said", set())
+    monkeypatch.setattr(backends, "_said", set())
     query = torch.zeros(1, 1, 4, 8, dtype=torch.float64, device=device)
     for _ in range(2):
         fastattn.explain(query, query, query)
@@ -218,10 +219,10 @@ def test_switches_may_be_left_in_any_order(order):
     """Two threads, or two generators, overlap: the one that is left first must not bring back what the other, who
     entered in between, has found."""
     switches: list[tuple[Any, list[Any]]] = [
-        (_dispatch._default_backend, ["torch", "triton", "auto"]),
+        (backends._default_backend, ["torch", "triton", "auto"]),
         (
-            _kernels._choice,
-            [_kernels.KernelChoice("gluon"), _kernels.KernelChoice("auto", False), _kernels.KernelChoice()],
+            kernels._choice,
+            [kernels.KernelChoice("gluon"), kernels.KernelChoice("auto", False), kernels.KernelChoice()],
         ),
     ]
     for switch, values in switches:
@@ -238,12 +239,12 @@ def test_switches_may_be_left_in_any_order(order):
 
 
 def test_switches_of_threads_end_as_they_began():
-    before, failures = _dispatch._default_backend.value, []
+    before, failures = backends._default_backend.value, []
 
     def work(name):
         for _ in range(300):
             with fastattn.use_backend(name):
-                if _dispatch._default_backend.value not in ("torch", "triton"):
+                if backends._default_backend.value not in ("torch", "triton"):
                     failures.append(name)
 
     threads = [threading.Thread(target=work, args=(name,)) for name in ("torch", "triton") * 4]
@@ -252,7 +253,7 @@ def test_switches_of_threads_end_as_they_began():
     for thread in threads:
         thread.join()
     assert not failures
-    assert _dispatch._default_backend.value == before
+    assert backends._default_backend.value == before
 
 
 def test_use_backend_inside_a_compiled_function():
@@ -263,6 +264,6 @@ def test_use_backend_inside_a_compiled_function():
             return attend(query, query, query)
 
     query = attention_inputs(1, 1, 3, 3, 8)[0]
-    before = _dispatch._default_backend.value
+    before = backends._default_backend.value
     torch.testing.assert_close(torch.compile(function, backend="eager", fullgraph=True)(query), function(query))
-    assert _dispatch._default_backend.value == before
+    assert backends._default_backend.value == before

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from fastattn.ops import _torch_dropout
-from fastattn.ops._call import make_call
+from fastattn.ops.attention import dropout
+from fastattn.ops.attention.call import make_call
 from tests.ops.attention_cases import attend, dropout_state, kept_weights
 
 
@@ -89,7 +89,7 @@ def test_dropout_of_a_large_call_is_drawn_again_from_a_seed(device, monkeypatch)
     """On the torch backend a call with many weights keeps a seed in the place of the kept weights. Whichever part of
     the weights is asked for, it is a part of the same draw, and forward and backward agree on it."""
     seed = torch.tensor([7], device=device)
-    whole = _torch_dropout.kept(seed, 0.3, 2, slice(0, 3), slice(0, 600), slice(0, 700))
+    whole = dropout.kept(seed, 0.3, 2, slice(0, 3), slice(0, 600), slice(0, 700))
     assert abs(whole.double().mean().item() - 0.7) < 6 * math.sqrt(0.21 / whole.numel())
     assert whole.flatten(0, 2).unique(dim=0).shape[0] == 3 * 2 * 600
     for rows, keys in (
@@ -97,11 +97,11 @@ def test_dropout_of_a_large_call_is_drawn_again_from_a_seed(device, monkeypatch)
         (slice(250, 261), slice(255, 513)),
         (slice(512, 600), slice(5, 6)),
     ):
-        part = _torch_dropout.kept(seed, 0.3, 2, slice(1, 3), rows, keys)
+        part = dropout.kept(seed, 0.3, 2, slice(1, 3), rows, keys)
         assert torch.equal(part, whole[1:3, :, rows, keys])
-    assert not torch.equal(_torch_dropout.kept(seed + 1, 0.3, 2, slice(0, 3), slice(0, 600), slice(0, 700)), whole)
+    assert not torch.equal(dropout.kept(seed + 1, 0.3, 2, slice(0, 3), slice(0, 600), slice(0, 700)), whole)
 
-    monkeypatch.setattr(_torch_dropout, "MOST_DRAWN_WHOLE", 0)
+    monkeypatch.setattr(dropout, "MOST_DRAWN_WHOLE", 0)
     leaves = [torch.randn(1, 2, 300, 16, device=device, dtype=torch.float64, requires_grad=True) for _ in range(3)]
 
     def run(*tensors) -> torch.Tensor:

@@ -137,12 +137,12 @@ def test_explain_raises_as_attention_does(name, device):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_attention_bad_argument_raises_before_anything_runs(name, device, monkeypatch):
-    from fastattn.ops import _torch_backend, _triton_backend
+    from fastattn.ops.attention import on_torch, on_triton
 
     def ran(*args):
         raise AssertionError("the backend was reached")
 
-    for module in (_torch_backend, _triton_backend):
+    for module in (on_torch, on_triton):
         monkeypatch.setattr(module, "run", ran)
     changed, exception, _ = next(rest for n, *rest in bad_calls(device) if n == name)
     with pytest.raises(exception):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastattn.ops._call import make_call
+from fastattn.ops.attention.call import make_call
 from fastattn.reference import attention as reference
 from fastattn.testing import attention_inputs, random_tensor
 from tests.ops.attention_cases import PATHS, Case, attend, check, hidden_places, hiding, make_problem, run_path

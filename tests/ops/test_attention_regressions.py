@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastattn.ops import _torch_blocks
+from fastattn.ops.attention import blocks
 from fastattn.reference import attention as reference
 from fastattn.testing import (
     alibi_slopes,
@@ -157,9 +157,9 @@ def test_attention_is_deterministic(name, strict, backend, device, seed, monkeyp
         # so small that the interpreter can run it fifty times, and yet with lists of tiles
         batch, heads, length, keys = 1, 2, 70, 40
         if backend == "triton":
-            from fastattn_kernels import attention_tile_map
+            from fastattn_kernels.common import tile_map
 
-            monkeypatch.setattr(attention_tile_map, "FEWEST_GRANULES", 1)
+            monkeypatch.setattr(tile_map, "FEWEST_GRANULES", 1)
         if strict or name != next(iter(DETERMINISM)):
             runs = 3  # on a CPU these say little more than the first
     chosen = dict(DETERMINISM[name])
@@ -328,7 +328,7 @@ def test_attention_averaged_weights_need_no_memory_per_head(backend, device, see
     size is allocated, neither in the forward nor in the backward."""
     if device.type != "cpu":
         pytest.skip("counts the allocations of CPU tensors; the same code runs on a GPU")
-    monkeypatch.setattr(_torch_blocks, "BLOCK_ELEMENTS", 64 * 64)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 64 * 64)
     leaves = attention_inputs(1, 8, 64, 64, 8, device=device, seed=seed)
     leaves = [t.requires_grad_() for t in leaves]
     with torch.profiler.profile(profile_memory=True) as profile:
@@ -388,10 +388,10 @@ def kernels():
     """Every @triton.jit kernel of the package, by name."""
     from triton.runtime import JITFunction
 
-    from fastattn.ops import _triton_launch
+    from fastattn.ops.attention import launch
 
     found = {}
-    for launcher in vars(_triton_launch).values():
+    for launcher in vars(launch).values():
         module = inspect.getmodule(launcher)
         if module is not None and module.__name__.startswith("fastattn_kernels."):
             found.update({n: k for n, k in vars(module).items() if isinstance(k, JITFunction)})

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import fastattn
-from fastattn.ops import _norm_launch
+from fastattn.ops.residual_norm import launch
 from fastattn.testing import random_tensor
 from tests.ops.norm_cases import FUNCTIONS
 
@@ -352,13 +352,13 @@ def test_selective_checkpointing_sees_the_norm_as_one_operator(saves, device, mo
     """A policy that saves it is obeyed: the kernel runs once, and not again in the backward."""
     pytest.importorskip("triton", reason="triton is not installed")
     launches = []
-    forward = _norm_launch.forward
+    forward = launch.forward
 
     def counting(*args):
         launches.append(args)
         return forward(*args)
 
-    monkeypatch.setattr(_norm_launch, "forward", counting)
+    monkeypatch.setattr(launch, "forward", counting)
     leaves = make_arguments("all_dropout", device)
     names = list(leaves)
 

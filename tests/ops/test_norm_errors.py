@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.ops import _dispatch
+from fastattn.ops.common import backends
 from fastattn.testing import random_tensor
 from tests.ops.norm_cases import FUNCTIONS
 
@@ -106,12 +106,12 @@ def test_norm_bad_argument_says_what_is_accepted(name, kind, device):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_norm_bad_argument_raises_before_anything_runs(name, kind, device, monkeypatch):
-    from fastattn.ops import _norm_torch, _norm_triton
+    from fastattn.ops.residual_norm import on_torch, on_triton
 
     def ran(*args):
         raise AssertionError("the backend was reached")
 
-    for module in (_norm_torch, _norm_triton):
+    for module in (on_torch, on_triton):
         monkeypatch.setattr(module, "run", ran)
     changed, exception, _ = next(rest for n, *rest in bad_calls(device) if n == name)
     state = torch.get_rng_state()
@@ -200,12 +200,12 @@ REFUSED = list(refused(torch.device("cpu")))
 @pytest.mark.parametrize("kind", KINDS)
 def test_triton_refuses_with_all_its_reasons_and_never_falls_back(kind, name, device, monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
-    from fastattn.ops import _norm_torch
+    from fastattn.ops.residual_norm import on_torch as norm_torch
 
     def ran(*args):
         raise AssertionError("the torch backend was reached")
 
-    monkeypatch.setattr(_norm_torch, "run", ran)
+    monkeypatch.setattr(norm_torch, "run", ran)
     changed, words = refused(device)[name]
     call = {**good(device), **changed}
     with pytest.raises(NotImplementedError) as caught:
@@ -231,7 +231,7 @@ def test_triton_takes_the_widest_row(device):
 @pytest.mark.parametrize("kind", KINDS)
 def test_auto_falls_back_and_says_so_once(kind, device, caplog, monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
-    monkeypatch.setattr(_dispatch, "_said", set())
+    monkeypatch.setattr(backends, "_said", set())
     x = random_tensor(*ROWS, N, seed=1, dtype=torch.float64, device=device)
     with caplog.at_level(logging.WARNING, logger="fastattn"):
         for _ in range(3):
@@ -246,7 +246,7 @@ def test_auto_falls_back_and_says_so_once(kind, device, caplog, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_auto_says_nothing_where_triton_runs(kind, device, caplog, monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
-    monkeypatch.setattr(_dispatch, "_said", set())
+    monkeypatch.setattr(backends, "_said", set())
     x = random_tensor(*ROWS, N, seed=1, device=device)
     with caplog.at_level(logging.WARNING, logger="fastattn"):
         found = FUNCTIONS[kind](x, backend="auto")

@@ -308,8 +308,8 @@ def test_sixteen_bits_under_another_default_dtype(kind, backend, device):
 def test_nothing_is_kept_that_nobody_will_differentiate(kind, device):
     """Evaluation of a frozen model outside of no_grad: the sum is not stored."""
     pytest.importorskip("triton", reason="triton is not installed")
-    from fastattn.ops._norm_autograd import operands
-    from fastattn.ops._norm_call import make_call
+    from fastattn.ops.residual_norm.call import make_call
+    from fastattn.ops.residual_norm.operator import operands
 
     x = draw(3, 8, seed=1, device=device)
     assert not operands(make_call(x, x, None, None, kind=kind, eps=1e-5), None)[1].keeps

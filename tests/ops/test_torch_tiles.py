@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.ops import _torch_tiles
-from fastattn.ops._call import make_call
+from fastattn.ops.attention import tiles as torch_tiles
+from fastattn.ops.attention.call import make_call
 from fastattn.reference import attention as reference
 from fastattn.testing import assert_within_budget, attention_inputs
 
@@ -18,13 +18,13 @@ LENGTH, KEYS = 333, 290
 def tiles(monkeypatch):
     """The tiles that were attended to, as (rows, keys, whether a mask was needed)."""
     seen = []
-    attend = _torch_tiles._attend
+    attend = torch_tiles._attend
 
     def counting(tile):
         seen.append((tile.query.shape[2], tile.key.shape[2], tile.mask is not None))
         return attend(tile)
 
-    monkeypatch.setattr(_torch_tiles, "_attend", counting)
+    monkeypatch.setattr(torch_tiles, "_attend", counting)
     return seen
 
 

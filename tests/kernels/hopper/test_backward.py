@@ -21,12 +21,12 @@ from fastattn.testing import (
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastattn_kernels._masking import LOWEST_BIAS
-from fastattn_kernels.attention_problem import Problem
-from fastattn_kernels.attention_tile_map import TileMap
-from fastattn_kernels.hopper._bwd_problem import bias_arguments, rules_of_keys, rules_of_rows
-from fastattn_kernels.hopper.attention_bwd import backward_config, launch_attention_bwd, refusals
-from fastattn_kernels.hopper.attention_fwd import launch_attention_fwd
+from fastattn_kernels.attention.hopper.backward import backward_config, launch_attention_bwd, refusals
+from fastattn_kernels.attention.hopper.backward_problem import bias_arguments, rules_of_keys, rules_of_rows
+from fastattn_kernels.attention.hopper.forward import launch_attention_fwd
+from fastattn_kernels.common.masking import LOWEST_BIAS
+from fastattn_kernels.common.problem import Problem
+from fastattn_kernels.common.tile_map import TileMap
 from tests import machines
 from tests.machines import DEVICE
 from tests.machines.marks import quick

@@ -23,14 +23,14 @@ from tests.machines.marks import quick
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastattn_kernels._masking import LOWEST_BIAS
-from fastattn_kernels.attention_fwd import launch_attention_fwd as launch_plain
-from fastattn_kernels.attention_problem import Problem
-from fastattn_kernels.attention_tile_map import tile_map_for
-from fastattn_kernels.hopper import attention_fwd
-from fastattn_kernels.hopper._mask_bits import pack_mask
-from fastattn_kernels.hopper.config import ForwardConfig, Schedule, forward_config
-from fastattn_kernels.hopper.problem import refusals
+from fastattn_kernels.attention.forward import launch_attention_fwd as launch_plain
+from fastattn_kernels.attention.hopper import forward
+from fastattn_kernels.attention.hopper.config import ForwardConfig, Schedule, forward_config
+from fastattn_kernels.attention.hopper.mask_bits import pack_mask
+from fastattn_kernels.attention.hopper.problem import refusals
+from fastattn_kernels.common.masking import LOWEST_BIAS
+from fastattn_kernels.common.problem import Problem
+from fastattn_kernels.common.tile_map import tile_map_for
 
 pytestmark = [
     pytest.mark.hopper,
@@ -77,7 +77,7 @@ def launch(problem, config=None, order=0) -> Any:
         query.new_empty(size, dtype=torch.float32) for size in ((batch, heads, rows), (batch, heads, 2, rows))
     )
     with machines.order_of_events(order):
-        attention_fwd.launch_attention_fwd(problem, out, lse, statistics, tile_map_for(problem), config)
+        forward.launch_attention_fwd(problem, out, lse, statistics, tile_map_for(problem), config)
     return out, lse, statistics
 
 
@@ -248,8 +248,8 @@ def test_hopper_forward_takes_configurations(case, config, device):
 @pytest.mark.parametrize("blocks_at_once", quick([1, 3, 64], 3))
 def test_hopper_forward_takes_any_schedule(blocks_at_once, schedule, device, monkeypatch):
     """Whether thread blocks take all tiles of rows, several each, or one: the rings of buffers run on."""
-    monkeypatch.setattr(attention_fwd, "multiprocessors", lambda _: blocks_at_once)
-    monkeypatch.setattr(attention_fwd, "_ABREAST_BYTES", 2 * 200 * 2 * D * 2)  # two heads of keys, four of queries
+    monkeypatch.setattr(forward, "multiprocessors", lambda _: blocks_at_once)
+    monkeypatch.setattr(forward, "_ABREAST_BYTES", 2 * 200 * 2 * D * 2)  # two heads of keys, four of queries
     problem = make(device, {"upper": -100}, batch=1, heads=6, kv_heads=3, rows=300, keys=200)
     check(problem, dataclasses.replace(forward_config(problem), schedule=schedule))
 
@@ -258,7 +258,7 @@ def test_hopper_forward_takes_any_schedule(blocks_at_once, schedule, device, mon
 @pytest.mark.parametrize("order", range(3))
 def test_hopper_forward_hands_out_tiles_one_by_one(case, order, device, monkeypatch):
     """Programs whose partitions learn from the producer what is next, in any order of events."""
-    monkeypatch.setattr(attention_fwd, "multiprocessors", lambda _: 2)
+    monkeypatch.setattr(forward, "multiprocessors", lambda _: 2)
     problem = make(device, {"upper": S - L, **ALONE[case]()}, heads=H, kv_heads=HK, rows=L)
     check(problem, dataclasses.replace(forward_config(problem), schedule="dynamic"), order)
 
@@ -269,7 +269,7 @@ def test_hopper_forward_hands_out_tiles_one_by_one(case, order, device, monkeypa
 def test_hopper_forward_takes_many_tiles_of_rows_with_few_keys(order, tiles_of_keys, schedule, device, monkeypatch):
     """No more tiles of keys than stages: the producer may be a whole tile of rows ahead, and only the barriers between
     two tiles of rows hold it back."""
-    monkeypatch.setattr(attention_fwd, "multiprocessors", lambda _: 2)
+    monkeypatch.setattr(forward, "multiprocessors", lambda _: 2)
     problem = make(device, {}, batch=1, heads=4, kv_heads=2, rows=250, keys=64 * tiles_of_keys)
     check(problem, ForwardConfig(128, 64, 2, stage_output=True, schedule=schedule), order)
 

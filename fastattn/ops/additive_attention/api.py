@@ -1,0 +1,85 @@
+"""The public function: additive attention, whose scores are a small network's and not products."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.overrides import has_torch_function_variadic
+
+from fastattn.ops.additive_attention import on_torch, on_triton
+from fastattn.ops.additive_attention.call import AdditiveCall, make_call
+from fastattn.ops.common import backends
+from fastattn.ops.common.tracing import is_symbolically_traced, recorded
+
+
+def _run(call: AdditiveCall, backend: backends.Backend | None) -> tuple[Tensor, Tensor | None]:
+    """``(output, weights or None)`` of a call on the backend that is chosen."""
+    if backends.choose(call, backend, on_triton.refusals) == "triton":
+        return on_triton.run(call)
+    return on_torch.run(call)
+
+
+def additive_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    need_weights: bool = False,
+    average_attn_weights: bool = True,
+    backend: backends.Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Additive attention (Bahdanau's, arXiv:1409.0473) without its ``[B, H, L, S, A]`` intermediate.
+
+    ``score(i, j) = sum_a weight_a tanh(query_ia + key_ja)``, softmax over ``j``, and the weighted sum of the values:
+    with ``query = W s`` and ``key = U h`` it is the lecture's alignment function.
+
+    Memory, where no weights are asked for: on the kernels the forward makes nothing of size ``L S``, and the backward
+    two such tensors a head, the scores' gradient in float32 and the weights in ``query.dtype``. On the torch backend
+    both make the intermediate in blocks of rows, of 2^18 elements on a CPU and 2^24 on a GPU or of one row, and keep
+    nothing but their inputs; but a CPU call in float32 or float64 that fits one block is the plain formula, quicker by
+    far, and in training keeps that block.
+
+    Args:
+        query: ``[B, L, A]`` or ``[B, H, L, A]``, float16, bfloat16, float32 or float64, projected already; any strides.
+        key: ``[B, S, A]`` or ``[B, H, S, A]``, projected already.
+        value: ``[B, S, Dv]`` or ``[B, H, S, Dv]``.
+        weight: ``[A]``, or ``[H, A]``: one for each head.
+        attn_mask: boolean (True = may attend) or floating (added to the scores; ``-inf`` forbids), broadcastable to
+            the scores, ``[B, L, S]`` or ``[B, H, L, S]``; never expanded.
+        key_padding_mask: boolean ``[B, S]``, True = padding.
+        is_causal: query ``i`` sees keys ``j <= i``.
+        need_weights: also return the weights, differentiable.
+        average_attn_weights: the weights averaged over heads. One set a head is made first, unlike in
+            :func:`fastattn.attention`.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``; default what :func:`fastattn.use_backend` or the environment
+            variable ``FASTATTN_BACKEND`` says.
+
+    Returns:
+        The output ``[B, L, Dv]`` or ``[B, H, L, Dv]`` in ``query.dtype``, or a tuple of it and the weights:
+        ``[B, L, S]`` of three-dimensional calls and where averaged, else ``[B, H, L, S]``. A row that may see no key is
+        zero, and so are its gradients.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: shapes or devices do not fit; the message shows them.
+        NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
+    """
+    words = {
+        "attn_mask": attn_mask,
+        "key_padding_mask": key_padding_mask,
+        "is_causal": is_causal,
+        "need_weights": need_weights,
+        "average_attn_weights": average_attn_weights,
+    }
+    if has_torch_function_variadic(query, key, value) and is_symbolically_traced(query, key, value):
+        return recorded(additive_attention, query, key, value, weight, **words, backend=backend)
+    call = make_call(query, key, value, weight, **words)
+    output, weights = _run(call, backend)
+    if query.dim() == 3:
+        output, weights = output.squeeze(1), None if weights is None else weights.squeeze(1)
+    elif weights is not None and average_attn_weights:
+        weights = weights.mean(dim=1)
+    return output if weights is None else (output, weights)

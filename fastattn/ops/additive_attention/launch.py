@@ -1,0 +1,75 @@
+"""The operators of additive attention on the Triton kernels: allocate, launch, return. Imported late, as triton is."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastattn.ops.additive_attention.contract import AdditiveInputs, AdditiveOptions, empty_gradients, empty_results
+from fastattn_kernels.additive_attention.backward import launch_additive_bwd
+from fastattn_kernels.additive_attention.forward import launch_additive_fwd
+from fastattn_kernels.additive_attention.pairs import launch_additive_weights
+from fastattn_kernels.additive_attention.problem import AdditiveProblem
+from fastattn_kernels.attention.backward import launch_attention_delta
+from fastattn_kernels.common.problem import WeightsGradient
+from fastattn_kernels.common.tile_map import tile_map_for
+
+
+def _problem(inputs: AdditiveInputs, options: AdditiveOptions) -> AdditiveProblem:
+    upper = options.upper
+    return AdditiveProblem(
+        query=inputs.query,
+        key=inputs.key,
+        value=inputs.value,
+        scale=1.0,
+        bias=inputs.bias,
+        mask=inputs.mask,
+        key_padding_mask=inputs.key_padding_mask,
+        upper=upper,
+        weight=inputs.weight,
+    )
+
+
+def forward(inputs: AdditiveInputs, options: AdditiveOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """``(output, weights, statistics)``; the contract of ``fastattn::additive_forward``."""
+    output, weights, statistics = empty_results(inputs, options)
+    problem = _problem(inputs, options)
+    launch_additive_fwd(problem, output, statistics, tile_map_for(problem))
+    if options.needs_weights:
+        launch_additive_weights(problem, statistics, weights)
+    return output, weights, statistics
+
+
+def backward(
+    gradients: tuple[Tensor, Tensor | None],
+    results: tuple[Tensor, Tensor, Tensor],
+    needs_d_bias: bool,
+    inputs: AdditiveInputs,
+    options: AdditiveOptions,
+) -> tuple[Tensor, ...]:
+    """The gradients of query, key, value, weight and bias; the contract of ``fastattn::additive_backward``."""
+    d_output, d_weights = gradients
+    output, weights, statistics = results
+    d_query, d_key, d_value, d_weight, d_bias = empty_gradients(inputs, needs_d_bias)
+    delta = launch_attention_delta(output, d_output, None)
+    of_weights = None
+    if d_weights is not None:
+        of_weights = WeightsGradient(d_weights, inputs.query.shape[1])
+        products = weights.float() * d_weights
+        delta += products.masked_fill(weights == 0, 0).sum(-1)  # what hides a key may hide NaN
+    problem = _problem(inputs, options)
+    found, d_scores = launch_additive_bwd(
+        problem,
+        d_output,
+        statistics.contiguous(),  # vmap may hand on a view of what its samples share
+        delta,
+        weights if options.needs_weights else None,
+        of_weights,
+        d_query,
+        d_key,
+        d_value,
+        tile_map_for(problem),
+    )
+    d_weight.copy_(found.sum_to_size(d_weight.shape))
+    if needs_d_bias and inputs.bias is not None:
+        d_bias.copy_(d_scores.sum_to_size(d_bias.shape))
+    return d_query, d_key, d_value, d_weight, d_bias

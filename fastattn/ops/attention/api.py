@@ -1,0 +1,184 @@
+"""The public functions: exact softmax attention, and torch's own spelling of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.overrides import has_torch_function_variadic
+
+from fastattn.ops.attention.call import Alignment, make_call
+from fastattn.ops.common import backends
+from fastattn.ops.common.tracing import is_symbolically_traced, recorded
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: Alignment = "top_left",
+    window: tuple[int | None, int | None] | None = None,
+    prefix: int | Tensor | None = None,
+    document_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    need_weights: bool = False,
+    average_attn_weights: bool = True,
+    return_lse: bool = False,
+    backend: backends.Backend | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """Exact softmax attention in memory linear in the sequence length (arXiv:2205.14135, arXiv:2307.08691).
+
+    The words and their meanings are those of ``F.scaled_dot_product_attention`` (``attn_mask``: True = may attend) and,
+    for the arguments it does not have, of ``nn.MultiheadAttention`` (``key_padding_mask``: True = padding).
+    All masks combine: a key is seen where every one of them allows it. Every argument combines with every other.
+
+    Args:
+        query: ``[B, H, L, D]``, float16, bfloat16, float32 or float64; any strides, read as it lies.
+        key: ``[B, Hk, S, D]``. ``Hk`` divides ``H``: query head ``h`` reads key head ``h // (H // Hk)``.
+        value: ``[B, Hk, S, Dv]``.
+        attn_mask: boolean (True = may attend) or floating (added to the scaled scores; ``-inf`` forbids),
+            broadcastable to ``[B, H, L, S]``; never expanded.
+        key_padding_mask: boolean ``[B, S]``, True = padding.
+        is_causal: query ``i`` sees keys ``j <= i`` (``top_left``) or ``j <= i + S - L`` (``bottom_right``).
+        causal_alignment: where query ``i`` stands among the keys, for causality, windows and ALiBi: at key ``i``
+            (``"top_left"``, as in torch), or at key ``i + S - L`` (``"bottom_right"``, as decoding needs).
+        window: ``(left, right)``: query ``i``, standing at key ``p``, sees keys ``p - left`` to ``p + right``; None for
+            a side without a limit.
+        prefix: this many keys, the first ones, are visible to every query in spite of causality and window; an int, or
+            an integer tensor ``[B]``.
+        document_ids: integers ``[B, L]``, or, where ``L`` is not ``S``, a pair of them: of queries
+            ``[B, L]`` and of keys ``[B, S]``. A query sees keys of its own document alone. A batch of 1 broadcasts.
+        alibi_slopes: floating ``[H]`` or ``[B, H]``: ``-slope * |p - j|`` is added to the scores of a query that
+            stands at key ``p`` (arXiv:2108.12409). Differentiable.
+        softcap: scaled scores become ``softcap * tanh(scores / softcap)`` before anything is added to them
+            (arXiv:2408.00118).
+        sinks: floating ``[H]``: one more score in every row's softmax, unscaled and without a value
+            (arXiv:2309.17453). Differentiable; ``-inf`` is none.
+        scale: multiplies the scores before softmax; default ``1/sqrt(D)``.
+        dropout_p: probability of dropping a weight. Applied whenever it is not 0: pass 0 in evaluation.
+        need_weights: also return the weights, after dropout, differentiable.
+        average_attn_weights: the weights averaged over heads, in memory O(B L S), instead of one set a head.
+        return_lse: also return the log-sum-exp of the scores, natural log, differentiable; for merging partial results.
+        backend: ``"auto"`` (kernels where they run, but in graphs that others will run: ``torch.export`` and the like),
+            ``"triton"`` or ``"torch"``; default what :func:`fastattn.use_backend` or the environment variable
+            ``FASTATTN_BACKEND`` says.
+
+    Returns:
+        The output ``[B, H, L, Dv]`` in ``query.dtype``, or a tuple of it, then the weights (``[B, L, S]`` averaged,
+        ``[B, H, L, S]`` not) if asked for, then the LSE (``[B, H, L]``, at least float32) if asked for. A row that may
+        see no key is zero, its LSE is ``-inf`` or its head's sink, and its gradients are zero.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: shapes, devices or numbers do not fit; the message shows them.
+        NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
+    """
+    words = {
+        "attn_mask": attn_mask,
+        "key_padding_mask": key_padding_mask,
+        "is_causal": is_causal,
+        "causal_alignment": causal_alignment,
+        "window": window,
+        "prefix": prefix,
+        "document_ids": document_ids,
+        "alibi_slopes": alibi_slopes,
+        "softcap": softcap,
+        "sinks": sinks,
+        "scale": scale,
+        "dropout_p": dropout_p,
+        "need_weights": need_weights,
+        "average_attn_weights": average_attn_weights,
+        "return_lse": return_lse,
+    }
+    if has_torch_function_variadic(query, key, value) and is_symbolically_traced(query, key, value):
+        return recorded(attention, query, key, value, **words, backend=backend)
+    call = make_call(query, key, value, **words)
+    output, weights, lse = backends.run(call, backend)
+    if weights is None and lse is None:
+        return output
+    return tuple(t for t in (output, weights, lse) if t is not None)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``torch.nn.functional.scaled_dot_product_attention``, argument for argument, on this package's backends.
+
+    Args:
+        query: ``[..., H, L, D]``: any number of leading dimensions, none included.
+        key: ``[..., Hk, S, D]``; leading dimensions broadcast, as in torch.
+        value: ``[..., Hk, S, Dv]``.
+        attn_mask: boolean (True = may attend) or of the query's dtype (added), broadcastable to the scores.
+        dropout_p: probability of dropping a weight; applied whenever it is not 0, as in torch.
+        is_causal: query ``i`` sees keys ``j <= i``. Not together with ``attn_mask``, as in torch.
+        scale: multiplies the scores before softmax; default ``1/sqrt(D)``.
+        enable_gqa: allow fewer key heads than query heads.
+
+    Returns:
+        ``[..., H, L, Dv]``. A row that may see no key is zero.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as :func:`attention`.
+        RuntimeError: ``is_causal`` together with ``attn_mask`` (torch's own error type).
+    """
+    if has_torch_function_variadic(query, key, value) and is_symbolically_traced(query, key, value):
+        masks = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
+        return recorded(scaled_dot_product_attention, query, key, value, **masks, scale=scale, enable_gqa=enable_gqa)
+    if is_causal and attn_mask is not None:
+        raise RuntimeError("is_causal=True with an attn_mask: torch refuses both; fastattn.attention combines them")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dim() < 2:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected at least [length, head_dim]")
+    if query.dim() == key.dim() == value.dim() == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]:
+        lead = query.shape[:2]
+    else:
+        lead, query, key, value = _to_four_dimensions(query, key, value, enable_gqa)
+        if attn_mask is not None and attn_mask.dim() > 2:
+            mask_shape = (*lead, *attn_mask.shape[-2:])
+            attn_mask = attn_mask.expand(mask_shape).reshape(*query.shape[:2], *attn_mask.shape[-2:])
+    output = attention(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale)
+    assert isinstance(output, Tensor)
+    return output.reshape(*lead, *output.shape[-2:])
+
+
+def _to_four_dimensions(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[tuple[int, ...], Tensor, Tensor, Tensor]:
+    """The output's leading shape, then the three as ``[B, H, length, size]``, their leading dimensions broadcast."""
+    tensors = [t[(None,) * max(0, 3 - t.dim())] for t in (query, key, value)]
+    heads = [t.shape[-3] for t in tensors]
+    if enable_gqa:
+        batch = torch.broadcast_shapes(*(t.shape[:-3] for t in tensors))
+        leads = [(*batch, h) for h in heads]
+    else:
+        try:
+            leads = [torch.broadcast_shapes(*(t.shape[:-2] for t in tensors))] * 3
+        except RuntimeError as error:
+            shapes = ", ".join(str(tuple(t.shape)) for t in (query, key, value))
+            raise ValueError(
+                f"query, key, value have shapes {shapes}: expected leading dimensions that broadcast "
+                "(enable_gqa=True allows fewer key heads than query heads)"
+            ) from error
+        batch = leads[0][:-1]
+    flat = 1
+    for size in batch:
+        flat *= size
+    tensors = [t.expand(*lead, *t.shape[-2:]).reshape(flat, lead[-1], *t.shape[-2:]) for t, lead in zip(tensors, leads)]
+    lead = () if query.dim() == 2 else tuple(leads[0])
+    return lead, tensors[0], tensors[1], tensors[2]

@@ -1,0 +1,497 @@
+"""Attention in plain torch, a block of rows at a time, so that the [B, H, L, S] intermediates are never whole.
+
+The torch backend's answer where ``F.scaled_dot_product_attention`` has none: weights, the LSE, windows, documents,
+ALiBi, softcap, sinks, the gradients of all of them, and masks that torch would first expand to ``[L, S]``. On a CPU the
+matrix products bound it, and the rest is arranged to stay small beside them: query heads that share a key head are rows
+of one product; keys that no row of a block may see are left out of it, so that a causal call does about half the work
+and one with a window about the window's; what hides the other keys is added, since filling it in takes as long as a
+product; and booleans are read as bytes, which torch reduces and converts five to ten times faster.
+
+Everything is computed in float32, or in float64 where the query or something that is added to the scores is float64.
+
+NaN, inf, and finite numbers whose products overflow may lie where a mask hides them. ``0 * NaN`` is NaN, so they would
+show in what is computed. Both passes therefore look at their results, and where one is not finite and something is
+hidden, they run again in a careful form, in which a weight of 0 makes 0 of whatever it multiplies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn.ops.attention import dropout
+from fastattn.ops.attention.call import is_autocast_enabled
+from fastattn.ops.attention.contract import Inputs, Options, empty_in_order_of, statistics_dtype, weights_shape
+from fastattn.reference import distances, visibility
+from fastattn.reference.attention import NEGATIVE_INFINITY
+
+# Elements of one block of scores. 2^20 float32 (4 MiB) stay in the outer caches between the products.
+BLOCK_ELEMENTS = 1 << 20
+# Rows of a block that are worth a call of their own, however narrow the window.
+_LEAST_ROWS = 64
+
+# Which axes of a tensor follow the blocks: batch entries, rows or keys.
+Axes = tuple[str | None, ...]
+SCORES: Axes = ("batch", None, "rows", "keys")
+OF_ROWS: Axes = ("batch", None, "rows")
+_AXES_BY_NAME: dict[str, Axes] = {
+    "query": OF_ROWS,
+    "key": ("batch", None, "keys"),
+    "value": ("batch", None, "keys"),
+    "bias": SCORES,
+    "alibi_slopes": ("batch",),
+    "sinks": ("batch",),
+    "mask": SCORES,
+    "key_padding_mask": ("batch", "keys"),
+    "query_documents": ("batch", "rows"),
+    "key_documents": ("batch", "keys"),
+    "prefix": ("batch",),
+    "dropout_state": SCORES,
+}
+INPUT_AXES = tuple(_AXES_BY_NAME[name] for name in Inputs._fields)
+
+
+# ------------------------------------------------------------------------------------------------- cutting into blocks
+
+
+class Block(NamedTuple):
+    """Some rows of some batch entries, and the keys that they may see at most."""
+
+    batch: slice
+    rows: slice
+    keys: slice
+
+    def place_in(self, tensor: Tensor, axes: Axes) -> tuple[slice, ...]:
+        """Where this block lies in a tensor; axes of size 1 broadcast and stay."""
+        return tuple(
+            slice(None) if axis is None or size == 1 else getattr(self, axis) for axis, size in zip(axes, tensor.shape)
+        )
+
+    def of(self, tensor: Tensor, axes: Axes) -> Tensor:
+        """This block of a tensor."""
+        # not by an index, which is an alias where it takes all: vectorised Jacobians have no batching rule for that
+        for axis, part in enumerate(self.place_in(tensor, axes)):
+            if part != slice(None):
+                tensor = tensor.narrow(axis, part.start, part.stop - part.start)
+        return tensor
+
+    def cut(self, inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
+        """The call that this block is by itself; its dropout state is the block's kept weights."""
+        own: list[Any] = [t if t is None else self.of(t, axes) for t, axes in zip(inputs, INPUT_AXES)]
+        tensors = Inputs(*own)
+        if tensors.dropout_state is not None and dropout.is_seed(tensors.dropout_state):
+            kept = dropout.kept(
+                tensors.dropout_state, options.dropout_p, inputs.query.shape[1], self.batch, self.rows, self.keys
+            )
+            tensors = tensors._replace(dropout_state=kept)
+        row, key = self.rows.start, self.keys.start
+        if tensors.prefix is not None and key:
+            tensors = tensors._replace(prefix=tensors.prefix - key)
+        return tensors, options._replace(
+            lower=None if options.lower is None else options.lower + row - key,
+            upper=None if options.upper is None else options.upper + row - key,
+            shift=options.shift + row - key,
+        )
+
+
+def batches(inputs: Inputs, options: Options) -> Iterator[slice]:
+    """Whole batch entries together while they fit a block, else one at a time."""
+    batch, heads, length = inputs.query.shape[:3]
+    elements = heads * length * _span(inputs, options)[1]
+    if elements:
+        entries = max(1, BLOCK_ELEMENTS // elements)
+        yield from (slice(b, min(b + entries, batch)) for b in range(0, batch, entries))
+
+
+def blocks(inputs: Inputs, options: Options, batch: slice, *, looks: bool, skips: bool = True) -> Iterator[Block]:
+    """The blocks of some batch entries.
+
+    If ``looks``, masks, documents and prefixes are read for the keys to leave out, not the band alone. A block whose
+    rows see nothing is left out, or, unless it ``skips``, has one key that is hidden from them.
+    """
+    heads, length = inputs.query.shape[1:3]
+    most_rows, keys = _span(inputs, options)
+    rows = max(1, min(length, most_rows, BLOCK_ELEMENTS // (heads * keys)))
+    for row in range(0, length, rows):
+        block = Block(batch, slice(row, min(row + rows, length)), slice(0, inputs.key.shape[2]))
+        block = block._replace(keys=keys_of_band(inputs, options, block, looks))
+        if looks and block.keys.start < block.keys.stop:
+            block = block._replace(keys=_keys_of_masks(inputs, options, block))
+        if block.keys.start < block.keys.stop:
+            yield block
+        elif not skips:
+            yield block._replace(keys=slice(0, 1))
+
+
+def _span(inputs: Inputs, options: Options) -> tuple[int, int]:
+    """How many rows a block has at most, and how many keys then."""
+    length, keys = inputs.query.shape[2], inputs.key.shape[2]
+    if options.lower is None or options.upper is None or inputs.prefix is not None:
+        return length, keys
+    width = max(_LEAST_ROWS, options.upper - options.lower + 1)
+    return width, min(keys, 2 * width)  # as many rows as the band is wide: half of the block is in it
+
+
+def keys_of_band(inputs: Inputs, options: Options, block: Block, looks: bool) -> slice:
+    """From the first to the last key that band and prefix let some row of the block see."""
+    start, stop = 0, block.keys.stop
+    if options.lower is not None and inputs.prefix is None:
+        start = max(start, block.rows.start + options.lower)
+    if options.upper is not None:
+        stop = block.rows.stop + options.upper
+        if inputs.prefix is not None:
+            stop = max(stop, int(inputs.prefix.max())) if looks else block.keys.stop
+    return slice(start, min(stop, block.keys.stop))
+
+
+def _keys_of_masks(inputs: Inputs, options: Options, block: Block) -> slice:
+    """From the first to the last of the block's keys that every mask lets some row of it see."""
+    start, stop = block.keys.start, block.keys.stop
+    for visible in _masks(block.cut(inputs._replace(dropout_state=None), options)[0]):
+        if visible.shape[3] != 1:
+            seen = visible.view(torch.uint8).amax((0, 1, 2)).nonzero()
+            if not len(seen):
+                return slice(0, 0)
+            start, stop = max(start, block.keys.start + int(seen[0])), min(stop, block.keys.start + int(seen[-1]) + 1)
+    return slice(start, stop)
+
+
+def _masks(inputs: Inputs) -> Iterator[Tensor]:
+    """Boolean tensors that broadcast to the scores; a key is seen where all of them say so."""
+    if inputs.mask is not None:
+        yield inputs.mask
+    if inputs.key_padding_mask is not None:
+        yield ~inputs.key_padding_mask[:, None, None, :]
+    if inputs.query_documents is not None and inputs.key_documents is not None:
+        yield inputs.query_documents[:, None, :, None] == inputs.key_documents[:, None, None, :]
+
+
+# -------------------------------------------------------------------------------------------------- what nobody may see
+
+
+def _hides(inputs: Inputs, options: Options) -> bool:
+    """May there be keys that a row does not see?"""
+    hiding = (inputs.bias, inputs.mask, inputs.key_padding_mask, inputs.query_documents, options.lower, options.upper)
+    return any(argument is not None for argument in hiding)
+
+
+def _visible(own: Inputs, options: Options) -> Tensor:
+    """Boolean ``[b | 1, H | 1, n, s]``: who sees whom in a block, additive masks of ``-inf`` included."""
+    visible = visibility(
+        own.query.shape[2],
+        own.key.shape[2],
+        lower=options.lower,
+        upper=options.upper,
+        prefix=own.prefix,
+        mask=own.mask,
+        key_padding_mask=own.key_padding_mask,
+        query_documents=own.query_documents,
+        key_documents=own.key_documents,
+        device=own.query.device,
+    )
+    return visible if own.bias is None else visible & (own.bias != NEGATIVE_INFINITY)
+
+
+def _all_finite(*tensors: Tensor) -> bool:
+    """Do the tensors hold finite numbers alone, whose sum is one too?"""
+    return math.isfinite(sum(t.sum(dtype=statistics_dtype(t.dtype)).item() for t in tensors))
+
+
+def _product(left: Tensor, right: Tensor, careful: bool) -> Tensor:
+    """``left @ right``; if ``careful``, a 0 on the left makes 0 of NaN and inf on the right, which is how a hidden pair
+    takes no part in a sum over pairs."""
+    finite = right.isfinite() if careful else None
+    if finite is None or bool(finite.all()):
+        return torch.bmm(left, right)
+    result = torch.bmm(left, right.where(finite, 0))
+    above, below = (left > 0).to(right.dtype), (left < 0).to(right.dtype)
+    plus, minus = (right == math.inf).to(right.dtype), (right == NEGATIVE_INFINITY).to(right.dtype)
+    result = torch.where(torch.bmm(above, plus) + torch.bmm(below, minus) > 0, result + math.inf, result)
+    result = torch.where(torch.bmm(above, minus) + torch.bmm(below, plus) > 0, result - math.inf, result)
+    return torch.where(torch.bmm(above + below, right.isnan().to(right.dtype)) > 0, math.nan, result)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, careful: bool) -> None:
+    """``total += left @ right``, as :func:`_product` takes it."""
+    if careful:
+        total += _product(left, right, careful)
+    else:
+        total.baddbmm_(left, right)
+
+
+# ----------------------------------------------------------------------------------------------------- one block's work
+
+
+def _compute_dtype(inputs: Inputs) -> torch.dtype:
+    """What a block is computed in. Products of 16-bit tensors would round scores to 16 bits, a tenth of a unit at 30,
+    and overflow float16 at 65504; torch's own kernel keeps them in float32 too. On a CPU the conversion costs large
+    blocks a tenth of their time and makes small ones three times as fast, as float16 and bfloat16 have no fast path."""
+    dtype = statistics_dtype(inputs.query.dtype)
+    for added in (inputs.bias, inputs.alibi_slopes):
+        if added is not None:
+            dtype = torch.promote_types(dtype, added.dtype)
+    return dtype
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """A context in which products of float32 stay float32: autocast has had its say in the dtype of the inputs."""
+    on = is_autocast_enabled(device)
+    return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
+
+
+def _heads_as_rows(tensor: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
+    """``[B, H, n, D]`` as ``[B * Hk, H / Hk * n, D]``: the query heads of one key head under one another."""
+    batch, heads, rows, size = tensor.shape
+    return tensor.reshape(batch * kv_heads, heads // kv_heads * rows, size).to(dtype)
+
+
+def _products(queries: Tensor, keys: Tensor, own: Inputs, options: Options) -> tuple[Tensor, Tensor | None]:
+    """Capped products ``[b, H, n, s]``, and the hyperbolic tangent that capped them or None, from which its slope has
+    one rounding less than from the product; ``queries`` are scaled already."""
+    scores = torch.bmm(queries, keys.mT).view(*own.query.shape[:3], -1)
+    if options.softcap is None:
+        return scores, None
+    bent = scores.div_(options.softcap).tanh_()
+    return bent * options.softcap, bent
+
+
+def _distances(scores: Tensor, options: Options) -> Tensor:
+    """``[n, s]``, in float32 or better: float16 ends at 65504."""
+    dtype = statistics_dtype(scores.dtype)
+    return distances(scores.shape[2], scores.shape[3], options.shift, scores.device).to(dtype)
+
+
+def _masked(scores: Tensor, own: Inputs, options: Options, visible: Tensor | None) -> Tensor:
+    """The scores, in place, with what is added to them, and ``-inf`` where the row may not see the key. In the careful
+    form ``visible`` says where that is; otherwise the masks are added, which is right while all scores are finite."""
+    if own.bias is not None:
+        scores.add_(own.bias if visible is None else own.bias.where(visible, 0))
+    if own.alibi_slopes is not None:
+        scores.sub_(own.alibi_slopes[..., None, None] * _distances(scores, options))
+    if visible is not None:
+        return scores.masked_fill_(~visible, NEGATIVE_INFINITY)
+    rows, keys = scores.shape[2:]
+    if options.upper is not None:
+        start = max(0, options.upper + 1)  # the first key that the first row may not see
+        if start < keys:
+            seen = visibility(
+                rows,
+                keys - start,
+                upper=options.upper - start,
+                prefix=None if own.prefix is None else own.prefix - start,
+                device=scores.device,
+            )
+            _hide(scores[..., start:], seen)
+    if options.lower is not None:
+        stop = min(keys, rows - 1 + options.lower)  # one past the last key that the last row may not see
+        if stop > 0:
+            seen = visibility(rows, stop, lower=options.lower, prefix=own.prefix, device=scores.device)
+            _hide(scores[..., :stop], seen)
+    for seen in _masks(own):
+        _hide(scores, seen)
+    return scores
+
+
+def _hide(scores: Tensor, visible: Tensor) -> None:
+    """Make ``-inf`` of finite scores that are not visible, in place."""
+    # 1 - 1/x maps 1 to 0 and 0 to -inf
+    scores.add_(visible.view(torch.uint8).to(scores.dtype).reciprocal_().neg_().add_(1))
+
+
+def _softmax(scores: Tensor, empty: Tensor | None) -> Tensor:
+    """Over the keys; 0 in the rows that are ``empty``."""
+    p = torch.softmax(scores, dim=-1)
+    return p.masked_fill_(empty, 0) if empty is not None and bool(empty.any()) else p
+
+
+def _sink_over_keys(top: Tensor, peak: Tensor, sinks: Tensor) -> Tensor:
+    """How large the sink's term of each row's denominator is beside those of the keys together, ``[b, H, n, 1]``, from
+    the row's largest score and largest weight; inf in a row that sees no key."""
+    ratio = (sinks[..., None, None].to(top.dtype) - top).exp() * peak
+    return ratio.nan_to_num_(nan=math.inf, posinf=math.inf)  # NaN: inf * 0, where no key is seen
+
+
+def _dropped(weights: Tensor, own: Inputs) -> Tensor:
+    """The weights that dropout keeps, not yet scaled up."""
+    return weights if own.dropout_state is None else weights * own.dropout_state.view(torch.uint8)
+
+
+def _cleared(gradient: Tensor, visible: Tensor | None) -> Tensor:
+    """In the careful form the gradient, in place, with 0 where the row may not see the key."""
+    return gradient if visible is None else gradient.masked_fill_(~visible, 0)
+
+
+def _keep_scale(options: Options) -> float:
+    return 1.0 / (1.0 - options.dropout_p) if options.dropout_p < 1.0 else 0.0
+
+
+# -------------------------------------------------------------------------------------------------------- the operators
+
+
+def dropout_keep(inputs: Inputs, options: Options) -> Tensor:
+    """What :meth:`Block.cut` makes the kept weights of a block from: here the dropout state itself."""
+    assert inputs.dropout_state is not None
+    return inputs.dropout_state
+
+
+def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(output, lse, weights, the LSE again)``; the contract of ``fastattn::attention_forward``."""
+    with without_autocast(inputs.query.device):
+        results = _forward(inputs, options, careful=False)
+        if _hides(inputs, options) and not _all_finite(results[0]):
+            results = _forward(inputs, options, careful=True)
+    return *results, results[1].clone()  # an operator's outputs may not be one
+
+
+def _forward(inputs: Inputs, options: Options, careful: bool) -> tuple[Tensor, Tensor, Tensor]:
+    query, sinks, statistics = inputs.query, inputs.sinks, statistics_dtype(inputs.query.dtype)
+    compute, heads, kv_heads = _compute_dtype(inputs), query.shape[1], inputs.key.shape[1]
+    hides, looks, keep_scale = _hides(inputs, options), query.device.type == "cpu", _keep_scale(options)
+    output = empty_in_order_of(query, (*query.shape[:3], inputs.value.shape[3]))
+    lse = query.new_full(query.shape[:3], math.nan, dtype=statistics)
+    weights = query.new_empty(weights_shape(query, inputs.key, options.weights))
+    if hides or not (inputs.key.shape[2] and heads):  # the blocks leave out what nobody sees
+        output.zero_(), weights.zero_()
+        lse.copy_(sinks[..., None]) if sinks is not None else lse.fill_(NEGATIVE_INFINITY)
+
+    for batch in batches(inputs, options):
+        keys, values = (_heads_as_rows(t[batch], kv_heads, compute) for t in (inputs.key, inputs.value))
+        for block in blocks(inputs, options, batch, looks=looks):
+            own, rules = block.cut(inputs, options)
+            queries = _heads_as_rows(own.query, kv_heads, compute) * options.scale
+            visible = _visible(own, rules) if careful else None
+            scores, _ = _products(queries, keys[:, block.keys], own, rules)
+            scores = _masked(scores, own, rules, visible)
+            measured = options.keeps_statistics or sinks is not None
+            top = scores.amax(dim=-1, keepdim=True) if hides or measured else scores[..., :1]
+            p = _softmax(scores, top == NEGATIVE_INFINITY if hides else None)
+            if measured:
+                # exp(top - lse) is the row's largest weight, or 0 in a row that sees nothing
+                peak = p.amax(dim=-1, keepdim=True)
+                block_lse = top - peak.where(peak > 0, 1).log()
+                if own.sinks is not None:
+                    block_lse = torch.logaddexp(block_lse, own.sinks[..., None, None].to(compute))
+                    p.mul_(_sink_over_keys(top, peak, own.sinks).add_(1).reciprocal_())
+                lse[batch, :, block.rows] = block_lse.squeeze(-1).to(statistics)
+
+            p = _dropped(p, own)
+            rows_out = _product(p.view(*queries.shape[:2], -1), values[:, block.keys], careful)
+            if inputs.dropout_state is not None:
+                rows_out *= keep_scale
+            output[batch, :, block.rows] = rows_out.view(*p.shape[:3], -1).to(output.dtype)
+            if options.weights == "average":
+                weights[batch, block.rows, block.keys] = p.sum(dim=1).mul_(keep_scale / heads).to(weights.dtype)
+            elif options.weights == "heads":
+                p = p if inputs.dropout_state is None else p.mul_(keep_scale)
+                weights[batch, :, block.rows, block.keys] = p.to(weights.dtype)
+    return output, lse, weights
+
+
+def backward(
+    gradients: tuple[Tensor, Tensor | None, Tensor | None],
+    output: Tensor,
+    lse: Tensor,
+    needs: tuple[bool, bool, bool],
+    inputs: Inputs,
+    options: Options,
+    *,
+    d_weights_may_be_zeros: bool,
+) -> tuple[Tensor, ...]:
+    """``(dq, dk, dv, d_bias, d_slopes, d_sinks)``; the contract of ``fastattn::attention_backward``. Zeros for
+    ``d_weights`` cost an addition here, and are added."""
+    with without_autocast(inputs.query.device):
+        results = _backward(gradients, lse, needs, inputs, options, careful=False)
+        if _hides(inputs, options) and not _all_finite(*results):
+            results = _backward(gradients, lse, needs, inputs, options, careful=True)
+    return results
+
+
+def _backward(
+    gradients: tuple[Tensor, Tensor | None, Tensor | None],
+    lse: Tensor,
+    needs: tuple[bool, bool, bool],
+    inputs: Inputs,
+    options: Options,
+    careful: bool,
+) -> tuple[Tensor, ...]:
+    d_output, d_lse, d_weights = gradients
+    query, sinks, statistics = inputs.query, inputs.sinks, statistics_dtype(inputs.query.dtype)
+    compute, heads, kv_heads = _compute_dtype(inputs), query.shape[1], inputs.key.shape[1]
+    hides, looks, keep_scale = _hides(inputs, options), query.device.type == "cpu", _keep_scale(options)
+    d_query, d_key, d_value = (empty_in_order_of(t, tuple(t.shape)) for t in inputs[:3])
+    if hides or not (d_query.numel() and d_key.numel()):
+        d_query.zero_(), d_key.zero_(), d_value.zero_()
+    d_bias, d_slopes, d_sinks = (
+        t.new_zeros(t.shape, dtype=torch.promote_types(t.dtype, statistics)) if needed and t is not None else None
+        for t, needed in zip((inputs.bias, inputs.alibi_slopes, sinks), needs)
+    )
+    # A sink's weight in each row, 1 where the row sees no key, and the mean of dP under the keys' weights
+    sink_weight, means = (None, None) if d_sinks is None else (torch.ones_like(lse), torch.zeros_like(lse))
+    # The average's gradient reaches every head, divided; and dropout scales what reaches a kept weight.
+    d_weights_scale = keep_scale / max(heads, 1) if options.weights == "average" else keep_scale
+    if d_weights is not None and options.weights == "average":
+        d_weights = d_weights[:, None]
+
+    for batch in batches(inputs, options):
+        keys, values = (_heads_as_rows(t[batch], kv_heads, compute) for t in (inputs.key, inputs.value))
+        d_keys, d_values = (torch.zeros_like(t) for t in (keys, values))
+        for block in blocks(inputs, options, batch, looks=looks):
+            own, rules = block.cut(inputs, options)
+            queries = _heads_as_rows(own.query, kv_heads, compute) * options.scale
+            d_rows = _heads_as_rows(d_output[batch, :, block.rows], kv_heads, compute)
+            if inputs.dropout_state is not None:
+                d_rows = d_rows * keep_scale
+            visible = _visible(own, rules) if careful else None
+            scores, bent = _products(queries, keys[:, block.keys], own, rules)
+            scores = _masked(scores, own, rules, visible)
+            if own.sinks is None:
+                p = _softmax(scores, lse[batch, :, block.rows, None] == NEGATIVE_INFINITY if hides else None)
+            else:
+                top = scores.amax(dim=-1, keepdim=True)
+                p = _softmax(scores, top == NEGATIVE_INFINITY if hides else None)
+                ratio = _sink_over_keys(top, p.amax(dim=-1, keepdim=True), own.sinks)
+                p.mul_((1 + ratio).reciprocal_())
+                if sink_weight is not None:
+                    sink_weight[batch, :, block.rows] = (1 + 1 / ratio).reciprocal_().squeeze(-1).to(statistics)
+            flat = (*queries.shape[:2], p.shape[3])
+            _add_product(d_values[:, block.keys], _dropped(p, own).view(flat).mT, d_rows, careful)
+
+            dp = torch.bmm(d_rows, values[:, block.keys].mT).view(p.shape)
+            if d_weights is not None:
+                dp.add_(block.of(d_weights, SCORES), alpha=d_weights_scale)
+            dp = _cleared(_dropped(dp, own), visible)
+            if means is not None:
+                means[batch, :, block.rows] = torch.linalg.vecdot(p, dp).to(statistics)
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+            if d_lse is not None:
+                ds = _cleared(ds.addcmul_(p, d_lse[batch, :, block.rows, None].to(p.dtype)), visible)
+            if d_bias is not None:
+                d_bias_block = block.of(d_bias, SCORES)
+                d_bias_block += ds.sum_to_size(d_bias_block.shape)
+            if d_slopes is not None:
+                d_slopes_block = block.of(d_slopes, ("batch",))
+                by_head = (ds * _distances(ds, rules)).sum(dim=-1).sum(dim=-1).to(d_slopes.dtype)
+                d_slopes_block -= by_head.sum_to_size(d_slopes_block.shape)
+            if bent is not None:
+                ds = _cleared(torch.ops.aten.tanh_backward(ds, bent), visible)
+            ds = ds.view(flat)
+            d_rows = _product(ds, keys[:, block.keys], careful).mul_(options.scale)
+            d_query[batch, :, block.rows] = d_rows.view(*p.shape[:3], -1).to(d_query.dtype)
+            _add_product(d_keys[:, block.keys], ds.mT, queries, careful)
+        d_key[batch] = d_keys.view(d_key[batch].shape).to(d_key.dtype)
+        d_value[batch] = d_values.view(d_value[batch].shape).to(d_value.dtype)
+
+    if d_sinks is not None and sinks is not None and sink_weight is not None and means is not None:
+        of_rows = sink_weight * ((0 if d_lse is None else d_lse) - means)
+        of_rows = of_rows.where(sinks[..., None] != NEGATIVE_INFINITY, 0)  # a sink of -inf is none
+        d_sinks += of_rows.sum(dim=-1).sum_to_size(d_sinks.shape)
+    optional = (
+        query.new_empty(0) if gradient is None or t is None else gradient.to(t.dtype)
+        for gradient, t in zip((d_bias, d_slopes, d_sinks), (inputs.bias, inputs.alibi_slopes, sinks))
+    )
+    return d_query, d_key, d_value, *optional

@@ -1,0 +1,332 @@
+"""One attention call, checked and put into the form that every backend understands."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn.ops.common.layouts import check_dense
+from fastattn.ops.common.tracing import are_sizes
+
+Alignment = Literal["top_left", "bottom_right"]
+Weights = Literal["none", "average", "heads"]
+
+
+class AttentionCall(NamedTuple):
+    """A validated call. The words are the reference's: ``mask`` True = may see, ``key_padding_mask`` True = padding."""
+
+    query: Tensor  # [B, H, L, D]
+    key: Tensor  # [B, Hk, S, D]
+    value: Tensor  # [B, Hk, S, Dv]
+    bias: Tensor | None = None  # [B | 1, H | 1, L | 1, S | 1], floating
+    alibi_slopes: Tensor | None = None  # [B | 1, H], floating
+    sinks: Tensor | None = None  # [B | 1, H], floating
+    mask: Tensor | None = None  # [B | 1, H | 1, L | 1, S | 1], boolean
+    key_padding_mask: Tensor | None = None  # [B, S], boolean
+    query_documents: Tensor | None = None  # [B | 1, L], int32 or int64
+    key_documents: Tensor | None = None  # [B | 1, S], int32 or int64
+    prefix: Tensor | None = None  # [B | 1], int32
+    lower: int | None = None
+    upper: int | None = None
+    shift: int = 0
+    softcap: float | None = None
+    scale: float = 1.0
+    dropout_p: float = 0.0
+    weights: Weights = "none"
+    return_lse: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the call's tensors lie."""
+        return self.query.device
+
+    @property
+    def is_plain(self) -> bool:
+        """Does ``F.scaled_dot_product_attention`` have words for all that is asked of the scores?"""
+        beyond = (
+            self.alibi_slopes, self.sinks, self.query_documents, self.key_documents, self.prefix, self.lower,
+            self.softcap,
+        )  # fmt: skip
+        return all(argument is None for argument in beyond)
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+# What is computed with; a dtype that is narrower is for storage.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where it is on: all but float64, as torch's own operators take them.
+
+    What is no tensor, or of no such dtype, is left for the checks behind this to name.
+    """
+    return tuple(_under_autocast(t) if isinstance(t, Tensor) and t.dtype in DTYPES else t for t in tensors)
+
+
+def _under_autocast(tensor: Tensor) -> Tensor:
+    if tensor.dtype == torch.float64 or not is_autocast_enabled(tensor.device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def is_autocast_enabled(device: torch.device) -> bool:
+    """Is autocast on for this device? It raises where it knows no such device, as ``meta`` and ``lazy`` are."""
+    kind = device.type
+    return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
+
+
+def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise unless query, key and value are 4-D floating tensors that fit one another."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            check_dense(name, tensor)
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name} has shape {_shape(tensor)}: expected 4 dimensions [batch, heads, length, head_dim]"
+            )
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} is {tensor.dtype}: expected float16, bfloat16, float32 or float64")
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} is {tensor.dtype} but query is {query.dtype}: expected one dtype for all three")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device} but query is on {query.device}: expected one device")
+    shapes = f"query {_shape(query)}, key {_shape(key)}, value {_shape(value)}"
+    if not query.shape[0] == key.shape[0] == value.shape[0]:
+        raise ValueError(f"{shapes}: expected the same batch size (dimension 0) in all three")
+    if query.shape[3] != key.shape[3]:
+        raise ValueError(f"{shapes}: expected query and key to have the same head size (dimension 3)")
+    if query.shape[3] == 0:
+        raise ValueError(f"{shapes}: expected a head size (dimension 3) of at least 1")
+    if key.shape[2] != value.shape[2]:
+        raise ValueError(f"{shapes}: expected key and value to have the same length (dimension 2)")
+    if key.shape[1] != value.shape[1]:
+        raise ValueError(f"{shapes}: expected key and value to have the same number of heads (dimension 1)")
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
+        raise ValueError(f"{shapes}: expected the {heads} query heads to be a multiple of the {kv_heads} key heads")
+
+
+def check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Return ``attn_mask`` as a 4-D view, or raise unless it is boolean or floating and broadcasts to the scores."""
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"attn_mask: expected a torch.Tensor or None, got {type(attn_mask).__name__}")
+    check_dense("attn_mask", attn_mask)
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise TypeError(f"attn_mask is {attn_mask.dtype}: expected bool (True = may attend) or floating (added)")
+    if attn_mask.device != query.device:
+        raise ValueError(f"attn_mask is on {attn_mask.device} but query is on {query.device}: expected one device")
+    scores = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    if attn_mask.dim() > 4 or not are_sizes(attn_mask.shape[::-1], scores[::-1], or_one=True):
+        raise ValueError(f"attn_mask has shape {_shape(attn_mask)}: expected one that broadcasts to {scores}")
+    return attn_mask[(None,) * (4 - attn_mask.dim())]
+
+
+def check_key_padding_mask(key_padding_mask: Tensor, key: Tensor) -> None:
+    """Raise unless ``key_padding_mask`` is boolean ``[B, S]``."""
+    if not isinstance(key_padding_mask, Tensor):
+        raise TypeError(f"key_padding_mask: expected a torch.Tensor or None, got {type(key_padding_mask).__name__}")
+    check_dense("key_padding_mask", key_padding_mask)
+    if key_padding_mask.dtype != torch.bool:
+        raise TypeError(f"key_padding_mask is {key_padding_mask.dtype}: expected bool (True = padding)")
+    if key_padding_mask.device != key.device:
+        raise ValueError(f"key_padding_mask is on {key_padding_mask.device} but key is on {key.device}")
+    expected = (key.shape[0], key.shape[2])
+    if key_padding_mask.dim() != 2 or not are_sizes(key_padding_mask.shape, expected):
+        raise ValueError(f"key_padding_mask has shape {_shape(key_padding_mask)}: expected [batch, keys] = {expected}")
+
+
+def check_document_ids(
+    document_ids: Tensor | tuple[Tensor, Tensor], query: Tensor, key: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the ids of queries and of keys as int32 or int64 ``[B | 1, length]``, or raise."""
+    if isinstance(document_ids, Tensor):
+        if query.shape[2] != key.shape[2]:
+            raise ValueError(
+                f"document_ids is one tensor for {query.shape[2]} queries and {key.shape[2]} keys: expected a pair "
+                "(query ids [batch, queries], key ids [batch, keys]) where the two lengths differ"
+            )
+        document_ids = (document_ids, document_ids)
+    elif not isinstance(document_ids, tuple) or len(document_ids) != 2:
+        what = f"{len(document_ids)} items" if isinstance(document_ids, (tuple, list)) else "neither"
+        raise TypeError(
+            f"document_ids: expected a torch.Tensor or a pair of them, got {type(document_ids).__name__} ({what})"
+        )
+    found = []
+    for of, ids, tensor in zip(("queries", "keys"), document_ids, (query, key)):
+        check_tensor(f"document_ids of {of}", ids, query, [("batch", tensor.shape[0]), (of, tensor.shape[2])])
+        check_integer(f"document_ids of {of}", ids)
+        found.append(ids if ids.dtype in (torch.int32, torch.int64) else ids.to(torch.int32))
+    return found[0], found[1]
+
+
+_MOST = torch.iinfo(torch.int32).max  # a prefix may be longer than there are keys: any number means all of them
+
+
+def check_prefix(prefix: int | Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Return the prefix as int32 ``[B | 1]``, or raise."""
+    if isinstance(prefix, Tensor):
+        check_tensor("prefix", prefix, query, [("batch", query.shape[0])])
+        check_integer("prefix", prefix)
+        return prefix.to(torch.int64).clamp(0, _MOST).to(torch.int32)
+    if not is_integer(prefix):
+        raise TypeError(f"prefix={prefix!r}: expected an int, an integer tensor [batch] or None")
+    if prefix < 0:
+        raise ValueError(f"prefix={prefix}: expected a number of keys, 0 or more")
+    return torch.full((1,), min(prefix, _MOST), dtype=torch.int32, device=key.device)
+
+
+def check_per_head(name: str, tensor: Tensor, query: Tensor, *, per_batch: bool) -> Tensor:
+    """Return floating ``[H]``, or ``[B, H]`` where that is accepted, as ``[B | 1, H]``, or raise."""
+    batch, heads = query.shape[:2]
+    axes = [("heads", heads)]
+    if per_batch and isinstance(tensor, Tensor) and tensor.dim() == 2:
+        axes = [("batch", batch), *axes]
+    check_tensor(name, tensor, query, axes, "[heads] or [batch, heads]" if per_batch else "")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} is {tensor.dtype}: expected a floating dtype")
+    return tensor if tensor.dim() == 2 else tensor[None]
+
+
+def check_tensor(name: str, tensor: Tensor, query: Tensor, axes: list[tuple[str, int]], accepted: str = "") -> None:
+    """Raise unless ``tensor`` is a tensor with these named axes on the query's device. A batch of 1 broadcasts."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(tensor).__name__}")
+    check_dense(name, tensor)
+    fits = tensor.dim() == len(axes) and all(
+        have == want or (axis == "batch" and have == 1) for have, (axis, want) in zip(tensor.shape, axes)
+    )
+    if not fits:
+        names, sizes = ", ".join(axis for axis, _ in axes), tuple(size for _, size in axes)
+        raise ValueError(f"{name} has shape {_shape(tensor)}: expected {accepted or f'[{names}]'}, here {sizes}")
+    if tensor.device != query.device:
+        raise ValueError(f"{name} is on {tensor.device} but query is on {query.device}: expected one device")
+
+
+def check_integer(name: str, tensor: Tensor) -> None:
+    """Raise unless ``tensor`` holds integers."""
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} is {tensor.dtype}: expected an integer dtype")
+
+
+def is_integer(value: object) -> bool:
+    """Is ``value`` a Python integer, or torch.compile's symbol for one?"""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def check_window(window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
+    """Return how many keys may be seen to the left and to the right, None where all of them, or raise."""
+    if window is None:
+        return None, None
+    if not isinstance(window, tuple) or len(window) != 2:
+        raise TypeError(f"window={window!r}: expected a pair (left, right) or None")
+    for side in window:
+        if side is not None and not is_integer(side):
+            raise TypeError(f"window={window!r}: expected ints, or None for a side without a limit")
+        if side is not None and side < 0:
+            raise ValueError(f"window={window!r}: expected 0 or more keys on each side, or None for no limit")
+    return window
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise unless ``value`` is a Python number, or torch.compile's symbol for one."""
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}={value!r}: expected a number, got {type(value).__name__}")
+
+
+def make_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: Alignment = "top_left",
+    window: tuple[int | None, int | None] | None = None,
+    prefix: int | Tensor | None = None,
+    document_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    need_weights: bool = False,
+    average_attn_weights: bool = True,
+    return_lse: bool = False,
+) -> AttentionCall:
+    """Check every argument of :func:`fastattn.attention`; under autocast, cast as torch's own attention does."""
+    query, key, value = under_autocast(query, key, value)
+    check_tensors(query, key, value)
+    bias = mask = None
+    if attn_mask is not None:
+        attn_mask = check_attn_mask(attn_mask, query, key)
+        bias, mask = (None, attn_mask) if attn_mask.dtype == torch.bool else (attn_mask, None)
+    if key_padding_mask is not None:
+        check_key_padding_mask(key_padding_mask, key)
+    if causal_alignment not in ("top_left", "bottom_right"):
+        raise ValueError(f"causal_alignment={causal_alignment!r}: expected 'top_left' or 'bottom_right'")
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal={is_causal!r}: expected True or False (causal_alignment says which diagonal)")
+    left, right = check_window(window)
+    if prefix is not None:
+        prefix = check_prefix(prefix, query, key)
+    query_documents = key_documents = None
+    if document_ids is not None:
+        query_documents, key_documents = check_document_ids(document_ids, query, key)
+    if alibi_slopes is not None:
+        alibi_slopes = check_per_head("alibi_slopes", alibi_slopes, query, per_batch=True)
+    if sinks is not None:
+        sinks = check_per_head("sinks", sinks, query, per_batch=False)
+    if softcap is not None:
+        check_number("softcap", softcap)
+        if not 0.0 < softcap < math.inf:
+            raise ValueError(f"softcap={softcap}: expected a finite number above 0, or None")
+    check_number("dropout_p", dropout_p)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p={dropout_p}: expected a probability between 0 and 1")
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[-1])
+    else:
+        check_number("scale", scale)
+        if not math.isfinite(scale):
+            raise ValueError(f"scale={scale}: expected a finite number or None")
+
+    if is_causal:
+        right = 0
+    lower = upper = None
+    shift = 0
+    if left is not None or right is not None or alibi_slopes is not None:
+        shift = 0 if causal_alignment == "top_left" else key.shape[2] - query.shape[2]
+        lower = None if left is None else shift - left
+        upper = None if right is None else shift + right
+    if lower is None and upper is None:
+        prefix = None  # every key is visible anyway
+    return AttentionCall(
+        query=query,
+        key=key,
+        value=value,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        mask=mask,
+        key_padding_mask=key_padding_mask,
+        query_documents=query_documents,
+        key_documents=key_documents,
+        prefix=prefix,
+        lower=lower,
+        upper=upper,
+        shift=shift,
+        softcap=None if softcap is None else float(softcap),
+        scale=float(scale),
+        dropout_p=float(dropout_p),
+        weights=("average" if average_attn_weights else "heads") if need_weights else "none",
+        return_lse=return_lse,
+    )

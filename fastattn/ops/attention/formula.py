@@ -1,0 +1,78 @@
+"""The formula as a path of the torch backend: for small eager calls on a CPU that want weights or dropout.
+
+The operators, their autograd rules and their caution cost more than such a call itself. Everything is made at once, in
+float32 or better, as the blocks do it, so that the same call has the same errors with weights and without.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastattn.ops.attention import blocks
+from fastattn.ops.attention.call import AttentionCall
+from fastattn.ops.attention.contract import statistics_dtype
+from fastattn.ops.attention.sdpa import merged_mask
+from fastattn.reference.attention import NEGATIVE_INFINITY
+
+
+def takes(call: AttentionCall) -> bool:
+    """Does the formula serve this eager call: without an LSE or rules that SDPA has no words for, in one block?"""
+    query, key = call.query, call.key
+    return (
+        not call.return_lse
+        and call.is_plain
+        and query.shape[1] == key.shape[1]
+        and 0 < query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] <= blocks.BLOCK_ELEMENTS
+    )
+
+
+def run(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+    """Output and weights, None where none are asked for; nothing at all where a row sees nothing, or where NaN and inf,
+    which may come from what is hidden, show in the sum of the output: the blocks know what to do with those."""
+    with blocks.without_autocast(call.device):
+        return _run(call, keep)
+
+
+def _run(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+    query, mask, shape, hidden = call.query, merged_mask(call), call.query.shape[:3], None
+    compute = statistics_dtype(query.dtype)
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            hidden = ~mask
+            mask = torch.where(mask, 0.0, NEGATIVE_INFINITY)  # added, not filled in: filling takes as long as a product
+        compute = torch.promote_types(compute, mask.dtype)
+        mask = mask if mask.dtype == compute else mask.to(compute)
+    # flat, because a product of 4-D tensors is the same product under six more nodes of autograd
+    query, key, value = (t.flatten(0, 1) for t in (query, call.key, call.value))
+    if query.dtype != compute:
+        query, key, value = query.to(compute), key.to(compute), value.to(compute)
+    query = query * call.scale
+    if mask is None:
+        scores = torch.bmm(query, key.mT)
+    elif mask.shape[:2] == (1, 1):
+        scores = torch.baddbmm(mask.squeeze(0), query, key.mT)
+    else:
+        scores = (torch.bmm(query, key.mT).view(*shape, -1) + mask).flatten(0, 1)
+    found = weights = torch.softmax(scores, dim=-1)
+    if mask is not None and weights.requires_grad:
+        # 0 already; filled in, so that no gradient comes in here: NaN at a hidden pair would reach its whole row
+        hidden = mask == NEGATIVE_INFINITY if hidden is None else hidden
+        if mask.shape[:2] == (1, 1):
+            weights = weights.masked_fill(hidden.squeeze(0), 0)
+        else:
+            weights = weights.view(*shape, -1).masked_fill(hidden, 0).flatten(0, 1)
+    if keep is not None:
+        weights = weights * keep.flatten(0, 1) * (1.0 / (1.0 - call.dropout_p) if call.dropout_p < 1.0 else 0.0)
+    output = torch.bmm(weights, value)
+    if mask is not None and not math.isfinite(sum(t.detach().sum().item() for t in (found, output, key))):
+        return None
+    output, weights = output.view(*shape, -1), weights.view(*shape, -1)
+    if output.dtype != call.query.dtype:
+        output = output.to(call.query.dtype)
+    if call.weights == "none":
+        return output, None
+    weights = weights.mean(dim=1) if call.weights == "average" else weights
+    return output, weights if weights.dtype == call.query.dtype else weights.to(call.query.dtype)

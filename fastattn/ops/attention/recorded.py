@@ -1,0 +1,71 @@
+"""What an exported graph holds where ``F.scaled_dot_product_attention`` has no words for a call: the formula.
+
+The operators of this package would have to be there wherever the graph is run, and so would its Python; blocks of rows
+would fix their number in the graph. So it makes all scores at once, as ``nn.MultiheadAttention`` does with weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn import reference
+from fastattn.ops.attention.blocks import without_autocast
+from fastattn.ops.attention.call import AttentionCall, is_autocast_enabled
+from fastattn.ops.attention.contract import statistics_dtype
+from fastattn.ops.common.tracing import promise_not_empty
+
+
+def run(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``(output, weights or None, lse or None)`` of plain torch, without a look at any number."""
+    for size in (call.query.shape[2], call.key.shape[2]):
+        promise_not_empty(size)
+    hides = any(t is not None for t in (call.bias, call.mask, call.key_padding_mask, call.upper))
+    plain = call.is_plain and not (call.return_lse or hides) and call.query.shape[1] == call.key.shape[1]
+    # the call has autocast's dtype already; a graph that left it on would compute some of its steps in another
+    on = is_autocast_enabled(call.device)
+    with without_autocast(call.device):
+        # strict export types what is inside autocast as if it were off, and checks that type at every cast
+        narrow = on and call.is_plain and not call.return_lse
+        compute = call.query.dtype if narrow else statistics_dtype(call.query.dtype)
+        output, weights, lse = (*_textbook(call, keep), None) if plain else _reference(call, keep, compute)
+    if call.weights == "average":
+        weights = weights.mean(dim=1)
+    return output, None if call.weights == "none" else weights, lse if call.return_lse else None
+
+
+def _textbook(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output and weights where every query sees every key: the four operators that torch's own module exports."""
+    weights = torch.softmax((call.query * call.scale) @ call.key.transpose(2, 3), dim=-1)
+    if keep is not None:
+        weights = weights * keep * (1.0 / (1.0 - call.dropout_p) if call.dropout_p < 1.0 else 0.0)
+    return weights @ call.value, weights
+
+
+def _reference(call: AttentionCall, keep: Tensor | None, compute: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, weights and LSE by the reference, computed in the dtype ``compute``."""
+    given = call.query.dtype
+    query, key, value = (t if compute == given else t.to(compute) for t in (call.query, call.key, call.value))
+    found = reference.attention(
+        query,
+        key,
+        value,
+        bias=call.bias,
+        alibi_slopes=call.alibi_slopes,
+        sinks=call.sinks,
+        mask=call.mask,
+        key_padding_mask=call.key_padding_mask,
+        query_documents=call.query_documents,
+        key_documents=call.key_documents,
+        prefix=call.prefix,
+        lower=call.lower,
+        upper=call.upper,
+        shift=call.shift,
+        softcap=call.softcap,
+        scale=call.scale,
+        dropout_keep=keep,
+        dropout_p=call.dropout_p,
+    )
+    if compute == given:
+        return found
+    return found.output.to(given), found.weights.to(given), found.lse

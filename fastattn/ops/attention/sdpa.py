@@ -1,0 +1,264 @@
+"""``F.scaled_dot_product_attention`` as a path of the torch backend: what it takes, and what it cannot be trusted with.
+
+On a CPU its kernel is fast and linear in memory, and wrong in three places, which are looked for around it:
+
+* NaN, inf, or an overflowing product at a hidden pair becomes NaN in the whole row, since its masks are added. A call
+  that hides something comes here only if no score can be infinite.
+* What comes in as a gradient of a row that sees nothing, or overflows at a hidden pair, reaches every key. A hook looks
+  at the gradients, and has the blocks compute them again where they are not finite.
+* Its backward recomputes weights from a rounded LSE, and loses the sum of a row whose every key carries a bias like
+  ``-1e9``. Such a call does not come here if it has gradients to take.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastattn.ops.attention import operator
+from fastattn.ops.attention.call import AttentionCall
+from fastattn.ops.attention.contract import statistics_dtype
+from fastattn.ops.common.tracing import is_left_open, is_traced, saved_tensors
+from fastattn.reference import visibility
+from fastattn.reference.attention import NEGATIVE_INFINITY
+
+# Elements of a mask that may be made from several, or be converted by torch: 4 MiB of float32. More would be memory
+# quadratic in the length, where tiles and blocks of rows make a piece at a time.
+MOST_MERGED = 1 << 20
+# Scores are far from overflowing while the product of the norms of query and key is below this.
+_LARGEST_SCORE = 1e37
+# The largest bias for all keys of a row beside which the kernel's LSE keeps weights right to 4e-6.
+_LARGEST_BIAS = 64.0
+
+
+def can_express(call: AttentionCall) -> bool:
+    """Does ``F.scaled_dot_product_attention`` have words for the call?"""
+    return call.weights == "none" and not call.return_lse and call.is_plain
+
+
+def hides(call: AttentionCall) -> bool:
+    """Is there more to hide keys than causality from the first key on, which the kernel does by itself?"""
+    return not (call.mask is None and call.bias is None and call.key_padding_mask is None and call.upper in (None, 0))
+
+
+def takes(call: AttentionCall) -> bool:
+    """Does the CPU kernel serve this call in linear memory, so far as its tensors' shapes and dtypes tell?"""
+    bias = call.bias
+    return (
+        can_express(call)
+        and call.dropout_p == 0.0
+        and call.query.numel() > 0  # of empty tensors torch 2.11's kernel divides by zero, and the process is gone
+        and call.key.numel() > 0
+        and (bias is None or not needs_care(bias, call.query))
+        and merged_elements(call) <= MOST_MERGED
+    )
+
+
+def needs_care(bias: Tensor, query: Tensor) -> bool:
+    """Would torch refuse this bias, or make all scores to take its gradient?"""
+    return torch.promote_types(bias.dtype, torch.float32) != torch.promote_types(query.dtype, torch.float32) or (
+        torch.is_grad_enabled() and bias.requires_grad
+    )
+
+
+def merged_elements(call: AttentionCall) -> int:
+    """How many elements the mask has that is made for torch, or that torch makes of a boolean one."""
+    query, key, padding = call.query, call.key, call.key_padding_mask
+    shapes: list[tuple[int, ...]] = [t.shape for t in (call.mask, call.bias) if t is not None]
+    if padding is not None:
+        shapes.append((padding.shape[0], 1, 1, padding.shape[1]))
+    if call.upper is not None and (shapes or call.upper != 0):
+        shapes.append((1, 1, query.shape[2], key.shape[2]))
+    if not shapes or (len(shapes) == 1 and call.bias is not None and call.bias.dtype in (query.dtype, torch.float32)):
+        return 0
+    return math.prod(map(max, *shapes)) if len(shapes) > 1 else math.prod(shapes[0])
+
+
+def is_tame(call: AttentionCall) -> bool:
+    """Are query, key and value finite, and small enough that no score overflows? Looks at numbers, so it is for eager
+    calls on a CPU; it takes as long as two sums (6 microseconds of a small call)."""
+    # what torch.nn.utils.clip_grad_norm_ calls; three calls of vector_norm take half as long again
+    tensors = [call.query, call.key, call.value]
+    query, key, value = torch._foreach_norm(tensors, 2, dtype=statistics_dtype(call.query.dtype))
+    return query.item() * key.item() * max(1.0, abs(call.scale)) < _LARGEST_SCORE and math.isfinite(value.item())
+
+
+# ------------------------------------------------------------------------------------------------------- eager calls
+
+
+def run(call: AttentionCall) -> Tensor | None:
+    """The output of an eager call that :func:`takes` and :func:`is_tame`; None where the backward would be wrong."""
+    call = without_keys_past_the_diagonal(call)
+    mask = merged_mask(call, leaves_causality=True)
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (call.query, call.key, call.value))
+    if trains and mask is not None and call.bias is not None and _is_large(mask):
+        return None
+    return attend(call, mask)
+
+
+def _is_large(mask: Tensor) -> bool:
+    """Is there a row all of whose keys carry a large bias, in a mask that is added?"""
+    if not mask.numel():
+        return False
+    largest = mask.amax(dim=-1)
+    low, high = (t.item() for t in largest.aminmax())
+    if high > _LARGEST_BIAS or (low < -_LARGEST_BIAS and math.isfinite(low)):
+        return True
+    return not math.isfinite(low) and bool(((largest < -_LARGEST_BIAS) & (largest != NEGATIVE_INFINITY)).any())
+
+
+def attend(call: AttentionCall, mask: Tensor | None) -> Tensor:
+    """SDPA of a call under a mask that says all that its masks say, or under causality alone."""
+    query, key, value, scale = call.query, call.key, call.value, call.scale
+    if scale <= 0.0:  # torch's CPU kernel scales what it has hidden: -inf * 0 is NaN, and -inf * -1 everything
+        query, scale = (-query, -scale) if scale < 0.0 else (query * 0.0, 1.0)
+    if query.device.type == "cpu" and call.dropout_p == 0.0:
+        query, key, value = _as_the_cpu_kernel_takes_them(query, key, value)
+    output = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=call.dropout_p,
+        is_causal=call.upper is not None and mask is None,
+        scale=scale,
+        # A branch, and not the comparison: under torch.jit.trace that is a tensor, in a dynamic graph a SymBool.
+        **({"enable_gqa": True} if call.query.shape[1] != call.key.shape[1] else {}),
+    )
+    _guard_gradients(output, looks=mask is not None)  # before it is cut: the hook is on the kernel's own node
+    return output if output.shape[3] == call.value.shape[3] else output[..., : call.value.shape[3]]
+
+
+def _as_the_cpu_kernel_takes_them(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    """The three with the elements of a row side by side, and all rows as wide.
+
+    Others go to a form of SDPA that makes all scores: for a feature map with channels first, of positions times
+    positions. Zeros behind a row change no score, and those behind a value are columns of zeros in the output. At 2304
+    positions this takes 18 ms (D = Dv = 32; D 4, Dv 16: 9), that form 42 (35), blocks of rows 29 (17); rows have to
+    differ eightfold in width before either is faster.
+    """
+    width = max(query.shape[3], value.shape[3])
+    taken = [t if t.shape[3] == width else F.pad(t, (0, width - t.shape[3])) for t in (query, key, value)]
+    # not .contiguous(), to which a row of one element is contiguous whatever its stride
+    return [t if t.stride(3) == 1 else t.clone(memory_format=torch.contiguous_format) for t in taken]
+
+
+def without_keys_past_the_diagonal(call: AttentionCall) -> AttentionCall:
+    """Cut off the keys that no query may see: less work, and their NaN and inf are out of the way."""
+    length, keys = call.query.shape[2], call.key.shape[2]
+    if call.upper is None:
+        return call
+    if is_left_open(length, keys):  # a mask in their place
+        below = visibility(length, keys, upper=call.upper, device=call.device)
+        return call._replace(upper=None, mask=below if call.mask is None else call.mask & below)
+    if length == keys:
+        return call
+    stop = max(0, length + call.upper)
+    if stop >= keys:
+        return call
+    bias, mask = (t if t is None or t.shape[3] == 1 else t[..., :stop] for t in (call.bias, call.mask))
+    padding = call.key_padding_mask
+    return call._replace(
+        key=call.key[:, :, :stop],
+        value=call.value[:, :, :stop],
+        bias=bias,
+        mask=mask,
+        key_padding_mask=None if padding is None else padding[:, :stop],
+    )
+
+
+def merged_mask(call: AttentionCall, *, leaves_causality: bool = False) -> Tensor | None:
+    """One mask for torch, boolean or floating, that says all that the call's masks say; None where they say nothing.
+
+    If it ``leaves_causality``, it is None too where causality alone rules, for which SDPA has a flag. What is added
+    keeps its precision: torch takes float32 beside 16 bits. Where something else hides a pair, whatever the bias holds
+    there is gone.
+    """
+    query, key, padding = call.query, call.key, call.key_padding_mask
+    visible = call.mask
+    if padding is not None:
+        unpadded = ~padding[:, None, None, :]
+        visible = unpadded if visible is None else visible & unpadded
+    alone = visible is None and call.bias is None
+    if call.upper is not None and not (leaves_causality and alone and call.upper == 0):
+        below = visibility(query.shape[2], key.shape[2], upper=call.upper, device=query.device)
+        visible = below if visible is None else visible & below
+    if call.bias is None:
+        return visible
+    bias = call.bias
+    if bias.dtype not in (query.dtype, torch.float32):
+        bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
+    return bias if visible is None else torch.where(visible, bias, NEGATIVE_INFINITY)
+
+
+# --------------------------------------------------------------------------------- calls whose numbers cannot be seen
+
+
+def run_unseen(call: AttentionCall) -> Tensor:
+    """The output where nothing may look at numbers: in a graph, or on another device. What is hidden is made zero in
+    advance, and rows that see nothing once more behind the kernel, so that no gradient comes in there."""
+    call = without_keys_past_the_diagonal(call)
+    mask = merged_mask(call, leaves_causality=True)
+    if mask is None:
+        return attend(call, None)
+    visible = mask if mask.dtype == torch.bool else mask != NEGATIVE_INFINITY
+    kv_heads, unseen = call.key.shape[1], ~visible.any(dim=-2)  # [B | 1, H | 1, S | 1]
+    if unseen.shape[1] not in (1, kv_heads):
+        unseen = unseen.unflatten(1, (kv_heads, -1)).all(dim=2)
+    blind = ~visible.any(dim=-1, keepdim=True)  # [B | 1, H | 1, L | 1, 1]
+    key, value = (t.masked_fill(unseen[..., None], 0) for t in (call.key, call.value))
+    call = call._replace(query=call.query.masked_fill(blind, 0), key=key, value=value)
+    return attend(call, mask).masked_fill(blind, 0)
+
+
+# --------------------------------------------------------------------------------------------------------- gradients
+
+
+def _guard_gradients(output: Tensor, looks: bool) -> None:
+    """Give the CPU kernel's node in autograd's graph right gradients where its own are not: for whoever differentiates
+    them again, for which torch has nothing, and, if it ``looks``, where garbage came in at a hidden place.
+
+    A hook costs a training step 10 to 20 microseconds; a Function of our own in the kernel's place costs 30.
+    """
+    if output.device.type == "cpu" and not is_traced():
+        node = output.grad_fn
+        if node is not None and node.name() == "ScaledDotProductFlashAttentionForCpuBackward0":
+            node.register_hook(functools.partial(_right_gradients, looks))
+
+
+def _right_gradients(
+    looks: bool, d_inputs: tuple[Tensor | None, ...], d_outputs: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...] | None:
+    """In the place of the CPU kernel's gradients, those of our operators; None where the kernel's are right."""
+    d_output, differentiated = d_outputs[0], torch.is_grad_enabled()
+    if d_output is None or not (differentiated or (looks and _holds_garbage(d_inputs))):
+        return None
+    node: Any = torch._C._current_autograd_node()
+    query, key, value, bias = saved_tensors(node, "query", "key", "value", "attn_mask")
+    with torch.enable_grad():
+        inputs = [t if differentiated else t.detach().requires_grad_() for t in (query, key, value)]
+        call = AttentionCall(
+            *(t.view_as(t) for t in inputs),  # one tensor may be all three, or made from another
+            bias=bias,
+            upper=0 if node._saved_is_causal else None,
+            scale=1.0 / math.sqrt(query.shape[-1]) if node._saved_scale is None else node._saved_scale,
+        )
+        wanted = [t for t, d_input in zip((call.query, call.key, call.value, bias), d_inputs) if d_input is not None]
+        output, _, _ = operator.apply(call, None, "torch")
+        found = iter(torch.autograd.grad([output], wanted, [d_output], create_graph=differentiated))
+    return tuple(None if d_input is None else next(found) for d_input in d_inputs)
+
+
+def _holds_garbage(d_inputs: tuple[Tensor | None, ...]) -> bool:
+    """Is a gradient not finite? What spoils dK spoils dQ as well, so that two of them tell."""
+    present = [t for t in (d_inputs[0], d_inputs[2]) if t is not None] or [t for t in d_inputs if t is not None]
+    try:
+        norms = torch._foreach_norm(present, 2, dtype=statistics_dtype(present[0].dtype))
+        return not math.isfinite(sum(norm.item() for norm in norms))
+    except RuntimeError:  # torch.autograd.functional.jacobian(vectorize=True) batches gradients, and shows no number
+        return False

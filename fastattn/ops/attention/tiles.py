@@ -1,0 +1,150 @@
+"""Evaluation on a CPU under masks: ``F.scaled_dot_product_attention`` over the keys that a tile of rows may see.
+
+torch's kernel computes every score that a mask then hides. Here each tile of rows has the keys that some row of it may
+see, gathered where they do not lie together, and a mask only where some row may not see one of them. So masks that only
+a rule describes are never whole either. A training step stays with the operators: their backward would add up the keys'
+gradients once a tile.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.ops.attention import sdpa
+from fastattn.ops.attention.blocks import Block, keys_of_band
+from fastattn.ops.attention.call import AttentionCall
+from fastattn.ops.attention.contract import Inputs, Options, empty_in_order_of
+from fastattn.reference import visibility
+
+# Rows of a tile: fewer would leave more keys out, at a price of some 30 microseconds a tile.
+ROWS = 128
+# A slice, which is no copy, serves where at most this much of it is hidden from everybody.
+_WASTE = 1.1
+# Under masks that leave this share of the keys, whole calls are as fast.
+_WORTH_IT = 0.9
+
+
+def takes(call: AttentionCall) -> bool:
+    """Is this an eager call that torch's kernel could run, but for what hides keys, without gradients, of some length?
+
+    Biases and masks of several heads leave out too little to be faster by tiles; they come here where the mask that
+    torch's kernel would need is too large.
+    """
+    beyond = (call.alibi_slopes, call.sinks, call.softcap)
+    hides = (call.mask, call.key_padding_mask, call.query_documents, call.lower, call.prefix)
+    by_head = call.bias is not None or (call.mask is not None and call.mask.shape[1] != 1)
+    return (
+        call.weights == "none"
+        and not call.return_lse
+        and call.dropout_p == 0.0
+        and all(argument is None for argument in beyond)
+        and (any(argument is not None for argument in hides) or call.upper not in (None, 0))
+        and call.query.shape[2] >= 2 * ROWS
+        and call.query.numel() > 0
+        and call.key.numel() > 0
+        and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*call[:3], call.bias)))
+        and (call.bias is None or not sdpa.needs_care(call.bias, call.query))
+        and (not by_head or sdpa.merged_elements(call) > sdpa.MOST_MERGED)
+    )
+
+
+def run(call: AttentionCall, inputs: Inputs, options: Options, may_decline: bool) -> Tensor | None:
+    """The output; None where whole calls are as fast.
+
+    Args:
+        call: one that :func:`takes` accepts, whose query, key and value :func:`sdpa.is_tame` has seen.
+        inputs: the call in the operators' form, and
+        options: the rest of it.
+        may_decline: whether None is an answer.
+    """
+    length, keys = call.query.shape[2], call.key.shape[2]
+    entries = _entries(inputs)
+    # how much masks hide, a look at a few tiles tells
+    if may_decline and call.lower is None and call.query_documents is None:
+        middle, end = (start // ROWS * ROWS for start in (length // 2, length - 1))
+        probes = [(entries[0], 0), (entries[0], end), *((batch, middle) for batch in entries)]
+        visited = [0 if tile is None else tile.key.shape[2] for tile in (_tile(inputs, options, *p) for p in probes)]
+        if sum(visited) > _WORTH_IT * keys * len(probes):
+            return None
+    output = empty_in_order_of(call.query, (*call.query.shape[:3], call.value.shape[3]))
+    for batch in entries:
+        for start in range(0, length, ROWS):
+            tile, rows = _tile(inputs, options, batch, start), slice(start, start + ROWS)
+            output[batch, :, rows] = 0.0 if tile is None else _attend(_as_call(call, tile))
+    return output
+
+
+def _entries(inputs: Inputs) -> list[slice]:
+    """The batch entries that see alike, together: all of them, or each by itself."""
+    batch = inputs.query.shape[0]
+    rules = (
+        inputs.bias,
+        inputs.mask,
+        inputs.key_padding_mask,
+        inputs.query_documents,
+        inputs.key_documents,
+        inputs.prefix,
+    )
+    if all(tensor is None or tensor.shape[0] == 1 for tensor in rules):
+        return [slice(0, batch)]
+    return [slice(b, b + 1) for b in range(batch)]
+
+
+def _tile(inputs: Inputs, options: Options, batch: slice, start: int) -> Inputs | None:
+    """Some rows with the keys that they may see, and the mask of those, None where all are seen; None: no key is."""
+    rows = slice(start, min(start + ROWS, inputs.query.shape[2]))
+    block = Block(batch, rows, slice(0, inputs.key.shape[2]))
+    block = block._replace(keys=keys_of_band(inputs, options, block, looks=True))
+    if block.keys.start >= block.keys.stop:
+        return None
+    own, rules = block.cut(inputs, options)
+    visible = visibility(
+        own.query.shape[2],
+        own.key.shape[2],
+        lower=rules.lower,
+        upper=rules.upper,
+        prefix=own.prefix,
+        mask=own.mask,
+        key_padding_mask=own.key_padding_mask,
+        query_documents=own.query_documents,
+        key_documents=own.key_documents,
+    )
+    as_bytes = visible.view(torch.uint8)  # which torch reduces ten times faster
+    seen = as_bytes.amax((0, 1, 2)).nonzero().squeeze(1)
+    if not len(seen):
+        return None
+    first, last, bias = int(seen[0]), int(seen[-1]), own.bias
+    spans_keys = bias is not None and bias.shape[3] != 1
+    if last + 1 - first <= _WASTE * len(seen):
+        keys = slice(first, last + 1)
+        key, value, visible = own.key[:, :, keys], own.value[:, :, keys], visible[..., keys]
+        whole = as_bytes[..., keys].amin()
+        bias = bias[..., keys] if bias is not None and spans_keys else bias
+    else:
+        key, value = own.key.index_select(2, seen), own.value.index_select(2, seen)
+        whole = as_bytes.amin((0, 1, 2)).index_select(0, seen).amin()
+        visible = visible if whole else visible.index_select(3, seen)
+        bias = bias.index_select(3, seen) if bias is not None and spans_keys else bias
+    return own._replace(key=key, value=value, bias=bias, mask=None if whole else visible)
+
+
+def _attend(tile: AttentionCall) -> Tensor:
+    return sdpa.attend(tile, sdpa.merged_mask(tile))
+
+
+def _as_call(call: AttentionCall, tile: Inputs) -> AttentionCall:
+    """A tile as a call that its mask and its bias alone rule."""
+    return call._replace(
+        query=tile.query,
+        key=tile.key,
+        value=tile.value,
+        bias=tile.bias,
+        mask=tile.mask,
+        key_padding_mask=None,
+        query_documents=None,
+        key_documents=None,
+        prefix=None,
+        lower=None,
+        upper=None,
+    )

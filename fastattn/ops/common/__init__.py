@@ -1,0 +1,1 @@
+"""What the families of operators share; it imports none of them."""

@@ -1,0 +1,135 @@
+"""Derivatives beyond the first of an operator over rows and keys: ``torch.func`` over its formula, block by block.
+
+Every block of rows is a call of its own, and what depends on keys or on shared vectors adds up over them. So forward
+mode and second derivatives are exact on every backend, in the memory of one block: what the formula makes is never
+whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn.ops.attention.blocks import Axes, Block
+from fastattn.ops.attention.contract import statistics_dtype
+from fastattn.ops.common.functional import Tensors, of, pushed_forward, vjp
+
+# The results of a block, as a differentiable function of its share of the primals.
+Formula = Callable[..., Sequence[Tensor]]
+
+
+class Blocked(NamedTuple):
+    """An operator's results as a formula of its differentiable inputs, cut into blocks."""
+
+    primals: Tensors  # the differentiable inputs, whole; None where one is absent
+    axes: Sequence[Axes]  # how each of them follows the blocks
+    result_shapes: Sequence[Sequence[int]]
+    result_axes: Sequence[Axes]
+    blocks: Callable[[], Iterator[tuple[Block, Formula]]]  # every block that adds anything
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the first input, and of the results."""
+        assert self.primals[0] is not None
+        return self.primals[0].dtype
+
+
+def forward_jvp(blocked: Blocked, tangents: Tensors) -> list[Tensor]:
+    """The tangents of the results, given those of the inputs (None: zero)."""
+
+    def pieces() -> Iterator[tuple[Block, Sequence[Tensor]]]:
+        for block, formula in blocked.blocks():
+            primals, directions = (_cut(block, tensors, blocked.axes) for tensors in (blocked.primals, tangents))
+            yield block, pushed_forward(formula, primals, directions)
+
+    return _assembled(pieces(), blocked, blocked.result_shapes, blocked.result_axes)
+
+
+def backward_jvp(blocked: Blocked, gradients: Tensors, tangents: Tensors) -> list[Tensor | None]:
+    """The tangents of the inputs' gradients (None for absent inputs), given those of the results' ``gradients`` and of
+    the inputs."""
+    arguments, axes = (*gradients, *blocked.primals), (*blocked.result_axes, *blocked.axes)
+    present = [t is not None for t in blocked.primals]
+
+    def pieces() -> Iterator[tuple[Block, Sequence[Tensor]]]:
+        for block, formula in blocked.blocks():
+            function = _first_order(formula, len(gradients), present)
+            yield block, pushed_forward(function, _cut(block, arguments, axes), _cut(block, tangents, axes))
+
+    return _by_position(present, blocked.primals, blocked.axes, pieces(), blocked)
+
+
+def backward_vjp(
+    blocked: Blocked, gradients: Tensors, cotangents: Tensors, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of ``gradients`` and of the inputs, those that are ``wanted``, given those of the inputs' gradients
+    (None where one is absent or was not computed)."""
+    arguments, axes = (*gradients, *blocked.primals), (*blocked.result_axes, *blocked.axes)
+    wanted = [w and t is not None for w, t in zip(wanted, arguments)]
+    computed = [t is not None for t in cotangents]
+
+    def pieces() -> Iterator[tuple[Block, Sequence[Tensor]]]:
+        for block, formula in blocked.blocks():
+            first_order = _first_order(formula, len(gradients), computed)
+            function, primals = of(wanted, first_order, _cut(block, arguments, axes))
+            _, pullback = vjp(function, *primals)
+            yield block, pullback(tuple(t for t in _cut(block, cotangents, blocked.axes) if t is not None))
+
+    return _by_position(wanted, arguments, axes, pieces(), blocked)
+
+
+def _first_order(formula: Formula, results: int, computed: Sequence[bool]) -> Callable[..., tuple[Tensor, ...]]:
+    """The gradients of those inputs that are ``computed``, as a differentiable function of the gradients of so many
+    results and of the inputs."""
+
+    def function(*arguments: Tensor | None) -> tuple[Tensor, ...]:
+        gradients, inputs = arguments[:results], arguments[results:]
+        of_computed, primals = of(computed, formula, inputs)
+        values, pullback = vjp(of_computed, *primals)
+        return pullback(tuple(torch.zeros_like(v) if g is None else g.to(v.dtype) for g, v in zip(gradients, values)))
+
+    return function
+
+
+def _cut(block: Block, tensors: Tensors, axes: Sequence[Axes]) -> list[Tensor | None]:
+    return [None if t is None else block.of(t, a) for t, a in zip(tensors, axes)]
+
+
+def _by_position(
+    computed: Sequence[bool], arguments: Tensors, axes: Sequence[Axes], pieces: Any, blocked: Blocked
+) -> list[Tensor | None]:
+    """:func:`_assembled` in the shapes and dtypes of the arguments that are ``computed``, None for the others."""
+    chosen = [a for a, c in zip(arguments, computed) if c and a is not None]
+    totals = _assembled(pieces, blocked, [a.shape for a in chosen], [a for a, c in zip(axes, computed) if c])
+    found = iter(total.to(argument.dtype) for total, argument in zip(totals, chosen))
+    return [next(found) if c else None for c in computed]
+
+
+def _assembled(
+    pieces: Iterator[tuple[Block, Sequence[Tensor]]],
+    blocked: Blocked,
+    shapes: Sequence[Sequence[int]],
+    axes: Sequence[Axes],
+) -> list[Tensor]:
+    """Tensors of these shapes, the sums of what the blocks give and of its dtype, added up in at least float32."""
+    like = blocked.primals[0]
+    assert like is not None
+    totals: list[Tensor | None] = [None] * len(shapes)
+    dtypes = [statistics_dtype(like.dtype)] * len(shapes)
+    # Without autocast: the formula casts up what it computes wider than it comes, and a backward may run under one that
+    # the forward did not know
+    with torch.autocast(like.device.type, enabled=False):
+        for block, parts in pieces:
+            for i, (part, shape, part_axes) in enumerate(zip(parts, shapes, axes)):
+                total, wide, dtypes[i] = totals[i], statistics_dtype(part.dtype), part.dtype
+                if part.shape == torch.Size(shape):
+                    totals[i] = part.to(wide) if total is None else total + part
+                    continue
+                if total is None:  # made from the part, so that it carries the same transforms
+                    total = totals[i] = part.new_zeros(shape, dtype=wide)
+                view = block.of(total, part_axes)
+                view += part
+    return [like.new_zeros(s, dtype=d) if t is None else t.to(d) for s, t, d in zip(shapes, totals, dtypes)]

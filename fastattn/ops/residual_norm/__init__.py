@@ -1,0 +1,1 @@
+"""Layer norm and RMS norm, alone or fused with the residual add in front of them."""

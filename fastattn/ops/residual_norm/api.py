@@ -1,0 +1,257 @@
+"""The public functions: layer norm and RMS norm, alone or fused with the residual add in front of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.overrides import has_torch_function_variadic
+
+from fastattn.ops.common import backends
+from fastattn.ops.common.tracing import is_symbolically_traced, recorded
+from fastattn.ops.residual_norm import on_torch, on_triton
+from fastattn.ops.residual_norm.call import NormCall, make_call
+from fastattn.ops.residual_norm.layout import in_channels_last
+
+
+def _run(call: NormCall, backend: backends.Backend | None) -> tuple[Tensor, Tensor]:
+    """``(output, new residual)`` of a call on the backend that is chosen."""
+    if backends.choose(call, backend, on_triton.refusals) == "triton":
+        return on_triton.run(call)
+    return on_torch.run(call)
+
+
+def _fused(
+    call: NormCall, x: Tensor, residual: Tensor | None, backend: backends.Backend | None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What a public function returns of the call that it made of ``x`` and ``residual``, in their shape."""
+    shape = _sum_shape(x, residual)
+    output, total = _run(call, backend)
+    output = _as(output, shape)
+    if call.kind == "rms":
+        output = in_channels_last(output, x, residual)
+    return (output, _as(total, shape)) if call.return_residual else output
+
+
+def _as(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """A view of this shape; the tensor itself where it has it, since a view takes as long as a small norm."""
+    return tensor if tensor.shape == shape else tensor.view(shape)
+
+
+def _sum_shape(x: Tensor, residual: Tensor | None) -> torch.Size:
+    return x.shape if residual is None or residual.shape == x.shape else torch.broadcast_shapes(x.shape, residual.shape)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    normalized_shape: int | Sequence[int] | None = None,
+    x_bias: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    unit_offset: bool = False,
+    dropout_p: float = 0.0,
+    round_residual: bool = True,
+    out_dtype: torch.dtype | None = None,
+    residual_dtype: torch.dtype | None = None,
+    return_residual: bool = False,
+    backend: backends.Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``layer_norm(r)`` of ``r = residual + dropout(x + x_bias) * row_scale`` in one pass (arXiv:1607.06450).
+
+    Post-norm layers keep the norm, pre-norm layers ``r`` as well (``return_residual``). Everything is computed in
+    float32 (float64 for float64), and rounded once where it leaves. Every argument combines with every other; all of
+    them have gradients, of every order, but the flags. The backward is bitwise deterministic.
+
+    Args:
+        x: ``[..., N]``, float16, bfloat16, float32 or float64; any strides, read as it lies unless its rows need more
+            than three of them.
+        residual: ``[..., N]``, of any of these dtypes; default none. The shapes broadcast, but no vector does.
+        weight: ``[N]``, of any dtype: multiplies what was normalised.
+        bias: ``[N]``: added behind ``weight``.
+        eps: added to the variance.
+        normalized_shape: the sizes of the last axes where more than one of them is to be normalised (``N`` is their
+            product, and vectors have this shape); default the last axis.
+        x_bias: ``[N]``: added to ``x``; the bias of the linear layer in front.
+        row_scale: broadcastable to ``[...]``: multiplies rows of ``x``; stochastic depth (arXiv:1603.09382).
+        unit_offset: multiply by ``1 + weight``.
+        dropout_p: probability of dropping an element of ``x + x_bias``. Applied whenever it is not 0: pass 0 in
+            evaluation.
+        round_residual: normalise ``r`` rounded to its dtype, so that the norm is that of the ``r`` returned; else as it
+            was summed.
+        out_dtype: of the norm; default ``x.dtype`` (under autocast on a GPU float32, as in torch).
+        residual_dtype: of ``r``; default what ``x`` and ``residual`` promote to.
+        return_residual: also return ``r``.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``; default what :func:`fastattn.use_backend` or the environment
+            variable ``FASTATTN_BACKEND`` says.
+
+    Returns:
+        The norm ``[..., N]``, or the pair of it and ``r``, which is ``x`` itself, or a view of it, where nothing is
+        added.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: shapes, devices or numbers do not fit; the message shows them.
+        NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
+    """
+    tensors = (x, residual, weight, bias)
+    if has_torch_function_variadic(*tensors) and is_symbolically_traced(*tensors):
+        return recorded(
+            add_layer_norm, *tensors, eps, normalized_shape=normalized_shape, x_bias=x_bias, row_scale=row_scale,
+            unit_offset=unit_offset, dropout_p=dropout_p, round_residual=round_residual, out_dtype=out_dtype,
+            residual_dtype=residual_dtype, return_residual=return_residual, backend=backend,
+        )  # fmt: skip
+    call = make_call(
+        x,
+        residual,
+        weight,
+        bias,
+        kind="layer",
+        eps=eps,
+        normalized_shape=normalized_shape,
+        x_bias=x_bias,
+        row_scale=row_scale,
+        unit_offset=unit_offset,
+        dropout_p=dropout_p,
+        round_residual=round_residual,
+        out_dtype=out_dtype,
+        residual_dtype=residual_dtype,
+        return_residual=return_residual,
+    )
+    return _fused(call, x, residual, backend)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    normalized_shape: int | Sequence[int] | None = None,
+    x_bias: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    unit_offset: bool = False,
+    dropout_p: float = 0.0,
+    round_residual: bool = True,
+    out_dtype: torch.dtype | None = None,
+    residual_dtype: torch.dtype | None = None,
+    return_residual: bool = False,
+    backend: backends.Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``rms_norm(r)`` of ``r = residual + dropout(x + x_bias) * row_scale`` in one pass (arXiv:1910.07467).
+
+    As :func:`add_layer_norm`, without the mean.
+
+    Args:
+        x: as for :func:`add_layer_norm`, and so are all the others but ``eps``.
+        residual: as for :func:`add_layer_norm`.
+        weight: as for :func:`add_layer_norm`.
+        bias: as for :func:`add_layer_norm`.
+        eps: added to the mean square; default, as in ``F.rms_norm``, that of float32 (float64 for float64).
+        normalized_shape: as for :func:`add_layer_norm`.
+        x_bias: as for :func:`add_layer_norm`.
+        row_scale: as for :func:`add_layer_norm`.
+        unit_offset: as for :func:`add_layer_norm`.
+        dropout_p: as for :func:`add_layer_norm`.
+        round_residual: as for :func:`add_layer_norm`.
+        out_dtype: as for :func:`add_layer_norm`.
+        residual_dtype: as for :func:`add_layer_norm`.
+        return_residual: as for :func:`add_layer_norm`.
+        backend: as for :func:`add_layer_norm`.
+
+    Returns:
+        As :func:`add_layer_norm`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as :func:`add_layer_norm`.
+    """
+    tensors = (x, residual, weight, bias)
+    if has_torch_function_variadic(*tensors) and is_symbolically_traced(*tensors):
+        return recorded(
+            add_rms_norm, *tensors, eps, normalized_shape=normalized_shape, x_bias=x_bias, row_scale=row_scale,
+            unit_offset=unit_offset, dropout_p=dropout_p, round_residual=round_residual, out_dtype=out_dtype,
+            residual_dtype=residual_dtype, return_residual=return_residual, backend=backend,
+        )  # fmt: skip
+    call = make_call(
+        x,
+        residual,
+        weight,
+        bias,
+        kind="rms",
+        eps=eps,
+        normalized_shape=normalized_shape,
+        x_bias=x_bias,
+        row_scale=row_scale,
+        unit_offset=unit_offset,
+        dropout_p=dropout_p,
+        round_residual=round_residual,
+        out_dtype=out_dtype,
+        residual_dtype=residual_dtype,
+        return_residual=return_residual,
+    )
+    return _fused(call, x, residual, backend)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    backend: backends.Backend | None = None,
+) -> Tensor:
+    """``torch.nn.functional.layer_norm``, argument for argument, on this package's backends (arXiv:1607.06450).
+
+    Args:
+        input: ``[..., *normalized_shape]``, float16, bfloat16, float32 or float64; any strides.
+        normalized_shape: the sizes of the last axes, which are normalised together.
+        weight: ``normalized_shape``, of any dtype.
+        bias: ``normalized_shape``, of any dtype.
+        eps: added to the variance.
+        backend: as for :func:`add_layer_norm`.
+
+    Returns:
+        A tensor like ``input``.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as :func:`add_layer_norm`.
+    """
+    if has_torch_function_variadic(input, weight, bias) and is_symbolically_traced(input, weight, bias):
+        return recorded(layer_norm, input, normalized_shape, weight, bias, eps, backend=backend)
+    call = make_call(input, None, weight, bias, kind="layer", eps=eps, normalized_shape=normalized_shape)
+    return _as(_run(call, backend)[0], input.shape)
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    backend: backends.Backend | None = None,
+) -> Tensor:
+    """``torch.nn.functional.rms_norm``, argument for argument, on this package's backends (arXiv:1910.07467).
+
+    Args:
+        input: ``[..., *normalized_shape]``, float16, bfloat16, float32 or float64; any strides.
+        normalized_shape: the sizes of the last axes, which are normalised together.
+        weight: ``normalized_shape``, of any dtype.
+        eps: added to the mean square; default that of float32 (float64 for float64).
+        backend: as for :func:`add_layer_norm`.
+
+    Returns:
+        A tensor like ``input``.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as :func:`add_layer_norm`.
+    """
+    if has_torch_function_variadic(input, weight) and is_symbolically_traced(input, weight):
+        return recorded(rms_norm, input, normalized_shape, weight, eps, backend=backend)
+    call = make_call(input, None, weight, None, kind="rms", eps=eps, normalized_shape=normalized_shape)
+    return in_channels_last(_as(_run(call, backend)[0], input.shape), input, None)

@@ -1,0 +1,45 @@
+"""What every kernel of additive attention is told: a call's tensors, queries and keys also column by column."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from fastattn_kernels.common.problem import Problem, strided
+
+# Columns are as long as a multiple of the largest tile, and end in zeros: no load of them has a bound.
+PADDING = 64
+
+
+def padded(length: int) -> int:
+    """The length of a column that holds so many elements."""
+    return -(-length // PADDING) * PADDING
+
+
+def columns(tensor: Tensor, finite: bool = False) -> Tensor:
+    """``[B, H, n, A]`` as ``[B, H, A, padded n]``, contiguous; without NaN and inf if ``finite``.
+
+    The kernels go through the columns one by one, against all of the other tensor's rows: as they lie, each element of
+    a column would come with a cache line of its own. The copy is as large as the tensor, the work on it n times.
+    """
+    batch, heads, length, size = tensor.shape
+    copy = tensor.new_empty(batch, heads, size, padded(length))
+    copy[..., :length] = torch.nan_to_num(tensor.mT) if finite else tensor.mT
+    copy[..., length:] = 0
+    return copy
+
+
+@dataclasses.dataclass(frozen=True)
+class AdditiveProblem(Problem):
+    """One call's inputs, already validated: those of :class:`Problem`, of which it takes query, key, value, bias, mask,
+    ``key_padding_mask`` and ``upper``, and a weight. Query and key have as many heads.
+
+    Attributes:
+        weight: ``[H | 1, A]``, any strides, of the query's dtype.
+    """
+
+    weight: Tensor = dataclasses.field(kw_only=True)
+
+    def scored(self, finite: bool = False) -> tuple[object, object, object]:
+        """The kernel arguments ``query, key, weight``: two :func:`columns`, and (pointer, strides of head, column)."""
+        return strided(columns(self.query, finite)), strided(columns(self.key, finite)), strided(self.weight)

@@ -1,0 +1,134 @@
+"""The gradient of an additive mask: dS, summed over exactly the axes along which the mask broadcasts.
+
+A program owns one tile of the gradient and recomputes dS for every batch entry, head and tile of scores that fall on
+it, in a fixed order: nothing is expanded, nothing is added by atomics. Where a mask is so small that few programs would
+own it, each shares its tile with others, and what they found is added up afterwards, again in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn_kernels.attention.backward import bent_scores, probabilities, score_gradient
+from fastattn_kernels.attention.config import Config, bias_config, dot_precision, head_block
+from fastattn_kernels.common.device import device_guard, multiprocessors
+from fastattn_kernels.common.dropout import dropout_factor
+from fastattn_kernels.common.masking import LOG2_E
+from fastattn_kernels.common.problem import RUN_TIME, Problem, WeightsGradient, strided
+from fastattn_kernels.common.tiles import head_of, load_statistics, load_tile, product
+from fastattn_kernels.common.visits import key_edges
+
+
+@triton.jit(
+    do_not_specialize=[*RUN_TIME, "steps", "shares", "own_heads", "own_m", "own_n", "sum_heads", "sum_m", "sum_n"]
+)
+def _attention_bias_bwd_kernel(
+    query, key, value, d_out, statistics_ptr, delta_ptr, d_bias, rules, dropout, d_weights,
+    heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
+    steps, shares, own_heads, own_m, own_n, sum_heads, sum_m, sum_n,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, SUM_M: tl.constexpr, SUM_N: tl.constexpr,
+):  # fmt: skip
+    """One share of one tile of the bias's gradient. ``own_...`` counts the bias's heads and tiles, ``sum_...`` what is
+    summed over; one of the two is 1. SUM_M, SUM_N: the tile is a single row, a single column."""
+    pid = tl.program_id(0).to(tl.int64)
+    share = pid % shares
+    tile_n = pid // shares % own_n
+    tile_m = pid // shares // own_n % own_m
+    own_head = pid // shares // own_n // own_m % own_heads
+    own_batch = pid // shares // own_n // own_m // own_heads
+    sizes = (seqlen_q, seqlen_k, lower, upper, shift)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in tl.range(steps * share // shares, steps * (share + 1) // shares):
+        col_tile = tile_n + step % sum_n  # one of the two terms is 0, here and below
+        row_tile = tile_m + step // sum_n % sum_m
+        head = (own_head + step // sum_n // sum_m % sum_heads).to(tl.int64)
+        batch = (own_batch + step // sum_n // sum_m // sum_heads).to(tl.int64)
+        at = (batch, head)
+        row_start = (row_tile * BLOCK_M).to(tl.int32)
+        col_start = (col_tile * BLOCK_N).to(tl.int32)
+        _, prefix_end, begin, _, _, end = key_edges(row_start, at, sizes, rules, BLOCK_M, BLOCK_N)
+        if (col_tile < prefix_end) | ((col_tile >= begin) & (col_tile < end)):
+            row = row_start + tl.arange(0, BLOCK_M)
+            rows = row[:, None]
+            cols = col_start + tl.arange(0, BLOCK_N)[None, :]
+            batch_head = batch * heads + head
+            head_q, head_k = head_of(query, batch, head), head_of(key, batch, head // group)
+            head_do, head_v = head_of(d_out, batch, head), head_of(value, batch, head // group)
+            q = load_tile(head_q, row_start, seqlen_q, BLOCK_M, BLOCK_D, HEAD_DIM, True)
+            k = load_tile(head_k, col_start, seqlen_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)
+            do = load_tile(head_do, row_start, seqlen_q, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
+            v = load_tile(head_v, col_start, seqlen_k, BLOCK_N, BLOCK_DV, VALUE_DIM, True)
+            row_max, inverse_sum = load_statistics(statistics_ptr + 2 * batch_head * seqlen_q, row, seqlen_q)
+            delta = tl.load(delta_ptr + batch_head * seqlen_q + row, mask=row < seqlen_q, other=0.0)
+            qk = product(
+                q, head_q, row_start, seqlen_q, k, head_k, col_start, seqlen_k, BLOCK_M, BLOCK_N, BLOCK_D, HEAD_DIM,
+                PRECISION, 128,
+            )  # fmt: skip
+            scores = bent_scores(qk, scale * LOG2_E, rules)
+            p = probabilities(scores, row_max[:, None], inverse_sum[:, None], rows, cols, at, sizes, rules, True)
+            factor = None
+            if dropout is not None:
+                factor = dropout_factor(rows, cols, batch_head.to(tl.int32), dropout)
+            dp = product(
+                do, head_do, row_start, seqlen_q, v, head_v, col_start, seqlen_k, BLOCK_M, BLOCK_N, BLOCK_DV, VALUE_DIM,
+                PRECISION, 128,
+            )  # fmt: skip
+            total += score_gradient(p, factor, dp, delta[:, None], rows, cols, at, sizes, rules, d_weights, True)
+
+    d_bias_ptr, strides = d_bias
+    stride_share, stride_b, stride_h, stride_m, stride_n = strides
+    d_bias_ptr += share * stride_share + own_batch * stride_b + own_head * stride_h
+    if SUM_M:
+        total = tl.sum(total, 0)[None, :]
+        rows = tl.zeros([1, 1], tl.int64)
+    else:
+        rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)[:, None]
+    if SUM_N:
+        total = tl.sum(total, 1)[:, None]
+        cols = tl.zeros([1, 1], tl.int64)
+    else:
+        cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)[None, :]
+    inside = (rows < (1 if SUM_M else seqlen_q)) & (cols < (1 if SUM_N else seqlen_k))
+    tl.store(d_bias_ptr + rows * stride_m + cols * stride_n, total.to(d_bias_ptr.dtype.element_ty), mask=inside)
+
+
+def launch_attention_bias_bwd(
+    problem: Problem,
+    d_out: Tensor,
+    statistics: Tensor,
+    delta: Tensor,
+    d_weights: WeightsGradient | None,
+    config: Config | None = None,
+) -> Tensor:
+    """The gradient of ``problem.bias``, in its shape and dtype."""
+    query, key, value, bias = problem.query, problem.key, problem.value, problem.bias
+    assert bias is not None
+    batch, heads, seqlen_q, head_dim = query.shape
+    seqlen_k, value_dim = value.shape[2:]
+    if delta.numel() == 0 or seqlen_k == 0:
+        return bias.new_zeros(bias.shape)
+    load = problem.load(d_weights)
+    config = config or bias_config(query.device, query.dtype, head_dim, value_dim, load)
+    whole = (batch, heads, triton.cdiv(seqlen_q, config.block_m), triton.cdiv(seqlen_k, config.block_n))
+    # an axis of length 1 is owned and summed over once: which of the two is the same
+    sums = [1 if have == want else n for have, want, n in zip(bias.shape, (*query.shape[:3], seqlen_k), whole)]
+    owned = [n // s for n, s in zip(whole, sums)]
+    programs = owned[0] * owned[1] * owned[2] * owned[3]
+    steps = sums[0] * sums[1] * sums[2] * sums[3]
+    shares = int(max(1, min(steps, 2 * multiprocessors(query.device) // programs)))
+    partial = torch.empty(
+        (shares, *bias.shape), dtype=bias.dtype if shares == 1 else torch.float32, device=query.device
+    )
+    with device_guard(query):
+        _attention_bias_bwd_kernel[(programs * shares,)](
+            strided(query), strided(key), strided(value), strided(d_out), statistics, delta,
+            (partial, partial.stride()), problem.rules(), problem.dropout(),
+            None if d_weights is None else d_weights.argument(), *problem.sizes(), problem.scale,
+            steps, shares, *owned[1:], *sums[1:],
+            HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=head_block(head_dim), BLOCK_DV=head_block(value_dim),
+            PRECISION=dot_precision(query.dtype), SUM_M=bias.shape[2] != seqlen_q, SUM_N=bias.shape[3] != seqlen_k,
+            **config.launch_options(),
+        )  # fmt: skip
+    return partial[0] if shares == 1 else partial.sum(0).to(bias.dtype)

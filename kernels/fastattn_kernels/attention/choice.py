@@ -1,0 +1,226 @@
+"""Which kernels run a call of attention: Gluon's, written for Hopper, where they can, else plain Triton's.
+
+Both have one contract, so that a forward of the one kind may have a backward of the other: the statistics say all.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import triton
+from torch import Tensor
+from triton.errors import TritonError
+
+from fastattn_kernels.attention import backward, forward
+from fastattn_kernels.attention.backward_one_pass import launch_attention_bwd_one_pass, one_pass_refusals
+from fastattn_kernels.attention.hopper.config import is_of_keys
+from fastattn_kernels.common.device import Target, target_of
+from fastattn_kernels.common.problem import Argument, Problem, WeightsGradient
+from fastattn_kernels.common.tile_map import TileMap
+
+Kernels = Literal["auto", "gluon", "triton"]
+Direction = Literal["forward", "backward"]
+
+_HOPPER = Target("cuda", 90)
+_logger = logging.getLogger("fastattn")
+# What this triton said of the Gluon kernels that it could not compile, by kind of problem.
+_broken: dict[tuple[object, ...], str] = {}
+
+
+def gluon_refusals(
+    direction: Direction, problem: Problem, d_weights: WeightsGradient | None = None, deterministic: bool = True
+) -> list[str]:
+    """Why the Gluon kernels cannot run a problem; empty where they can.
+
+    Args:
+        direction: of the kernels.
+        problem: what they are to run.
+        d_weights: the gradient of returned weights that goes into the backward.
+        deterministic: whether the backward is to be.
+    """
+    target = target_of(problem.query.device)
+    if target != _HOPPER:
+        return [f"they are for cuda:90, and this is {target.backend}:{target.arch}"]
+    gluon = _hopper(direction)
+    if isinstance(gluon, str):
+        return [gluon]
+    if _broken and (said := _broken.get(_kind(direction, problem, deterministic))) is not None:
+        return [f"triton {triton.__version__} does not compile them: {said}"]
+    reasons = gluon.refusals(problem)
+    if d_weights is not None:
+        reasons.append("the gradient of weights is not in the Hopper kernels")
+    return reasons
+
+
+class _Gluon(NamedTuple):
+    """The Gluon kernels of a direction."""
+
+    refusals: Callable[[Problem], list[str]]
+    launch: Callable[..., None]
+
+
+@functools.cache
+def _hopper(direction: Direction) -> _Gluon | str:
+    """The Gluon kernels of a direction, or why there are none. Imported late: few have a use for them."""
+    try:
+        if direction == "forward":
+            from fastattn_kernels.attention.hopper.forward import launch_attention_fwd as launch
+            from fastattn_kernels.attention.hopper.problem import refusals
+        else:
+            from fastattn_kernels.attention.hopper.backward import launch_attention_bwd as launch
+            from fastattn_kernels.attention.hopper.backward import refusals
+    except (ImportError, AttributeError) as error:
+        return f"triton {triton.__version__} has another Gluon: {error}"
+    return _Gluon(refusals, launch)
+
+
+def _kind(direction: Direction, problem: Problem, deterministic: bool) -> tuple[object, ...]:
+    """What tells apart the kernels that one problem and another need, as far as compiling may fail."""
+    present = tuple(value is None for value in (*problem.rules(), problem.lower, problem.upper, problem.sinks))
+    bias = problem.bias
+    of_bias = None if bias is None else (bias.dtype, is_of_keys(bias))
+    sizes = problem.query.dtype, problem.query.shape[3], problem.value.shape[3]
+    return direction, deterministic, *sizes, of_bias, present
+
+
+def describe(problem: Problem, kernels: Kernels = "auto", d_weights: WeightsGradient | None = None) -> str:
+    """Which kernels would run a problem's forward and backward, and why not those in Gluon."""
+    said = []
+    for direction in get_args(Direction):
+        of_backward = d_weights if direction == "backward" else None
+        refused = gluon_refusals(direction, problem, of_backward)
+        reasons = "; ".join(refused)
+        if kernels == "triton":
+            said.append(f"{direction} in plain Triton, as asked for")
+        elif refused and kernels == "gluon":
+            said.append(f"{direction} refused: Gluon is asked for ({reasons})")
+        elif refused:
+            said.append(f"{direction} in plain Triton (not in Gluon: {reasons})")
+        else:
+            said.append(f"{direction} in Gluon")
+    return ", ".join(said)
+
+
+def launch_attention_fwd(
+    problem: Problem,
+    out: Tensor,
+    lse: Tensor,
+    statistics: Tensor,
+    tile_map: TileMap | None = None,
+    kernels: Kernels = "auto",
+) -> None:
+    """:func:`fastattn_kernels.attention.forward.launch_attention_fwd` by the kernels that are chosen.
+
+    Raises:
+        NotImplementedError: Gluon is asked for by name and refuses; the message lists its reasons.
+    """
+    arguments = problem, out, lse, statistics, tile_map
+    gluon = _gluon("forward", kernels, problem)
+    if gluon is None or not _compiles("forward", kernels, problem, True, lambda: gluon.launch(*arguments)):
+        forward.launch_attention_fwd(*arguments)
+
+
+def launch_attention_bwd(
+    problem: Problem,
+    d_out: Tensor,
+    statistics: Tensor,
+    delta: Tensor,
+    d_weights: WeightsGradient | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    d_slopes: Tensor | None = None,
+    tile_map: TileMap | None = None,
+    kernels: Kernels = "auto",
+    deterministic: bool = True,
+) -> None:
+    """:func:`fastattn_kernels.attention.backward.launch_attention_bwd` by the kernels that are chosen.
+
+    In one pass, which adds up dQ in no fixed order, where that is allowed (``deterministic=False``) and they can.
+
+    Where only the device knows whether ``d_weights`` is zeros, both backwards are launched, without it and with it, the
+    latter in plain Triton: one of them finds nothing to do, or (in Gluon or in one pass) is overwritten.
+
+    Raises:
+        NotImplementedError: as :func:`launch_attention_fwd`.
+    """
+    before, after = (problem, d_out, statistics, delta), (dq, dk, dv)
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    if problem.query.shape[1] == 0:  # no heads to give the keys a gradient
+        dk.zero_()
+        dv.zero_()
+        return
+    if d_weights is None or d_weights.used is None or kernels == "gluon":
+        _launch_bwd(before, d_weights, after, d_slopes, tile_map, kernels, deterministic)
+    else:
+        _launch_bwd(before, None, after, d_slopes, tile_map, kernels, deterministic, d_weights.only_if_used(False))
+        only_if = d_weights.only_if_used()
+        backward.launch_attention_bwd(*before, d_weights, *after, d_slopes, tile_map, only_if=only_if)
+
+
+def _launch_bwd(
+    before: tuple[Problem, Tensor, Tensor, Tensor],
+    d_weights: WeightsGradient | None,
+    after: tuple[Tensor, Tensor, Tensor],
+    d_slopes: Tensor | None,
+    tile_map: TileMap | None,
+    kernels: Kernels,
+    deterministic: bool,
+    only_if: Argument = None,
+) -> None:
+    """:func:`launch_attention_bwd` of what is known. Kernels that take no condition run whatever ``only_if`` is."""
+    problem = before[0]
+    gluon = _gluon("backward", kernels, problem, d_weights, deterministic)
+    if gluon is not None:
+        launch = functools.partial(gluon.launch, *before, *after, tile_map, deterministic=deterministic)
+        if _compiles("backward", kernels, problem, deterministic, launch):
+            return
+    if deterministic or one_pass_refusals(problem, needs_slopes=d_slopes is not None):
+        backward.launch_attention_bwd(*before, d_weights, *after, d_slopes, tile_map, only_if=only_if)
+    else:
+        launch_attention_bwd_one_pass(*before, d_weights, *after, tile_map)
+
+
+def _gluon(
+    direction: Direction,
+    kernels: Kernels,
+    problem: Problem,
+    d_weights: WeightsGradient | None = None,
+    deterministic: bool = True,
+) -> _Gluon | None:
+    """The Gluon kernels, unless others are to run the problem."""
+    if kernels == "triton":
+        return None
+    refused = gluon_refusals(direction, problem, d_weights, deterministic)
+    if refused and kernels == "gluon":
+        raise NotImplementedError(f"the Gluon kernels refuse this {direction}: {'; '.join(refused)}")
+    found = None if refused else _hopper(direction)
+    return None if isinstance(found, str) else found
+
+
+def _compiles(
+    direction: Direction, kernels: Kernels, problem: Problem, deterministic: bool, launch: Callable[[], None]
+) -> bool:
+    """Launch; False, said once, where this triton cannot compile the kernel and nobody asked for it by name."""
+    try:
+        launch()
+    except Exception as error:
+        if kernels == "gluon" or not _is_of_the_compiler(error):
+            raise
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        _broken[_kind(direction, problem, deterministic)] = said
+        _logger.warning("attention's %s: plain Triton runs, since Gluon's kernel does not compile: %s", direction, said)
+        return False
+    return True
+
+
+# What MLIR's passes and LLVM's translation say, in a RuntimeError.
+_OF_THE_COMPILER = ("PassManager", "failed to translate")
+
+
+def _is_of_the_compiler(error: Exception) -> bool:
+    """Whether an exception of a launch comes from compiling, before anything ran."""
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in _OF_THE_COMPILER)
+    return isinstance(error, TritonError) or said

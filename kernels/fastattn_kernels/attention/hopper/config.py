@@ -1,0 +1,87 @@
+"""How the Hopper kernels are launched, and the heuristics that choose it.
+
+Nothing here has been timed on a GPU yet. The forward's tiles are those that compile without spills into the shared
+memory of a thread block, and that a model of the loop's instructions finds fastest.
+"""
+
+import dataclasses
+from typing import Literal
+
+from torch import Tensor
+
+from fastattn_kernels.common.problem import Problem
+
+# Rows of a warpgroup's tile: what one wgmma computes.
+CONSUMER_ROWS = 64
+
+# Which program computes which tile of rows: each every so many-th one ("static"), each the first that nobody has taken
+# ("dynamic", by a counter in global memory, which a launch of its own sets to 0), or a program a tile ("grid", whose
+# programs wait for their first keys with nothing else to do).
+Schedule = Literal["static", "dynamic", "grid"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardConfig:
+    """How the forward is launched.
+
+    Attributes:
+        block_m: rows of a tile; every 64 of them have a warpgroup, two in all.
+        block_n: keys of a tile.
+        stages: tiles of keys, values and biases in shared memory at a time.
+        stage_output: whether the output leaves through shared memory of its own, under the next tile's products, or
+            through the queries', which the next tile's then wait for.
+        ping_pong: whether the warpgroups take turns at starting their products, so that one's softmax runs under the
+            other's products (arXiv:2407.08608, section 3.1), and not only under its own. To be timed.
+        schedule: which program computes which tile of rows.
+    """
+
+    block_m: int
+    block_n: int
+    stages: int
+    stage_output: bool
+    ping_pong: bool = False
+    schedule: Schedule = "static"
+
+
+def head_block(head_dim: int, value_dim: int) -> int:
+    """Columns of a tile that holds a head: a power of two, at least 64, which is the width of a swizzle."""
+    widest = max(head_dim, value_dim)
+    return 64 if widest <= 64 else 128 if widest <= 128 else 256
+
+
+def is_of_keys(bias: Tensor) -> bool:
+    """Whether a bias broadcasts over rows: it is then a number for each key, and no tile."""
+    return bias.shape[2] == 1 or bias.stride(2) == 0
+
+
+def forward_config(problem: Problem) -> ForwardConfig:
+    """The forward's tile, and how tiles are shared out.
+
+    By the simulation in ``benchmarks/static/schedule.py``, over masks and lengths from 512 to 16384: where something
+    hides keys, tiles of rows differ, and the counter wins by 1.00 to 1.27 under causality (D128, L = 8192: 0.979 of the
+    time in products, 0.784 without it); it loses up to 5 % in windows of some microseconds, for its launch. Where
+    nothing hides keys it has nothing to win.
+    """
+    hides = bool(problem.masks) or problem.lower is not None or problem.upper is not None
+    return dataclasses.replace(_forward_tile(problem), schedule="dynamic" if hides else "static")
+
+
+def _forward_tile(problem: Problem) -> ForwardConfig:
+    """Two warpgroups: three would have 160 registers a thread, too few for the accumulators.
+
+    A stage lasts as long as a tile computes, about 600 cycles for 128 keys of 64 columns, and a load takes as many or
+    more: hence more stages where tiles are small. Where a tile of bias takes the shared memory, the output gives way.
+    """
+    block = head_block(problem.query.shape[3], problem.value.shape[3])
+    bias = problem.bias
+    bias_bytes = 0 if bias is None or is_of_keys(bias) else bias.element_size()
+    if block == 256:
+        return ForwardConfig(128, 64, 2, stage_output=False)
+    if block == 128:
+        # the documents' numbers beside a tile of bias spill where it holds 128 keys
+        if bias_bytes > 2 or (bias_bytes and problem.query_documents is not None):
+            return ForwardConfig(128, 64, 3, stage_output=False)
+        return ForwardConfig(128, 128, 2, stage_output=not bias_bytes)
+    if bias_bytes > 2:
+        return ForwardConfig(128, 64, 4, stage_output=True)
+    return ForwardConfig(128, 128, 3 if bias_bytes else 4, stage_output=True)

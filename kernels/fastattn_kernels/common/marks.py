@@ -1,0 +1,73 @@
+"""Marks of rows that are not finite, and how a careful launch finds its tiles by them.
+
+Wherever something is masked, a kernel marks each row ``[B, H, length]`` of its output with a byte: 1 where it holds NaN
+or inf, else 0. The careful launch that follows does the tiles with a marked row again. Its few programs look after many
+tiles each, so that it reads the marks and ends where there is none.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn_kernels.common.device import multiprocessors
+from fastattn_kernels.common.problem import Problem
+
+# Marks that a program of a careful launch reads at once.
+_AT_ONCE = tl.constexpr(1024)
+# Programs of a careful launch a multiprocessor: as many as its registers leave room for, since each that has to wait
+# for a place adds a microsecond or so to every masked call.
+_CAREFUL_PROGRAMS = 2
+
+
+@triton.jit
+def rows_not_finite(tile):
+    """The marks of a tile's rows. A sum of zeros, which NaN and inf make NaN, is one multiply-add an element; with a
+    comparison of each, the Hopper forward would spill at head size 256."""
+    return tl.where(tl.sum(tile * 0.0, axis=1) == 0.0, 0, 1)
+
+
+@triton.jit
+def _first_row(tile, length, BLOCK: tl.constexpr):
+    """The first row of a tile, both counted over all heads: where the tile before it ends."""
+    tiles = tl.cdiv(length, BLOCK)
+    return (tile // tiles).to(tl.int64) * length + tile % tiles * BLOCK
+
+
+@triton.jit
+def _any_marked(marks_ptr, first, last, length, BLOCK: tl.constexpr):
+    """Whether a row of one of the tiles from ``first`` to before ``last`` is marked."""
+    end = _first_row(last, length, BLOCK)
+    found = 0
+    for start in tl.range(_first_row(first, length, BLOCK), end, _AT_ONCE):
+        row = start + tl.arange(0, _AT_ONCE)
+        found = tl.maximum(found, tl.max(tl.load(marks_ptr + row, mask=row < end, other=0).to(tl.int32), 0))
+    return found > 0
+
+
+@triton.jit
+def is_marked(marks_ptr, tile, length, BLOCK: tl.constexpr):
+    """Whether a row of a tile of BLOCK rows is marked; tiles are counted over all heads, of ``length`` rows each."""
+    return _any_marked(marks_ptr, tile, tile + 1, length, BLOCK)
+
+
+@triton.jit
+def tiles_to_look_at(marks_ptr, tiles, length, BLOCK: tl.constexpr):
+    """The first of this program's share of all ``tiles``, and the end of it: none if no row of the share is marked."""
+    share = tl.cdiv(tiles, tl.num_programs(0))
+    first = tl.minimum(tl.program_id(0) * share, tiles)
+    last = tl.minimum(first + share, tiles)
+    return first, tl.where(_any_marked(marks_ptr, first, last, length, BLOCK), last, first)
+
+
+def empty_marks(problem: Problem, tensor: Tensor) -> Tensor | None:
+    """Where a kernel is to mark the rows of a tensor ``[B, H, length, size]``; None where nothing is hidden, and so
+    nothing can leak. Every row is written: nothing has to be zeroed."""
+    if not problem.masks_pairs():
+        return None
+    return torch.empty(tensor.shape[:3], dtype=torch.int8, device=tensor.device)
+
+
+def programs(tiles: int, device: torch.device, careful: bool) -> int:
+    """The programs of a launch: one a tile, few if it is careful."""
+    return min(tiles, _CAREFUL_PROGRAMS * multiprocessors(device)) if careful else tiles

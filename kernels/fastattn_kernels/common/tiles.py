@@ -1,0 +1,146 @@
+"""Tiles in and out of memory, the step of online softmax, and the product that keeps masked-out NaN and inf in place.
+
+A tensor ``[B, H, length, size]`` comes as (pointer, strides of batch, head, row, column), one head of it as (pointer,
+stride of row, stride of column).
+"""
+
+import triton
+import triton.language as tl
+
+from fastattn_kernels.common.masking import INFINITY
+
+_WHOLE_HALF = tl.constexpr(256)
+
+
+@triton.jit
+def head_of(tensor, batch, head):
+    """The matrix of one head."""
+    ptr, stride_b, stride_h, stride_m, stride_d = tensor
+    return ptr + batch * stride_b + head * stride_h, stride_m, stride_d
+
+
+@triton.jit
+def tile_pointers(matrix, row_start, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Pointers ``[ROWS, COLS]`` of the tile that starts at ``row_start``. All offsets are 64 bits wide: a long
+    sequence of wide rows, or a far-apart stride, passes 2^31 elements."""
+    ptr, stride_row, stride_col = matrix
+    row_offsets = tl.arange(0, ROWS).to(tl.int64) * stride_row
+    col_offsets = tl.arange(0, COLS).to(tl.int64) * stride_col
+    start_ptr = ptr + tl.cast(row_start, tl.int64) * stride_row
+    return start_ptr + row_offsets[:, None] + col_offsets[None, :]
+
+
+@triton.jit
+def load_tile(
+    matrix, row_start, row_end, ROWS: tl.constexpr, COLS: tl.constexpr, USED_COLS: tl.constexpr, BOUND: tl.constexpr
+):
+    """A ``[ROWS, COLS]`` tile; zero in columns from USED_COLS on and, if BOUND, in rows from ``row_end`` on."""
+    ptrs = tile_pointers(matrix, row_start, ROWS, COLS)
+    rows = row_start + tl.arange(0, ROWS)
+    cols = tl.arange(0, COLS)
+    if BOUND:
+        if USED_COLS < COLS:
+            tile = tl.load(ptrs, mask=(rows < row_end)[:, None] & (cols < USED_COLS)[None, :], other=0.0)
+        else:
+            tile = tl.load(ptrs, mask=(rows < row_end)[:, None], other=0.0)
+    else:
+        if USED_COLS < COLS:
+            tile = tl.load(ptrs, mask=(cols < USED_COLS)[None, :], other=0.0)
+        else:
+            tile = tl.load(ptrs)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    matrix, row_start, row_end, tile, ROWS: tl.constexpr, COLS: tl.constexpr, USED_COLS: tl.constexpr
+):  # fmt: skip
+    """Store a ``[ROWS, COLS]`` tile up to ``row_end`` and USED_COLS, rounded to the destination's dtype."""
+    ptrs = tile_pointers(matrix, row_start, ROWS, COLS)
+    rows = row_start + tl.arange(0, ROWS)
+    cols = tl.arange(0, COLS)
+    inside = (rows < row_end)[:, None] & (cols < USED_COLS)[None, :]
+    tl.store(ptrs, tile.to(matrix[0].dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def softmax_step(acc, row_max, row_sum, scores, unit):
+    """``(P, acc, row_max, row_sum)`` after one more tile of scores: P is not divided by the sum yet, and ``acc`` is
+    relative to the new maximum. ``unit`` brings the scores to base 2, in the multiply-add of the exponent."""
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * unit)
+    # a row with no visible key keeps max = -inf; a finite pivot avoids -inf - -inf
+    pivot = tl.where(new_max == -INFINITY, 0.0, new_max)
+    p = tl.exp2(scores * unit - pivot[:, None])
+    correction = tl.exp2(row_max - pivot)
+    return p, acc * correction[:, None], new_max, row_sum * correction + tl.sum(p, 1)
+
+
+@triton.jit
+def store_statistics(statistics_ptr, row, seqlen_q, row_max, inverse_sum):
+    """Store what :func:`load_statistics` loads, of the rows of one head."""
+    tl.store(statistics_ptr + row, row_max, mask=row < seqlen_q)
+    tl.store(statistics_ptr + seqlen_q + row, inverse_sum, mask=row < seqlen_q)
+
+
+@triton.jit
+def load_statistics(statistics_ptr, row, seqlen_q):
+    """``(maximum, 1 / sum)`` of rows: ``exp2(score - maximum) / sum`` is the probability. Past the end the maximum is
+    +inf, so that the probability is 0 whatever the score is.
+
+    Two numbers and not the LSE, their union: rounded to float32 it costs the probabilities its own magnitude in ulps,
+    and where a bias is finfo.min it loses the sum altogether.
+    """
+    row_max = tl.load(statistics_ptr + row, mask=row < seqlen_q, other=INFINITY)
+    inverse_sum = tl.load(statistics_ptr + seqlen_q + row, mask=row < seqlen_q, other=0.0)
+    return row_max, inverse_sum
+
+
+@triton.jit
+def weighted_sum(weights, x, acc, CAREFUL: tl.constexpr, PRECISION: tl.constexpr):
+    """``acc + weights @ x``. CAREFUL: with ``0 * NaN = 0 * inf = 0``, so that what is masked out never leaks."""
+    if CAREFUL:
+        x32 = x.to(tl.float32)
+        finite = tl.abs(x32) < INFINITY
+        touched = (weights != 0).to(x.dtype)
+        up = tl.where((x32 == INFINITY) | (x32 != x32), 1.0, 0.0).to(x.dtype)
+        down = tl.where((x32 == -INFINITY) | (x32 != x32), 1.0, 0.0).to(x.dtype)
+        acc = tl.dot(weights, tl.where(finite, x32, 0.0).to(x.dtype), acc, input_precision=PRECISION)
+        acc += tl.where(tl.dot(touched, up, input_precision=PRECISION) > 0, INFINITY, 0.0)
+        acc -= tl.where(tl.dot(touched, down, input_precision=PRECISION) > 0, INFINITY, 0.0)
+    else:
+        acc = tl.dot(weights, x, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def product(
+    a, a_matrix, a_start, a_end, b, b_matrix, b_start, b_end,
+    ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr, USED: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE_FLOAT32: tl.constexpr, WHOLE_HALF: tl.constexpr = _WHOLE_HALF,
+):  # fmt: skip
+    """``a @ b^T`` of tiles ``[ROWS, BLOCK]`` and ``[COLS, BLOCK]``.
+
+    Those wider than WHOLE_HALF (float32: WHOLE_FLOAT32) are read again, in strips: whole, they would fill the registers
+    as operands, float32 ones most of all, since multiply-adds want whole rows in every thread.
+    """
+    IS_FLOAT32: tl.constexpr = a_matrix[0].dtype.element_ty == tl.float32
+    WIDTH: tl.constexpr = 64 if IS_FLOAT32 else WHOLE_HALF
+    WHOLE: tl.constexpr = WHOLE_FLOAT32 if IS_FLOAT32 else WHOLE_HALF
+    if BLOCK > WHOLE:
+        result = tl.zeros([ROWS, COLS], tl.float32)
+        for strip in tl.static_range(BLOCK // WIDTH):
+            a_strip = a_matrix[0] + tl.cast(a_matrix[2], tl.int64) * (strip * WIDTH), a_matrix[1], a_matrix[2]
+            b_strip = b_matrix[0] + tl.cast(b_matrix[2], tl.int64) * (strip * WIDTH), b_matrix[1], b_matrix[2]
+            left = load_tile(a_strip, a_start, a_end, ROWS, WIDTH, USED - strip * WIDTH, True)
+            right = load_tile(b_strip, b_start, b_end, COLS, WIDTH, USED - strip * WIDTH, True)
+            result = tl.dot(left, tl.trans(right), result, input_precision=PRECISION)
+    else:
+        result = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    return result
+
+
+@triton.jit
+def is_off(only_if):
+    """Whether a kernel has nothing to do: ``only_if`` is a pointer to a byte and the value that it has to have."""
+    flag_ptr, expected = only_if
+    return tl.load(flag_ptr).to(tl.int32) != expected

@@ -1,0 +1,1 @@
+"""Layer norm and RMS norm, fused with the residual add."""
