@@ -58,6 +58,9 @@ def install() -> None:
 
     availability.DEVICES = ("cpu",)
     availability.WHERE = f"Triton kernels executed as {NAME}"  # pyrefly: ignore[bad-assignment]  # it is no literal
+    from fastattn_kernels.common import plans
+
+    plans.HAND_OVER_ADDRESSES = False  # a machine maps the memory of the tensors that it is handed
     if NAME == "ttgir":
         from tests.machines.ttgir import launcher
     else:

@@ -1,0 +1,497 @@
+"""Plans: what a call launched is written down once, and later calls of its kind launch that at once.
+
+A launcher of this package chooses a configuration, allocates, makes the arguments of its kernel and launches. For a
+small call this takes longer than the kernel runs: Triton alone binds 25 arguments and looks each of them over, tuples
+of pointers and strides are built, tensor maps are checked. All of it depends on the call's *signature* alone: the
+shapes, strides, dtypes and devices of its tensors, whether their addresses are multiples of 16 bytes, and its numbers.
+
+So a function that launches is decorated with :func:`planned`. The second time that it is called with a signature, it
+runs under a :class:`Recording`, which sees every operator of torch (a ``TorchDispatchMode``) and every launch (by way
+of ``launch``), and writes a Python function of the input tensors that does the same: it allocates, calls the same
+operators, and hands the compiled kernels their arguments. Only addresses change from call to call. A plan holds no
+tensor alive. Where a call cannot be written down, since it looked at the numbers in a tensor, say, it has no plan, and
+runs as it always did.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import re
+import threading
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton import knobs
+
+from fastattn_kernels.common import launch
+
+MOST_PLANS = 1024  # of one function; beyond, the oldest is forgotten
+_ALIGNMENT = 16  # bytes: Triton compiles another kernel for addresses that are no multiples of it
+_OF_LAUNCH = ("num_warps", "num_ctas", "num_stages", "maxnreg")  # options, which are no arguments of the kernel
+
+# Where launches do not end on a GPU: False where nothing is launched at all, and where whoever executes a launch has to
+# be handed the tensors, and not their addresses.
+ENABLED = True
+HAND_OVER_ADDRESSES = True
+
+
+# ----------------------------------------------------------------------------------------------------------- signatures
+
+
+def signature(*values: Any) -> Hashable:
+    """What of a call decides what it launches: of its tensors all but their numbers and addresses, of the rest
+    everything. Tuples are looked into."""
+    return tuple([
+        (
+            value.shape, value.stride(), value.dtype, value.device, value.data_ptr() % _ALIGNMENT == 0
+        ) if isinstance(value, Tensor)
+        else (type(value), signature(*value)) if isinstance(value, tuple)
+        else value if value is None or isinstance(value, str)
+        else (type(value), value)  # 1, 1.0 and True are equal and have one hash
+        for value in values
+    ])  # fmt: skip
+
+
+def _is_listened_to() -> bool:
+    """Whether a profiler wants to be told of launches, as Triton tells it."""
+    enter: Any = knobs.runtime.launch_enter_hook
+    leave: Any = knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter)) or bool(getattr(leave, "calls", leave))
+
+
+# ------------------------------------------------------------------------------------------------------------ recording
+
+
+class _Slot(NamedTuple):
+    """A tensor of a recorded call, by its number: first the inputs, then the others in the order of their making."""
+
+    number: int
+
+
+class _View(NamedTuple):
+    """A tensor in the memory of another, so many bytes behind its beginning."""
+
+    base: int
+    offset: int
+
+
+class _Made(NamedTuple):
+    """Memory was allocated."""
+
+    made: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class _Called(NamedTuple):
+    """An operator of torch was called."""
+
+    operator: Any
+    arguments: Any
+    keywords: Any
+    results: tuple[int, ...]
+    is_view: bool
+
+
+class _Launched(NamedTuple):
+    """A kernel was launched."""
+
+    kernel: Any
+    compiled: Any
+    grid: tuple[int, ...]
+    device: torch.device
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+class Recording(TorchDispatchMode):
+    """Writes down what is done to tensors while it is the current mode of this thread.
+
+    Attributes:
+        steps: what was done, in order.
+        flaw: None, or why that cannot be done again for other tensors.
+        views: the tensors that lie in the memory of others, by number.
+    """
+
+    def __init__(self, inputs: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.steps: list[_Made | _Called | _Launched] = []
+        self.flaw: str | None = None
+        self._alive: list[Tensor] = []  # so that none has the id of another
+        self._made = 0
+        self._numbers: dict[int, int] = {}
+        self.views: dict[int, _View] = {}
+        for tensor in inputs:
+            self._add(tensor)
+
+    def _add(self, tensor: Tensor) -> int:
+        number, self._made = self._made, self._made + 1
+        self._alive.append(tensor)
+        self._numbers[id(tensor)] = number
+        return number
+
+    def slots(self, value: Any) -> Any:
+        """``value`` with slots in the place of tensors."""
+        if isinstance(value, Tensor):
+            number = self._numbers.get(id(value))
+            if number is None:
+                self.flaw = self.flaw or f"a tensor of the shape {tuple(value.shape)} comes from outside the call"
+                return None
+            return _Slot(number)
+        if isinstance(value, (tuple, list)):
+            return tuple(map(self.slots, value)) if isinstance(value, tuple) else list(map(self.slots, value))
+        if hasattr(value, "base") and hasattr(value, "block_shape"):
+            return _Descriptor.of(value, self.slots(value.base))
+        return value
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        if not all(isinstance(each, Tensor) for each in results):
+            self.flaw = self.flaw or f"{func} looks at the numbers of a tensor"
+            return result
+        before = [self._numbers.get(id(each)) for each in results]
+        if func is torch.ops.aten.detach.default and (number := self._numbers.get(id(args[0]))) is not None:
+            self._alive.append(result)  # another object for the same tensor, as torch.empty makes one
+            self._numbers[id(result)] = number
+            return result
+        arguments, keywords = self.slots(args), {name: self.slots(value) for name, value in kwargs.items()}
+        numbers = tuple(self._add(each) if number is None else number for each, number in zip(results, before))
+        if _only_allocates(func):
+            self.steps.append(_Made(numbers[0], tuple(result.shape), result.stride(), result.dtype, result.device))
+            return result
+        is_view = func.is_view and len(results) == 1 and isinstance(args[0], Tensor)
+        if is_view:
+            base, offset = self.views.get(arguments[0].number, _View(arguments[0].number, 0))
+            self.views[numbers[0]] = _View(base, offset + result.data_ptr() - args[0].data_ptr())
+        self.steps.append(_Called(func, arguments, keywords, numbers, is_view))
+        return result
+
+    def launched(
+        self, kernel: Any, compiled: Any, grid: tuple[int, ...], device_of: Tensor, arguments: Any, constants: Any
+    ) -> None:
+        """Write a launch down."""
+        bound = inspect.signature(kernel.fn).bind(
+            *arguments, **{name: value for name, value in constants.items() if name not in _OF_LAUNCH}
+        )
+        bound.apply_defaults()
+        in_order = tuple(map(self.slots, bound.arguments.values()))
+        self.steps.append(
+            _Launched(kernel, compiled, tuple(map(int, grid)), device_of.device, in_order, dict(constants))
+        )
+
+
+def _only_allocates(operator: Any) -> bool:
+    return operator.overloadpacket in (
+        torch.ops.aten.empty, torch.ops.aten.empty_strided, torch.ops.aten.empty_like, torch.ops.aten.new_empty,
+        torch.ops.aten.new_empty_strided, torch.ops.aten.empty_permuted,
+    )  # fmt: skip
+
+
+class _Descriptor(NamedTuple):
+    """A tensor map as Triton's launcher reads it, without the checks that a ``TensorDescriptor`` makes at its birth."""
+
+    base: Any
+    shape: Any
+    strides: Any
+    block_shape: Any
+    layout: Any
+    padding: str
+    round_f32_to_tf32: bool
+    kind: type
+
+    @classmethod
+    def of(cls, descriptor: Any, base: Any) -> _Descriptor:
+        """As ``descriptor``, of another tensor."""
+        fields = (getattr(descriptor, name, False) for name in cls._fields[1:-1])
+        return cls(base, *fields, type(descriptor))
+
+
+class _At(NamedTuple):
+    """An address, for who asks a tensor for it."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        """As a tensor's."""
+        return self.address
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+class Plan(NamedTuple):
+    """What a call did, as a function of its input tensors.
+
+    Attributes:
+        run: the function.
+        source: its text, for people.
+        launches: how many kernels it launches.
+    """
+
+    run: Callable[..., Any]
+    source: str
+    launches: int
+
+
+class _Writer:
+    """Writes a recording as the text of a function.
+
+    Args:
+        recording: of a call.
+        inputs: how many tensors went into it.
+        results: what it returned, with slots for tensors.
+        direct: whether Triton's launcher is called without what stands in front of it.
+    """
+
+    def __init__(self, recording: Recording, inputs: int, results: Any, direct: bool) -> None:
+        self.recording, self.inputs, self.results, self.direct = recording, inputs, results, direct
+        self.by_address = direct and HAND_OVER_ADDRESSES
+        self.names: dict[str, Any] = {"empty": torch.empty, "empty_strided": torch.empty_strided, "At": _At}
+        self.needed: set[int] = set()
+        self.last_used: list[int] = []  # by the line that is being written; the lines behind it do without them
+        self.launches = 0
+
+    def name(self, value: Any) -> str:
+        """A name for what cannot be written down."""
+        text = str(
+            getattr(value, "__name__", "") or (value if isinstance(value, (torch.dtype, torch.device)) else "value")
+        )
+        known = re.sub(r"\W+", "_", text.removeprefix("torch."))
+        made = known if self.names.get(known, value) is value else f"{known}_{len(self.names)}"
+        self.names[made] = value
+        return made
+
+    def expression(self, value: Any, in_launch: bool = False) -> str:
+        """``value`` as text; the tensors in it are needed from here on, backwards."""
+        if isinstance(value, _Slot):
+            return self.address(value.number) if in_launch and self.by_address else self.tensor(value.number)
+        if isinstance(value, _Descriptor):
+            return self.descriptor(value)
+        if isinstance(value, (tuple, list)):
+            inner = "".join(f"{self.expression(each, in_launch)}, " for each in value)
+            return f"({inner})" if isinstance(value, tuple) else f"[{inner}]"
+        if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
+            return repr(value)
+        return self.name(value)
+
+    def tensor(self, number: int) -> str:
+        """The name of a tensor, which is needed from here on, backwards."""
+        if number not in self.needed:
+            self.needed.add(number)
+            self.last_used.append(number)
+        return f"t{number}"
+
+    def address(self, number: int) -> str:
+        """Where a tensor begins, by the tensor whose memory it is in."""
+        base, offset = self.recording.views.get(number, _View(number, 0))
+        return f"{self.tensor(base)}.data_ptr()" + (f" + {offset}" if offset else "")
+
+    def descriptor(self, value: _Descriptor) -> str:
+        if not self.by_address:
+            make = (
+                functools.partial(_with_base, value[1:]) if self.direct else functools.partial(_descriptor_like, value)
+            )
+            return f"{self.name(make)}({self.expression(value.base)})"
+        base, offset = self.recording.views.get(value.base.number, _View(value.base.number, 0))
+        pointer = f"At({self.address(value.base.number)})" if offset else self.tensor(base)
+        return f"{self.name(functools.partial(_with_base, value[1:]))}({pointer})"
+
+    def step(self, step: _Made | _Called | _Launched) -> str:
+        """The line for a step; none for a tensor that nobody needs."""
+        if isinstance(step, _Made):
+            if step.made not in self.needed:
+                return ""
+            where = f"dtype={self.name(step.dtype)}, device={self.name(step.device)}"
+            if step.stride == torch._prims_common.make_contiguous_strides_for(step.shape):
+                return f"t{step.made} = empty({step.shape!r}, {where})"
+            return f"t{step.made} = empty_strided({step.shape!r}, {step.stride!r}, {where})"
+        if isinstance(step, _Called):
+            if step.is_view and step.results[0] not in self.needed:
+                return ""
+            keywords = "".join(f"{name}={self.expression(value)}, " for name, value in step.keywords.items())
+            arguments = "".join(f"{self.expression(value)}, " for value in step.arguments)
+            results = "".join(f"t{number}, " for number in step.results)
+            results = results if len(step.results) > 1 else results.rstrip(", ")
+            return f"{results} = {self.name(step.operator)}({arguments}{keywords})"
+        self.launches += 1
+        arguments = ", ".join(self.expression(value, in_launch=True) for value in step.arguments)
+        if self.direct:
+            x, y, z = (*step.grid, 1, 1)[:3]
+            compiled = step.compiled
+            handles = ", ".join(map(self.name, (compiled.function, compiled.packed_metadata)))
+            return f"{self.name(compiled.run)}({x}, {y}, {z}, stream, {handles}, None, None, None, {arguments})"
+        options = {name: value for name, value in step.constants.items() if name in _OF_LAUNCH}
+        options_text = "".join(f", {name}={self.expression(value)}" for name, value in options.items())
+        return f"{self.name(step.kernel)}[{step.grid!r}]({arguments}{options_text})"
+
+    def write(self) -> Plan:
+        """The plan."""
+        returned = self.expression(self.results)
+        lines = []  # from the last to the first
+        for step in reversed(self.recording.steps):
+            self.last_used = []
+            if line := self.step(step):
+                done = [f"t{number}" for number in self.last_used if number >= self.inputs]
+                lines += [f"del {', '.join(done)}", line] if done else [line]
+        lines.reverse()
+        devices = {step.device for step in self.recording.steps if isinstance(step, _Launched)}
+        if self.direct and devices:
+            (device,) = devices
+            driver: Any = triton.runtime.driver.active
+            self.names["stream_of"] = driver.get_current_stream
+            lines.insert(0, f"stream = stream_of({device.index or 0})")
+        parameters = ", ".join(f"t{number}" for number in range(self.inputs))
+        body = "".join(f"    {line}\n" for line in (*lines, f"return {returned}"))
+        source = f"def run({parameters}):\n{body}"
+        exec(compile(source, "<a plan of fastattn>", "exec"), self.names)
+        run = self.names["run"]
+        (device,) = devices or {torch.device("cpu")}
+        if device.type == "cuda":
+            run = functools.partial(_on_device, device.index, run)
+        return Plan(run, source, self.launches)
+
+
+def _with_base(rest: tuple[Any, ...], base: Any) -> _Descriptor:
+    return _Descriptor(base, *rest)
+
+
+def _descriptor_like(value: _Descriptor, base: Tensor) -> Any:
+    """A descriptor of Triton's own."""
+    return value.kind(base, value.shape, value.strides, value.block_shape, value.layout, value.padding)
+
+
+def _on_device(index: int, run: Callable[..., Any], *tensors: Tensor) -> Any:
+    """A plan's function, with its device made current if another is."""
+    if torch.cuda.current_device() == index:
+        return run(*tensors)
+    with torch.cuda.device(index):
+        return run(*tensors)
+
+
+# ---------------------------------------------------------------------------------------------------------------- plans
+
+
+class Plans:
+    """The plans of one function, by signature: at most :data:`MOST_PLANS`. Safe with several threads."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self._plans: dict[Hashable, Plan | None] = {}
+        self._seen: set[Hashable] = set()  # once: most signatures never come again, and recording takes a millisecond
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def known(self) -> list[Plan]:
+        """All plans that there are."""
+        return [plan for plan in list(self._plans.values()) if plan is not None]
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        with self._lock:
+            self._plans.clear()
+            self._seen.clear()
+
+    def find(self, key: Hashable) -> Plan | None:
+        """The plan of a signature, if there is one and it may be used now."""
+        plan = self._plans.get(key)
+        return None if plan is None or _is_listened_to() else plan
+
+    def __call__(self, key: Hashable, arguments: tuple[Any, ...], tensors: Sequence[Tensor]) -> Any:
+        """``function(*arguments)``, whose tensors are these, in their order; by its plan, if there is one."""
+        plan = self.find(key)
+        if plan is not None:
+            return plan.run(*tensors)
+        if key in self._plans or launch.this_thread.recorder is not None or not ENABLED:
+            return self.function(*arguments)
+        if key not in self._seen:
+            self._remember(key)
+            return self.function(*arguments)
+        result, plan = self.record(arguments)
+        self._keep(key, plan)
+        return result
+
+    def _remember(self, key: Hashable) -> None:
+        with self._lock:
+            if len(self._seen) >= MOST_PLANS:
+                self._seen.clear()
+            self._seen.add(key)
+
+    def _keep(self, key: Hashable, plan: Plan | None) -> None:
+        with self._lock:
+            self._seen.discard(key)
+            self._plans.pop(key, None)
+            while len(self._plans) >= MOST_PLANS:
+                del self._plans[next(iter(self._plans))]
+            self._plans[key] = plan
+
+    def record(self, arguments: tuple[Any, ...]) -> tuple[Any, Plan | None]:
+        """The result of ``function(*arguments)``, and its plan, unless it cannot be written down."""
+        # objects of their own, so that two arguments that are one tensor now are two in the plan
+        copies = tuple(_with_own_tensors(value) for value in arguments)
+        inputs = tensors_in(copies)
+        recording = Recording(inputs)
+        launch.this_thread.recorder = recording.launched
+        try:
+            with recording:
+                result = self.function(*copies)
+        finally:
+            launch.this_thread.recorder = None
+        results = recording.slots(result)
+        launched = [step for step in recording.steps if isinstance(step, _Launched)]
+        direct = all(hasattr(step.compiled, "packed_metadata") for step in launched)
+        if recording.flaw is not None or len({step.device for step in launched}) > 1:
+            return result, None
+        return result, _Writer(recording, len(inputs), results, direct).write()
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in a tuple and in the tuples in it, in their order."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [found for each in value for found in tensors_in(each)] if isinstance(value, tuple) else []
+
+
+def _with_own_tensors(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, tuple):
+        parts = map(_with_own_tensors, value)
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+def planned(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a function of tensors, tuples and hashable values plans.
+
+    What it does may depend on its arguments' signature and on :func:`settings` alone, and it returns tensors that it
+    made, in tuples or alone.
+    """
+    plans = Plans(function)
+
+    @functools.wraps(function)
+    def by_plan(*arguments: Any) -> Any:
+        return plans((settings(), signature(*arguments)), arguments, tensors_in(arguments))
+
+    by_plan.plans = plans  # type: ignore[attr-defined]
+    return by_plan
+
+
+def settings() -> Hashable:
+    """What of the process's state decides what is launched, beside a call's arguments."""
+    return (
+        torch.backends.cuda.matmul.fp32_precision,
+        torch.are_deterministic_algorithms_enabled(),
+        knobs.runtime.debug,
+    )
