@@ -54,10 +54,10 @@ def install() -> None:
     """Make the package's launchers launch on the chosen machine. Once, before the first launch."""
     if not EXECUTING:
         return
-    from fastattn.ops.common import availability
+    from fastattn.ops.common import backends
 
-    availability.DEVICES = ("cpu",)
-    availability.WHERE = f"Triton kernels executed as {NAME}"  # pyrefly: ignore[bad-assignment]  # it is no literal
+    backends.DEVICES = ("cpu",)
+    backends.WHERE = f"Triton kernels executed as {NAME}"  # pyrefly: ignore[bad-assignment]  # it is no literal
     if NAME == "ttgir":
         from tests.machines.ttgir import launcher
     else:
