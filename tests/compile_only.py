@@ -20,10 +20,10 @@ def pytest_addoption(parser: Any) -> None:
 def pytest_configure(config: Any) -> None:
     """Put the compiler in the place of the device, before the tests are imported."""
     import fastattn.testing
-    from fastattn.ops.common import availability
+    from fastattn.ops.common import backends
 
     fastattn.testing.assert_within_budget = lambda *_, **__: None
-    availability.DEVICES = ("cpu",)
+    backends.DEVICES = ("cpu",)
     from tests.ops import attention_cases
 
     cases: Any = attention_cases

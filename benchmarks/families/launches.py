@@ -20,7 +20,7 @@ from benchmarks.cases import AttentionCase
 from benchmarks.families.masks import inputs, masks
 from benchmarks.registry import Refused, Step, Variant
 from fastattn.ops.attention.call import make_call
-from fastattn.ops.attention.contract import empty_in_order_of
+from fastattn.ops.common.blocks import empty_in_order_of
 
 Kernels = Literal["triton", "gluon"]
 Part = Literal["forward", "pair", "dkdv", "dq", "one-pass"]

@@ -41,7 +41,7 @@ from benchmarks.plan import Settings, entries
 from benchmarks.registry import Refused, families
 from benchmarks.reporting.document import OURS
 from benchmarks.static.stand_in import Compiled
-from fastattn.ops.common import availability
+from fastattn.ops.common import backends
 
 ROOT = Path(__file__).parents[2]
 TARGET = "cuda:90"
@@ -74,7 +74,7 @@ class Filler:
         self._compiled = Compiled(TARGET)
         self._seen: set[str] = set()
         self.failures: list[str] = []
-        availability.DEVICES = ("cpu",)  # the tensors stay there
+        backends.DEVICES = ("cpu",)  # the tensors stay there
         from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 
         # The module that loads binaries is built and cached, too; newer launchers are methods of it

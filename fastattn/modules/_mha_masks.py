@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.ops.common.layouts import check_dense
+from fastattn.ops.common.checks import check_dense
 from fastattn.ops.common.tracing import are_sizes
 
 

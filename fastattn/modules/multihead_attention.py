@@ -16,9 +16,10 @@ from fastattn.modules._common import check_backend, plain_twin
 from fastattn.modules._mha_inference import attend as attend_in_inference
 from fastattn.modules._mha_masks import Masks, Scores, check_dimensions, check_types, make_masks
 from fastattn.modules._tracing import leaf_node
-from fastattn.ops.attention.call import AttentionCall, is_autocast_enabled
-from fastattn.ops.common.backends import Backend, run
-from fastattn.ops.common.layouts import check_dense
+from fastattn.ops.attention.api import run
+from fastattn.ops.attention.contract import AttentionCall
+from fastattn.ops.common.backends import Backend
+from fastattn.ops.common.checks import check_dense, is_autocast_enabled
 from fastattn.ops.common.tracing import is_symbolically_traced
 
 _NO_MASKS = Masks()

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastattn.ops.additive_attention import call as additive_call
-from fastattn.ops.additive_attention import on_torch, on_triton
+from fastattn.ops.additive_attention import on_torch as additive_torch
+from fastattn.ops.additive_attention import on_triton as additive_triton
 from fastattn.ops.additive_attention.api import additive_attention
-from fastattn.ops.attention import call as _call
-from fastattn.ops.attention import on_torch as torch_backend
-from fastattn.ops.attention import on_triton as triton_backend
+from fastattn.ops.attention import call as attention_call
+from fastattn.ops.attention import on_torch as attention_torch
+from fastattn.ops.attention import on_triton as attention_triton
 from fastattn.ops.attention.api import attention
 from fastattn.ops.common import backends
 from fastattn.ops.residual_norm import call as norm_call
@@ -22,35 +23,35 @@ from fastattn.ops.residual_norm import on_triton as norm_triton
 from fastattn.ops.residual_norm.api import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 
-class _Operator(NamedTuple):
-    """How an operator's arguments become a call, and the modules of its two backends."""
+class _Explained(NamedTuple):
+    """How the arguments of a public function become a call, and the modules of its two backends."""
 
     make_call: Callable[..., Any]
     triton: Any
     torch: Any
-    more: dict[str, Any]  # arguments of make_call that the operator itself knows
+    more: dict[str, Any]  # arguments of make_call that the function's name stands for
 
 
-def _additive(average_attn_weights: bool, **arguments: Any) -> additive_call.AdditiveCall:
+def _additive_call(average_attn_weights: bool, **arguments: Any) -> Any:
     return additive_call.make_call(**arguments)
 
 
-def _of_input(input: Tensor, **arguments: Any) -> norm_call.NormCall:
+def _norm_call_of_input(input: Tensor, **arguments: Any) -> Any:
     given: dict[str, Any] = {"residual": None, "bias": None, **arguments}
     return norm_call.make_call(input, **given)
 
 
-def _norm(make_call: Callable[..., Any], kind: str) -> _Operator:
-    return _Operator(make_call, norm_triton, norm_torch, {"kind": kind})
+def _norm(make_call: Callable[..., Any], kind: str) -> _Explained:
+    return _Explained(make_call, norm_triton, norm_torch, {"kind": kind})
 
 
-_OPERATORS: dict[Callable[..., Any], _Operator] = {
-    attention: _Operator(_call.make_call, triton_backend, torch_backend, {}),
-    additive_attention: _Operator(_additive, on_triton, on_torch, {}),
+_FUNCTIONS: dict[Callable[..., Any], _Explained] = {
+    attention: _Explained(attention_call.make_call, attention_triton, attention_torch, {}),
+    additive_attention: _Explained(_additive_call, additive_triton, additive_torch, {}),
     add_layer_norm: _norm(norm_call.make_call, "layer"),
     add_rms_norm: _norm(norm_call.make_call, "rms"),
-    layer_norm: _norm(_of_input, "layer"),
-    rms_norm: _norm(_of_input, "rms"),
+    layer_norm: _norm(_norm_call_of_input, "layer"),
+    rms_norm: _norm(_norm_call_of_input, "rms"),
 }
 
 
@@ -71,14 +72,14 @@ def explain(*arguments: Any, **keywords: Any) -> backends.Explanation:
         TypeError, ValueError: as the operator would, or the first argument is no operator of this package.
     """
     function, rest = (arguments[0], arguments[1:]) if arguments and callable(arguments[0]) else (attention, arguments)
-    operator = _OPERATORS.get(function)
-    if operator is None:
-        names = ", ".join(known.__name__ for known in _OPERATORS)
+    explained = _FUNCTIONS.get(function)
+    if explained is None:
+        names = ", ".join(known.__name__ for known in _FUNCTIONS)
         raise TypeError(f"{getattr(function, '__name__', function)!r} cannot be explained: expected one of {names}")
     bound = inspect.signature(function).bind(*rest, **keywords)
     bound.apply_defaults()
     given = dict(bound.arguments)
     backend = given.pop("backend")
-    describe = {"triton": operator.triton.describe, "torch": operator.torch.describe}
-    call = operator.make_call(**given, **operator.more)
-    return backends.explain_call(call, backend, operator.triton.refusals, describe)
+    describe = {"triton": explained.triton.describe, "torch": explained.torch.describe}
+    call = explained.make_call(**given, **explained.more)
+    return backends.explain_call(call, backend, explained.triton.refusals, describe)

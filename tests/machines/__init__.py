@@ -54,12 +54,11 @@ def install() -> None:
     """Make the package's launchers launch on the chosen machine. Once, before the first launch."""
     if not EXECUTING:
         return
-    from fastattn.ops.common import availability
-
-    availability.DEVICES = ("cpu",)
-    availability.WHERE = f"Triton kernels executed as {NAME}"  # pyrefly: ignore[bad-assignment]  # it is no literal
+    from fastattn.ops.common import backends
     from fastattn_kernels.common import plans
 
+    backends.DEVICES = ("cpu",)
+    backends.WHERE = f"Triton kernels executed as {NAME}"  # pyrefly: ignore[bad-assignment]  # it is no literal
     plans.HAND_OVER_ADDRESSES = False  # a machine maps the memory of the tensors that it is handed
     if NAME == "ttgir":
         from tests.machines.ttgir import launcher

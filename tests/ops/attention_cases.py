@@ -13,7 +13,7 @@ import fastattn
 from fastattn.ops.attention import formula, on_torch, operator, sdpa
 from fastattn.ops.attention import tiles as torch_tiles
 from fastattn.ops.attention.call import make_call
-from fastattn.ops.attention.contract import implementation
+from fastattn.ops.attention.operator import implementation
 from fastattn.reference import attention as reference
 from fastattn.reference import visibility
 from fastattn.testing import (
@@ -310,7 +310,7 @@ def run_path(path, call):
         found = formula.run(call, None) if formula.takes(call) else None
         return None if found is None else (*found, None)
     output = None
-    if path == "unseen" and on_torch._sdpa_serves_unseen(call):
+    if path == "unseen" and on_torch.sdpa_serves_unseen(call):
         output = sdpa.run_unseen(call)
     elif path == "sdpa" and sdpa.takes(call) and sdpa.is_tame(call):
         output = sdpa.run(call)

@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastattn
 from fastattn.ops.additive_attention import blocks as additive_blocks
-from fastattn.ops.additive_attention.contract import AdditiveInputs, AdditiveOptions, implementation
-from fastattn.ops.attention.blocks import Block
+from fastattn.ops.additive_attention.contract import Inputs, Needs, Options, OutputGradients
+from fastattn.ops.additive_attention.operator import implementation
+from fastattn.ops.common.blocks import Block
 from fastattn.testing import random_tensor
 
 # What it returns depends on its arguments; a test knows which it gave.
@@ -236,11 +237,12 @@ def largest_made(backend, device, length, size):
     shapes = ((1, 1, length, size), (1, 1, length, size), (1, 1, length, 8), (1, size))
     tensors = [random_tensor(*s, seed=i, device=device) for i, s in enumerate(shapes)]
     query, key, value, weight = tensors
-    inputs, options = AdditiveInputs(query, key, value, weight, None, None, None), AdditiveOptions(None, False, backend)
+    inputs, options = Inputs(query, key, value, weight, None, None, None), Options(None, False, backend)
     operators = implementation(backend)
     with Watched() as watched:
         results = operators.forward(inputs, options)
-        operators.backward((torch.ones_like(results[0]), None), results, False, inputs, options)
+        gradients = OutputGradients(torch.ones_like(results.output), None)
+        operators.backward(gradients, results, Needs(False), inputs, options)
     return watched.largest
 
 

@@ -231,7 +231,8 @@ def test_compiled_backward_goes_without_the_gradient_of_weights_that_no_loss_use
     loss_is_compiled, device, backward_passes
 ):
     """The graph hands zeros to the backward: kernels that would add them find nothing to do, and what others wrote
-    stays, to the last bit; Gluon's, which know no such gradient, could have been those."""
+    stays, to the last bit; Gluon's, which know no such gradient, could have been those. A graph that holds the loss
+    too knows that it uses no weights, and launches what an eager call does."""
     pytest.importorskip("triton")
     torch._dynamo.reset()
     module = Returning()
@@ -248,7 +249,8 @@ def test_compiled_backward_goes_without_the_gradient_of_weights_that_no_loss_use
         (False, False),
         (False, True),
     ]
-    assert [weights for weights, is_on, _ in backward_passes if not is_on] == [True, True]
+    off = [weights for weights, is_on, _ in backward_passes if not is_on]
+    assert off == ([] if loss_is_compiled else [True, True])
     for ours, theirs in zip(found, expected):
         assert torch.equal(ours, theirs)
 

@@ -11,7 +11,7 @@ import torch
 
 import fastattn
 from fastattn.ops.attention import on_torch, on_triton
-from fastattn.ops.common import backends, kernels
+from fastattn.ops.common import backends
 from fastattn.testing import attention_inputs
 from tests.ops.attention_cases import attend
 
@@ -55,28 +55,28 @@ def test_backend_argument_wins_over_the_context(qkv, ran):
 
 def test_use_backend_nests_and_restores(qkv, ran):
     pytest.importorskip("triton", reason="triton is not installed")
-    before = backends._default_backend.value
+    before = backends.default_backend.value
     with fastattn.use_backend("torch"):
         attend(*qkv)
         with fastattn.use_backend("triton"):
             attend(*qkv)
         attend(*qkv)
     assert ran == ["torch", "triton", "torch"]
-    assert backends._default_backend.value == before
+    assert backends.default_backend.value == before
 
 
 def test_use_backend_restores_after_an_exception():
-    before = backends._default_backend.value
+    before = backends.default_backend.value
     with pytest.raises(KeyError), fastattn.use_backend("torch"):
         raise KeyError
-    assert backends._default_backend.value == before
+    assert backends.default_backend.value == before
 
 
 def test_use_backend_refuses_an_unknown_name():
-    before = backends._default_backend.value
+    before = backends.default_backend.value
     with pytest.raises(ValueError, match=r"backend='flash'.*'auto', 'triton', 'torch'"), fastattn.use_backend("flash"):  # type: ignore[arg-type]
         pass
-    assert backends._default_backend.value == before
+    assert backends.default_backend.value == before
 
 
 # ------------------------------------------------------------------------------------------------------------ explain
@@ -219,10 +219,10 @@ def test_switches_may_be_left_in_any_order(order):
     """Two threads, or two generators, overlap: the one that is left first must not bring back what the other, who
     entered in between, has found."""
     switches: list[tuple[Any, list[Any]]] = [
-        (backends._default_backend, ["torch", "triton", "auto"]),
+        (backends.default_backend, ["torch", "triton", "auto"]),
         (
-            kernels._choice,
-            [kernels.KernelChoice("gluon"), kernels.KernelChoice("auto", False), kernels.KernelChoice()],
+            backends.chosen_kernels,
+            [backends.KernelChoice("gluon"), backends.KernelChoice("auto", False), backends.KernelChoice()],
         ),
     ]
     for switch, values in switches:
@@ -239,12 +239,12 @@ def test_switches_may_be_left_in_any_order(order):
 
 
 def test_switches_of_threads_end_as_they_began():
-    before, failures = backends._default_backend.value, []
+    before, failures = backends.default_backend.value, []
 
     def work(name):
         for _ in range(300):
             with fastattn.use_backend(name):
-                if backends._default_backend.value not in ("torch", "triton"):
+                if backends.default_backend.value not in ("torch", "triton"):
                     failures.append(name)
 
     threads = [threading.Thread(target=work, args=(name,)) for name in ("torch", "triton") * 4]
@@ -253,7 +253,7 @@ def test_switches_of_threads_end_as_they_began():
     for thread in threads:
         thread.join()
     assert not failures
-    assert backends._default_backend.value == before
+    assert backends.default_backend.value == before
 
 
 def test_use_backend_inside_a_compiled_function():
@@ -264,6 +264,6 @@ def test_use_backend_inside_a_compiled_function():
             return attend(query, query, query)
 
     query = attention_inputs(1, 1, 3, 3, 8)[0]
-    before = backends._default_backend.value
+    before = backends.default_backend.value
     torch.testing.assert_close(torch.compile(function, backend="eager", fullgraph=True)(query), function(query))
-    assert backends._default_backend.value == before
+    assert backends.default_backend.value == before

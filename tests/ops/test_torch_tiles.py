@@ -18,13 +18,13 @@ LENGTH, KEYS = 333, 290
 def tiles(monkeypatch):
     """The tiles that were attended to, as (rows, keys, whether a mask was needed)."""
     seen = []
-    attend = torch_tiles._attend
+    attend = torch_tiles.attend_tile
 
     def counting(tile):
         seen.append((tile.query.shape[2], tile.key.shape[2], tile.mask is not None))
         return attend(tile)
 
-    monkeypatch.setattr(torch_tiles, "_attend", counting)
+    monkeypatch.setattr(torch_tiles, "attend_tile", counting)
     return seen
 
 

@@ -6,12 +6,13 @@ from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from fastattn.ops.additive_attention import on_torch, on_triton
-from fastattn.ops.additive_attention.call import AdditiveCall, make_call
+from fastattn.ops.additive_attention.call import make_call
+from fastattn.ops.additive_attention.contract import AdditiveAttentionCall
 from fastattn.ops.common import backends
 from fastattn.ops.common.tracing import is_symbolically_traced, recorded
 
 
-def _run(call: AdditiveCall, backend: backends.Backend | None) -> tuple[Tensor, Tensor | None]:
+def _run(call: AdditiveAttentionCall, backend: backends.Backend | None) -> tuple[Tensor, Tensor | None]:
     """``(output, weights or None)`` of a call on the backend that is chosen."""
     if backends.choose(call, backend, on_triton.refusals) == "triton":
         return on_triton.run(call)

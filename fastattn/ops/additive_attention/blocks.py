@@ -12,9 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.ops.additive_attention.contract import AdditiveInputs, AdditiveOptions, empty_gradients, empty_results
-from fastattn.ops.attention.blocks import OF_ROWS, SCORES, Axes, Block
-from fastattn.ops.attention.contract import statistics_dtype
+from fastattn.ops.additive_attention.contract import (
+    InputGradients,
+    Inputs,
+    Needs,
+    Options,
+    OutputGradients,
+    Results,
+    empty_gradients,
+    empty_results,
+)
+from fastattn.ops.common.blocks import OF_KEYS, OF_ROWS, SCORES, Axes, Block, statistics_dtype
 from fastattn.reference import visibility
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
@@ -22,11 +30,10 @@ from fastattn.reference.attention import NEGATIVE_INFINITY
 # 1.15 times as long); a GPU wants enough of them to be busy.
 BLOCK_ELEMENTS, BLOCK_ELEMENTS_ON_GPU = 1 << 18, 1 << 24
 
-_OF_KEYS: Axes = ("batch", None, "keys")
-INPUT_AXES: tuple[Axes, ...] = (OF_ROWS, _OF_KEYS, _OF_KEYS, (None,), SCORES, SCORES, ("batch", "keys"))
+INPUT_AXES: tuple[Axes, ...] = (OF_ROWS, OF_KEYS, OF_KEYS, (None,), SCORES, SCORES, ("batch", "keys"))
 
 
-# ------------------------------------------------------------------------------------------------- cutting into blocks
+# -------------------------------------------------------------------------------------------------- cutting into blocks
 
 
 def block_elements(device: torch.device) -> int:
@@ -34,7 +41,7 @@ def block_elements(device: torch.device) -> int:
     return BLOCK_ELEMENTS if device.type == "cpu" else BLOCK_ELEMENTS_ON_GPU
 
 
-def blocks(inputs: AdditiveInputs, options: AdditiveOptions) -> Iterator[Block]:
+def blocks(inputs: Inputs, options: Options) -> Iterator[Block]:
     """Whole batch entries together while they fit a block, else some rows of one; keys that causality hides from all
     rows of a block are left out, and so are blocks that see none."""
     (batch, heads, length, size), keys = inputs.query.shape, inputs.key.shape[2]
@@ -52,29 +59,29 @@ def blocks(inputs: AdditiveInputs, options: AdditiveOptions) -> Iterator[Block]:
                 yield Block(slice(entry, min(entry + entries, batch)), slice(row, end), slice(0, seen))
 
 
-def cut(block: Block, inputs: AdditiveInputs, options: AdditiveOptions) -> tuple[AdditiveInputs, AdditiveOptions]:
+def cut(block: Block, inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
     """The call that a block is by itself."""
     own: list[Any] = [None if t is None else block.of(t, axes) for t, axes in zip(inputs, INPUT_AXES)]
     upper = None if options.upper is None else options.upper + block.rows.start
-    return AdditiveInputs(*own), options._replace(upper=upper)
+    return Inputs(*own), options._replace(upper=upper)
 
 
 # ----------------------------------------------------------------------------------------------------- one block's work
 
 
-def _bent(own: AdditiveInputs, dtype: torch.dtype) -> Tensor:
+def _bent(own: Inputs, dtype: torch.dtype) -> Tensor:
     """``tanh(query + key)``, ``[H, b, n, s, A]``: heads first, so that a head's product with its weight is one."""
     query, key = (t.to(dtype).transpose(0, 1) for t in (own.query, own.key))
     return (query[..., :, None, :] + key[..., None, :, :]).tanh_()
 
 
-def _flat(own: AdditiveInputs, bent: Tensor) -> tuple[Tensor, Tensor]:
+def _flat(own: Inputs, bent: Tensor) -> tuple[Tensor, Tensor]:
     """``bent`` as ``[H, b * n * s, A]`` and the weight as ``[H, A, 1]``."""
     weight = own.weight.to(bent.dtype).expand(bent.shape[0], -1)
     return bent.flatten(1, 3), weight[..., None]
 
 
-def _visible(own: AdditiveInputs, options: AdditiveOptions) -> Tensor | None:
+def _visible(own: Inputs, options: Options) -> Tensor | None:
     """Boolean ``[b | 1, H | 1, n, s]``; None where every row sees every key."""
     if own.bias is None and own.mask is None and own.key_padding_mask is None and options.upper is None:
         return None
@@ -92,7 +99,7 @@ def _visible(own: AdditiveInputs, options: AdditiveOptions) -> Tensor | None:
     return visible & (own.bias.to(statistics_dtype(own.query.dtype)) != NEGATIVE_INFINITY)
 
 
-def _weights(own: AdditiveInputs, bent: Tensor, visible: Tensor | None) -> Tensor:
+def _weights(own: Inputs, bent: Tensor, visible: Tensor | None) -> Tensor:
     """Softmax of the scores, ``[b, H, n, s]``; 0 in rows that see nothing."""
     scores = torch.bmm(*_flat(own, bent)).view(bent.shape[:-1]).transpose(0, 1)
     if own.bias is not None:
@@ -111,14 +118,14 @@ def _without_unseen(value: Tensor, visible: Tensor | None) -> Tensor:
 # -------------------------------------------------------------------------------------------------------- the operators
 
 
-def forward(inputs: AdditiveInputs, options: AdditiveOptions) -> tuple[Tensor, Tensor, Tensor]:
-    """``(output, weights, nothing)``; the contract of ``fastattn::additive_forward``."""
+def forward(inputs: Inputs, options: Options) -> Results:
+    """The contract of ``fastattn::additive_forward``."""
     with torch.autocast(inputs.query.device.type, enabled=False):  # what is computed wider than it comes stays wide
         return _forward(inputs, options)
 
 
-def _forward(inputs: AdditiveInputs, options: AdditiveOptions) -> tuple[Tensor, Tensor, Tensor]:
-    output, weights, statistics = empty_results(inputs, options)
+def _forward(inputs: Inputs, options: Options) -> Results:
+    results = output, weights, _ = empty_results(inputs, options)
     for result in (output, weights):
         result.zero_()  # for what no block writes
     dtype = statistics_dtype(inputs.query.dtype)
@@ -129,31 +136,25 @@ def _forward(inputs: AdditiveInputs, options: AdditiveOptions) -> tuple[Tensor, 
         block.of(output, OF_ROWS).copy_(p @ _without_unseen(own.value.to(dtype), visible))
         if options.needs_weights:
             block.of(weights, SCORES).copy_(p)
-    return output, weights, statistics
+    return results
 
 
 def backward(
-    gradients: tuple[Tensor, Tensor | None],
-    results: tuple[Tensor, Tensor, Tensor],
-    needs_d_bias: bool,
-    inputs: AdditiveInputs,
-    options: AdditiveOptions,
-) -> tuple[Tensor, ...]:
-    """The gradients of query, key, value, weight and bias; the contract of ``fastattn::additive_backward``."""
+    gradients: OutputGradients, kept: Results, needs: Needs, inputs: Inputs, options: Options
+) -> InputGradients:
+    """The contract of ``fastattn::additive_backward``. Every block is made again, so that nothing kept is read."""
     with torch.autocast(inputs.query.device.type, enabled=False):
-        return _backward(gradients, needs_d_bias, inputs, options)
+        return _backward(gradients, needs, inputs, options)
 
 
-def _backward(
-    gradients: tuple[Tensor, Tensor | None], needs_d_bias: bool, inputs: AdditiveInputs, options: AdditiveOptions
-) -> tuple[Tensor, ...]:
+def _backward(gradients: OutputGradients, needs: Needs, inputs: Inputs, options: Options) -> InputGradients:
     d_output, d_weights = gradients
     dtype = statistics_dtype(inputs.query.dtype)
     heads = inputs.query.shape[1]
     d_query, d_key, d_value = (torch.zeros_like(t, dtype=dtype) for t in inputs[:3])
     d_weight = inputs.weight.new_zeros((heads, inputs.weight.shape[1]), dtype=dtype)
     d_bias = None
-    if needs_d_bias and inputs.bias is not None:
+    if needs.needs_d_bias and inputs.bias is not None:
         d_bias = inputs.bias.new_zeros(inputs.bias.shape, dtype=torch.promote_types(inputs.bias.dtype, dtype))
     for block in blocks(inputs, options):
         own, rules = cut(block, inputs, options)
@@ -162,7 +163,7 @@ def _backward(
         d_rows = block.of(d_output, OF_ROWS).to(dtype)
         if visible is not None:  # whatever comes in as the gradient of a row that sees nothing
             d_rows = d_rows.masked_fill(~visible.any(dim=-1, keepdim=True), 0)
-        block.of(d_value, _OF_KEYS).add_(p.mT @ d_rows)
+        block.of(d_value, OF_KEYS).add_(p.mT @ d_rows)
         dp = d_rows @ _without_unseen(own.value.to(dtype), visible).mT
         if d_weights is not None:
             dp = dp + block.of(d_weights, SCORES)
@@ -181,10 +182,10 @@ def _backward(
         slopes = torch.ops.aten.tanh_backward.grad_input(ds[..., None].expand_as(bent), bent, grad_input=bent)
         of_rows, of_keys = (slopes.sum(dim=dim).mul_(weight.view(heads, 1, 1, -1)) for dim in (3, 2))
         block.of(d_query, OF_ROWS).add_(of_rows.transpose(0, 1))
-        block.of(d_key, _OF_KEYS).add_(of_keys.transpose(0, 1))
-    found = list(empty_gradients(inputs, needs_d_bias))
+        block.of(d_key, OF_KEYS).add_(of_keys.transpose(0, 1))
+    found = empty_gradients(inputs, needs)
     totals = (d_query, d_key, d_value, d_weight.sum_to_size(inputs.weight.shape), d_bias)
     for gradient, total in zip(found, totals):
         if total is not None:
             gradient.copy_(total)
-    return tuple(found)
+    return found

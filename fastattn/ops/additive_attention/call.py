@@ -2,36 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from fastattn.ops.attention.call import DTYPES, check_attn_mask, check_key_padding_mask, under_autocast
-
-
-class AdditiveCall(NamedTuple):
-    """A validated call: the tensors in the order of the operators' (``contract``), then the rest. ``mask``
-    True = may see, ``key_padding_mask`` True = padding."""
-
-    query: Tensor  # [B, H, L, A]
-    key: Tensor  # [B, H, S, A]
-    value: Tensor  # [B, H, S, Dv]
-    weight: Tensor  # [H | 1, A]
-    bias: Tensor | None  # [B | 1, H | 1, L | 1, S | 1], floating
-    mask: Tensor | None  # [B | 1, H | 1, L | 1, S | 1], boolean
-    key_padding_mask: Tensor | None  # [B, S], boolean
-    upper: int | None
-    needs_weights: bool
-
-    @property
-    def device(self) -> torch.device:
-        """Where the call's tensors lie."""
-        return self.query.device
-
-
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
+from fastattn.ops.additive_attention.contract import AdditiveAttentionCall
+from fastattn.ops.common.checks import DTYPES, check_attn_mask, check_key_padding_mask, shape_of, under_autocast
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> None:
@@ -49,9 +24,9 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> 
             raise ValueError(f"{name} is on {tensor.device} but query is on {query.device}: expected one device")
     if query.dim() not in (3, 4):
         raise ValueError(
-            f"query has shape {_shape(query)}: expected [batch, length, size] or [batch, heads, length, size]"
+            f"query has shape {shape_of(query)}: expected [batch, length, size] or [batch, heads, length, size]"
         )
-    shapes = f"query {_shape(query)}, key {_shape(key)}, value {_shape(value)}"
+    shapes = f"query {shape_of(query)}, key {shape_of(key)}, value {shape_of(value)}"
     if not query.dim() == key.dim() == value.dim():
         raise ValueError(f"{shapes}: expected as many dimensions in all three")
     if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
@@ -65,8 +40,8 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> 
         raise ValueError(f"{shapes}: expected key and value to have the same length (the dimension before the last)")
     size = query.shape[-1]
     accepted = [(size,)] if query.dim() == 3 else [(size,), (query.shape[1], size)]
-    if _shape(weight) not in accepted:
-        raise ValueError(f"weight has shape {_shape(weight)}: expected {' or '.join(map(str, accepted))}")
+    if shape_of(weight) not in accepted:
+        raise ValueError(f"weight has shape {shape_of(weight)}: expected {' or '.join(map(str, accepted))}")
 
 
 def make_call(
@@ -80,7 +55,7 @@ def make_call(
     is_causal: bool = False,
     need_weights: bool = False,
     average_attn_weights: bool = True,
-) -> AdditiveCall:
+) -> AdditiveAttentionCall:
     """Check every argument of :func:`fastattn.additive_attention`; under autocast, cast as attention does."""
     query, key, value, weight = under_autocast(query, key, value, weight)
     check_tensors(query, key, value, weight)
@@ -100,4 +75,5 @@ def make_call(
             raise TypeError(f"{name}={flag!r}: expected True or False")
     if weight.dim() == 1:
         weight = weight.unsqueeze(0)
-    return AdditiveCall(query, key, value, weight, bias, mask, key_padding_mask, 0 if is_causal else None, need_weights)
+    upper = 0 if is_causal else None
+    return AdditiveAttentionCall(query, key, value, weight, bias, mask, key_padding_mask, upper, need_weights)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from fastattn.ops.additive_attention.contract import AdditiveInputs, AdditiveOptions, empty_gradients, empty_results
+from fastattn.ops.additive_attention.contract import (
+    InputGradients,
+    Inputs,
+    Needs,
+    Options,
+    OutputGradients,
+    Results,
+    empty_gradients,
+    empty_results,
+)
 from fastattn_kernels.additive_attention.backward import launch_additive_bwd
 from fastattn_kernels.additive_attention.forward import launch_additive_fwd
 from fastattn_kernels.additive_attention.pairs import launch_additive_weights
@@ -14,8 +21,7 @@ from fastattn_kernels.common.problem import WeightsGradient
 from fastattn_kernels.common.tile_map import tile_map_for
 
 
-def _problem(inputs: AdditiveInputs, options: AdditiveOptions) -> AdditiveProblem:
-    upper = options.upper
+def _problem(inputs: Inputs, options: Options) -> AdditiveProblem:
     return AdditiveProblem(
         query=inputs.query,
         key=inputs.key,
@@ -24,32 +30,28 @@ def _problem(inputs: AdditiveInputs, options: AdditiveOptions) -> AdditiveProble
         bias=inputs.bias,
         mask=inputs.mask,
         key_padding_mask=inputs.key_padding_mask,
-        upper=upper,
+        upper=options.upper,
         weight=inputs.weight,
     )
 
 
-def forward(inputs: AdditiveInputs, options: AdditiveOptions) -> tuple[Tensor, Tensor, Tensor]:
-    """``(output, weights, statistics)``; the contract of ``fastattn::additive_forward``."""
-    output, weights, statistics = empty_results(inputs, options)
+def forward(inputs: Inputs, options: Options) -> Results:
+    """The contract of ``fastattn::additive_forward``."""
+    results = output, weights, statistics = empty_results(inputs, options)
     problem = _problem(inputs, options)
     launch_additive_fwd(problem, output, statistics, tile_map_for(problem))
     if options.needs_weights:
         launch_additive_weights(problem, statistics, weights)
-    return output, weights, statistics
+    return results
 
 
 def backward(
-    gradients: tuple[Tensor, Tensor | None],
-    results: tuple[Tensor, Tensor, Tensor],
-    needs_d_bias: bool,
-    inputs: AdditiveInputs,
-    options: AdditiveOptions,
-) -> tuple[Tensor, ...]:
-    """The gradients of query, key, value, weight and bias; the contract of ``fastattn::additive_backward``."""
+    gradients: OutputGradients, kept: Results, needs: Needs, inputs: Inputs, options: Options
+) -> InputGradients:
+    """The contract of ``fastattn::additive_backward``."""
     d_output, d_weights = gradients
-    output, weights, statistics = results
-    d_query, d_key, d_value, d_weight, d_bias = empty_gradients(inputs, needs_d_bias)
+    output, weights, statistics = kept
+    found = d_query, d_key, d_value, d_weight, d_bias = empty_gradients(inputs, needs)
     delta = launch_attention_delta(output, d_output, None)
     of_weights = None
     if d_weights is not None:
@@ -57,7 +59,7 @@ def backward(
         products = weights.float() * d_weights
         delta += products.masked_fill(weights == 0, 0).sum(-1)  # what hides a key may hide NaN
     problem = _problem(inputs, options)
-    found, d_scores = launch_additive_bwd(
+    of_weight, d_scores = launch_additive_bwd(
         problem,
         d_output,
         statistics.contiguous(),  # vmap may hand on a view of what its samples share
@@ -69,7 +71,7 @@ def backward(
         d_value,
         tile_map_for(problem),
     )
-    d_weight.copy_(found.sum_to_size(d_weight.shape))
-    if needs_d_bias and inputs.bias is not None:
+    d_weight.copy_(of_weight.sum_to_size(d_weight.shape))
+    if needs.needs_d_bias and inputs.bias is not None:
         d_bias.copy_(d_scores.sum_to_size(d_bias.shape))
-    return d_query, d_key, d_value, d_weight, d_bias
+    return found

@@ -10,18 +10,18 @@ from torch import Tensor
 from fastattn import reference
 from fastattn.ops.additive_attention import operator
 from fastattn.ops.additive_attention.blocks import block_elements
-from fastattn.ops.additive_attention.call import AdditiveCall
+from fastattn.ops.additive_attention.contract import AdditiveAttentionCall
 from fastattn.ops.common.tracing import is_eager_on_cpu, is_recorded
 from fastattn.reference import visibility
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
 
-def describe(call: AdditiveCall) -> str:
+def describe(call: AdditiveAttentionCall) -> str:
     """Which of the two forms the call takes."""
     return "the formula in plain torch" if _is_small(call) else "plain torch in blocks of rows"
 
 
-def run(call: AdditiveCall) -> tuple[Tensor, Tensor | None]:
+def run(call: AdditiveAttentionCall) -> tuple[Tensor, Tensor | None]:
     """``(output, weights or None)``."""
     if _is_small(call):
         output, weights, trusted = _formula(call)
@@ -32,7 +32,7 @@ def run(call: AdditiveCall) -> tuple[Tensor, Tensor | None]:
     return operator.apply(call, "torch")
 
 
-def _recorded(call: AdditiveCall) -> tuple[Tensor, Tensor | None]:
+def _recorded(call: AdditiveAttentionCall) -> tuple[Tensor, Tensor | None]:
     """The call as an exported graph has it: the reference's formula, of torch's own operators alone."""
     output, weights = reference.additive_attention(
         call.query,
@@ -47,7 +47,7 @@ def _recorded(call: AdditiveCall) -> tuple[Tensor, Tensor | None]:
     return output, weights if call.needs_weights else None
 
 
-def _is_small(call: AdditiveCall) -> bool:
+def _is_small(call: AdditiveAttentionCall) -> bool:
     """Does the formula serve? For a decoder's single step the operators would take three times as long as it.
 
     In training it keeps its intermediate, one block at most, and a decoder so many of them as it makes steps. That is
@@ -62,7 +62,7 @@ def _is_small(call: AdditiveCall) -> bool:
     )
 
 
-def _formula(call: AdditiveCall) -> tuple[Tensor, Tensor, bool]:
+def _formula(call: AdditiveAttentionCall) -> tuple[Tensor, Tensor, bool]:
     """Output and weights by the textbook, and whether to trust them: rows that see nothing, and NaN or inf in hidden
     keys, show in the sum and are left to the blocks."""
     bent = torch.tanh(call.query[..., :, None, :] + call.key[..., None, :, :])
@@ -82,7 +82,7 @@ def _formula(call: AdditiveCall) -> tuple[Tensor, Tensor, bool]:
     return output, weights, trusted
 
 
-def _merged_mask(call: AdditiveCall) -> Tensor | None:
+def _merged_mask(call: AdditiveAttentionCall) -> Tensor | None:
     """What is added to the scores; None where nothing is."""
     visible = call.mask
     if call.upper is not None or call.key_padding_mask is not None:

@@ -1,188 +1,133 @@
-"""The opaque operators ``fastattn::additive_forward`` and ``additive_backward``, and their autograd rules.
-
-Built as those of attention are (``_autograd``): derivatives beyond the first come from the formula, in blocks of rows.
-"""
+"""Additive attention as a pair of operators, ``fastattn::additive_forward`` and ``additive_backward``; see
+``row_operator``."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn.ops.additive_attention import derivatives
-from fastattn.ops.additive_attention.call import AdditiveCall
+from fastattn.ops.additive_attention import blocks
 from fastattn.ops.additive_attention.contract import (
-    DIFFERENTIABLE,
-    INPUTS,
-    OPTIONS,
-    AdditiveInputs,
-    AdditiveOptions,
+    AdditiveAttentionCall,
+    InputGradients,
+    Inputs,
+    Needs,
+    Options,
+    OutputGradients,
+    Results,
     empty_gradients,
     empty_results,
-    implementation,
+    stored,
+    weights_shape,
 )
-from fastattn.ops.common import functional
-from fastattn.ops.common.availability import OPERATOR_DEVICES
-from fastattn.ops.common.flops import make_countable
+from fastattn.ops.common.blocks import OF_ROWS, SCORES, Block
+from fastattn.ops.common.derivatives import Blocked, Formula
+from fastattn.ops.common.flops import product_flops
+from fastattn.ops.common.operator import apply as apply_function
+from fastattn.ops.common.row_operator import BackwardFunction, ForwardFunction, RowOperator
+from fastattn.reference import additive_attention as reference
 
-_ARGUMENTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? bias, Tensor? mask, Tensor? key_padding_mask, "
-    "SymInt? upper, bool needs_weights, str backend"
+
+def implementation(backend: str) -> ModuleType:
+    """The module whose ``forward`` and ``backward`` implement the operators for a backend."""
+    if backend == "triton":
+        from fastattn.ops.additive_attention import launch  # imports triton
+
+        return launch
+    return blocks
+
+
+def _blocked(inputs: Inputs, options: Options) -> Blocked:
+    """Output and weights as a formula of the differentiable inputs, cut into blocks."""
+    query = inputs.query
+
+    def each() -> Iterator[tuple[Block, Formula]]:
+        for block in blocks.blocks(inputs, options):
+            yield block, _formula(*blocks.cut(block, inputs, options))
+
+    return Blocked(
+        primals=ADDITIVE_ATTENTION.differentiable(inputs),
+        axes=ADDITIVE_ATTENTION.differentiable(blocks.INPUT_AXES),
+        result_shapes=((*query.shape[:3], inputs.value.shape[3]), weights_shape(inputs, options)),
+        result_dtypes=(query.dtype, query.dtype),
+        result_axes=(OF_ROWS, SCORES if options.needs_weights else (None,)),
+        blocks=each,
+    )
+
+
+def _formula(inputs: Inputs, options: Options) -> Formula:
+    """What ``additive_forward`` computes of the differentiable inputs, the statistics left out."""
+    compute = torch.promote_types(inputs.query.dtype, torch.float32)
+
+    def function(
+        query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        result = reference(
+            *(t.to(compute) for t in (query, key, value, weight)),
+            bias=bias,
+            mask=inputs.mask,
+            key_padding_mask=inputs.key_padding_mask,
+            upper=options.upper,
+        )
+        weights = result.weights.to(query.dtype) if options.needs_weights else query.new_empty(0)
+        return result.output.to(query.dtype), weights
+
+    return function
+
+
+def _forward_flops(inputs: Any, options: Options) -> int:
+    """``P V``: the scores are no product of matrices, and torch's counter counts nothing else."""
+    return product_flops(inputs.query, inputs.key, inputs.value[3])
+
+
+def _backward_flops(inputs: Any, options: Options) -> int:
+    """``dV`` and ``dP``."""
+    return 2 * product_flops(inputs.query, inputs.key, inputs.value[3])
+
+
+ADDITIVE_ATTENTION = RowOperator(
+    name="additive",
+    inputs=Inputs,
+    options=Options,
+    results=Results,
+    kept=Results,
+    output_gradients=OutputGradients,
+    needs=Needs,
+    input_gradients=InputGradients,
+    implementation=implementation,
+    ask=Needs,
+    stored=stored,
+    empty_results=empty_results,
+    empty_gradients=empty_gradients,
+    blocked=_blocked,
+    forward_flops=_forward_flops,
+    backward_flops=_backward_flops,
 )
-torch.library.define("fastattn::additive_forward", f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
-torch.library.define(
-    "fastattn::additive_backward",
-    "(Tensor d_output, Tensor? d_weights, Tensor output, Tensor weights, Tensor statistics, bool needs_d_bias, "
-    f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-# Where the inputs are among the arguments of additive_backward, and where it is said whether a bias has its gradient.
-_NEEDS_BIAS, _BACKWARD_INPUTS, _BACKWARD_OPTIONS = 5, slice(6, 6 + INPUTS), slice(6 + INPUTS, None)
 
 
-# ------------------------------------------------------------------------------------------------------ operators
+class AdditiveAttentionBackward(BackwardFunction):
+    """The gradients of :class:`AdditiveAttention`."""
+
+    of, operator = ADDITIVE_ATTENTION, ADDITIVE_ATTENTION.backward
 
 
-@torch.library.impl("fastattn::additive_forward", OPERATOR_DEVICES)
-def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    inputs, options = AdditiveInputs(*args[:INPUTS]), AdditiveOptions(*args[INPUTS:])
-    return implementation(options.backend).forward(inputs, options)
-
-
-@torch.library.register_fake("fastattn::additive_forward")
-def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_results(AdditiveInputs(*args[:INPUTS]), AdditiveOptions(*args[INPUTS:]))
-
-
-@torch.library.impl("fastattn::additive_backward", OPERATOR_DEVICES)
-def _backward(*args: Any) -> tuple[Tensor, ...]:
-    inputs, options = AdditiveInputs(*args[_BACKWARD_INPUTS]), AdditiveOptions(*args[_BACKWARD_OPTIONS])
-    return implementation(options.backend).backward(args[:2], args[2:5], args[_NEEDS_BIAS], inputs, options)
-
-
-@torch.library.register_fake("fastattn::additive_backward")
-def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    return empty_gradients(AdditiveInputs(*args[_BACKWARD_INPUTS]), args[_NEEDS_BIAS])
-
-
-# -------------------------------------------------------------------------------------------------------- functions
-
-
-class Additive(torch.autograd.Function):
+class AdditiveAttention(ForwardFunction):
     """``(output, weights, statistics)`` of one call; ``weights`` is empty where none are asked for."""
 
-    @staticmethod  # spelled out because torch.compile counts the parameters
-    def forward(query, key, value, weight, bias, mask, key_padding_mask,  # type: ignore[no-untyped-def]
-                upper, needs_weights, backend):  # fmt: skip
-        make_countable()
-        return torch.ops.fastattn.additive_forward(
-            query, key, value, weight, bias, mask, key_padding_mask, upper, needs_weights, backend
-        )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.options = AdditiveOptions(*inputs[INPUTS:])
-        ctx.save_for_backward(*inputs[:INPUTS], *output)
-        ctx.mark_non_differentiable(*output[2 if ctx.options.needs_weights else 1 :])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        d_output, d_weights, _ = grads
-        saved = ctx.saved_tensors  # once: checkpointing unpacks what was saved a single time
-        tensors, results = saved[:INPUTS], saved[INPUTS:]
-        if d_output is None:
-            d_output = torch.zeros_like(results[0])
-        if not ctx.options.needs_weights:
-            d_weights = None
-        needs_d_bias = tensors[4] is not None and ctx.needs_input_grad[4]
-        *gradients, d_bias = _additive_backward()(d_output, d_weights, *results, needs_d_bias, *tensors, *ctx.options)
-        return *gradients, d_bias if needs_d_bias else None, *(None,) * (INPUTS - DIFFERENTIABLE + OPTIONS)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        options = AdditiveOptions(*args[INPUTS:])
-        out_dims = (0, 0 if options.needs_weights else None, 0 if options.backend == "triton" else None)
-        return functional.looped(_additive(), info, in_dims, args, out_dims)
+    of, operator, gradient = ADDITIVE_ATTENTION, ADDITIVE_ATTENTION.forward, AdditiveAttentionBackward
 
 
-class AdditiveBackward(torch.autograd.Function):
-    """The gradients of :class:`Additive`; its own gradients come from the formula."""
-
-    @staticmethod
-    def forward(d_output, d_weights, output, weights, statistics, needs_d_bias,  # type: ignore[no-untyped-def]
-                query, key, value, weight, bias, mask, key_padding_mask,
-                upper, needs_weights, backend):  # fmt: skip
-        make_countable()
-        return torch.ops.fastattn.additive_backward(
-            d_output, d_weights, output, weights, statistics, needs_d_bias,
-            query, key, value, weight, bias, mask, key_padding_mask, upper, needs_weights, backend,
-        )  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.needs_d_bias, ctx.options = inputs[_NEEDS_BIAS], AdditiveOptions(*inputs[_BACKWARD_OPTIONS])
-        ctx.save_for_backward(*inputs[:2], *inputs[_BACKWARD_INPUTS])
-        if not ctx.needs_d_bias:
-            ctx.mark_non_differentiable(output[4])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        saved = ctx.saved_tensors
-        gradients, inputs = saved[:2], AdditiveInputs(*saved[2:])
-        cotangents = (*grads[:4], grads[4] if ctx.needs_d_bias else None)
-        wanted = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[_BACKWARD_INPUTS][:DIFFERENTIABLE])
-        found = derivatives.backward_vjp(gradients, inputs, ctx.options, cotangents, wanted)
-        # Output, weights and statistics get none: the formula already differentiates them through the inputs.
-        return *found[:2], *(None,) * 4, *found[2:], *(None,) * (INPUTS - DIFFERENTIABLE + OPTIONS)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        out_dims = (0, 0, 0, 0, 0 if args[_NEEDS_BIAS] else None)
-        return functional.looped(_additive_backward(), info, in_dims, args, out_dims)
-
-
-class AdditiveWithForwardMode(Additive):
-    """:class:`Additive` for eager mode: torch.compile cannot trace a Function that has a ``jvp``."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        Additive.setup_context(ctx, inputs, output)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_forward(*inputs[:INPUTS])
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
-        inputs = AdditiveInputs(*ctx.saved_tensors[:INPUTS])
-        output, weights = derivatives.forward_jvp(inputs, ctx.options, tangents[:DIFFERENTIABLE])
-        return output, weights if ctx.options.needs_weights else None, None
-
-
-class AdditiveBackwardWithForwardMode(AdditiveBackward):
-    """:class:`AdditiveBackward` for eager mode."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        AdditiveBackward.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[:2], *inputs[_BACKWARD_INPUTS])
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
-        gradients, inputs = saved[:2], AdditiveInputs(*saved[2:])
-        given = (*tangents[:2], *tangents[_BACKWARD_INPUTS][:DIFFERENTIABLE])
-        found = derivatives.backward_jvp(gradients, inputs, ctx.options, given)
-        return *found[:4], found[4] if ctx.needs_d_bias else None
-
-
-def _additive() -> Any:
-    return (Additive if torch.compiler.is_compiling() else AdditiveWithForwardMode).apply
-
-
-def _additive_backward() -> Any:
-    return (AdditiveBackward if torch.compiler.is_compiling() else AdditiveBackwardWithForwardMode).apply
-
-
-def apply(call: AdditiveCall, backend: str) -> tuple[Tensor, Tensor | None]:
+def apply(call: AdditiveAttentionCall, backend: str) -> tuple[Tensor, Tensor | None]:
     """``(output, weights or None)`` of a call, through the operators."""
-    output, weights, _ = _additive()(*call[:INPUTS], call.upper, call.needs_weights, backend)
-    return output, weights if call.needs_weights else None
+    results = Results(*apply_function(AdditiveAttention, *operands(call, backend)))
+    return results.output, results.weights if call.needs_weights else None
+
+
+def operands(call: AdditiveAttentionCall, backend: str) -> tuple[Inputs, Options]:
+    """A call in the form that the operators take."""
+    inputs = Inputs(*(getattr(call, name) for name in Inputs._fields))
+    return inputs, Options(call.upper, call.needs_weights, backend)

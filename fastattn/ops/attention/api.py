@@ -6,9 +6,19 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from fastattn.ops.attention.call import Alignment, make_call
+from fastattn.ops.attention import on_torch, on_triton
+from fastattn.ops.attention.call import make_call
+from fastattn.ops.attention.contract import Alignment, AttentionCall
 from fastattn.ops.common import backends
 from fastattn.ops.common.tracing import is_symbolically_traced, recorded
+
+
+def run(call: AttentionCall, backend: backends.Backend | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``(output, weights or None, lse or None)`` of a validated call on the backend that ``backends.choose`` names."""
+    # A branch and not a table of modules: torch.compile follows it without guarding on module attributes.
+    if backends.choose(call, backend, on_triton.refusals) == "triton":
+        return on_triton.run(call)
+    return on_torch.run(call)
 
 
 def attention(
@@ -100,7 +110,7 @@ def attention(
     if has_torch_function_variadic(query, key, value) and is_symbolically_traced(query, key, value):
         return recorded(attention, query, key, value, **words, backend=backend)
     call = make_call(query, key, value, **words)
-    output, weights, lse = backends.run(call, backend)
+    output, weights, lse = run(call, backend)
     if weights is None and lse is None:
         return output
     return tuple(t for t in (output, weights, lse) if t is not None)

@@ -16,17 +16,26 @@ hidden, they run again in a careful form, in which a weight of 0 makes 0 of what
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn.ops.attention import dropout
-from fastattn.ops.attention.call import is_autocast_enabled
-from fastattn.ops.attention.contract import Inputs, Options, empty_in_order_of, statistics_dtype, weights_shape
+from fastattn.ops.attention.contract import (
+    InputGradients,
+    Inputs,
+    Kept,
+    Needs,
+    Options,
+    OutputGradients,
+    Results,
+    weights_shape,
+)
+from fastattn.ops.common.blocks import OF_KEYS, OF_ROWS, SCORES, Axes, Block, empty_in_order_of, statistics_dtype
+from fastattn.ops.common.checks import without_autocast
 from fastattn.reference import distances, visibility
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
@@ -35,14 +44,10 @@ BLOCK_ELEMENTS = 1 << 20
 # Rows of a block that are worth a call of their own, however narrow the window.
 _LEAST_ROWS = 64
 
-# Which axes of a tensor follow the blocks: batch entries, rows or keys.
-Axes = tuple[str | None, ...]
-SCORES: Axes = ("batch", None, "rows", "keys")
-OF_ROWS: Axes = ("batch", None, "rows")
 _AXES_BY_NAME: dict[str, Axes] = {
     "query": OF_ROWS,
-    "key": ("batch", None, "keys"),
-    "value": ("batch", None, "keys"),
+    "key": OF_KEYS,
+    "value": OF_KEYS,
     "bias": SCORES,
     "alibi_slopes": ("batch",),
     "sinks": ("batch",),
@@ -56,47 +61,26 @@ _AXES_BY_NAME: dict[str, Axes] = {
 INPUT_AXES = tuple(_AXES_BY_NAME[name] for name in Inputs._fields)
 
 
-# ------------------------------------------------------------------------------------------------- cutting into blocks
+# -------------------------------------------------------------------------------------------------- cutting into blocks
 
 
-class Block(NamedTuple):
-    """Some rows of some batch entries, and the keys that they may see at most."""
-
-    batch: slice
-    rows: slice
-    keys: slice
-
-    def place_in(self, tensor: Tensor, axes: Axes) -> tuple[slice, ...]:
-        """Where this block lies in a tensor; axes of size 1 broadcast and stay."""
-        return tuple(
-            slice(None) if axis is None or size == 1 else getattr(self, axis) for axis, size in zip(axes, tensor.shape)
+def cut(block: Block, inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
+    """The call that a block is by itself; its dropout state is the block's kept weights."""
+    own: list[Any] = [t if t is None else block.of(t, axes) for t, axes in zip(inputs, INPUT_AXES)]
+    tensors = Inputs(*own)
+    if tensors.dropout_state is not None and dropout.is_seed(tensors.dropout_state):
+        kept = dropout.kept(
+            tensors.dropout_state, options.dropout_p, inputs.query.shape[1], block.batch, block.rows, block.keys
         )
-
-    def of(self, tensor: Tensor, axes: Axes) -> Tensor:
-        """This block of a tensor."""
-        # not by an index, which is an alias where it takes all: vectorised Jacobians have no batching rule for that
-        for axis, part in enumerate(self.place_in(tensor, axes)):
-            if part != slice(None):
-                tensor = tensor.narrow(axis, part.start, part.stop - part.start)
-        return tensor
-
-    def cut(self, inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
-        """The call that this block is by itself; its dropout state is the block's kept weights."""
-        own: list[Any] = [t if t is None else self.of(t, axes) for t, axes in zip(inputs, INPUT_AXES)]
-        tensors = Inputs(*own)
-        if tensors.dropout_state is not None and dropout.is_seed(tensors.dropout_state):
-            kept = dropout.kept(
-                tensors.dropout_state, options.dropout_p, inputs.query.shape[1], self.batch, self.rows, self.keys
-            )
-            tensors = tensors._replace(dropout_state=kept)
-        row, key = self.rows.start, self.keys.start
-        if tensors.prefix is not None and key:
-            tensors = tensors._replace(prefix=tensors.prefix - key)
-        return tensors, options._replace(
-            lower=None if options.lower is None else options.lower + row - key,
-            upper=None if options.upper is None else options.upper + row - key,
-            shift=options.shift + row - key,
-        )
+        tensors = tensors._replace(dropout_state=kept)
+    row, key = block.rows.start, block.keys.start
+    if tensors.prefix is not None and key:
+        tensors = tensors._replace(prefix=tensors.prefix - key)
+    return tensors, options._replace(
+        lower=None if options.lower is None else options.lower + row - key,
+        upper=None if options.upper is None else options.upper + row - key,
+        shift=options.shift + row - key,
+    )
 
 
 def batches(inputs: Inputs, options: Options) -> Iterator[slice]:
@@ -152,7 +136,7 @@ def keys_of_band(inputs: Inputs, options: Options, block: Block, looks: bool) ->
 def _keys_of_masks(inputs: Inputs, options: Options, block: Block) -> slice:
     """From the first to the last of the block's keys that every mask lets some row of it see."""
     start, stop = block.keys.start, block.keys.stop
-    for visible in _masks(block.cut(inputs._replace(dropout_state=None), options)[0]):
+    for visible in _masks(cut(block, inputs._replace(dropout_state=None), options)[0]):
         if visible.shape[3] != 1:
             seen = visible.view(torch.uint8).amax((0, 1, 2)).nonzero()
             if not len(seen):
@@ -236,12 +220,6 @@ def _compute_dtype(inputs: Inputs) -> torch.dtype:
         if added is not None:
             dtype = torch.promote_types(dtype, added.dtype)
     return dtype
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """A context in which products of float32 stay float32: autocast has had its say in the dtype of the inputs."""
-    on = is_autocast_enabled(device)
-    return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
 
 
 def _heads_as_rows(tensor: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
@@ -334,18 +312,18 @@ def _keep_scale(options: Options) -> float:
 
 
 def dropout_keep(inputs: Inputs, options: Options) -> Tensor:
-    """What :meth:`Block.cut` makes the kept weights of a block from: here the dropout state itself."""
+    """What :func:`cut` makes the kept weights of a block from: here the dropout state itself."""
     assert inputs.dropout_state is not None
     return inputs.dropout_state
 
 
-def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(output, lse, weights, the LSE again)``; the contract of ``fastattn::attention_forward``."""
+def forward(inputs: Inputs, options: Options) -> Results:
+    """The contract of ``fastattn::attention_forward``; the statistics are the LSE again."""
     with without_autocast(inputs.query.device):
-        results = _forward(inputs, options, careful=False)
-        if _hides(inputs, options) and not _all_finite(results[0]):
-            results = _forward(inputs, options, careful=True)
-    return *results, results[1].clone()  # an operator's outputs may not be one
+        output, lse, weights = _forward(inputs, options, careful=False)
+        if _hides(inputs, options) and not _all_finite(output):
+            output, lse, weights = _forward(inputs, options, careful=True)
+    return Results(output, lse, weights, statistics=lse.clone())  # an operator may not return one tensor twice
 
 
 def _forward(inputs: Inputs, options: Options, careful: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -362,7 +340,7 @@ def _forward(inputs: Inputs, options: Options, careful: bool) -> tuple[Tensor, T
     for batch in batches(inputs, options):
         keys, values = (_heads_as_rows(t[batch], kv_heads, compute) for t in (inputs.key, inputs.value))
         for block in blocks(inputs, options, batch, looks=looks):
-            own, rules = block.cut(inputs, options)
+            own, rules = cut(block, inputs, options)
             queries = _heads_as_rows(own.query, kv_heads, compute) * options.scale
             visible = _visible(own, rules) if careful else None
             scores, _ = _products(queries, keys[:, block.keys], own, rules)
@@ -392,33 +370,19 @@ def _forward(inputs: Inputs, options: Options, careful: bool) -> tuple[Tensor, T
     return output, lse, weights
 
 
-def backward(
-    gradients: tuple[Tensor, Tensor | None, Tensor | None],
-    output: Tensor,
-    lse: Tensor,
-    needs: tuple[bool, bool, bool],
-    inputs: Inputs,
-    options: Options,
-    *,
-    d_weights_may_be_zeros: bool,
-) -> tuple[Tensor, ...]:
-    """``(dq, dk, dv, d_bias, d_slopes, d_sinks)``; the contract of ``fastattn::attention_backward``. Zeros for
-    ``d_weights`` cost an addition here, and are added."""
+def backward(gradients: OutputGradients, kept: Kept, needs: Needs, inputs: Inputs, options: Options) -> InputGradients:
+    """The contract of ``fastattn::attention_backward``. Where ``d_weights_may_be_zeros`` they are added all the same:
+    that is one addition here."""
     with without_autocast(inputs.query.device):
-        results = _backward(gradients, lse, needs, inputs, options, careful=False)
+        results = _backward(gradients, kept.statistics, needs, inputs, options, careful=False)
         if _hides(inputs, options) and not _all_finite(*results):
-            results = _backward(gradients, lse, needs, inputs, options, careful=True)
+            results = _backward(gradients, kept.statistics, needs, inputs, options, careful=True)
     return results
 
 
 def _backward(
-    gradients: tuple[Tensor, Tensor | None, Tensor | None],
-    lse: Tensor,
-    needs: tuple[bool, bool, bool],
-    inputs: Inputs,
-    options: Options,
-    careful: bool,
-) -> tuple[Tensor, ...]:
+    gradients: OutputGradients, lse: Tensor, needs: Needs, inputs: Inputs, options: Options, careful: bool
+) -> InputGradients:
     d_output, d_lse, d_weights = gradients
     query, sinks, statistics = inputs.query, inputs.sinks, statistics_dtype(inputs.query.dtype)
     compute, heads, kv_heads = _compute_dtype(inputs), query.shape[1], inputs.key.shape[1]
@@ -426,10 +390,9 @@ def _backward(
     d_query, d_key, d_value = (empty_in_order_of(t, tuple(t.shape)) for t in inputs[:3])
     if hides or not (d_query.numel() and d_key.numel()):
         d_query.zero_(), d_key.zero_(), d_value.zero_()
-    d_bias, d_slopes, d_sinks = (
-        t.new_zeros(t.shape, dtype=torch.promote_types(t.dtype, statistics)) if needed and t is not None else None
-        for t, needed in zip((inputs.bias, inputs.alibi_slopes, sinks), needs)
-    )
+    d_bias = _zeros_like(inputs.bias, needs.needs_d_bias, statistics)
+    d_alibi_slopes = _zeros_like(inputs.alibi_slopes, needs.needs_d_alibi_slopes, statistics)
+    d_sinks = _zeros_like(sinks, needs.needs_d_sinks, statistics)
     # A sink's weight in each row, 1 where the row sees no key, and the mean of dP under the keys' weights
     sink_weight, means = (None, None) if d_sinks is None else (torch.ones_like(lse), torch.zeros_like(lse))
     # The average's gradient reaches every head, divided; and dropout scales what reaches a kept weight.
@@ -441,7 +404,7 @@ def _backward(
         keys, values = (_heads_as_rows(t[batch], kv_heads, compute) for t in (inputs.key, inputs.value))
         d_keys, d_values = (torch.zeros_like(t) for t in (keys, values))
         for block in blocks(inputs, options, batch, looks=looks):
-            own, rules = block.cut(inputs, options)
+            own, rules = cut(block, inputs, options)
             queries = _heads_as_rows(own.query, kv_heads, compute) * options.scale
             d_rows = _heads_as_rows(d_output[batch, :, block.rows], kv_heads, compute)
             if inputs.dropout_state is not None:
@@ -471,12 +434,12 @@ def _backward(
             if d_lse is not None:
                 ds = _cleared(ds.addcmul_(p, d_lse[batch, :, block.rows, None].to(p.dtype)), visible)
             if d_bias is not None:
-                d_bias_block = block.of(d_bias, SCORES)
-                d_bias_block += ds.sum_to_size(d_bias_block.shape)
-            if d_slopes is not None:
-                d_slopes_block = block.of(d_slopes, ("batch",))
-                by_head = (ds * _distances(ds, rules)).sum(dim=-1).sum(dim=-1).to(d_slopes.dtype)
-                d_slopes_block -= by_head.sum_to_size(d_slopes_block.shape)
+                of_bias = block.of(d_bias, SCORES)
+                of_bias += ds.sum_to_size(of_bias.shape)
+            if d_alibi_slopes is not None:
+                of_slopes = block.of(d_alibi_slopes, ("batch",))
+                by_head = (ds * _distances(ds, rules)).sum(dim=-1).sum(dim=-1).to(d_alibi_slopes.dtype)
+                of_slopes -= by_head.sum_to_size(of_slopes.shape)
             if bent is not None:
                 ds = _cleared(torch.ops.aten.tanh_backward(ds, bent), visible)
             ds = ds.view(flat)
@@ -490,8 +453,13 @@ def _backward(
         of_rows = sink_weight * ((0 if d_lse is None else d_lse) - means)
         of_rows = of_rows.where(sinks[..., None] != NEGATIVE_INFINITY, 0)  # a sink of -inf is none
         d_sinks += of_rows.sum(dim=-1).sum_to_size(d_sinks.shape)
-    optional = (
-        query.new_empty(0) if gradient is None or t is None else gradient.to(t.dtype)
-        for gradient, t in zip((d_bias, d_slopes, d_sinks), (inputs.bias, inputs.alibi_slopes, sinks))
-    )
-    return d_query, d_key, d_value, *optional
+    optional = ((d_bias, inputs.bias), (d_alibi_slopes, inputs.alibi_slopes), (d_sinks, sinks))
+    found = (query.new_empty(0) if g is None or t is None else g.to(t.dtype) for g, t in optional)
+    return InputGradients(d_query, d_key, d_value, *found)
+
+
+def _zeros_like(tensor: Tensor | None, needed: bool, at_least: torch.dtype) -> Tensor | None:
+    """What the gradient of an optional input is added up in; None where it is not needed."""
+    if tensor is None or not needed:
+        return None
+    return tensor.new_zeros(tensor.shape, dtype=torch.promote_types(tensor.dtype, at_least))

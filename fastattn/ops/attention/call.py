@@ -3,82 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastattn.ops.common.layouts import check_dense
-from fastattn.ops.common.tracing import are_sizes
-
-Alignment = Literal["top_left", "bottom_right"]
-Weights = Literal["none", "average", "heads"]
-
-
-class AttentionCall(NamedTuple):
-    """A validated call. The words are the reference's: ``mask`` True = may see, ``key_padding_mask`` True = padding."""
-
-    query: Tensor  # [B, H, L, D]
-    key: Tensor  # [B, Hk, S, D]
-    value: Tensor  # [B, Hk, S, Dv]
-    bias: Tensor | None = None  # [B | 1, H | 1, L | 1, S | 1], floating
-    alibi_slopes: Tensor | None = None  # [B | 1, H], floating
-    sinks: Tensor | None = None  # [B | 1, H], floating
-    mask: Tensor | None = None  # [B | 1, H | 1, L | 1, S | 1], boolean
-    key_padding_mask: Tensor | None = None  # [B, S], boolean
-    query_documents: Tensor | None = None  # [B | 1, L], int32 or int64
-    key_documents: Tensor | None = None  # [B | 1, S], int32 or int64
-    prefix: Tensor | None = None  # [B | 1], int32
-    lower: int | None = None
-    upper: int | None = None
-    shift: int = 0
-    softcap: float | None = None
-    scale: float = 1.0
-    dropout_p: float = 0.0
-    weights: Weights = "none"
-    return_lse: bool = False
-
-    @property
-    def device(self) -> torch.device:
-        """Where the call's tensors lie."""
-        return self.query.device
-
-    @property
-    def is_plain(self) -> bool:
-        """Does ``F.scaled_dot_product_attention`` have words for all that is asked of the scores?"""
-        beyond = (
-            self.alibi_slopes, self.sinks, self.query_documents, self.key_documents, self.prefix, self.lower,
-            self.softcap,
-        )  # fmt: skip
-        return all(argument is None for argument in beyond)
-
-
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
-
-
-# What is computed with; a dtype that is narrower is for storage.
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where it is on: all but float64, as torch's own operators take them.
-
-    What is no tensor, or of no such dtype, is left for the checks behind this to name.
-    """
-    return tuple(_under_autocast(t) if isinstance(t, Tensor) and t.dtype in DTYPES else t for t in tensors)
-
-
-def _under_autocast(tensor: Tensor) -> Tensor:
-    if tensor.dtype == torch.float64 or not is_autocast_enabled(tensor.device):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
-
-
-def is_autocast_enabled(device: torch.device) -> bool:
-    """Is autocast on for this device? It raises where it knows no such device, as ``meta`` and ``lazy`` are."""
-    kind = device.type
-    return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
+from fastattn.ops.attention.contract import Alignment, AttentionCall
+from fastattn.ops.common.checks import (
+    DTYPES,
+    check_attn_mask,
+    check_dense,
+    check_integers,
+    check_key_padding_mask,
+    check_number,
+    check_tensor,
+    is_integer,
+    shape_of,
+    under_autocast,
+)
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -90,7 +31,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             check_dense(name, tensor)
         if tensor.dim() != 4:
             raise ValueError(
-                f"{name} has shape {_shape(tensor)}: expected 4 dimensions [batch, heads, length, head_dim]"
+                f"{name} has shape {shape_of(tensor)}: expected 4 dimensions [batch, heads, length, head_dim]"
             )
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} is {tensor.dtype}: expected float16, bfloat16, float32 or float64")
@@ -98,7 +39,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise TypeError(f"{name} is {tensor.dtype} but query is {query.dtype}: expected one dtype for all three")
         if tensor.device != query.device:
             raise ValueError(f"{name} is on {tensor.device} but query is on {query.device}: expected one device")
-    shapes = f"query {_shape(query)}, key {_shape(key)}, value {_shape(value)}"
+    shapes = f"query {shape_of(query)}, key {shape_of(key)}, value {shape_of(value)}"
     if not query.shape[0] == key.shape[0] == value.shape[0]:
         raise ValueError(f"{shapes}: expected the same batch size (dimension 0) in all three")
     if query.shape[3] != key.shape[3]:
@@ -112,35 +53,6 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     heads, kv_heads = query.shape[1], key.shape[1]
     if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
         raise ValueError(f"{shapes}: expected the {heads} query heads to be a multiple of the {kv_heads} key heads")
-
-
-def check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """Return ``attn_mask`` as a 4-D view, or raise unless it is boolean or floating and broadcasts to the scores."""
-    if not isinstance(attn_mask, Tensor):
-        raise TypeError(f"attn_mask: expected a torch.Tensor or None, got {type(attn_mask).__name__}")
-    check_dense("attn_mask", attn_mask)
-    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
-        raise TypeError(f"attn_mask is {attn_mask.dtype}: expected bool (True = may attend) or floating (added)")
-    if attn_mask.device != query.device:
-        raise ValueError(f"attn_mask is on {attn_mask.device} but query is on {query.device}: expected one device")
-    scores = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    if attn_mask.dim() > 4 or not are_sizes(attn_mask.shape[::-1], scores[::-1], or_one=True):
-        raise ValueError(f"attn_mask has shape {_shape(attn_mask)}: expected one that broadcasts to {scores}")
-    return attn_mask[(None,) * (4 - attn_mask.dim())]
-
-
-def check_key_padding_mask(key_padding_mask: Tensor, key: Tensor) -> None:
-    """Raise unless ``key_padding_mask`` is boolean ``[B, S]``."""
-    if not isinstance(key_padding_mask, Tensor):
-        raise TypeError(f"key_padding_mask: expected a torch.Tensor or None, got {type(key_padding_mask).__name__}")
-    check_dense("key_padding_mask", key_padding_mask)
-    if key_padding_mask.dtype != torch.bool:
-        raise TypeError(f"key_padding_mask is {key_padding_mask.dtype}: expected bool (True = padding)")
-    if key_padding_mask.device != key.device:
-        raise ValueError(f"key_padding_mask is on {key_padding_mask.device} but key is on {key.device}")
-    expected = (key.shape[0], key.shape[2])
-    if key_padding_mask.dim() != 2 or not are_sizes(key_padding_mask.shape, expected):
-        raise ValueError(f"key_padding_mask has shape {_shape(key_padding_mask)}: expected [batch, keys] = {expected}")
 
 
 def check_document_ids(
@@ -162,7 +74,7 @@ def check_document_ids(
     found = []
     for of, ids, tensor in zip(("queries", "keys"), document_ids, (query, key)):
         check_tensor(f"document_ids of {of}", ids, query, [("batch", tensor.shape[0]), (of, tensor.shape[2])])
-        check_integer(f"document_ids of {of}", ids)
+        check_integers(f"document_ids of {of}", ids)
         found.append(ids if ids.dtype in (torch.int32, torch.int64) else ids.to(torch.int32))
     return found[0], found[1]
 
@@ -174,7 +86,7 @@ def check_prefix(prefix: int | Tensor, query: Tensor, key: Tensor) -> Tensor:
     """Return the prefix as int32 ``[B | 1]``, or raise."""
     if isinstance(prefix, Tensor):
         check_tensor("prefix", prefix, query, [("batch", query.shape[0])])
-        check_integer("prefix", prefix)
+        check_integers("prefix", prefix)
         return prefix.to(torch.int64).clamp(0, _MOST).to(torch.int32)
     if not is_integer(prefix):
         raise TypeError(f"prefix={prefix!r}: expected an int, an integer tensor [batch] or None")
@@ -195,32 +107,6 @@ def check_per_head(name: str, tensor: Tensor, query: Tensor, *, per_batch: bool)
     return tensor if tensor.dim() == 2 else tensor[None]
 
 
-def check_tensor(name: str, tensor: Tensor, query: Tensor, axes: list[tuple[str, int]], accepted: str = "") -> None:
-    """Raise unless ``tensor`` is a tensor with these named axes on the query's device. A batch of 1 broadcasts."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(tensor).__name__}")
-    check_dense(name, tensor)
-    fits = tensor.dim() == len(axes) and all(
-        have == want or (axis == "batch" and have == 1) for have, (axis, want) in zip(tensor.shape, axes)
-    )
-    if not fits:
-        names, sizes = ", ".join(axis for axis, _ in axes), tuple(size for _, size in axes)
-        raise ValueError(f"{name} has shape {_shape(tensor)}: expected {accepted or f'[{names}]'}, here {sizes}")
-    if tensor.device != query.device:
-        raise ValueError(f"{name} is on {tensor.device} but query is on {query.device}: expected one device")
-
-
-def check_integer(name: str, tensor: Tensor) -> None:
-    """Raise unless ``tensor`` holds integers."""
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise TypeError(f"{name} is {tensor.dtype}: expected an integer dtype")
-
-
-def is_integer(value: object) -> bool:
-    """Is ``value`` a Python integer, or torch.compile's symbol for one?"""
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
-
-
 def check_window(window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
     """Return how many keys may be seen to the left and to the right, None where all of them, or raise."""
     if window is None:
@@ -233,12 +119,6 @@ def check_window(window: tuple[int | None, int | None] | None) -> tuple[int | No
         if side is not None and side < 0:
             raise ValueError(f"window={window!r}: expected 0 or more keys on each side, or None for no limit")
     return window
-
-
-def check_number(name: str, value: object) -> None:
-    """Raise unless ``value`` is a Python number, or torch.compile's symbol for one."""
-    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{name}={value!r}: expected a number, got {type(value).__name__}")
 
 
 def make_call(

@@ -1,17 +1,62 @@
-"""What the operators take and return, whichever backend implements them."""
+"""An attention call, and what the operators take and return, whichever backend implements them."""
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastattn.ops.common.blocks import empty_in_order_of, statistics_dtype
+
+Alignment = Literal["top_left", "bottom_right"]
+Weights = Literal["none", "average", "heads"]
+
+
+class AttentionCall(NamedTuple):
+    """A validated call. The words are the reference's: ``mask`` True = may see, ``key_padding_mask`` True = padding."""
+
+    query: Tensor  # [B, H, L, D]
+    key: Tensor  # [B, Hk, S, D]
+    value: Tensor  # [B, Hk, S, Dv]
+    bias: Tensor | None = None  # [B | 1, H | 1, L | 1, S | 1], floating
+    alibi_slopes: Tensor | None = None  # [B | 1, H], floating
+    sinks: Tensor | None = None  # [B | 1, H], floating
+    mask: Tensor | None = None  # [B | 1, H | 1, L | 1, S | 1], boolean
+    key_padding_mask: Tensor | None = None  # [B, S], boolean
+    query_documents: Tensor | None = None  # [B | 1, L], int32 or int64
+    key_documents: Tensor | None = None  # [B | 1, S], int32 or int64
+    prefix: Tensor | None = None  # [B | 1], int32
+    lower: int | None = None
+    upper: int | None = None
+    shift: int = 0
+    softcap: float | None = None
+    scale: float = 1.0
+    dropout_p: float = 0.0
+    weights: Weights = "none"
+    return_lse: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the call's tensors lie."""
+        return self.query.device
+
+    @property
+    def is_plain(self) -> bool:
+        """Can ``F.scaled_dot_product_attention`` express all that is asked of the scores?"""
+        beyond = (
+            self.alibi_slopes, self.sinks, self.query_documents, self.key_documents, self.prefix, self.lower,
+            self.softcap,
+        )  # fmt: skip
+        return all(argument is None for argument in beyond)
+
+
+# ----------------------------------------------------------------------------------- the operators' groups of arguments
+
 
 class Inputs(NamedTuple):
     """A call's tensors, those that have gradients first. ``dropout_state`` is the backend's own: a seed for the
-    kernels, the kept weights for torch."""
+    kernels, the kept weights or a seed for torch."""
 
     query: Tensor  # [B, H, L, D]
     key: Tensor  # [B, Hk, S, D]
@@ -39,40 +84,59 @@ class Options(NamedTuple):
     dropout_p: float
     weights: str
     backend: str
-    keeps_statistics: bool = (
-        True  # False lets a backend leave out LSE and statistics (what they hold is then unspecified)
-    )
+    # False lets a backend leave out LSE and statistics; what these tensors hold is then unspecified
+    keeps_statistics: bool = True
 
 
-INPUTS, OPTIONS = len(Inputs._fields), len(Options._fields)
-GRADIENTS = 9  # the arguments of ``fastattn::attention_backward`` in front of its inputs
-DIFFERENTIABLE = 6  # the first of the inputs; query, key and value always have their gradient, the others where needed
+class Results(NamedTuple):
+    """What the forward makes."""
+
+    output: Tensor  # [B, H, L, Dv]
+    lse: Tensor  # [B, H, L]
+    weights: Tensor  # [B, L, S], [B, H, L, S], or empty
+    statistics: Tensor  # the backend's own; see statistics_shape
 
 
-def implementation(backend: str) -> ModuleType:
-    """The module whose ``forward``, ``backward`` and ``dropout_keep`` implement the operators for a backend."""
-    if backend == "triton":
-        from fastattn.ops.attention import launch
+class Kept(NamedTuple):
+    """The results that the backward reads."""
 
-        return launch
-    from fastattn.ops.attention import blocks
-
-    return blocks
+    output: Tensor
+    statistics: Tensor
 
 
-def empty_in_order_of(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """An empty dense tensor whose dimensions lie in memory in the order of ``like``'s.
+class OutputGradients(NamedTuple):
+    """The gradients of the results, None for those that no loss used."""
 
-    So that the output of attention over a ``[B, L, H, D]`` view merges its heads without a copy, and the one over a
-    ``[B, C, H * W]`` feature map is such a map again.
-    """
-    order = sorted(range(like.dim()), key=lambda axis: -like.stride(axis))
-    return torch.empty_permuted(shape, order, dtype=dtype or like.dtype, device=like.device)
+    d_output: Tensor
+    d_lse: Tensor | None
+    d_weights: Tensor | None
 
 
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Softmax statistics are float32, or float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+class Needs(NamedTuple):
+    """Which optional gradients the backward makes; those of query, key and value it always does."""
+
+    needs_d_bias: bool
+    needs_d_alibi_slopes: bool
+    needs_d_sinks: bool
+    # A graph is compiled before a loss is known, and hands zeros to the backward for the weights that no loss uses.
+    d_weights_may_be_zeros: bool
+
+
+class InputGradients(NamedTuple):
+    """What the backward makes; an optional gradient that is not needed is empty."""
+
+    d_query: Tensor
+    d_key: Tensor
+    d_value: Tensor
+    d_bias: Tensor
+    d_alibi_slopes: Tensor
+    d_sinks: Tensor
+
+
+def stored(options: Options) -> Results:
+    """For each result, whether it is more than an empty placeholder."""
+    found: tuple[bool, ...] = (True, True, options.weights != "none", True)
+    return Results(*found)  # type: ignore[arg-type]
 
 
 def statistics_shape(query: Tensor, backend: str) -> tuple[int, ...]:
@@ -87,3 +151,31 @@ def weights_shape(query: Tensor, key: Tensor, weights: str) -> tuple[int, ...]:
     batch, heads, length = query.shape[:3]
     shapes = {"none": (0,), "average": (batch, length, key.shape[2]), "heads": (batch, heads, length, key.shape[2])}
     return shapes[weights]
+
+
+def empty_results(inputs: Inputs, options: Options) -> Results:
+    """Output, LSE, weights and statistics, for a backend to write."""
+    query, dtype = inputs.query, statistics_dtype(inputs.query.dtype)
+    return Results(
+        output=empty_in_order_of(query, (*query.shape[:3], inputs.value.shape[3])),
+        lse=query.new_empty(query.shape[:3], dtype=dtype),
+        weights=query.new_empty(weights_shape(query, inputs.key, options.weights)),
+        statistics=query.new_empty(statistics_shape(query, options.backend), dtype=dtype),
+    )
+
+
+def empty_gradients(inputs: Inputs, needs: Needs) -> InputGradients:
+    """The gradients of query, key and value, and of the optional inputs, empty where not needed."""
+
+    def optional(tensor: Tensor | None, needed: bool) -> Tensor:
+        return inputs.query.new_empty(0) if tensor is None or not needed else tensor.new_empty(tensor.shape)
+
+    d_query, d_key, d_value = (empty_in_order_of(t, tuple(t.shape)) for t in (inputs.query, inputs.key, inputs.value))
+    return InputGradients(
+        d_query=d_query,
+        d_key=d_key,
+        d_value=d_value,
+        d_bias=optional(inputs.bias, needs.needs_d_bias),
+        d_alibi_slopes=optional(inputs.alibi_slopes, needs.needs_d_alibi_slopes),
+        d_sinks=optional(inputs.sinks, needs.needs_d_sinks),
+    )

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from fastattn.ops.attention import blocks
-from fastattn.ops.attention.call import AttentionCall
-from fastattn.ops.attention.contract import statistics_dtype
+from fastattn.ops.attention.contract import AttentionCall
 from fastattn.ops.attention.sdpa import merged_mask
+from fastattn.ops.common.blocks import statistics_dtype
+from fastattn.ops.common.checks import without_autocast
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
 
@@ -32,7 +33,7 @@ def takes(call: AttentionCall) -> bool:
 def run(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
     """Output and weights, None where none are asked for; nothing at all where a row sees nothing, or where NaN and inf,
     which may come from what is hidden, show in the sum of the output: the blocks know what to do with those."""
-    with blocks.without_autocast(call.device):
+    with without_autocast(call.device):
         return _run(call, keep)
 
 

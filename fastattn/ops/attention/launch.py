@@ -7,8 +7,18 @@ import math
 import torch
 from torch import Tensor
 
-from fastattn.ops.attention.contract import Inputs, Options, empty_in_order_of, statistics_shape, weights_shape
-from fastattn.ops.common.kernels import kernel_choice
+from fastattn.ops.attention.contract import (
+    InputGradients,
+    Inputs,
+    Kept,
+    Needs,
+    Options,
+    OutputGradients,
+    Results,
+    empty_results,
+)
+from fastattn.ops.common.backends import kernel_choice
+from fastattn.ops.common.blocks import empty_in_order_of
 from fastattn_kernels.attention import choice
 from fastattn_kernels.attention.backward import launch_attention_delta
 from fastattn_kernels.attention.bias_gradient import launch_attention_bias_bwd
@@ -48,66 +58,53 @@ def _problem(inputs: Inputs, options: Options) -> Problem:
 
 def describe(inputs: Inputs, options: Options) -> str:
     """Which kernels forward and backward would be; returned weights have a gradient."""
+    # which kernels run depends only on whether there is a gradient of weights, so that any tensor can stand for it
     d_weights = None if options.weights == "none" else WeightsGradient(inputs.query, inputs.query.shape[1])
     return choice.describe(_problem(inputs, options), kernel_choice().kernels, d_weights)
 
 
-def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(output, lse, weights, statistics)``; the contract of ``fastattn::attention_forward``."""
-    query, key, value = inputs.query, inputs.key, inputs.value
+def forward(inputs: Inputs, options: Options) -> Results:
+    """The contract of ``fastattn::attention_forward``."""
     problem = _problem(inputs, options)
-    output = empty_in_order_of(query, (*query.shape[:3], value.shape[3]))
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    weights = query.new_empty(weights_shape(query, key, options.weights))
-    statistics = query.new_empty(statistics_shape(query, "triton"), dtype=torch.float32)
+    results = output, lse, weights, statistics = empty_results(inputs, options)
     kernels, _ = kernel_choice()
     choice.launch_attention_fwd(problem, output, lse, statistics, tile_map_for(problem), kernels)
-    if not query.shape[1]:
-        weights.zero_()  # the average of no heads, which the kernel would divide by zero
+    if not inputs.query.shape[1]:
+        weights.zero_()  # the average of no heads, for which the kernel would divide by zero
     elif options.weights != "none":
         launch_attention_weights(problem, statistics, weights, average=options.weights == "average")
-    return output, lse, weights, statistics
+    return results
 
 
-def backward(
-    gradients: tuple[Tensor, Tensor | None, Tensor | None],
-    output: Tensor,
-    statistics: Tensor,
-    needs: tuple[bool, bool, bool],
-    inputs: Inputs,
-    options: Options,
-    *,
-    d_weights_may_be_zeros: bool,
-) -> tuple[Tensor, ...]:
-    """The gradients of query, key, value, bias, slopes and sinks, the last three empty where ``needs`` does not ask for
-    them; the contract of ``fastattn::attention_backward``."""
-    needs_bias, needs_slopes, needs_sinks = needs
-    d_output, d_lse, d_weights_tensor = gradients
-    statistics = statistics.contiguous()  # vmap expands what its samples share, and the kernels know no strides of it
+def backward(gradients: OutputGradients, kept: Kept, needs: Needs, inputs: Inputs, options: Options) -> InputGradients:
+    """The contract of ``fastattn::attention_backward``."""
+    # vmap expands the statistics that its samples share, and the kernels read them without strides
+    statistics = kept.statistics.contiguous()
     problem = _problem(inputs, options)
-    delta = launch_attention_delta(output, d_output, d_lse)
+    d_output = gradients.d_output
+    delta = launch_attention_delta(kept.output, d_output, gradients.d_lse)
     d_weights = None
-    if d_weights_tensor is not None:
-        used = d_weights_tensor.any() if d_weights_may_be_zeros else None  # stays on the device
-        d_weights = WeightsGradient(d_weights_tensor, inputs.query.shape[1], used)
+    if gradients.d_weights is not None:
+        used = gradients.d_weights.any() if needs.d_weights_may_be_zeros else None  # stays on the device
+        d_weights = WeightsGradient(gradients.d_weights, inputs.query.shape[1], used)
         launch_attention_weights_delta(problem, statistics, d_weights, delta)
     d_query, d_key, d_value = (empty_in_order_of(t, tuple(t.shape)) for t in (inputs.query, inputs.key, inputs.value))
-    d_bias, d_slopes, d_sinks = (d_output.new_empty(0) for _ in range(3))
-    of_rows = torch.zeros_like(delta) if needs_slopes else None
+    d_bias, d_alibi_slopes, d_sinks = (d_output.new_empty(0) for _ in range(3))
+    of_rows = torch.zeros_like(delta) if needs.needs_d_alibi_slopes else None
     choice.launch_attention_bwd(
         problem, d_output, statistics, delta, d_weights, d_query, d_key, d_value, of_rows, tile_map_for(problem),
         *kernel_choice(),
     )  # fmt: skip
-    if needs_bias:
+    if needs.needs_d_bias:
         d_bias = launch_attention_bias_bwd(problem, d_output, statistics, delta, d_weights)
     if of_rows is not None and inputs.alibi_slopes is not None:
-        d_slopes = of_rows.sum(2).sum_to_size(inputs.alibi_slopes.shape).to(inputs.alibi_slopes.dtype)
-    if needs_sinks and inputs.sinks is not None:
-        # a sink's value is zero, so that of its dS = P (dP - delta) the second term is all there is
+        d_alibi_slopes = of_rows.sum(2).sum_to_size(inputs.alibi_slopes.shape).to(inputs.alibi_slopes.dtype)
+    if needs.needs_d_sinks and inputs.sinks is not None:
+        # A sink has no value, so dP of its pair is zero, and of its dS = P (dP - delta) only -P delta is left.
         row_max, inverse_sum = statistics.unbind(2)
         of_sinks = torch.exp2(inputs.sinks[:, :, None].float() * math.log2(math.e) - row_max) * inverse_sum
         d_sinks = -(of_sinks * delta).sum(2).sum_to_size(inputs.sinks.shape).to(inputs.sinks.dtype)
-    return d_query, d_key, d_value, d_bias, d_slopes, d_sinks
+    return InputGradients(d_query, d_key, d_value, d_bias, d_alibi_slopes, d_sinks)
 
 
 def dropout_keep(inputs: Inputs, options: Options) -> Tensor:

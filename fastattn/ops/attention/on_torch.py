@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastattn.ops.attention import dropout, formula, operator, recorded, tiles
 from fastattn.ops.attention import sdpa as torch_sdpa
-from fastattn.ops.attention.call import AttentionCall
+from fastattn.ops.attention.contract import AttentionCall
 from fastattn.ops.common.tracing import is_eager_on_cpu, is_functorch_active, is_recorded, is_traced, is_transformed
 
 
@@ -28,7 +28,7 @@ def describe(call: AttentionCall) -> str:
     sdpa, looks = "F.scaled_dot_product_attention", _may_look(call)
     if looks and tiles.takes(call):
         return f"{sdpa}, over the keys that each tile of rows may see if that leaves out many"
-    if torch_sdpa.takes(call) if looks else _sdpa_serves_unseen(call):
+    if torch_sdpa.takes(call) if looks else sdpa_serves_unseen(call):
         return sdpa
     if looks and formula.takes(call):
         return "the formula in plain torch (weights or dropout are asked for, and the scores fit one block)"
@@ -68,7 +68,7 @@ def _may_look(call: AttentionCall) -> bool:
 
 def _run_unseen(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """:func:`run` for graphs, ``torch.func``, forward mode and other devices."""
-    if _sdpa_serves_unseen(call):
+    if sdpa_serves_unseen(call):
         return torch_sdpa.run_unseen(call), None, None
     keep = None if call.dropout_p == 0.0 else dropout.draw(call.query, call.key.shape[2], call.dropout_p)
     if is_recorded():
@@ -76,7 +76,7 @@ def _run_unseen(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | No
     return operator.apply(call, keep, "torch")
 
 
-def _sdpa_serves_unseen(call: AttentionCall) -> bool:
+def sdpa_serves_unseen(call: AttentionCall) -> bool:
     """Does SDPA have words for the call, and right derivatives of every kind that may be asked for?"""
     if not torch_sdpa.can_express(call):
         return False

@@ -7,31 +7,31 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastattn.ops.attention import operator
-from fastattn.ops.attention.call import AttentionCall
-from fastattn.ops.common import availability
+from fastattn.ops.attention.contract import AttentionCall
+from fastattn.ops.common import backends
 
 MAX_HEAD_DIM = 512
 
 
 def refusals(call: AttentionCall) -> list[str]:
     """Why the kernels cannot run ``call``; empty where they can."""
-    reasons = availability.refusals("query", call.query)
+    reasons = backends.kernel_refusals("query", call.query)
     for name, tensor in (("head_dim", call.query), ("value head_dim", call.value)):
         if not 1 <= tensor.shape[3] <= MAX_HEAD_DIM:
             reasons.append(f"{name}={tensor.shape[3]}: it takes 1 to {MAX_HEAD_DIM}")
-    return reasons + availability.dtype_refusals(
+    return reasons + backends.dtype_refusals(
         ("attn_mask", call.bias), ("alibi_slopes", call.alibi_slopes), ("sinks", call.sinks)
     )
 
 
 def describe(call: AttentionCall) -> str:
     """Where the kernels would run, and which of them."""
-    if availability.INTERPRETED or isinstance(call.query, FakeTensor):  # which lies nowhere
-        return availability.WHERE
+    if backends.INTERPRETED or isinstance(call.query, FakeTensor):  # which lies nowhere
+        return backends.WHERE
     from fastattn.ops.attention import launch  # imports triton
 
     seed = torch.empty(2, dtype=torch.int64) if call.dropout_p > 0.0 else None
-    return f"{availability.WHERE}: {launch.describe(*operator.operands(call, seed, 'triton'))}"
+    return f"{backends.WHERE}: {launch.describe(*operator.operands(call, seed, 'triton'))}"
 
 
 def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -1,264 +1,238 @@
-"""The opaque operators ``fastattn::attention_forward`` and ``attention_backward``, and their autograd rules.
-
-The operators are opaque to torch.compile and export. The two Functions above them decide what differentiation means:
-the first calls the second in its backward, and the second, like both forward-mode rules, falls back on the reference's
-formula, in blocks of rows (``_derivatives``). A raw kernel launch in a backward would lose second-order terms silently;
-an operator with ``register_autograd`` alone would give silent zero tangents.
-"""
+"""Attention as the operators ``fastattn::attention_forward`` and ``attention_backward``; see ``row_operator``."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn.ops.attention import derivatives
-from fastattn.ops.attention.call import AttentionCall
+from fastattn.ops.attention import blocks
 from fastattn.ops.attention.contract import (
-    DIFFERENTIABLE,
-    GRADIENTS,
-    INPUTS,
+    AttentionCall,
+    InputGradients,
     Inputs,
+    Kept,
+    Needs,
     Options,
-    empty_in_order_of,
-    implementation,
-    statistics_dtype,
-    statistics_shape,
+    OutputGradients,
+    Results,
+    empty_gradients,
+    empty_results,
+    stored,
     weights_shape,
 )
-from fastattn.ops.common import functional
-from fastattn.ops.common.availability import OPERATOR_DEVICES
-from fastattn.ops.common.flops import make_countable
-
-_INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? mask, "
-    "Tensor? key_padding_mask, Tensor? query_documents, Tensor? key_documents, Tensor? prefix, Tensor? dropout_state"
-)
-_OPTIONS = (
-    "SymInt? lower, SymInt? upper, SymInt shift, float? softcap, float scale, float dropout_p, str weights, "
-    "str backend, bool keeps_statistics"
-)
-_GRADIENTS = (
-    "Tensor d_output, Tensor? d_lse, Tensor? d_weights, Tensor output, Tensor statistics, bool needs_d_bias, "
-    "bool needs_d_slopes, bool needs_d_sinks, bool d_weights_may_be_zeros"
-)
-
-torch.library.define("fastattn::attention_forward", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)")
-torch.library.define(
-    "fastattn::attention_backward",
-    f"({_GRADIENTS}, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-
-# Where things are among the arguments of attention_backward: what it needs to compute, the inputs, the options.
-_NEEDS, _MAY_BE_ZEROS = slice(5, 8), 8
-_BACKWARD_INPUTS, _BACKWARD_OPTIONS = slice(GRADIENTS, GRADIENTS + INPUTS), slice(GRADIENTS + INPUTS, None)
-# Those of the inputs that broadcast over a batch of 1.
-_BROADCASTING = tuple(
-    Inputs._fields.index(name)
-    for name in ("bias", "alibi_slopes", "sinks", "mask", "query_documents", "key_documents", "prefix")
-)
-_OPTIONAL = range(3, DIFFERENTIABLE)  # the inputs with a gradient only where it is needed
+from fastattn.ops.common.blocks import OF_ROWS, SCORES, Axes, Block, statistics_dtype
+from fastattn.ops.common.derivatives import Blocked, Formula
+from fastattn.ops.common.flops import product_flops
+from fastattn.ops.common.operator import apply as apply_function
+from fastattn.ops.common.operator import take
+from fastattn.ops.common.row_operator import BackwardFunction, ForwardFunction, RowOperator
+from fastattn.ops.common.tracing import is_traced
+from fastattn.reference import attention as reference
 
 
-# ------------------------------------------------------------------------------------------------------ operators
+def implementation(backend: str) -> ModuleType:
+    """The module whose ``forward``, ``backward`` and ``dropout_keep`` implement the operators for a backend."""
+    if backend == "triton":
+        from fastattn.ops.attention import launch  # imports triton
+
+        return launch
+    return blocks
 
 
-@torch.library.impl("fastattn::attention_forward", OPERATOR_DEVICES)
-def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs, options = Inputs(*args[:INPUTS]), Options(*args[INPUTS:])
-    return implementation(options.backend).forward(inputs, options)
+# ---------------------------------------------------------------------------------------------------------- the formula
 
 
-@torch.library.register_fake("fastattn::attention_forward")
-def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs, options = Inputs(*args[:INPUTS]), Options(*args[INPUTS:])
+def _blocked(inputs: Inputs, options: Options) -> Blocked:
+    """Output, LSE and weights as a formula of the differentiable inputs, cut into blocks. Only dropout's kept weights
+    are ever whole, as booleans."""
+    query = inputs.query
+    weights: dict[str, Axes] = {"none": (None,), "average": ("batch", "rows", "keys"), "heads": SCORES}
+
+    def each() -> Iterator[tuple[Block, Formula]]:
+        for block, own, rules in _each_block(inputs, options):
+            yield block, _formula(own, rules)
+
+    return Blocked(
+        primals=ATTENTION.differentiable(inputs),
+        axes=ATTENTION.differentiable(blocks.INPUT_AXES),
+        result_shapes=(
+            (*query.shape[:3], inputs.value.shape[3]),
+            query.shape[:3],
+            weights_shape(query, inputs.key, options.weights),
+        ),
+        result_dtypes=(query.dtype, statistics_dtype(query.dtype), query.dtype),
+        result_axes=(OF_ROWS, OF_ROWS, weights[options.weights]),
+        blocks=each,
+    )
+
+
+def _formula(inputs: Inputs, options: Options) -> Formula:
+    """What ``attention_forward`` computes of the differentiable inputs; the dropout state is the kept weights."""
+    compute = torch.promote_types(inputs.query.dtype, torch.float32)
+
+    def function(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        alibi_slopes: Tensor | None,
+        sinks: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        result = reference(
+            query.to(compute),
+            key.to(compute),
+            value.to(compute),
+            bias=bias,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            mask=inputs.mask,
+            key_padding_mask=inputs.key_padding_mask,
+            query_documents=inputs.query_documents,
+            key_documents=inputs.key_documents,
+            prefix=inputs.prefix,
+            lower=options.lower,
+            upper=options.upper,
+            shift=options.shift,
+            softcap=options.softcap,
+            scale=options.scale,
+            dropout_keep=inputs.dropout_state,
+            dropout_p=options.dropout_p,
+        )
+        weights = {
+            "none": lambda: query.new_empty(0),
+            "average": lambda: result.weights.mean(dim=1).to(query.dtype),
+            "heads": lambda: result.weights.to(query.dtype),
+        }[options.weights]()
+        return result.output.to(query.dtype), result.lse, weights
+
+    return function
+
+
+def _each_block(inputs: Inputs, options: Options) -> Iterator[tuple[Block, Inputs, Options]]:
+    """Every block, and the call that it is by itself."""
+    if inputs.dropout_state is not None:
+        keep = implementation(options.backend).dropout_keep(inputs, options)
+        inputs = inputs._replace(dropout_state=keep)
+    (size, _, length), keys = inputs.query.shape[:3], inputs.key.shape[2]
+    if not keys:
+        yield Block(slice(0, size), slice(0, length), slice(0, 0)), inputs, options
+    for batch in blocks.batches(inputs, options):
+        # No block is left out by a look at numbers, which transforms do not allow, and none where there are sinks: the
+        # LSE of a row without keys is its sink.
+        for block in blocks.blocks(inputs, options, batch, looks=False, skips=inputs.sinks is None):
+            yield block, *blocks.cut(block, inputs, options)
+
+
+# -------------------------------------------------------------------------------------------------------- the operators
+
+
+def _forward_flops(inputs: Any, options: Options) -> int:
+    """``Q K^T`` and ``P V``."""
     query, key, value = inputs.query, inputs.key, inputs.value
-    output = empty_in_order_of(query, (*query.shape[:3], value.shape[3]))
-    dtype = statistics_dtype(query.dtype)
-    lse = query.new_empty(query.shape[:3], dtype=dtype)
-    statistics = query.new_empty(statistics_shape(query, options.backend), dtype=dtype)
-    return output, lse, query.new_empty(weights_shape(query, key, options.weights)), statistics
+    return product_flops(query, key, query[3]) + product_flops(query, key, value[3])
 
 
-@torch.library.impl("fastattn::attention_backward", OPERATOR_DEVICES)
-def _backward(*args: Any) -> tuple[Tensor, ...]:
-    inputs, options = Inputs(*args[_BACKWARD_INPUTS]), Options(*args[_BACKWARD_OPTIONS])
-    output, statistics = args[3:5]
-    return implementation(options.backend).backward(
-        args[:3], output, statistics, args[_NEEDS], inputs, options, d_weights_may_be_zeros=args[_MAY_BE_ZEROS]
-    )
+def _backward_flops(inputs: Any, options: Options) -> int:
+    """``dQ``, ``dK``, ``dV`` and ``dP``; and ``Q K^T`` again, where torch's module would not have kept the weights."""
+    query, key, value = inputs.query, inputs.key, inputs.value
+    of_scores = 3 if options.weights == "none" else 2
+    return of_scores * product_flops(query, key, query[3]) + 2 * product_flops(query, key, value[3])
 
 
-@torch.library.register_fake("fastattn::attention_backward")
-def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    inputs = Inputs(*args[_BACKWARD_INPUTS])
-    d_qkv = (empty_in_order_of(t, tuple(t.shape)) for t in inputs[:3])
-    optional = (
-        t.new_empty(t.shape) if needed and t is not None else inputs.query.new_empty(0)
-        for t, needed in zip(inputs[3:DIFFERENTIABLE], args[_NEEDS])
-    )
-    return *d_qkv, *optional
+ATTENTION = RowOperator(
+    name="attention",
+    inputs=Inputs,
+    options=Options,
+    results=Results,
+    kept=Kept,
+    output_gradients=OutputGradients,
+    needs=Needs,
+    input_gradients=InputGradients,
+    implementation=implementation,
+    ask=lambda *optional: Needs(*optional, d_weights_may_be_zeros=is_traced()),
+    stored=stored,
+    empty_results=empty_results,
+    empty_gradients=empty_gradients,
+    blocked=_blocked,
+    forward_flops=_forward_flops,
+    backward_flops=_backward_flops,
+)
 
 
-# -------------------------------------------------------------------------------------------------------- functions
+class AttentionBackward(BackwardFunction):
+    """The gradients of :class:`Attention`."""
+
+    of, operator = ATTENTION, ATTENTION.backward
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        arguments, dims = cls.operator.split(args), cls.operator.split(in_dims)
+        inputs, needs, samples = arguments.inputs, arguments.needs, info.batch_size
+        if inputs.dropout_state is not None:  # each sample draws its own, or all of them the same: no folding
+            return super().vmap(info, in_dims, *args)
+        # an optional input whose gradient is needed has one gradient for each sample, and may not stay shared
+        alone = [name for name in _BROADCASTING if getattr(needs, f"needs_d_{name}", False)]
+        folded = _fold(
+            samples,
+            (*dims.gradients, *dims.kept, *dims.inputs),
+            (*arguments.gradients, *arguments.kept, *inputs),
+            (*OutputGradients._fields, *Kept._fields, *Inputs._fields),
+            broadcasting=set(_BROADCASTING) - set(alone),
+        )
+        gradients, kept, tensors = take(folded, OutputGradients, Kept, Inputs)
+        results = cls.apply(*gradients, *kept, *needs, *tensors, *arguments.options)
+        out_dims = tuple(0 if computed else None for computed in cls.of.computed(needs))
+        found = InputGradients(*_unfolded(samples, results, out_dims))
+        for name in alone:
+            tensor, dim = getattr(inputs, name), getattr(dims.inputs, name)
+            shape = tensor.shape if dim is None else tensor.select(dim, 0).shape
+            gradient = getattr(found, f"d_{name}").sum_to_size(samples, *shape)
+            found = found._replace(**{f"d_{name}": gradient})
+        return tuple(found), out_dims
 
 
-class Attention(torch.autograd.Function):
+class Attention(ForwardFunction):
     """``(output, lse, weights, statistics)`` of one call; ``weights`` is empty where none are asked for."""
 
-    @staticmethod  # spelled out because torch.compile counts the parameters
-    def forward(query, key, value, bias, alibi_slopes, sinks, mask,  # type: ignore[no-untyped-def]
-                key_padding_mask, query_documents, key_documents, prefix, dropout_state,
-                lower, upper, shift, softcap, scale, dropout_p, weights, backend, keeps_statistics):  # fmt: skip
-        make_countable()
-        return torch.ops.fastattn.attention_forward(
-            query, key, value, bias, alibi_slopes, sinks, mask,
-            key_padding_mask, query_documents, key_documents, prefix, dropout_state,
-            lower, upper, shift, softcap, scale, dropout_p, weights, backend, keeps_statistics,
-        )  # fmt: skip
+    of, operator, gradient = ATTENTION, ATTENTION.forward, AttentionBackward
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.options = Options(*inputs[INPUTS:])
-        ctx.save_for_backward(*inputs[:INPUTS], output[0], output[3])
-        ctx.mark_non_differentiable(*output[2:] if ctx.options.weights == "none" else output[3:])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        d_output, d_lse, d_weights, _ = grads
-        *tensors, output, statistics = ctx.saved_tensors
-        if d_output is None:
-            d_output = torch.zeros_like(output)
-        if ctx.options.weights == "none":
-            d_weights = None
-        # a graph is compiled before a loss is known, and is given zeros for what that does not use
-        may_be_zeros = torch.compiler.is_compiling()
-        needs = [tensors[i] is not None and ctx.needs_input_grad[i] for i in _OPTIONAL]
-        d_query, d_key, d_value, *optional = _attention_backward()(
-            d_output, d_lse, d_weights, output, statistics, *needs, may_be_zeros, *tensors, *ctx.options
-        )
-        optional = [gradient if needed else None for gradient, needed in zip(optional, needs)]
-        return d_query, d_key, d_value, *optional, *(None,) * (INPUTS - DIFFERENTIABLE + len(ctx.options))
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        inputs, options = Inputs(*args[:INPUTS]), Options(*args[INPUTS:])
-        out_dims = (0, 0, None if options.weights == "none" else 0, 0)
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        inputs, options = cls.operator.split(args)
         if inputs.dropout_state is not None:  # each sample draws its own, or all of them the same: no folding
-            return functional.looped(_attention(), info, in_dims, args, out_dims)
-        folded = _fold(info.batch_size, in_dims[:INPUTS], inputs, broadcasting=_BROADCASTING)
-        return _unfolded(info.batch_size, _attention()(*folded, *options), out_dims), out_dims
+            return super().vmap(info, in_dims, *args)
+        dims = cls.operator.split(in_dims).inputs
+        folded = _fold(info.batch_size, dims, inputs, Inputs._fields, broadcasting=_BROADCASTING)
+        out_dims = tuple(0 if is_stored else None for is_stored in stored(options))
+        return _unfolded(info.batch_size, cls.apply(*folded, *options), out_dims), out_dims
 
 
-class AttentionBackward(torch.autograd.Function):
-    """The gradients of :class:`Attention`; its own gradients come from the formula."""
+# ----------------------------------------------------------------------------------------------------------------- vmap
 
-    @staticmethod
-    def forward(d_output, d_lse, d_weights, output, statistics,  # type: ignore[no-untyped-def]
-                needs_d_bias, needs_d_slopes, needs_d_sinks, d_weights_may_be_zeros,
-                query, key, value, bias, alibi_slopes, sinks, mask,
-                key_padding_mask, query_documents, key_documents, prefix, dropout_state,
-                lower, upper, shift, softcap, scale, dropout_p, weights, backend, keeps_statistics):  # fmt: skip
-        make_countable()
-        return torch.ops.fastattn.attention_backward(
-            d_output, d_lse, d_weights, output, statistics,
-            needs_d_bias, needs_d_slopes, needs_d_sinks, d_weights_may_be_zeros,
-            query, key, value, bias, alibi_slopes, sinks, mask,
-            key_padding_mask, query_documents, key_documents, prefix, dropout_state,
-            lower, upper, shift, softcap, scale, dropout_p, weights, backend, keeps_statistics,
-        )  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.needs, ctx.options = inputs[_NEEDS], Options(*inputs[_BACKWARD_OPTIONS])
-        ctx.save_for_backward(*inputs[:3], *inputs[_BACKWARD_INPUTS])
-        ctx.mark_non_differentiable(*(t for t, needed in zip(output[3:], ctx.needs) if not needed))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        saved = ctx.saved_tensors  # once: checkpointing unpacks what was saved a single time
-        gradients, inputs = saved[:3], Inputs(*saved[3:])
-        cotangents = (*grads[:3], *(g if needed else None for g, needed in zip(grads[3:], ctx.needs)))
-        wanted = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[_BACKWARD_INPUTS][:DIFFERENTIABLE])
-        found = derivatives.backward_vjp(gradients, inputs, ctx.options, cotangents, wanted)
-        # Output and statistics get none: the formula already differentiates them through the inputs.
-        rest = (None,) * (INPUTS - DIFFERENTIABLE + len(ctx.options))
-        return *found[:3], *(None,) * (GRADIENTS - 3), *found[3:], *rest
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        needs, samples = args[_NEEDS], info.batch_size
-        inputs, input_dims = Inputs(*args[_BACKWARD_INPUTS]), in_dims[_BACKWARD_INPUTS]
-        out_dims = (0, 0, 0, *(0 if needed else None for needed in needs))
-        if inputs.dropout_state is not None:
-            return functional.looped(_attention_backward(), info, in_dims, args, out_dims)
-        gradients = _fold(samples, in_dims[:5], args[:5])
-        # what needs its gradient has one a sample
-        alone = [i for i, needed in zip(_OPTIONAL, needs) if needed]
-        folded = _fold(samples, input_dims, inputs, broadcasting=tuple(i for i in _BROADCASTING if i not in alone))
-        found = _attention_backward()(
-            *gradients, *needs, args[_MAY_BE_ZEROS], *folded, *args[_BACKWARD_OPTIONS]
-        )  # fmt: skip
-        results = list(_unfolded(samples, found, out_dims))
-        for i in alone:
-            tensor, dim = inputs[i], input_dims[i]
-            assert tensor is not None
-            shape = tensor.shape if dim is None else tensor.select(dim, 0).shape
-            results[i] = results[i].sum_to_size(samples, *shape)
-        return tuple(results), out_dims
-
-
-class AttentionWithForwardMode(Attention):
-    """:class:`Attention` for eager mode: torch.compile cannot trace a Function that has a ``jvp``."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        Attention.setup_context(ctx, inputs, output)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_forward(*inputs[:INPUTS])
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
-        inputs = Inputs(*ctx.saved_tensors[:INPUTS])
-        output, lse, weights = derivatives.forward_jvp(inputs, ctx.options, tangents[:DIFFERENTIABLE])
-        return output, lse, None if ctx.options.weights == "none" else weights, None
-
-
-class AttentionBackwardWithForwardMode(AttentionBackward):
-    """:class:`AttentionBackward` for eager mode."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        AttentionBackward.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[:3], *inputs[_BACKWARD_INPUTS])
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
-        gradients, inputs = saved[:3], Inputs(*saved[3:])
-        given = (*tangents[:3], *tangents[_BACKWARD_INPUTS][:DIFFERENTIABLE])
-        found = derivatives.backward_jvp(gradients, inputs, ctx.options, given)
-        return *found[:3], *(t if needed else None for t, needed in zip(found[3:], ctx.needs))
-
-
-def _attention() -> Any:
-    return (Attention if torch.compiler.is_compiling() else AttentionWithForwardMode).apply
-
-
-def _attention_backward() -> Any:
-    return (AttentionBackward if torch.compiler.is_compiling() else AttentionBackwardWithForwardMode).apply
+# The inputs that broadcast over a batch of 1.
+_BROADCASTING = ("bias", "alibi_slopes", "sinks", "mask", "query_documents", "key_documents", "prefix")
 
 
 def _fold(
-    samples: int, in_dims: tuple[Any, ...], tensors: tuple[Any, ...], *, broadcasting: tuple[int, ...] = ()
+    samples: int,
+    in_dims: Sequence[int | None],
+    tensors: Sequence[Any],
+    names: Sequence[str],
+    *,
+    broadcasting: Collection[str],
 ) -> list[Tensor | None]:
-    """Fold vmap's dimension of every tensor into the batch, the first tensor's. Those at the indices ``broadcasting``
-    stay as they are where neither vmap nor the batch tells their entries apart."""
+    """Fold vmap's dimension of every tensor into the batch, whose size is the first tensor's.
+
+    A tensor whose name is in ``broadcasting`` stays as it is where all samples and all batch entries share it.
+    """
     batch = tensors[0].shape[0] if in_dims[0] is None else tensors[0].select(in_dims[0], 0).shape[0]
     folded: list[Tensor | None] = []
-    for index, (tensor, dim) in enumerate(zip(tensors, in_dims)):
-        if tensor is None or (dim is None and index in broadcasting and tensor.shape[0] == 1):
+    for name, tensor, dim in zip(names, tensors, in_dims):
+        if tensor is None or (dim is None and name in broadcasting and tensor.shape[0] == 1):
             folded.append(tensor)
         else:
             tensor = tensor[None] if dim is None else tensor.movedim(dim, 0)
@@ -266,47 +240,34 @@ def _fold(
     return folded
 
 
-def _unfolded(samples: int, tensors: tuple[Tensor, ...], out_dims: tuple[int | None, ...]) -> tuple[Tensor, ...]:
+def _unfolded(samples: int, tensors: Sequence[Tensor], out_dims: Sequence[int | None]) -> tuple[Tensor, ...]:
     """Undo :func:`_fold` on results. Those without a dimension for vmap are empty placeholders."""
     return tuple(
         t if dim is None else t.view(samples, t.shape[0] // samples, *t.shape[1:]) for t, dim in zip(tensors, out_dims)
     )
 
 
+# --------------------------------------------------------------------------------------------------------------- a call
+
+# The arguments of the operators that a call has under the same names.
+_TENSORS_OF_CALL = [name for name in Inputs._fields if name in AttentionCall._fields]
+_OPTIONS_OF_CALL = [name for name in Options._fields if name in AttentionCall._fields]
+
+
 def apply(
     call: AttentionCall, dropout_state: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(output, weights or None, lse or None)`` of a call, through the operators."""
-    inputs, options = operands(call, dropout_state, backend)
-    output, lse, weights, _ = _attention()(*inputs, *options)
-    return output, None if call.weights == "none" else weights, lse if call.return_lse else None
+    results = Results(*apply_function(Attention, *operands(call, dropout_state, backend)))
+    weights = None if call.weights == "none" else results.weights
+    return results.output, weights, results.lse if call.return_lse else None
 
 
 def operands(call: AttentionCall, dropout_state: Tensor | None, backend: str) -> tuple[Inputs, Options]:
     """A call in the form that the operators take."""
-    inputs = Inputs(
-        call.query,
-        call.key,
-        call.value,
-        call.bias,
-        call.alibi_slopes,
-        call.sinks,
-        call.mask,
-        call.key_padding_mask,
-        call.query_documents,
-        call.key_documents,
-        call.prefix,
-        dropout_state,
-    )
+    keeps_statistics = call.return_lse or torch.is_grad_enabled()
+    inputs = Inputs(*(getattr(call, name) for name in _TENSORS_OF_CALL), dropout_state=dropout_state)
     options = Options(
-        call.lower,
-        call.upper,
-        call.shift,
-        call.softcap,
-        call.scale,
-        call.dropout_p,
-        call.weights,
-        backend,
-        call.return_lse or torch.is_grad_enabled(),
+        *(getattr(call, name) for name in _OPTIONS_OF_CALL), backend=backend, keeps_statistics=keeps_statistics
     )
     return inputs, options

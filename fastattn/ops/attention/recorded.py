@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastattn import reference
-from fastattn.ops.attention.blocks import without_autocast
-from fastattn.ops.attention.call import AttentionCall, is_autocast_enabled
-from fastattn.ops.attention.contract import statistics_dtype
+from fastattn.ops.attention.contract import AttentionCall
+from fastattn.ops.common.blocks import statistics_dtype
+from fastattn.ops.common.checks import is_autocast_enabled, without_autocast
 from fastattn.ops.common.tracing import promise_not_empty
 
 

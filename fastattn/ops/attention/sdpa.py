@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.ops.attention import operator
-from fastattn.ops.attention.call import AttentionCall
-from fastattn.ops.attention.contract import statistics_dtype
+from fastattn.ops.attention.contract import AttentionCall
+from fastattn.ops.common.blocks import statistics_dtype
 from fastattn.ops.common.tracing import is_left_open, is_traced, saved_tensors
 from fastattn.reference import visibility
 from fastattn.reference.attention import NEGATIVE_INFINITY
@@ -88,7 +88,7 @@ def is_tame(call: AttentionCall) -> bool:
     return query.item() * key.item() * max(1.0, abs(call.scale)) < _LARGEST_SCORE and math.isfinite(value.item())
 
 
-# ------------------------------------------------------------------------------------------------------- eager calls
+# ---------------------------------------------------------------------------------------------------------- eager calls
 
 
 def run(call: AttentionCall) -> Tensor | None:
@@ -196,7 +196,7 @@ def merged_mask(call: AttentionCall, *, leaves_causality: bool = False) -> Tenso
     return bias if visible is None else torch.where(visible, bias, NEGATIVE_INFINITY)
 
 
-# --------------------------------------------------------------------------------- calls whose numbers cannot be seen
+# ----------------------------------------------------------------------------------- calls whose numbers cannot be seen
 
 
 def run_unseen(call: AttentionCall) -> Tensor:
@@ -216,7 +216,7 @@ def run_unseen(call: AttentionCall) -> Tensor:
     return attend(call, mask).masked_fill(blind, 0)
 
 
-# --------------------------------------------------------------------------------------------------------- gradients
+# ------------------------------------------------------------------------------------------------------------ gradients
 
 
 def _guard_gradients(output: Tensor, looks: bool) -> None:

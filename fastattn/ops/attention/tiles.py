@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fastattn.ops.attention import sdpa
-from fastattn.ops.attention.blocks import Block, keys_of_band
-from fastattn.ops.attention.call import AttentionCall
-from fastattn.ops.attention.contract import Inputs, Options, empty_in_order_of
+from fastattn.ops.attention.blocks import cut, keys_of_band
+from fastattn.ops.attention.contract import AttentionCall, Inputs, Options
+from fastattn.ops.common.blocks import Block, empty_in_order_of
 from fastattn.reference import visibility
 
 # Rows of a tile: fewer would leave more keys out, at a price of some 30 microseconds a tile.
@@ -71,7 +71,7 @@ def run(call: AttentionCall, inputs: Inputs, options: Options, may_decline: bool
     for batch in entries:
         for start in range(0, length, ROWS):
             tile, rows = _tile(inputs, options, batch, start), slice(start, start + ROWS)
-            output[batch, :, rows] = 0.0 if tile is None else _attend(_as_call(call, tile))
+            output[batch, :, rows] = 0.0 if tile is None else attend_tile(_as_call(call, tile))
     return output
 
 
@@ -98,7 +98,7 @@ def _tile(inputs: Inputs, options: Options, batch: slice, start: int) -> Inputs 
     block = block._replace(keys=keys_of_band(inputs, options, block, looks=True))
     if block.keys.start >= block.keys.stop:
         return None
-    own, rules = block.cut(inputs, options)
+    own, rules = cut(block, inputs, options)
     visible = visibility(
         own.query.shape[2],
         own.key.shape[2],
@@ -129,7 +129,8 @@ def _tile(inputs: Inputs, options: Options, batch: slice, start: int) -> Inputs 
     return own._replace(key=key, value=value, bias=bias, mask=None if whole else visible)
 
 
-def _attend(tile: AttentionCall) -> Tensor:
+def attend_tile(tile: AttentionCall) -> Tensor:
+    """The output of a tile that is a call of its own."""
     return sdpa.attend(tile, sdpa.merged_mask(tile))
 
 

@@ -1,42 +1,78 @@
-"""Which backend runs a call, and why the others do not."""
+"""Which backend runs a call and why the others do not, and which of the Triton backend's kernels of attention run."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import logging
 import os
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
 
 import torch
+from torch import Tensor
 
-from fastattn.ops.attention import on_torch, on_triton
-from fastattn.ops.attention.call import AttentionCall
-from fastattn.ops.common import availability
 from fastattn.ops.common.switch import Switch
 from fastattn.ops.common.tracing import is_recorded
 
 Backend = Literal["auto", "triton", "torch"]
-ENVIRONMENT_VARIABLE = "FASTATTN_BACKEND"
+Kernels = Literal["auto", "gluon", "triton"]
+BACKEND_VARIABLE, KERNELS_VARIABLE = "FASTATTN_BACKEND", "FASTATTN_KERNELS"
 
 _logger = logging.getLogger("fastattn")
 
 
-def _checked(backend: str, source: str) -> str:
-    if backend not in get_args(Backend):
-        raise ValueError(f"{source}={backend!r}: expected one of {', '.join(map(repr, get_args(Backend)))}")
-    return backend
+# ------------------------------------------------------------------------------------------------ where the kernels run
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Read once, because @triton.jit reads it once: with it the kernels run on CPU tensors, in Triton's interpreter.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+DEVICES = ("cpu",) if INTERPRETED else ("cuda", "xpu")
+WHERE = "Triton kernels" + (" in Triton's interpreter" if INTERPRETED else "")
 
 
-_default_backend = Switch(_checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE))
+def kernel_refusals(name: str, tensor: Tensor) -> list[str]:
+    """Why no kernel can run on ``tensor``, the first argument of a call: its device or dtype, or triton is missing."""
+    reasons = []
+    if not _HAS_TRITON:
+        reasons.append("triton is not installed")
+    if tensor.device.type not in DEVICES:
+        accepted = "CUDA, ROCm and XPU devices, and the CPU under TRITON_INTERPRET=1"
+        reasons.append(f"{name} is on {tensor.device.type}: it runs on {accepted}")
+    if tensor.is_nested:
+        reasons.append(f"{name} is a nested tensor: it takes dense ones")
+    return reasons + dtype_refusals((name, tensor))
+
+
+def dtype_refusals(*named: tuple[str, Tensor | None]) -> list[str]:
+    """A reason for each of the named tensors whose dtype no kernel takes."""
+    return [
+        f"{name} is {tensor.dtype}: it takes float16, bfloat16 and float32"
+        for name, tensor in named
+        if tensor is not None and tensor.dtype not in KERNEL_DTYPES
+    ]
+
+
+# --------------------------------------------------------------------------------------------------- which backend runs
+
+
+def _checked(value: str, accepted: Any, source: str) -> str:
+    if value not in get_args(accepted):
+        raise ValueError(f"{source}={value!r}: expected one of {', '.join(map(repr, get_args(accepted)))}")
+    return value
+
+
+default_backend = Switch(_checked(os.environ.get(BACKEND_VARIABLE, "auto"), Backend, BACKEND_VARIABLE))
 
 
 def use_backend(backend: Backend) -> contextlib.AbstractContextManager[None]:
     """Make ``backend`` the default inside a ``with`` block (for the whole process: it is not thread-local).
 
-    Where several threads are inside such blocks, that which was entered last rules all of them; each takes its own
-    choice away when it is left, in whatever order that happens.
+    Where several threads are inside such blocks, the one entered last decides for all of them. Leaving a block takes
+    away that block's own choice, in whatever order the blocks are left.
 
     Args:
         backend: ``"auto"`` (the default: the first backend that can), ``"triton"`` or ``"torch"``. One asked for by
@@ -45,7 +81,7 @@ def use_backend(backend: Backend) -> contextlib.AbstractContextManager[None]:
     Raises:
         ValueError: ``backend`` is none of these.
     """
-    return _default_backend.set(_checked(backend, "backend"))
+    return default_backend.set(_checked(backend, Backend, "backend"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +105,17 @@ class Explanation:
 
 
 def default_for(device: torch.device, backend: str | None) -> str:
-    """The backend that a call on ``device`` goes to unless it asks for something that one refuses."""
-    wanted = _default_backend.value if backend is None else backend
+    """The backend that a call on ``device`` goes to, unless that backend refuses something the call asks for."""
+    wanted = default_backend.value if backend is None else backend
     if wanted != "auto":
         return wanted
-    # kernels are for this process; a graph for others has them only where they are asked for by name
-    return "triton" if device.type in availability.DEVICES and not is_recorded() else "torch"
+    # An exported graph is run by other processes and runtimes, which may not have the kernels, so that auto leaves them
+    # out of it. Asked for by name they are put in.
+    return "triton" if device.type in DEVICES and not is_recorded() else "torch"
 
 
 class _Call(Protocol):
-    """What is asked of a call here."""
+    """What this module reads of a call."""
 
     @property
     def device(self) -> torch.device: ...
@@ -89,7 +126,7 @@ def choose(call: _Call, backend: str | None, triton_refusals: Callable[[Any], li
 
     ``auto`` asks triton first, where it runs at all. torch refuses nothing, so ``auto`` always ends with an answer.
     """
-    wanted = _default_backend.value if backend is None else _checked(backend, "backend")
+    wanted = default_backend.value if backend is None else _checked(backend, Backend, "backend")
     if wanted == "torch" or default_for(call.device, wanted) == "torch":
         return "torch"
     reasons = triton_refusals(call)
@@ -127,9 +164,43 @@ def explain_call(
     return Explanation(chosen, describe[chosen](call), refused)
 
 
-def run(call: AttentionCall, backend: str | None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """``(output, weights or None, lse or None)`` of ``call`` on the backend that :func:`choose` names."""
-    # A branch and not a table of modules: torch.compile follows it without guarding on module attributes.
-    if choose(call, backend, on_triton.refusals) == "triton":
-        return on_triton.run(call)
-    return on_torch.run(call)
+# --------------------------------------------------------------------------------------- which kernels of attention run
+
+
+class KernelChoice(NamedTuple):
+    """What :func:`use_kernels` chooses."""
+
+    kernels: Kernels = "auto"
+    deterministic: bool = True
+
+
+def _choice_of(kernels: str, source: str, deterministic: bool = True) -> KernelChoice:
+    return KernelChoice(cast(Kernels, _checked(kernels, Kernels, source)), deterministic)
+
+
+chosen_kernels = Switch(_choice_of(os.environ.get(KERNELS_VARIABLE, "auto"), KERNELS_VARIABLE))
+
+
+def use_kernels(kernels: Kernels = "auto", *, deterministic: bool = True) -> contextlib.AbstractContextManager[None]:
+    """Choose among the Triton backend's kernels of attention inside a ``with`` block (for the whole process).
+
+    Blocks of several threads go together as those of :func:`use_backend` do.
+
+    The choice is read when a kernel is launched: a backward that runs after the block follows what is chosen then.
+
+    Args:
+        kernels: ``"auto"`` (the default, also of the environment variable ``FASTATTN_KERNELS``): on Hopper those in
+            Gluon where they can, else those in plain Triton; ``"gluon"``: those, or NotImplementedError with the
+            reasons; ``"triton"``: the plain ones.
+        deterministic: False lets the backward add up the query's gradient in no fixed order, in one pass instead of
+            two, where that is expected to be faster: five matrix products instead of seven.
+
+    Raises:
+        ValueError: ``kernels`` is none of these.
+    """
+    return chosen_kernels.set(_choice_of(kernels, "kernels", deterministic))
+
+
+def kernel_choice() -> KernelChoice:
+    """What :func:`use_kernels`, or the environment, has chosen."""
+    return chosen_kernels.value

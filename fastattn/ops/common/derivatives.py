@@ -1,8 +1,8 @@
-"""Derivatives beyond the first of an operator over rows and keys: ``torch.func`` over its formula, block by block.
+"""Derivatives beyond the first: ``torch.func`` over an operator's formula, for operators over rows block by block.
 
-Every block of rows is a call of its own, and what depends on keys or on shared vectors adds up over them. So forward
-mode and second derivatives are exact on every backend, in the memory of one block: what the formula makes is never
-whole.
+Every block of rows is a call of its own, and the parts of a result that depends on keys or on shared vectors are added
+up over the blocks. Forward mode and second derivatives are therefore exact on every backend, in the memory of one
+block: the formula's intermediates are never made for a whole call.
 """
 
 from __future__ import annotations
@@ -13,12 +13,50 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.ops.attention.blocks import Axes, Block
-from fastattn.ops.attention.contract import statistics_dtype
-from fastattn.ops.common.functional import Tensors, of, pushed_forward, vjp
+from fastattn.ops.common.blocks import Axes, Block, statistics_dtype
 
+Tensors = Sequence[Tensor | None]
 # The results of a block, as a differentiable function of its share of the primals.
 Formula = Callable[..., Sequence[Tensor]]
+
+
+# -------------------------------------------------------------------------------- functions whose arguments may be None
+
+
+def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
+    """The values of ``function``, and its pullback."""
+    values, pullback = torch.func.vjp(function, *primals)[:2]
+    return values, pullback
+
+
+def restricted(
+    chosen: Sequence[bool], function: Callable[..., Any], arguments: Tensors
+) -> tuple[Callable[..., Any], list[Any]]:
+    """``function`` as a function of the chosen arguments alone, the others held as they are; and the chosen ones."""
+
+    def of_chosen(*tensors: Tensor) -> Any:
+        remaining = iter(tensors)
+        return function(*(next(remaining) if c else a for c, a in zip(chosen, arguments)))
+
+    return of_chosen, [a for c, a in zip(chosen, arguments) if c]
+
+
+def pushed_forward(function: Callable[..., Any], primals: Tensors, tangents: Tensors) -> Sequence[Tensor]:
+    """The forward-mode derivative of ``function``, where primals and tangents may be None.
+
+    Forward mode itself cannot be nested inside a Function's ``jvp``. So this is the vjp of the vjp, which is linear in
+    its cotangent.
+    """
+    of_tensors, given = restricted([t is not None for t in primals], function, primals)
+    directions = [
+        torch.zeros_like(p) if t is None else t.to(p.dtype) for p, t in zip(primals, tangents) if p is not None
+    ]
+    values, pullback = vjp(of_tensors, *given)
+    _, pushforward = vjp(pullback, tuple(torch.zeros_like(v) for v in values))
+    return pushforward(tuple(directions))[0]
+
+
+# ------------------------------------------------------------------------------------------------------- block by block
 
 
 class Blocked(NamedTuple):
@@ -27,14 +65,9 @@ class Blocked(NamedTuple):
     primals: Tensors  # the differentiable inputs, whole; None where one is absent
     axes: Sequence[Axes]  # how each of them follows the blocks
     result_shapes: Sequence[Sequence[int]]
+    result_dtypes: Sequence[torch.dtype]
     result_axes: Sequence[Axes]
     blocks: Callable[[], Iterator[tuple[Block, Formula]]]  # every block that adds anything
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the first input, and of the results."""
-        assert self.primals[0] is not None
-        return self.primals[0].dtype
 
 
 def forward_jvp(blocked: Blocked, tangents: Tensors) -> list[Tensor]:
@@ -45,7 +78,8 @@ def forward_jvp(blocked: Blocked, tangents: Tensors) -> list[Tensor]:
             primals, directions = (_cut(block, tensors, blocked.axes) for tensors in (blocked.primals, tangents))
             yield block, pushed_forward(formula, primals, directions)
 
-    return _assembled(pieces(), blocked, blocked.result_shapes, blocked.result_axes)
+    totals = _assembled(pieces(), blocked, blocked.result_shapes, blocked.result_axes)
+    return [total.to(dtype) for total, dtype in zip(totals, blocked.result_dtypes)]
 
 
 def backward_jvp(blocked: Blocked, gradients: Tensors, tangents: Tensors) -> list[Tensor | None]:
@@ -74,7 +108,7 @@ def backward_vjp(
     def pieces() -> Iterator[tuple[Block, Sequence[Tensor]]]:
         for block, formula in blocked.blocks():
             first_order = _first_order(formula, len(gradients), computed)
-            function, primals = of(wanted, first_order, _cut(block, arguments, axes))
+            function, primals = restricted(wanted, first_order, _cut(block, arguments, axes))
             _, pullback = vjp(function, *primals)
             yield block, pullback(tuple(t for t in _cut(block, cotangents, blocked.axes) if t is not None))
 
@@ -82,12 +116,12 @@ def backward_vjp(
 
 
 def _first_order(formula: Formula, results: int, computed: Sequence[bool]) -> Callable[..., tuple[Tensor, ...]]:
-    """The gradients of those inputs that are ``computed``, as a differentiable function of the gradients of so many
+    """The gradients of the ``computed`` inputs, as a differentiable function of the gradients of the first ``results``
     results and of the inputs."""
 
     def function(*arguments: Tensor | None) -> tuple[Tensor, ...]:
         gradients, inputs = arguments[:results], arguments[results:]
-        of_computed, primals = of(computed, formula, inputs)
+        of_computed, primals = restricted(computed, formula, inputs)
         values, pullback = vjp(of_computed, *primals)
         return pullback(tuple(torch.zeros_like(v) if g is None else g.to(v.dtype) for g, v in zip(gradients, values)))
 
@@ -114,17 +148,16 @@ def _assembled(
     shapes: Sequence[Sequence[int]],
     axes: Sequence[Axes],
 ) -> list[Tensor]:
-    """Tensors of these shapes, the sums of what the blocks give and of its dtype, added up in at least float32."""
+    """Tensors of these shapes, the sums of the blocks' parts, added up in at least float32."""
     like = blocked.primals[0]
     assert like is not None
     totals: list[Tensor | None] = [None] * len(shapes)
-    dtypes = [statistics_dtype(like.dtype)] * len(shapes)
-    # Without autocast: the formula casts up what it computes wider than it comes, and a backward may run under one that
-    # the forward did not know
+    # The formula casts up what it computes in a wider dtype than its inputs'; autocast would cast that down again. It
+    # may be on in the backward even where it was off in the forward.
     with torch.autocast(like.device.type, enabled=False):
         for block, parts in pieces:
             for i, (part, shape, part_axes) in enumerate(zip(parts, shapes, axes)):
-                total, wide, dtypes[i] = totals[i], statistics_dtype(part.dtype), part.dtype
+                total, wide = totals[i], statistics_dtype(part.dtype)
                 if part.shape == torch.Size(shape):
                     totals[i] = part.to(wide) if total is None else total + part
                     continue
@@ -132,4 +165,5 @@ def _assembled(
                     total = totals[i] = part.new_zeros(shape, dtype=wide)
                 view = block.of(total, part_axes)
                 view += part
-    return [like.new_zeros(s, dtype=d) if t is None else t.to(d) for s, t, d in zip(shapes, totals, dtypes)]
+    wide = statistics_dtype(like.dtype)
+    return [like.new_zeros(shape, dtype=wide) if t is None else t for shape, t in zip(shapes, totals)]

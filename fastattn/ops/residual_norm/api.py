@@ -11,11 +11,12 @@ from torch.overrides import has_torch_function_variadic
 from fastattn.ops.common import backends
 from fastattn.ops.common.tracing import is_symbolically_traced, recorded
 from fastattn.ops.residual_norm import on_torch, on_triton
-from fastattn.ops.residual_norm.call import NormCall, make_call
+from fastattn.ops.residual_norm.call import make_call
+from fastattn.ops.residual_norm.contract import ResidualNormCall
 from fastattn.ops.residual_norm.layout import in_channels_last
 
 
-def _run(call: NormCall, backend: backends.Backend | None) -> tuple[Tensor, Tensor]:
+def _run(call: ResidualNormCall, backend: backends.Backend | None) -> tuple[Tensor, Tensor]:
     """``(output, new residual)`` of a call on the backend that is chosen."""
     if backends.choose(call, backend, on_triton.refusals) == "triton":
         return on_triton.run(call)
@@ -23,7 +24,7 @@ def _run(call: NormCall, backend: backends.Backend | None) -> tuple[Tensor, Tens
 
 
 def _fused(
-    call: NormCall, x: Tensor, residual: Tensor | None, backend: backends.Backend | None
+    call: ResidualNormCall, x: Tensor, residual: Tensor | None, backend: backends.Backend | None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """What a public function returns of the call that it made of ``x`` and ``residual``, in their shape."""
     shape = _sum_shape(x, residual)

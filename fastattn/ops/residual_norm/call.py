@@ -3,56 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn.ops.common.layouts import check_dense
+from fastattn.ops.common.checks import DTYPES, check_dense, shape_of
+from fastattn.ops.residual_norm.contract import ResidualNormCall
 from fastattn.reference.residual_norm import Kind
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-class NormCall(NamedTuple):
-    """A validated call; the words are the reference's. The axes that are normalised are one, the last."""
-
-    x: Tensor  # [..., N]
-    residual: Tensor | None  # [..., N]
-    weight: Tensor | None  # [N]
-    bias: Tensor | None  # [N]
-    x_bias: Tensor | None  # [N]
-    row_scale: Tensor | None  # [...]
-    kind: Kind
-    eps: float
-    unit_offset: bool
-    dropout_p: float
-    round_residual: bool
-    out_dtype: torch.dtype
-    residual_dtype: torch.dtype
-    return_residual: bool
-
-    @property
-    def device(self) -> torch.device:
-        """Where the call's tensors lie."""
-        return self.x.device
-
-    @property
-    def is_plain(self) -> bool:
-        """Is it a norm alone, of ``x`` as it is?"""
-        alone = self.residual is None and self.x_bias is None and self.row_scale is None
-        return alone and self.dropout_p == 0.0 and self.residual_dtype == self.x.dtype
-
-
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
 
 
 def check_tensor(name: str, tensor: object, x: Tensor, *, takes_complex: bool = False) -> None:
     """Raise unless ``tensor`` is a floating tensor on the device of ``x``."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in _FLOATS and not (takes_complex and tensor.is_complex()):
+    if tensor.dtype not in DTYPES and not (takes_complex and tensor.is_complex()):
         raise TypeError(f"{name} is {tensor.dtype}: expected float16, bfloat16, float32 or float64")
     if tensor.layout is not torch.strided or tensor.is_nested:
         check_dense(name, tensor)
@@ -71,8 +36,8 @@ def check_normalized_shape(normalized_shape: int | Sequence[int] | None, x: Tens
         raise TypeError(f"normalized_shape={normalized_shape!r}: expected an int or a sequence of them")
     if not sizes:
         raise ValueError("normalized_shape=(): expected at least one size")
-    if _shape(x)[-len(sizes) :] != sizes:
-        raise ValueError(f"normalized_shape={sizes}: expected the last sizes of x, whose shape is {_shape(x)}")
+    if shape_of(x)[-len(sizes) :] != sizes:
+        raise ValueError(f"normalized_shape={sizes}: expected the last sizes of x, whose shape is {shape_of(x)}")
     return sizes
 
 
@@ -81,7 +46,7 @@ def _check_dtype(name: str, dtype: torch.dtype | None, default: torch.dtype) -> 
         return default
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{name}: expected a torch.dtype or None, got {type(dtype).__name__}")
-    if dtype not in _FLOATS:
+    if dtype not in DTYPES:
         raise ValueError(f"{name}={dtype}: expected float16, bfloat16, float32 or float64")
     return dtype
 
@@ -120,14 +85,14 @@ def make_call(
     out_dtype: torch.dtype | None = None,
     residual_dtype: torch.dtype | None = None,
     return_residual: bool = False,
-) -> NormCall:
-    """Check the arguments of the public functions and make a :class:`NormCall` of them."""
+) -> ResidualNormCall:
+    """Check the arguments of the public functions and make a :class:`ResidualNormCall` of them."""
     check_tensor("x", x, x, takes_complex=kind == "rms")  # as torch does
     takes_complex = x.is_complex()
     if residual is not None:
         check_tensor("residual", residual, x, takes_complex=takes_complex)
         if residual.shape != x.shape:
-            message = f"x has shape {_shape(x)}, residual {_shape(residual)}: expected shapes that broadcast"
+            message = f"x has shape {shape_of(x)}, residual {shape_of(residual)}: expected shapes that broadcast"
             if residual.dim() == 1:  # what F.layer_norm has in this place, a weight, would broadcast too
                 raise ValueError(f"{message}, and no vector (weight and bias come behind the residual)")
             try:
@@ -136,19 +101,19 @@ def make_call(
                 raise ValueError(message) from error
     sizes = check_normalized_shape(normalized_shape, x)
     axes = len(sizes)
-    rows = _shape(x)[: x.dim() - axes]
+    rows = shape_of(x)[: x.dim() - axes]
     for name, vector in (("weight", weight), ("bias", bias), ("x_bias", x_bias)):
         if vector is not None:
             check_tensor(name, vector, x, takes_complex=takes_complex)
-            if _shape(vector) != sizes:
-                raise ValueError(f"{name} has shape {_shape(vector)}: expected the normalised sizes {sizes}")
+            if shape_of(vector) != sizes:
+                raise ValueError(f"{name} has shape {shape_of(vector)}: expected the normalised sizes {sizes}")
     if row_scale is not None:
         check_tensor("row_scale", row_scale, x)
-        if _shape(row_scale) != rows:
+        if shape_of(row_scale) != rows:
             try:
                 row_scale = row_scale.expand(rows)
             except RuntimeError as error:
-                message = f"row_scale has shape {_shape(row_scale)}: expected one that broadcasts to the rows {rows}"
+                message = f"row_scale has shape {shape_of(row_scale)}: expected one that broadcasts to the rows {rows}"
                 raise ValueError(message) from error
     if axes > 1:
         x = x.flatten(-axes)
@@ -168,7 +133,7 @@ def make_call(
         eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
     elif not isinstance(eps, (int, float)) or isinstance(eps, bool):
         eps = _number("eps", eps)
-    return NormCall(
+    return ResidualNormCall(
         x,
         residual,
         weight,

@@ -11,20 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.ops.common.tracing import is_eager_on_cpu, is_traced, is_transformed, saved_tensors
-from fastattn.ops.residual_norm.call import NormCall
+from fastattn.ops.residual_norm.contract import ResidualNormCall
 from fastattn.reference import add_norm
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def describe(call: NormCall) -> str:
+def describe(call: ResidualNormCall) -> str:
     """Whose norm it is."""
     if call.kind == "rms" and is_eager_on_cpu(call.x):
         return "F.rms_norm, where it trains with one backward"
     return f"F.{call.kind}_norm"
 
 
-def run(call: NormCall) -> tuple[Tensor, Tensor]:
+def run(call: ResidualNormCall) -> tuple[Tensor, Tensor]:
     """``(output, new residual)``."""
     if call.is_plain:
         return _normalised(call, call.x), call.x
@@ -33,7 +33,7 @@ def run(call: NormCall) -> tuple[Tensor, Tensor]:
     return _normalised(call, rounded if call.round_residual else total), rounded
 
 
-def _total(call: NormCall) -> Tensor:
+def _total(call: ResidualNormCall) -> Tensor:
     """``residual + dropout(x + x_bias) * row_scale``, rounded once: wider than its dtype where there are more steps."""
     x, residual = call.x, call.residual
     steps = (residual is not None) + (call.x_bias is not None) + (call.row_scale is not None) + (call.dropout_p > 0.0)
@@ -52,7 +52,7 @@ def _total(call: NormCall) -> Tensor:
     return x if residual is None else residual + x
 
 
-def _normalised(call: NormCall, total: Tensor) -> Tensor:
+def _normalised(call: ResidualNormCall, total: Tensor) -> Tensor:
     weight, bias, dtype = call.weight, call.bias, total.dtype
     is_half_on_cpu = dtype in _HALF and call.kind == "layer" and total.device.type == "cpu"
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias))
@@ -89,7 +89,7 @@ def _last_size(x: Tensor) -> torch.Size:
     return torch.Size(map(int, x.shape[-1:])) if torch.jit.is_tracing() else x.shape[-1:]
 
 
-# --------------------------------------------------------------------------------------------------------- layer norm
+# ----------------------------------------------------------------------------------------------------------- layer norm
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -163,7 +163,7 @@ def _formula_gradients(
     return tuple(next(found) if is_wanted else None for is_wanted in wants)
 
 
-# ----------------------------------------------------------------------------------------------------------- RMS norm
+# ------------------------------------------------------------------------------------------------------------- RMS norm
 
 
 def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -5,25 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.ops.common import availability
+from fastattn.ops.common import backends
 from fastattn.ops.residual_norm import operator
-from fastattn.ops.residual_norm.call import NormCall
+from fastattn.ops.residual_norm.contract import ResidualNormCall
 
 MAX_SIZE = 262144
 
 
-def refusals(call: NormCall) -> list[str]:
+def refusals(call: ResidualNormCall) -> list[str]:
     """Why the kernels cannot run ``call``; empty where they can."""
-    reasons = availability.refusals("x", call.x)
+    reasons = backends.kernel_refusals("x", call.x)
     size = call.x.shape[-1]
     if not 1 <= size <= MAX_SIZE:
         reasons.append(f"N={size}: it takes 1 to {MAX_SIZE}")
     reasons += [
         f"{name}={dtype}: it takes float16, bfloat16 and float32"
         for name, dtype in (("out_dtype", call.out_dtype), ("residual_dtype", call.residual_dtype))
-        if dtype not in availability.DTYPES
+        if dtype not in backends.KERNEL_DTYPES
     ]
-    return reasons + availability.dtype_refusals(
+    return reasons + backends.dtype_refusals(
         ("residual", call.residual),
         ("weight", call.weight),
         ("bias", call.bias),
@@ -32,12 +32,12 @@ def refusals(call: NormCall) -> list[str]:
     )
 
 
-def describe(call: NormCall) -> str:
+def describe(call: ResidualNormCall) -> str:
     """Where the kernels would run."""
-    return availability.WHERE
+    return backends.WHERE
 
 
-def run(call: NormCall) -> tuple[Tensor, Tensor]:
+def run(call: ResidualNormCall) -> tuple[Tensor, Tensor]:
     """``(norm, new residual)``."""
     if not call.round_residual and call.residual_dtype != torch.float32:
         # the backward needs the sum as it was normalised: it is kept in float32, and rounded for whoever asked for it
