@@ -1,8 +1,9 @@
 """The calls whose host time is measured, each beside the call of torch's that it is held against.
 
 Ours are bfloat16 of a usual small size: the host's work does not depend on it, but for masks, whose tile map is made
-from ``L = 512`` on. A peer's kernel cannot be left out, so where there is no GPU the peer computes on the CPU, on tensors
-so small that this takes next to nothing, in float32, whose operators a CPU enters fastest.
+from ``L = 512`` on. A peer's kernel cannot be left out. Where there is no GPU it computes on the CPU, in float32 and on
+tensors so small that entering it takes most of the time; how much, the same call on tensors of one row says, which is
+measured too.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 import fastattn
 
 Step = Callable[[], object]
-Attend = Callable[..., Any]
+Build = Callable[[Callable[..., Any], bool, "Place"], Step]  # of a call, with gradients or without, and where
+Scale = Literal["full", "small", "least"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,22 +31,23 @@ class Place:
     Attributes:
         device: of the tensors.
         dtype: of the tensors.
-        tiny: the smallest sizes there are: for peers whose kernels would take time.
+        scale: ``full``: as the case says; ``small``: so that computing takes a few microseconds of one core; ``least``:
+            one row of eight elements.
     """
 
     device: str
     dtype: torch.dtype
-    tiny: bool = False
+    scale: Scale = "full"
+
+    def rows(self, full: int, small: int) -> int:
+        """A length, by the scale."""
+        return {"full": full, "small": small, "least": 1}[self.scale]
 
     def draw(self, *shape: int) -> Tensor:
-        """Normal numbers; of each size one or, of the last axis, eight where all is tiny."""
-        shape = (*(1 for _ in shape[:-1]), 8) if self.tiny else shape
+        """Normal numbers; of the least scale one row, whatever the shape."""
+        if self.scale == "least":
+            shape = (*(1 for _ in shape[:-1]), 8)
         return torch.randn(shape, device=self.device, dtype=self.dtype)
-
-    def padding(self, batch: int, keys: int) -> Tensor:
-        """``[B, S]``, True at the last quarter of the keys; none where all is tiny."""
-        lengths = torch.arange(1 if self.tiny else keys, device=self.device) >= keys - keys // 4
-        return lengths.expand(batch, -1).contiguous()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +81,14 @@ def _step(call: Callable[..., Any], inputs: tuple[Tensor, ...], train: bool) -> 
 
         return evaluate
     leaves = [tensor.requires_grad_() for tensor in inputs]
-    made = call(*leaves)
-    d_output = torch.ones_like(made[0] if isinstance(made, tuple) else made)
+    d_output: Tensor | None = None
 
     def step() -> object:
+        nonlocal d_output
         results = call(*leaves)
         output = results[0] if isinstance(results, tuple) else results
+        if d_output is None:
+            d_output = torch.ones_like(output)
         return torch.autograd.grad(output, leaves, d_output)
 
     return step
@@ -91,98 +96,95 @@ def _step(call: Callable[..., Any], inputs: tuple[Tensor, ...], train: bool) -> 
 
 # ---------------------------------------------------------------------------------------------------------- attention
 
-_BATCH, _HEADS, _HEAD_DIM = 1, 2, 64
+
+def _inputs(place: Place, length: int) -> tuple[Tensor, ...]:
+    return tuple(place.draw(1, 2, place.rows(length, small=16), 64) for _ in range(3))
 
 
-def _attention(length: int, train: bool, words: str) -> Callable[[Place], Step]:
-    def build(place: Place) -> Step:
-        inputs = tuple(place.draw(_BATCH, _HEADS, length, _HEAD_DIM) for _ in range(3))
-        options: dict[str, Any] = {}
-        if words == "causal":
-            options["is_causal"] = True
-        elif words == "padding":
-            options["key_padding_mask"] = place.padding(_BATCH, length)
-        elif words == "averaged weights":
-            options["need_weights"] = True
-        return _step(functools.partial(fastattn.attention, **options), inputs, train)
-
-    return build
+def _padding(place: Place, length: int) -> Tensor:
+    """``[B, S]``, True at the last quarter of the keys."""
+    keys = place.rows(length, small=16)
+    return (torch.arange(keys, device=place.device) >= keys - keys // 4)[None]
 
 
-def _sdpa(length: int, train: bool, words: str) -> Callable[[Place], Step]:
-    def build(place: Place) -> Step:
-        inputs = tuple(place.draw(_BATCH, _HEADS, length, _HEAD_DIM) for _ in range(3))
-        options: dict[str, Any] = {"is_causal": words == "causal"}
-        if words == "padding":
-            options["attn_mask"] = ~place.padding(_BATCH, length)[:, None, None]
-        return _step(functools.partial(F.scaled_dot_product_attention, **options), inputs, train)
+def _attention(words: str, length: int, train: bool, place: Place) -> Step:
+    options: dict[str, Any] = {}
+    if words == "causal":
+        options["is_causal"] = True
+    elif words == "padding":
+        options["key_padding_mask"] = _padding(place, length)
+    elif words == "averaged weights":
+        options["need_weights"] = True
+    return _step(functools.partial(fastattn.attention, **options), _inputs(place, length), train)
 
-    return build
+
+def _sdpa(words: str, length: int, train: bool, place: Place) -> Step:
+    """Padding is made the mask that it takes in every step; weights it has none."""
+    padding = _padding(place, length) if words == "padding" else None
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        mask = None if padding is None else ~padding[:, None, None]
+        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=words == "causal")
+
+    return _step(attend, _inputs(place, length), train)
 
 
-def _of_attention(
-    train: bool, words: str, length: int, kernels: str = "auto", quick: bool = False
-) -> HostCase:  # fmt: skip
-    name = f"{'train' if train else 'eval'} {words} L{length}" + (f", {kernels}" if kernels != "auto" else "")
-    ours, peer = _attention(length, train, words), _sdpa(length, train, words)
+def _of_attention(train: bool, words: str, length: int, kernels: str = "auto", quick: bool = False) -> HostCase:
+    name = f"{_mode(train)} {words} L{length}" + (f", {kernels}" if kernels != "auto" else "")
+    ours, peer = (functools.partial(build, words, length, train) for build in (_attention, _sdpa))
     return HostCase(name, ours, peer, "SDPA", kernels, quick)
+
+
+def _mode(train: bool) -> str:
+    return "train" if train else "eval"
 
 
 # -------------------------------------------------------------------------------------------- norms, additive, module
 
 
-def _norm(kind: str, train: bool) -> Callable[[Place], Step]:
-    def build(place: Place) -> Step:
-        x, residual, weight, bias = (place.draw(*shape) for shape in ((64, 512), (64, 512), (512,), (512,)))
-        if kind == "rms":
-            return _step(fastattn.add_rms_norm, (x, residual, weight), train)
-        return _step(fastattn.add_layer_norm, (x, residual, weight, bias), train)
+def _norm(vectors: int, small: int) -> Build:
+    """A norm of a sum: ``x``, ``residual``, then weight and, if there are two vectors, bias; ``small`` rows of a
+    peer."""
+
+    def build(call: Callable[..., Any], train: bool, place: Place) -> Step:
+        rows = [place.draw(place.rows(64, small), 512) for _ in range(2)]
+        return _step(call, (*rows, *(place.draw(512) for _ in range(vectors))), train)
 
     return build
 
 
-def _eager_norm(kind: str, train: bool) -> Callable[[Place], Step]:
-    def layer(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.layer_norm(x + residual, weight.shape, weight, bias)
-
-    def rms(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x + residual, weight.shape, weight)
-
-    def build(place: Place) -> Step:
-        x, residual, weight, bias = (place.draw(*shape) for shape in ((64, 512), (64, 512), (512,), (512,)))
-        return _step(rms, (x, residual, weight), train) if kind == "rms" else _step(layer, (x, residual, weight, bias), train)
-
-    return build
+def _eager_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x + residual, weight.shape, weight, bias)
 
 
-def _additive(train: bool) -> Callable[[Place], Step]:
-    def build(place: Place) -> Step:
-        rows, weight = tuple(place.draw(1, 64, 64) for _ in range(3)), place.draw(64)
-        return _step(fastattn.additive_attention, (*rows, weight), train)
-
-    return build
+def _eager_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x + residual, weight.shape, weight)
 
 
-def _eager_additive(train: bool) -> Callable[[Place], Step]:
-    def attend(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> Tensor:
-        return torch.softmax(torch.tanh(query[:, :, None] + key[:, None]) @ weight, dim=-1) @ value
-
-    def build(place: Place) -> Step:
-        rows, weight = tuple(place.draw(1, 64, 64) for _ in range(3)), place.draw(64)
-        return _step(attend, (*rows, weight), train)
-
-    return build
+def _additive(call: Callable[..., Any], train: bool, place: Place) -> Step:
+    rows = (place.draw(1, place.rows(64, small=4), 64) for _ in range(3))
+    return _step(call, (*rows, place.draw(64)), train)
 
 
-def _module(kind: type[nn.MultiheadAttention], train: bool) -> Callable[[Place], Step]:
-    """Self-attention without weights. Its projections are torch's in both, and computed: tiny ones, in either."""
+def _eager_additive(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> Tensor:
+    return torch.softmax(torch.tanh(query[:, :, None] + key[:, None]) @ weight, dim=-1) @ value
 
-    def build(place: Place) -> Step:
-        module = kind(16, 2, batch_first=True, device=place.device).train(train)
-        x = torch.randn(1, 4, 16, device=place.device)
-        return _step(lambda x, *_: module(x, x, x, need_weights=False), (x, *module.parameters()), train)
 
-    return build
+def _module(kind: Callable[..., nn.MultiheadAttention], train: bool, place: Place) -> Step:
+    """Self-attention without weights. Its projections are torch's in either, and are computed: so they are small."""
+    size = place.rows(64, small=16) if place.device != "cpu" else 16
+    module = kind(size, 2, batch_first=True, device=place.device, dtype=place.dtype).train(train)
+    x = torch.randn(1, 4, size, device=place.device, dtype=place.dtype)
+    return _step(lambda x, *_: module(x, x, x, need_weights=False), (x, *module.parameters()), train)
+
+
+def _beside(
+    name: str, build: Build, ours: Callable[..., Any], peer: Callable[..., Any], against: str, train: bool,
+    quick: bool = False,
+) -> HostCase:  # fmt: skip
+    """The same step of our call and of the peer's."""
+    steps = (functools.partial(build, call, train) for call in (ours, peer))
+    return HostCase(f"{name} {_mode(train)}", *steps, against=against, quick=quick)
 
 
 def all_cases() -> list[HostCase]:
@@ -198,21 +200,22 @@ def all_cases() -> list[HostCase]:
         _of_attention(True, "causal", 64),
         _of_attention(True, "padding", 512),
         _of_attention(True, "averaged weights", 64),
+        _of_attention(False, "causal", 64, "gluon"),
+        _of_attention(True, "causal", 64, "gluon"),
+        _of_attention(False, "plain", 64, "triton"),
+        _of_attention(False, "causal", 64, "triton"),
+        _of_attention(True, "plain", 64, "triton"),
+        _of_attention(True, "causal", 64, "triton"),
     ]
-    found += [
-        _of_attention(train, words, 64, kernels)
-        for kernels in ("gluon", "triton")
-        for train in (False, True)
-        for words in (("causal",) if kernels == "gluon" else ("plain", "causal"))
-    ]
-    for kind in ("layer", "rms"):
-        for train in (False, True):
-            name = f"add_{kind}_norm {'train' if train else 'eval'}"
-            found.append(HostCase(name, _norm(kind, train), _eager_norm(kind, train), "eager", quick=kind == "layer"))
-    for train in (False, True):
-        name = f"additive_attention {'train' if train else 'eval'}"
-        found.append(HostCase(name, _additive(train), _eager_additive(train), "eager"))
-    for train in (False, True):
-        name, ours, peer = f"MultiheadAttention {'train' if train else 'eval'}", fastattn.MultiheadAttention, nn.MultiheadAttention
-        found.append(HostCase(name, _module(ours, train), _module(peer, train), "nn.MultiheadAttention", quick=not train))
+    layer_norm, rms_norm = _norm(2, small=64), _norm(1, small=4)  # on a CPU F.rms_norm is many operators, and slow
+    for mode in (False, True):
+        found += [
+            _beside("add_layer_norm", layer_norm, fastattn.add_layer_norm, _eager_layer_norm, "eager", mode, quick=True),
+            _beside("add_rms_norm", rms_norm, fastattn.add_rms_norm, _eager_rms_norm, "eager", mode),
+            _beside("additive_attention", _additive, fastattn.additive_attention, _eager_additive, "eager", mode),
+            _beside(
+                "MultiheadAttention", _module, fastattn.MultiheadAttention, nn.MultiheadAttention,
+                "nn.MultiheadAttention", mode, quick=not mode,
+            ),
+        ]  # fmt: skip
     return found

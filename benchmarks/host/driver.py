@@ -1,7 +1,9 @@
-"""Triton's own CUDA driver and launcher on a libcuda that only counts: launches cost the host what they cost it on a GPU.
+"""Triton's own CUDA driver and launcher on a libcuda that only counts, so that launches cost the host what they do on a
+GPU.
 
 :func:`install` is called once, before the first launch, in a process that does not interpret. Kernels are compiled for
-sm_90 and loaded; the tensors that they are launched on lie in the process's own memory, and nothing reads or writes them.
+sm_90 and loaded. The tensors that they are launched on lie in the process's own memory, and nothing reads or writes
+them: so no result can be checked. The same launches are proved elsewhere (docs/proof.md).
 """
 
 from __future__ import annotations
@@ -22,25 +24,28 @@ _BUILD = Path(__file__).parents[2] / "build" / "host"
 
 
 class Counter:
-    """The launches and the modules loaded since the counter was last reset."""
+    """The launches since the counter was last reset, the first 4096 of them."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        library.stand_in_name.restype = ctypes.c_char_p
+        library.stand_in_kernel.restype = ctypes.c_void_p
 
     def reset(self) -> None:
         """Begin to count anew."""
         self._library.stand_in_reset()
 
     @property
-    def modules(self) -> int:
-        """How many compiled kernels were loaded."""
-        return self._library.stand_in_modules()
+    def launches(self) -> list[str]:
+        """The name of the kernel of each launch, in their order."""
+        return [ctypes.string_at(kernel).decode() for kernel in self._kernels()]
 
     @property
-    def kernels(self) -> list[str]:
-        """The names of the kernels that were launched, in order; of very many launches, the first 4096."""
-        return [self._library.stand_in_name(i).decode() for i in range(self._library.stand_in_launches())]
+    def kernels(self) -> int:
+        """How many compiled kernels these are: one function of the source may be compiled several times."""
+        return len(set(self._kernels()))
+
+    def _kernels(self) -> list[int]:
+        return [self._library.stand_in_kernel(i) for i in range(self._library.stand_in_launches())]
 
 
 def install() -> Counter:
@@ -61,7 +66,11 @@ def install() -> Counter:
         def __init__(self) -> None:
             super().__init__()
             # torch answers these on a GPU, in C and within a tenth of a microsecond
-            answers: dict[str, Any] = {"get_device_capability": (9, 0), "get_current_device": 0, "get_current_stream": 0}
+            answers: dict[str, Any] = {
+                "get_device_capability": (9, 0),
+                "get_current_device": 0,
+                "get_current_stream": 0,
+            }
             for name, value in answers.items():
                 setattr(self, name, lambda *_, value=value: value)
 
