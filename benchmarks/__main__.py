@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         return lecture.main(arguments[1:])
     if arguments[:1] == ["host"]:
-        from benchmarks.host import command as host
+        from benchmarks.host import command_line as host
 
         return host.main(arguments[1:])
     if arguments[:1] == ["take"]:

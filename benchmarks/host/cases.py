@@ -210,7 +210,9 @@ def all_cases() -> list[HostCase]:
     layer_norm, rms_norm = _norm(2, small=64), _norm(1, small=4)  # on a CPU F.rms_norm is many operators, and slow
     for mode in (False, True):
         found += [
-            _beside("add_layer_norm", layer_norm, fastattn.add_layer_norm, _eager_layer_norm, "eager", mode, quick=True),
+            _beside(
+                "add_layer_norm", layer_norm, fastattn.add_layer_norm, _eager_layer_norm, "eager", mode, quick=True,
+            ),
             _beside("add_rms_norm", rms_norm, fastattn.add_rms_norm, _eager_rms_norm, "eager", mode),
             _beside("additive_attention", _additive, fastattn.additive_attention, _eager_additive, "eager", mode),
             _beside(

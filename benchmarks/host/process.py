@@ -1,4 +1,4 @@
-"""Measure calls in a process of its own, as :mod:`benchmarks.host.command` starts it.
+"""Measure calls in a process of its own, as :mod:`benchmarks.host.run_cases` starts it.
 
 It runs without TRITON_INTERPRET, which triton reads once, and on a CPU for a driver that has to be there before the
 first launch. It prints JSON:
