@@ -178,15 +178,6 @@ def _module(kind: Callable[..., nn.MultiheadAttention], train: bool, place: Plac
     return _step(lambda x, *_: module(x, x, x, need_weights=False), (x, *module.parameters()), train)
 
 
-def _beside(
-    name: str, build: Build, ours: Callable[..., Any], peer: Callable[..., Any], against: str, train: bool,
-    quick: bool = False,
-) -> HostCase:  # fmt: skip
-    """The same step of our call and of the peer's."""
-    steps = (functools.partial(build, call, train) for call in (ours, peer))
-    return HostCase(f"{name} {_mode(train)}", *steps, against=against, quick=quick)
-
-
 def all_cases() -> list[HostCase]:
     """Every call, in the order of the table."""
     found = [
@@ -207,17 +198,16 @@ def all_cases() -> list[HostCase]:
         _of_attention(True, "plain", 64, "triton"),
         _of_attention(True, "causal", 64, "triton"),
     ]
-    layer_norm, rms_norm = _norm(2, small=64), _norm(1, small=4)  # on a CPU F.rms_norm is many operators, and slow
-    for mode in (False, True):
-        found += [
-            _beside(
-                "add_layer_norm", layer_norm, fastattn.add_layer_norm, _eager_layer_norm, "eager", mode, quick=True,
-            ),
-            _beside("add_rms_norm", rms_norm, fastattn.add_rms_norm, _eager_rms_norm, "eager", mode),
-            _beside("additive_attention", _additive, fastattn.additive_attention, _eager_additive, "eager", mode),
-            _beside(
-                "MultiheadAttention", _module, fastattn.MultiheadAttention, nn.MultiheadAttention,
-                "nn.MultiheadAttention", mode, quick=not mode,
-            ),
-        ]  # fmt: skip
+    # on a CPU F.rms_norm is many operators, so that few rows are enough
+    rest: list[tuple[str, Build, Callable[..., Any], Callable[..., Any], str]] = [
+        ("add_layer_norm", _norm(2, small=64), fastattn.add_layer_norm, _eager_layer_norm, "eager"),
+        ("add_rms_norm", _norm(1, small=4), fastattn.add_rms_norm, _eager_rms_norm, "eager"),
+        ("additive_attention", _additive, fastattn.additive_attention, _eager_additive, "eager"),
+        ("MultiheadAttention", _module, fastattn.MultiheadAttention, nn.MultiheadAttention, "nn.MultiheadAttention"),
+    ]
+    for name, build, ours, peer, against in rest:
+        for train in (False, True):
+            steps = (functools.partial(build, call, train) for call in (ours, peer))
+            quick = name == "add_layer_norm" or (name == "MultiheadAttention" and not train)
+            found.append(HostCase(f"{name} {_mode(train)}", *steps, against=against, quick=quick))
     return found
