@@ -1,5 +1,5 @@
 /* A libcuda.so.1 without a GPU, for triton's own launcher: it answers as an H200 would, keeps the names of the kernels
- * that are launched, and runs nothing. What a launch costs the real driver (about 2 us) is not in it; everything that
+ * that are launched, and runs nothing. What a launch costs the real driver is not in it; everything that
  * triton does before it is, down to the array of parameters and the tensor maps. */
 #include <cuda.h>
 #include <stdint.h>
