@@ -140,7 +140,7 @@ def _list(settings: Settings) -> None:
             reason = families()[case.family].variant(name).applies(case) if can_ask else None
             print(f"    {name}" + (f"  refuses: {reason}" if reason else ""))
     for job in jobs(settings):
-        if job.kind in ("quality", "tiles"):
+        if job.kind in ("quality", "tiles", "host"):
             print(job.key)
 
 

@@ -13,6 +13,7 @@ import torch
 from benchmarks import first_launches
 from benchmarks.cases import AttentionCase, Case
 from benchmarks.families import kernels, sequence
+from benchmarks.host import run_cases as host
 from benchmarks.matrix import Part, matrix
 from benchmarks.measure.ceilings import ceilings
 from benchmarks.measure.tiles import counts
@@ -91,7 +92,7 @@ def jobs(settings: Settings) -> list[Job]:
     """
     chosen = entries(settings)
     cases = [_of_case(case, names, settings) for case, names in chosen]
-    rest = [*_tiles(settings), *_theory([case for case, _ in chosen]), *_quality(settings)]
+    rest = [*_tiles(settings), *_host(settings), *_theory([case for case, _ in chosen]), *_quality(settings)]
     if settings.sweep or settings.part == "question":
         rest = []
     first = [_of_ceilings(settings, [case for case, _ in chosen])] if chosen else []
@@ -146,6 +147,20 @@ def _tiles(settings: Settings) -> list[Job]:
             return {"environment": {"tiles": str(error)}}
 
     return [Job("tiles", "tiles", 6.0, work)] if settings.only in ("", "tiles") else []
+
+
+def _host(settings: Settings) -> list[Job]:
+    """The host's time of calls on kernels for a GPU, which is measured where there is none; in a process of its own."""
+
+    def work(document: dict[str, Any], hung: list[str], tell: Tell) -> dict[str, Any]:
+        if (missing := host.missing()) is not None:
+            return {"environment": {"host": missing}}
+        rows = host.run_cases(host.names(quick=settings.quick), seconds=host.QUICK_SECONDS)
+        if failed := [f"{row['case']}: {row['error']}" for row in rows if row["error"]]:
+            raise RuntimeError("; ".join(failed))
+        return {"host": rows}
+
+    return [Job("host", "host", 10.0, work)] if settings.on_cpu and settings.only in ("", "host") else []
 
 
 def _theory(cases: list[Case]) -> list[Job]:

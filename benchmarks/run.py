@@ -62,6 +62,7 @@ def new_document(settings: dict[str, Any], environment: dict[str, Any]) -> dict[
         "ceilings": {},
         "results": [],
         "tiles": [],
+        "host": [],
         "theory": {},
         "quality": [],
     }

@@ -29,6 +29,7 @@ from benchmarks.reporting.document import (
     timed_of,
 )
 from benchmarks.reporting.findings import findings
+from benchmarks.reporting.host import host_block
 from benchmarks.reporting.tables import tiles_table
 from benchmarks.reporting.text import Table, as_markdown, number, ratio
 
@@ -90,11 +91,12 @@ def _filled(root: Path, name: str) -> tuple[str, list[str]]:
 
 
 def _made(root: Path, line: str, name: str, run: str) -> str:
-    known = [*BLOCKS, EXPERIMENT]
+    known = [*BLOCKS, *OF_OTHER_FILES]
     if name not in known:
         raise ValueError(f"{line}: no block is called {name}: there are {', '.join(known)}")
     try:
-        return experiment(root / run) if name == EXPERIMENT else BLOCKS[name](read_run(root / run))
+        other = OF_OTHER_FILES.get(name)
+        return other(root / run) if other is not None else BLOCKS[name](read_run(root / run))
     except ValueError as error:
         raise ValueError(f"{line}: {name}: {error}") from error
 
@@ -291,9 +293,6 @@ def sentences(document: Document) -> str:
     return "".join(f"- {sentence}\n" for sentence in found)
 
 
-EXPERIMENT = "experiment"  # the one block that is no run's, but one experiment's of the lecture
-
-
 def experiment(path: Path) -> str:
     """What the lecture claims and what was found, and the table of it.
 
@@ -316,6 +315,8 @@ def _value(value: Any) -> str:
     return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+# The blocks that are made of no run: of one experiment of the lecture, and of the host's times.
+OF_OTHER_FILES: dict[str, Callable[[Path], str]] = {"experiment": experiment, "host": host_block}
 BLOCKS: dict[str, Block] = {
     "run-facts": run_facts,
     "module-ratios": module_ratios,

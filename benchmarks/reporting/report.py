@@ -16,6 +16,7 @@ from benchmarks.reporting.tables import (
     ceilings_table,
     environment_table,
     family_table,
+    host_tables,
     memory_table,
     quality_tables,
     theory_tables,
@@ -89,7 +90,7 @@ def _markdown(document: Document, drawn: list[Picture] | None) -> str:
     sections += [_section(table) for table in rest if table.lines]
     for index, table in enumerate(quality_tables(document)):
         sections.append(_section(table, pictures.get("quality", "") if index == 0 else ""))
-    sections += [_section(table) for table in kernel_tables(document)]
+    sections += [_section(table) for table in (*kernel_tables(document), *host_tables(document))]
     if document["left_out"]:
         sections.append("## Left out\n\n" + "".join(f"- {name}\n" for name in document["left_out"]))
     return "\n".join(sections)

@@ -19,6 +19,7 @@ from benchmarks.reporting.document import (
     short_names,
     timed_of,
 )
+from benchmarks.reporting.host import host_table
 from benchmarks.reporting.kernels import kernel_tables
 from benchmarks.reporting.text import Table, number, rate, ratio, table_of
 
@@ -298,10 +299,15 @@ def quality_tables(document: Document) -> list[Table]:
     return [table for table in tables if table.lines]
 
 
+def host_tables(document: Document) -> list[Table]:
+    """What calls cost the host, if the run has that."""
+    return [host_table(rows)] if (rows := document.get("host")) else []
+
+
 def all_tables(document: Document) -> list[Table]:
     """Those that the run has anything for, in the order in which they are read."""
     tables = [ceilings_table(document)]
     tables += [family_table(document, family) for family in by_family(document)]
     tables += [memory_table(document), tiles_table(document), *theory_tables(document), *quality_tables(document)]
-    tables += kernel_tables(document)
+    tables += [*kernel_tables(document), *host_tables(document)]
     return [table for table in tables if table.lines or table.note]
