@@ -58,7 +58,7 @@ def install() -> Counter:
     import triton
     from triton.backends.nvidia.driver import CudaDriver
 
-    from fastattn.ops.common import availability
+    from fastattn.ops.common import backends
 
     class Driver(CudaDriver):
         """Triton's own, of one H200 whose memory is the process's."""
@@ -78,7 +78,7 @@ def install() -> Counter:
             return torch.device("cpu")
 
     triton.runtime.driver.set_active(Driver())
-    availability.DEVICES = ("cpu",)
+    backends.DEVICES = ("cpu",)
     return Counter(library)
 
 

@@ -17,6 +17,7 @@ from fastattn_kernels.additive_attention.forward import launch_additive_fwd
 from fastattn_kernels.additive_attention.pairs import launch_additive_weights
 from fastattn_kernels.additive_attention.problem import AdditiveProblem
 from fastattn_kernels.attention.backward import launch_attention_delta
+from fastattn_kernels.common.plans import planned
 from fastattn_kernels.common.problem import WeightsGradient
 from fastattn_kernels.common.tile_map import tile_map_for
 
@@ -35,6 +36,7 @@ def _problem(inputs: Inputs, options: Options) -> AdditiveProblem:
     )
 
 
+@planned
 def forward(inputs: Inputs, options: Options) -> Results:
     """The contract of ``fastattn::additive_forward``."""
     results = output, weights, statistics = empty_results(inputs, options)
@@ -45,6 +47,7 @@ def forward(inputs: Inputs, options: Options) -> Results:
     return results
 
 
+@planned
 def backward(
     gradients: OutputGradients, kept: Results, needs: Needs, inputs: Inputs, options: Options
 ) -> InputGradients:

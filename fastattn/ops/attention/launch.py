@@ -17,7 +17,7 @@ from fastattn.ops.attention.contract import (
     Results,
     empty_results,
 )
-from fastattn.ops.common.backends import kernel_choice
+from fastattn.ops.common.backends import KernelChoice, Kernels, kernel_choice
 from fastattn.ops.common.blocks import empty_in_order_of
 from fastattn_kernels.attention import choice
 from fastattn_kernels.attention.backward import launch_attention_delta
@@ -27,6 +27,7 @@ from fastattn_kernels.attention.weights import (
     launch_attention_weights_delta,
     launch_dropout_keep,
 )
+from fastattn_kernels.common.plans import planned
 from fastattn_kernels.common.problem import Problem, WeightsGradient
 from fastattn_kernels.common.tile_map import tile_map_for
 
@@ -65,9 +66,13 @@ def describe(inputs: Inputs, options: Options) -> str:
 
 def forward(inputs: Inputs, options: Options) -> Results:
     """The contract of ``fastattn::attention_forward``."""
+    return _forward(inputs, options, kernel_choice().kernels)
+
+
+@planned
+def _forward(inputs: Inputs, options: Options, kernels: Kernels) -> Results:
     problem = _problem(inputs, options)
     results = output, lse, weights, statistics = empty_results(inputs, options)
-    kernels, _ = kernel_choice()
     choice.launch_attention_fwd(problem, output, lse, statistics, tile_map_for(problem), kernels)
     if not inputs.query.shape[1]:
         weights.zero_()  # the average of no heads, for which the kernel would divide by zero
@@ -78,6 +83,13 @@ def forward(inputs: Inputs, options: Options) -> Results:
 
 def backward(gradients: OutputGradients, kept: Kept, needs: Needs, inputs: Inputs, options: Options) -> InputGradients:
     """The contract of ``fastattn::attention_backward``."""
+    return _backward(gradients, kept, needs, inputs, options, kernel_choice())
+
+
+@planned
+def _backward(
+    gradients: OutputGradients, kept: Kept, needs: Needs, inputs: Inputs, options: Options, kernels: KernelChoice
+) -> InputGradients:
     # vmap expands the statistics that its samples share, and the kernels read them without strides
     statistics = kept.statistics.contiguous()
     problem = _problem(inputs, options)
@@ -93,7 +105,7 @@ def backward(gradients: OutputGradients, kept: Kept, needs: Needs, inputs: Input
     of_rows = torch.zeros_like(delta) if needs.needs_d_alibi_slopes else None
     choice.launch_attention_bwd(
         problem, d_output, statistics, delta, d_weights, d_query, d_key, d_value, of_rows, tile_map_for(problem),
-        *kernel_choice(),
+        *kernels,
     )  # fmt: skip
     if needs.needs_d_bias:
         d_bias = launch_attention_bias_bwd(problem, d_output, statistics, delta, d_weights)

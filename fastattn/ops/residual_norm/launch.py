@@ -16,6 +16,7 @@ from fastattn.ops.residual_norm.contract import (
     empty_results,
     empty_row_gradients,
 )
+from fastattn_kernels.common.plans import planned
 from fastattn_kernels.residual_norm.backward import launch_residual_norm_bwd
 from fastattn_kernels.residual_norm.forward import launch_residual_norm_fwd
 from fastattn_kernels.residual_norm.problem import NormProblem
@@ -29,6 +30,7 @@ def _column(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor[..., None]
 
 
+@planned
 def forward(inputs: Inputs, options: Options) -> Results:
     """The contract of ``fastattn::add_norm_forward``."""
     results = output, total, statistics = empty_results(inputs, options)
@@ -50,6 +52,7 @@ def forward(inputs: Inputs, options: Options) -> Results:
     return results
 
 
+@planned
 def backward(gradients: OutputGradients, kept: Kept, needs: Needs, options: Options) -> InputGradients:
     """The contract of ``fastattn::add_norm_backward``."""
     total = kept.total

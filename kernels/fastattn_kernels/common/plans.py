@@ -144,6 +144,7 @@ class Recording(TorchDispatchMode):
             number = self._numbers.get(id(value))
             if number is None:
                 self.flaw = self.flaw or f"a tensor of the shape {tuple(value.shape)} comes from outside the call"
+                import traceback; traceback.print_stack(limit=12) if __import__("os").environ.get("FLAW") else None
                 return None
             return _Slot(number)
         if isinstance(value, (tuple, list)):
@@ -169,10 +170,11 @@ class Recording(TorchDispatchMode):
         if _only_allocates(func):
             self.steps.append(_Made(numbers[0], tuple(result.shape), result.stride(), result.dtype, result.device))
             return result
-        is_view = func.is_view and len(results) == 1 and isinstance(args[0], Tensor)
+        is_view = func.is_view and isinstance(arguments[0], _Slot)
         if is_view:
             base, offset = self.views.get(arguments[0].number, _View(arguments[0].number, 0))
-            self.views[numbers[0]] = _View(base, offset + result.data_ptr() - args[0].data_ptr())
+            for number, each in zip(numbers, results):
+                self.views[number] = _View(base, offset + each.data_ptr() - args[0].data_ptr())
         self.steps.append(_Called(func, arguments, keywords, numbers, is_view))
         return result
 
@@ -316,7 +318,7 @@ class _Writer:
                 return f"t{step.made} = empty({step.shape!r}, {where})"
             return f"t{step.made} = empty_strided({step.shape!r}, {step.stride!r}, {where})"
         if isinstance(step, _Called):
-            if step.is_view and step.results[0] not in self.needed:
+            if step.is_view and not self.needed.intersection(step.results):
                 return ""
             keywords = "".join(f"{name}={self.expression(value)}, " for name, value in step.keywords.items())
             arguments = "".join(f"{self.expression(value)}, " for value in step.arguments)
