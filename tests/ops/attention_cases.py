@@ -310,7 +310,7 @@ def run_path(path, call):
         found = formula.run(call, None) if formula.takes(call) else None
         return None if found is None else (*found, None)
     output = None
-    if path == "unseen" and on_torch.sdpa_serves_unseen(call):
+    if path == "unseen" and on_torch.sdpa_takes_unseen(call):
         output = sdpa.run_unseen(call)
     elif path == "sdpa" and sdpa.takes(call) and sdpa.is_tame(call):
         output = sdpa.run(call)

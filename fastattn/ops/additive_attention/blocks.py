@@ -1,7 +1,7 @@
 """Additive attention in plain torch, a block of rows at a time, so that ``[B, L, S, A]`` is never whole.
 
-A block has all of its rows' keys, so that softmax is one call and nothing is kept for the backward but the inputs: it
-makes each block again. Products of the block with vectors are matrix products, every other pass goes over it in place.
+A block has all keys of its rows, so that softmax is one call. The backward makes each block again, so that only the
+inputs are kept for it. Products of a block with vectors are matrix products; every other pass goes over it in place.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _visible(own: Inputs, options: Options) -> Tensor | None:
     )
     if own.bias is None:
         return visible
-    # as it is added: in float64 a bias may be finite that is -inf in the scores' dtype
+    # Compared in the dtype in which it is added: a bias that is finite in float64 may be -inf in the scores' dtype.
     return visible & (own.bias.to(statistics_dtype(own.query.dtype)) != NEGATIVE_INFINITY)
 
 
@@ -120,7 +120,7 @@ def _without_unseen(value: Tensor, visible: Tensor | None) -> Tensor:
 
 def forward(inputs: Inputs, options: Options) -> Results:
     """The contract of ``fastattn::additive_forward``."""
-    with torch.autocast(inputs.query.device.type, enabled=False):  # what is computed wider than it comes stays wide
+    with torch.autocast(inputs.query.device.type, enabled=False):  # it would narrow what is cast up to float32 here
         return _forward(inputs, options)
 
 
@@ -161,18 +161,18 @@ def _backward(gradients: OutputGradients, needs: Needs, inputs: Inputs, options:
         visible, bent = _visible(own, rules), _bent(own, dtype)
         p = _weights(own, bent, visible)
         d_rows = block.of(d_output, OF_ROWS).to(dtype)
-        if visible is not None:  # whatever comes in as the gradient of a row that sees nothing
+        if visible is not None:  # the gradient of a row that sees nothing may be NaN, and counts for nothing
             d_rows = d_rows.masked_fill(~visible.any(dim=-1, keepdim=True), 0)
         block.of(d_value, OF_KEYS).add_(p.mT @ d_rows)
         dp = d_rows @ _without_unseen(own.value.to(dtype), visible).mT
         if d_weights is not None:
             dp = dp + block.of(d_weights, SCORES)
-        if visible is not None:  # NaN or inf where a value is that others see, or where it came in
+        if visible is not None:  # NaN or inf in the gradient, or in a value that other rows see, at a hidden pair
             dp = dp.masked_fill(~visible, 0)
         ds = torch._softmax_backward_data(dp, p, -1, dtype)
         if visible is not None:
-            ds = ds.masked_fill_(~visible, 0)  # NaN where the mean of a row's dP is
-            bent = bent.nan_to_num_(nan=0.0)  # tanh of a hidden key; where it is seen, dS is NaN already
+            ds = ds.masked_fill_(~visible, 0)  # NaN in the whole row where the mean of its dP is NaN
+            bent = bent.nan_to_num_(nan=0.0)  # tanh of a hidden NaN; at a visible NaN dS is NaN already
         if d_bias is not None:
             of_bias = block.of(d_bias, SCORES)
             of_bias += ds.sum_to_size(of_bias.shape)

@@ -83,10 +83,9 @@ class InputGradients(NamedTuple):
     d_bias: Tensor
 
 
-def stored(options: Options) -> Results:
-    """For each result, whether it is more than an empty placeholder."""
-    found: tuple[bool, ...] = (True, options.needs_weights, options.backend == "triton")
-    return Results(*found)  # type: ignore[arg-type]
+def stored(options: Options) -> tuple[bool, ...]:
+    """For each of the results, whether it is more than an empty placeholder."""
+    return True, options.needs_weights, options.backend == "triton"
 
 
 def weights_shape(inputs: Inputs, options: Options) -> tuple[int, ...]:

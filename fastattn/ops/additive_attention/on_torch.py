@@ -48,11 +48,12 @@ def _recorded(call: AdditiveAttentionCall) -> tuple[Tensor, Tensor | None]:
 
 
 def _is_small(call: AdditiveAttentionCall) -> bool:
-    """Does the formula serve? For a decoder's single step the operators would take three times as long as it.
+    """Is this an eager CPU call whose intermediate ``[B, H, L, S, A]`` fits one block, so that the formula runs it?
 
-    In training it keeps its intermediate, one block at most, and a decoder so many of them as it makes steps. That is
-    bought: with the operators for all calls of more than 2^14 elements ``Seq2Seq.loss`` and its backward would take 1.5
-    to 1.9 times as long (batches of 8 to 64, sources of 25 to 65, on one core), and keep a third (2.5 MiB for 7.2).
+    For a decoder's single step the operators would take three times as long as the formula. In training the formula
+    keeps its intermediate for the backward, and a decoder keeps one for every step. That memory is worth its price:
+    with the operators for all calls of more than 2^14 elements ``Seq2Seq.loss`` and its backward would take 1.5 to 1.9
+    times as long (batches of 8 to 64, sources of 25 to 65, on one core), and keep a third as much (2.5 MiB, not 7.2).
     """
     query, keys = call.query, call.key.shape[2]
     return (
@@ -63,19 +64,19 @@ def _is_small(call: AdditiveAttentionCall) -> bool:
 
 
 def _formula(call: AdditiveAttentionCall) -> tuple[Tensor, Tensor, bool]:
-    """Output and weights by the textbook, and whether to trust them: rows that see nothing, and NaN or inf in hidden
-    keys, show in the sum and are left to the blocks."""
+    """Output and weights by the textbook, and whether to trust them. A row that sees nothing, and NaN or inf in hidden
+    keys, make the sum of the results not finite; such a call is left to the blocks."""
     bent = torch.tanh(call.query[..., :, None, :] + call.key[..., None, :, :])
     shared = call.weight.shape[0] == 1
     scores = bent @ call.weight[0] if shared else (bent @ call.weight[:, None, :, None]).squeeze(-1)
     mask, value = _merged_mask(call), call.value
     if mask is not None:
         scores = scores + mask
-        # a value that nobody sees may be so large that its product with a gradient is inf, and 0 * inf is NaN
+        # A value that no row sees may be so large that its product with a gradient is inf, and 0 * inf is NaN.
         value = value.masked_fill((mask == NEGATIVE_INFINITY).all(dim=-2)[..., None], 0)
     found = weights = torch.softmax(scores, dim=-1)
     if mask is not None and weights.requires_grad:
-        # 0 already; filled in, so that no gradient comes in here: NaN at a hidden pair would reach its whole row
+        # These weights are 0 already. Filling them in stops gradients here, where NaN would reach a pair's whole row.
         weights = weights.masked_fill(mask == NEGATIVE_INFINITY, 0)
     output = weights @ value
     trusted = mask is None or math.isfinite(sum(t.detach().sum().item() for t in (found, output, call.key)))
@@ -83,7 +84,7 @@ def _formula(call: AdditiveAttentionCall) -> tuple[Tensor, Tensor, bool]:
 
 
 def _merged_mask(call: AdditiveAttentionCall) -> Tensor | None:
-    """What is added to the scores; None where nothing is."""
+    """One mask that is added to the scores and stands for all of the call's masks; None where there are none."""
     visible = call.mask
     if call.upper is not None or call.key_padding_mask is not None:
         visible = visibility(

@@ -1,17 +1,18 @@
 """Attention in plain torch, a block of rows at a time, so that the [B, H, L, S] intermediates are never whole.
 
-The torch backend's answer where ``F.scaled_dot_product_attention`` has none: weights, the LSE, windows, documents,
-ALiBi, softcap, sinks, the gradients of all of them, and masks that torch would first expand to ``[L, S]``. On a CPU the
-matrix products bound it, and the rest is arranged to stay small beside them: query heads that share a key head are rows
-of one product; keys that no row of a block may see are left out of it, so that a causal call does about half the work
-and one with a window about the window's; what hides the other keys is added, since filling it in takes as long as a
-product; and booleans are read as bytes, which torch reduces and converts five to ten times faster.
+The torch backend runs here what ``F.scaled_dot_product_attention`` cannot express: weights, the LSE, windows,
+documents, ALiBi, softcap, sinks, the gradients of all of them, and masks that torch would first expand to ``[L, S]``.
+On a CPU the matrix products take most of the time, and the rest is arranged to stay small beside them: query heads that
+share a key head are rows of one product; keys that no row of a block may see are left out of it, so that a causal call
+does about half the work and one with a window about the window's; the other hidden scores get ``-inf`` by an addition,
+since ``masked_fill`` takes as long as a product; and booleans are read as bytes, which torch reduces and converts five
+to ten times faster.
 
 Everything is computed in float32, or in float64 where the query or something that is added to the scores is float64.
 
-NaN, inf, and finite numbers whose products overflow may lie where a mask hides them. ``0 * NaN`` is NaN, so they would
-show in what is computed. Both passes therefore look at their results, and where one is not finite and something is
-hidden, they run again in a careful form, in which a weight of 0 makes 0 of whatever it multiplies.
+Hidden positions may hold NaN, inf, or finite numbers whose products overflow. ``0 * NaN`` is NaN, so that these would
+reach the results. Both passes therefore check whether their results are finite. If they are not, and the call hides
+anything, they run again in a careful form, in which a weight of 0 times anything is 0.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from fastattn.reference.attention import NEGATIVE_INFINITY
 
 # Elements of one block of scores. 2^20 float32 (4 MiB) stay in the outer caches between the products.
 BLOCK_ELEMENTS = 1 << 20
-# Rows of a block that are worth a call of their own, however narrow the window.
+# However narrow the window, a block has at least this many rows: with fewer the cost of its calls dominates.
 _LEAST_ROWS = 64
 
 _AXES_BY_NAME: dict[str, Axes] = {
@@ -95,8 +96,8 @@ def batches(inputs: Inputs, options: Options) -> Iterator[slice]:
 def blocks(inputs: Inputs, options: Options, batch: slice, *, looks: bool, skips: bool = True) -> Iterator[Block]:
     """The blocks of some batch entries.
 
-    If ``looks``, masks, documents and prefixes are read for the keys to leave out, not the band alone. A block whose
-    rows see nothing is left out, or, unless it ``skips``, has one key that is hidden from them.
+    The band of lower and upper decides which keys are left out; if ``looks``, so do the values of masks, documents and
+    prefixes. A block whose rows see nothing is left out if ``skips``, and otherwise has one key, hidden from its rows.
     """
     heads, length = inputs.query.shape[1:3]
     most_rows, keys = _span(inputs, options)
@@ -118,7 +119,7 @@ def _span(inputs: Inputs, options: Options) -> tuple[int, int]:
     if options.lower is None or options.upper is None or inputs.prefix is not None:
         return length, keys
     width = max(_LEAST_ROWS, options.upper - options.lower + 1)
-    return width, min(keys, 2 * width)  # as many rows as the band is wide: half of the block is in it
+    return width, min(keys, 2 * width)  # with as many rows as the band is wide, half of the block is visible
 
 
 def keys_of_band(inputs: Inputs, options: Options, block: Block, looks: bool) -> slice:
@@ -146,7 +147,7 @@ def _keys_of_masks(inputs: Inputs, options: Options, block: Block) -> slice:
 
 
 def _masks(inputs: Inputs) -> Iterator[Tensor]:
-    """Boolean tensors that broadcast to the scores; a key is seen where all of them say so."""
+    """Boolean tensors that broadcast to the scores; a key is visible where all of them are True."""
     if inputs.mask is not None:
         yield inputs.mask
     if inputs.key_padding_mask is not None:
@@ -155,7 +156,7 @@ def _masks(inputs: Inputs) -> Iterator[Tensor]:
         yield inputs.query_documents[:, None, :, None] == inputs.key_documents[:, None, None, :]
 
 
-# -------------------------------------------------------------------------------------------------- what nobody may see
+# -------------------------------------------------------------------------------------------------------- hidden values
 
 
 def _hides(inputs: Inputs, options: Options) -> bool:
@@ -165,7 +166,7 @@ def _hides(inputs: Inputs, options: Options) -> bool:
 
 
 def _visible(own: Inputs, options: Options) -> Tensor:
-    """Boolean ``[b | 1, H | 1, n, s]``: who sees whom in a block, additive masks of ``-inf`` included."""
+    """Boolean ``[b | 1, H | 1, n, s]``: which rows of a block see which keys, additive masks of ``-inf`` included."""
     visible = visibility(
         own.query.shape[2],
         own.key.shape[2],
@@ -182,13 +183,13 @@ def _visible(own: Inputs, options: Options) -> Tensor:
 
 
 def _all_finite(*tensors: Tensor) -> bool:
-    """Do the tensors hold finite numbers alone, whose sum is one too?"""
+    """Is every element finite, and the sum of each tensor too?"""
     return math.isfinite(sum(t.sum(dtype=statistics_dtype(t.dtype)).item() for t in tensors))
 
 
 def _product(left: Tensor, right: Tensor, careful: bool) -> Tensor:
-    """``left @ right``; if ``careful``, a 0 on the left makes 0 of NaN and inf on the right, which is how a hidden pair
-    takes no part in a sum over pairs."""
+    """``left @ right``; if ``careful``, a 0 on the left times NaN or inf on the right is 0, so that hidden pairs add
+    nothing."""
     finite = right.isfinite() if careful else None
     if finite is None or bool(finite.all()):
         return torch.bmm(left, right)
@@ -212,9 +213,12 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, careful: bool) -> N
 
 
 def _compute_dtype(inputs: Inputs) -> torch.dtype:
-    """What a block is computed in. Products of 16-bit tensors would round scores to 16 bits, a tenth of a unit at 30,
-    and overflow float16 at 65504; torch's own kernel keeps them in float32 too. On a CPU the conversion costs large
-    blocks a tenth of their time and makes small ones three times as fast, as float16 and bfloat16 have no fast path."""
+    """The dtype that a block is computed in, at least float32.
+
+    Products of 16-bit tensors would round scores to 16 bits (by up to 0.06 at 30 in bfloat16) and overflow float16 at
+    65504; torch's own kernel keeps them in float32 too. On a CPU the conversion costs large blocks a tenth of their
+    time, and makes small ones three times as fast, since float16 and bfloat16 have no fast path there.
+    """
     dtype = statistics_dtype(inputs.query.dtype)
     for added in (inputs.bias, inputs.alibi_slopes):
         if added is not None:
@@ -229,8 +233,8 @@ def _heads_as_rows(tensor: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
 
 
 def _products(queries: Tensor, keys: Tensor, own: Inputs, options: Options) -> tuple[Tensor, Tensor | None]:
-    """Capped products ``[b, H, n, s]``, and the hyperbolic tangent that capped them or None, from which its slope has
-    one rounding less than from the product; ``queries`` are scaled already."""
+    """Capped products ``[b, H, n, s]`` of queries that are scaled already, and the hyperbolic tangent that capped them,
+    None without a cap. The backward takes the slope from the tangent: from the product it has one rounding more."""
     scores = torch.bmm(queries, keys.mT).view(*own.query.shape[:3], -1)
     if options.softcap is None:
         return scores, None
@@ -245,8 +249,8 @@ def _distances(scores: Tensor, options: Options) -> Tensor:
 
 
 def _masked(scores: Tensor, own: Inputs, options: Options, visible: Tensor | None) -> Tensor:
-    """The scores, in place, with what is added to them, and ``-inf`` where the row may not see the key. In the careful
-    form ``visible`` says where that is; otherwise the masks are added, which is right while all scores are finite."""
+    """The scores, in place, with bias and ALiBi added, and ``-inf`` where the row may not see the key. The careful form
+    fills in ``-inf`` by ``visible``; otherwise the masks are added, which is right while all scores are finite."""
     if own.bias is not None:
         scores.add_(own.bias if visible is None else own.bias.where(visible, 0))
     if own.alibi_slopes is not None:

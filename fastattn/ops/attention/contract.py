@@ -133,10 +133,9 @@ class InputGradients(NamedTuple):
     d_sinks: Tensor
 
 
-def stored(options: Options) -> Results:
-    """For each result, whether it is more than an empty placeholder."""
-    found: tuple[bool, ...] = (True, True, options.weights != "none", True)
-    return Results(*found)  # type: ignore[arg-type]
+def stored(options: Options) -> tuple[bool, ...]:
+    """For each of the results, whether it is more than an empty placeholder."""
+    return True, True, options.weights != "none", True
 
 
 def statistics_shape(query: Tensor, backend: str) -> tuple[int, ...]:

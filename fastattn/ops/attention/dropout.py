@@ -1,8 +1,8 @@
-"""Which weights dropout keeps on the torch backend: drawn whole where they are few, else again wherever they are used.
+"""Which weights dropout keeps on the torch backend: drawn once where they are few, else drawn again at each use.
 
-Kept weights are a byte each, so that those of a long sequence would take more memory than everything else in a call
-that is linear in its length. Above :data:`MOST_DRAWN_WHOLE` a call therefore keeps a seed, and forward, backward and
-derivatives draw the tiles of weights that they are about to use, each from a generator of its own.
+A kept weight is one byte, so that those of a long sequence would take more memory than everything else in a call whose
+memory is linear in the length. Above :data:`MOST_DRAWN_WHOLE` weights a call therefore stores a seed, and forward,
+backward and derivatives draw the tiles of weights that they are about to use, each tile from a generator of its own.
 """
 
 from __future__ import annotations

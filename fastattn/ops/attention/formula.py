@@ -1,7 +1,7 @@
 """The formula as a path of the torch backend: for small eager calls on a CPU that want weights or dropout.
 
-The operators, their autograd rules and their caution cost more than such a call itself. Everything is made at once, in
-float32 or better, as the blocks do it, so that the same call has the same errors with weights and without.
+The operators, their autograd rules and their checks cost more than such a call itself. All scores are made at once, in
+float32 or better as in the blocks, so that the same call has the same errors with weights and without.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastattn.reference.attention import NEGATIVE_INFINITY
 
 
 def takes(call: AttentionCall) -> bool:
-    """Does the formula serve this eager call: without an LSE or rules that SDPA has no words for, in one block?"""
+    """Can the formula run this eager call: without an LSE or rules beyond SDPA's, its scores in one block?"""
     query, key = call.query, call.key
     return (
         not call.return_lse
@@ -31,8 +31,11 @@ def takes(call: AttentionCall) -> bool:
 
 
 def run(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
-    """Output and weights, None where none are asked for; nothing at all where a row sees nothing, or where NaN and inf,
-    which may come from what is hidden, show in the sum of the output: the blocks know what to do with those."""
+    """Output and weights (None where none are asked for).
+
+    None in place of both where a row sees nothing, or where the output is not finite, which may come from NaN or inf at
+    hidden positions: the caller then leaves the call to the blocks, which handle both.
+    """
     with without_autocast(call.device):
         return _run(call, keep)
 
@@ -59,7 +62,7 @@ def _run(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor | Non
         scores = (torch.bmm(query, key.mT).view(*shape, -1) + mask).flatten(0, 1)
     found = weights = torch.softmax(scores, dim=-1)
     if mask is not None and weights.requires_grad:
-        # 0 already; filled in, so that no gradient comes in here: NaN at a hidden pair would reach its whole row
+        # These weights are 0 already. Filling them in stops gradients here, where NaN would reach a pair's whole row.
         hidden = mask == NEGATIVE_INFINITY if hidden is None else hidden
         if mask.shape[:2] == (1, 1):
             weights = weights.masked_fill(hidden.squeeze(0), 0)

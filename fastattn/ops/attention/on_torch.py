@@ -1,15 +1,16 @@
 """The torch backend: ``F.scaled_dot_product_attention`` where it can express the call, else plain torch.
 
-Eager calls on a CPU take the first of four paths that serves them, in memory linear in the length:
+Eager calls on a CPU take the first of four paths that can run them, all in memory linear in the length:
 
 * ``tiles``: torch's kernel over the keys that each tile of rows may see, in evaluation;
 * ``sdpa``: torch's kernel over the whole call;
 * ``formula``: the textbook, for small calls with weights or dropout;
 * ``blocks``, behind the operators: everything, a block of rows at a time.
 
-A path that finds, at a look at the numbers, that it would be wrong or slow leaves the call to the next. In a graph,
-under ``torch.func`` and on other devices nothing looks at numbers, and SDPA and the operators share the calls; where a
-graph is for others, ``recorded`` writes down what SDPA has no words for.
+Some paths read the values in the tensors first, and leave the call to the next path where they would be wrong or slow.
+In a graph, under ``torch.func`` and on other devices no values can be read (or only at the cost of a synchronisation):
+there SDPA runs what it can express, and the operators the rest. In a graph that leaves this process ``recorded`` takes
+the operators' place.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def describe(call: AttentionCall) -> str:
     sdpa, looks = "F.scaled_dot_product_attention", _may_look(call)
     if looks and tiles.takes(call):
         return f"{sdpa}, over the keys that each tile of rows may see if that leaves out many"
-    if torch_sdpa.takes(call) if looks else sdpa_serves_unseen(call):
+    if torch_sdpa.takes(call) if looks else sdpa_takes_unseen(call):
         return sdpa
     if looks and formula.takes(call):
         return "the formula in plain torch (weights or dropout are asked for, and the scores fit one block)"
@@ -62,13 +63,13 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
 
 
 def _may_look(call: AttentionCall) -> bool:
-    """Is this a call whose numbers may be looked at, and whose derivatives are those of reverse mode?"""
+    """May this call's values be read, and are its derivatives those of reverse mode alone?"""
     return is_eager_on_cpu(call.query) and torch.autograd.forward_ad._current_level < 0
 
 
 def _run_unseen(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """:func:`run` for graphs, ``torch.func``, forward mode and other devices."""
-    if sdpa_serves_unseen(call):
+    if sdpa_takes_unseen(call):
         return torch_sdpa.run_unseen(call), None, None
     keep = None if call.dropout_p == 0.0 else dropout.draw(call.query, call.key.shape[2], call.dropout_p)
     if is_recorded():
@@ -76,8 +77,8 @@ def _run_unseen(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | No
     return operator.apply(call, keep, "torch")
 
 
-def sdpa_serves_unseen(call: AttentionCall) -> bool:
-    """Does SDPA have words for the call, and right derivatives of every kind that may be asked for?"""
+def sdpa_takes_unseen(call: AttentionCall) -> bool:
+    """Can SDPA express the call, and are its derivatives of every kind right, when no values can be read?"""
     if not torch_sdpa.can_express(call):
         return False
     on_cpu, bias = call.device.type == "cpu", call.bias
@@ -90,6 +91,6 @@ def sdpa_serves_unseen(call: AttentionCall) -> bool:
         return True
     if bias.dtype != call.query.dtype and not (on_cpu and bias.dtype == torch.float32):
         return False
-    # all keys of a row may carry a large bias, beside which the CPU kernel's gradients are wrong
+    # The CPU kernel's gradients are wrong where all keys of a row carry a large bias, which only the values would show.
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (call.query, call.key, call.value))
     return not (on_cpu and trains) or is_recorded()

@@ -1,7 +1,8 @@
-"""What an exported graph holds where ``F.scaled_dot_product_attention`` has no words for a call: the formula.
+"""The formula as an exported graph holds it, for calls that ``F.scaled_dot_product_attention`` cannot express.
 
-The operators of this package would have to be there wherever the graph is run, and so would its Python; blocks of rows
-would fix their number in the graph. So it makes all scores at once, as ``nn.MultiheadAttention`` does with weights.
+An exported graph may be run where this package is not installed, so that it may not hold this package's operators, and
+a loop over blocks of rows would fix their number when the graph is made. So all scores are made at once, as
+``nn.MultiheadAttention`` makes them with weights.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fastattn.ops.common.tracing import promise_not_empty
 
 
 def run(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``(output, weights or None, lse or None)`` of plain torch, without a look at any number."""
+    """``(output, weights or None, lse or None)`` by plain torch, reading no values."""
     for size in (call.query.shape[2], call.key.shape[2]):
         promise_not_empty(size)
     hides = any(t is not None for t in (call.bias, call.mask, call.key_padding_mask, call.upper))

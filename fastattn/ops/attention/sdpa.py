@@ -1,13 +1,13 @@
-"""``F.scaled_dot_product_attention`` as a path of the torch backend: what it takes, and what it cannot be trusted with.
+"""``F.scaled_dot_product_attention`` as a path of the torch backend: which calls it takes, and which it gets wrong.
 
-On a CPU its kernel is fast and linear in memory, and wrong in three places, which are looked for around it:
+On a CPU its kernel is fast and linear in memory, and wrong in three cases, which the code around it excludes:
 
 * NaN, inf, or an overflowing product at a hidden pair becomes NaN in the whole row, since its masks are added. A call
-  that hides something comes here only if no score can be infinite.
-* What comes in as a gradient of a row that sees nothing, or overflows at a hidden pair, reaches every key. A hook looks
-  at the gradients, and has the blocks compute them again where they are not finite.
-* Its backward recomputes weights from a rounded LSE, and loses the sum of a row whose every key carries a bias like
-  ``-1e9``. Such a call does not come here if it has gradients to take.
+  with hidden pairs is run here only if no score can be infinite.
+* A NaN in the gradient of a row that sees nothing, or an overflow at a hidden pair, reaches the gradient of every key.
+  A hook reads the gradients, and has the blocks compute them again where they are not finite.
+* Its backward recomputes the weights from a rounded LSE, and loses the sum of a row whose every key carries a bias like
+  ``-1e9``. Such a call is not run here if it needs gradients.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ _LARGEST_BIAS = 64.0
 
 
 def can_express(call: AttentionCall) -> bool:
-    """Does ``F.scaled_dot_product_attention`` have words for the call?"""
+    """Can ``F.scaled_dot_product_attention`` express the call?"""
     return call.weights == "none" and not call.return_lse and call.is_plain
 
 
 def hides(call: AttentionCall) -> bool:
-    """Is there more to hide keys than causality from the first key on, which the kernel does by itself?"""
+    """Does anything hide keys but causality with the diagonal at key 0, which is a flag of the kernel?"""
     return not (call.mask is None and call.bias is None and call.key_padding_mask is None and call.upper in (None, 0))
 
 
 def takes(call: AttentionCall) -> bool:
-    """Does the CPU kernel serve this call in linear memory, so far as its tensors' shapes and dtypes tell?"""
+    """Can the CPU kernel run this call in linear memory, judged by the shapes and dtypes of its tensors?"""
     bias = call.bias
     return (
         can_express(call)
         and call.dropout_p == 0.0
-        and call.query.numel() > 0  # of empty tensors torch 2.11's kernel divides by zero, and the process is gone
+        and call.query.numel() > 0  # torch 2.11's kernel divides by zero for empty tensors, which kills the process
         and call.key.numel() > 0
         and (bias is None or not needs_care(bias, call.query))
         and merged_elements(call) <= MOST_MERGED
@@ -113,7 +113,7 @@ def _is_large(mask: Tensor) -> bool:
 
 
 def attend(call: AttentionCall, mask: Tensor | None) -> Tensor:
-    """SDPA of a call under a mask that says all that its masks say, or under causality alone."""
+    """SDPA of a call under one mask that stands for all of its masks, or under causality alone."""
     query, key, value, scale = call.query, call.key, call.value, call.scale
     if scale <= 0.0:  # torch's CPU kernel scales what it has hidden: -inf * 0 is NaN, and -inf * -1 everything
         query, scale = (-query, -scale) if scale < 0.0 else (query * 0.0, 1.0)
@@ -135,12 +135,14 @@ def attend(call: AttentionCall, mask: Tensor | None) -> Tensor:
 
 
 def _as_the_cpu_kernel_takes_them(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-    """The three with the elements of a row side by side, and all rows as wide.
+    """Query, key and value in the layout that torch's fused CPU kernel needs: the elements of a row side by side, and
+    the rows of all three equally wide.
 
-    Others go to a form of SDPA that makes all scores: for a feature map with channels first, of positions times
-    positions. Zeros behind a row change no score, and those behind a value are columns of zeros in the output. At 2304
-    positions this takes 18 ms (D = Dv = 32; D 4, Dv 16: 9), that form 42 (35), blocks of rows 29 (17); rows have to
-    differ eightfold in width before either is faster.
+    Any other layout makes SDPA fall back to a form that stores all scores: for a feature map with channels first,
+    positions times positions of them. Zeros appended to a row of query and key change no score, and zeros appended to a
+    value become columns of zeros in the output, which the caller cuts off. At 2304 positions, D = Dv = 32 (D = 4,
+    Dv = 16) the padded call takes 18 ms (9), SDPA's other form 42 (35), blocks of rows 29 (17); the widths have to
+    differ eightfold before one of these is faster.
     """
     width = max(query.shape[3], value.shape[3])
     taken = [t if t.shape[3] == width else F.pad(t, (0, width - t.shape[3])) for t in (query, key, value)]
@@ -153,7 +155,7 @@ def without_keys_past_the_diagonal(call: AttentionCall) -> AttentionCall:
     length, keys = call.query.shape[2], call.key.shape[2]
     if call.upper is None:
         return call
-    if is_left_open(length, keys):  # a mask in their place
+    if is_left_open(length, keys):  # whether to cut is not known while the graph is traced: a mask does in both cases
         below = visibility(length, keys, upper=call.upper, device=call.device)
         return call._replace(upper=None, mask=below if call.mask is None else call.mask & below)
     if length == keys:
@@ -173,11 +175,11 @@ def without_keys_past_the_diagonal(call: AttentionCall) -> AttentionCall:
 
 
 def merged_mask(call: AttentionCall, *, leaves_causality: bool = False) -> Tensor | None:
-    """One mask for torch, boolean or floating, that says all that the call's masks say; None where they say nothing.
+    """One mask for torch, boolean or floating, that stands for all of the call's masks; None where there are none.
 
-    If it ``leaves_causality``, it is None too where causality alone rules, for which SDPA has a flag. What is added
-    keeps its precision: torch takes float32 beside 16 bits. Where something else hides a pair, whatever the bias holds
-    there is gone.
+    If it ``leaves_causality``, it is None also where causality alone hides keys, for which SDPA has a flag. A bias
+    keeps its precision: torch takes a float32 mask with 16-bit inputs. At a pair that another mask hides, the bias is
+    replaced by ``-inf``, so that a NaN there is gone.
     """
     query, key, padding = call.query, call.key, call.key_padding_mask
     visible = call.mask
@@ -200,8 +202,11 @@ def merged_mask(call: AttentionCall, *, leaves_causality: bool = False) -> Tenso
 
 
 def run_unseen(call: AttentionCall) -> Tensor:
-    """The output where nothing may look at numbers: in a graph, or on another device. What is hidden is made zero in
-    advance, and rows that see nothing once more behind the kernel, so that no gradient comes in there."""
+    """The output where no values may be read: in a graph, or on another device.
+
+    NaN and inf cannot be looked for, so that every key that no row sees is made zero in advance. Rows that see nothing
+    are zeroed in the query, and again in the output, so that no gradient enters the kernel through them.
+    """
     call = without_keys_past_the_diagonal(call)
     mask = merged_mask(call, leaves_causality=True)
     if mask is None:
@@ -220,10 +225,11 @@ def run_unseen(call: AttentionCall) -> Tensor:
 
 
 def _guard_gradients(output: Tensor, looks: bool) -> None:
-    """Give the CPU kernel's node in autograd's graph right gradients where its own are not: for whoever differentiates
-    them again, for which torch has nothing, and, if it ``looks``, where garbage came in at a hidden place.
+    """Replace the CPU kernel's gradients by those of our operators in two cases: where they are to be differentiated
+    again, which torch's kernel cannot, and, if it ``looks``, where they are not finite because of NaN at a hidden pair.
 
-    A hook costs a training step 10 to 20 microseconds; a Function of our own in the kernel's place costs 30.
+    This is a hook on the kernel's node in autograd's graph, which costs a training step 10 to 20 microseconds; a
+    Function of our own around the kernel would cost 30.
     """
     if output.device.type == "cpu" and not is_traced():
         node = output.grad_fn
@@ -234,7 +240,7 @@ def _guard_gradients(output: Tensor, looks: bool) -> None:
 def _right_gradients(
     looks: bool, d_inputs: tuple[Tensor | None, ...], d_outputs: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...] | None:
-    """In the place of the CPU kernel's gradients, those of our operators; None where the kernel's are right."""
+    """The gradients of our operators, to replace the CPU kernel's; None where the kernel's are right."""
     d_output, differentiated = d_outputs[0], torch.is_grad_enabled()
     if d_output is None or not (differentiated or (looks and _holds_garbage(d_inputs))):
         return None
@@ -255,10 +261,12 @@ def _right_gradients(
 
 
 def _holds_garbage(d_inputs: tuple[Tensor | None, ...]) -> bool:
-    """Is a gradient not finite? What spoils dK spoils dQ as well, so that two of them tell."""
+    """Is a gradient not finite? A NaN in dK is one in dQ as well (both are made of dS), so that dQ and dV are read."""
     present = [t for t in (d_inputs[0], d_inputs[2]) if t is not None] or [t for t in d_inputs if t is not None]
     try:
         norms = torch._foreach_norm(present, 2, dtype=statistics_dtype(present[0].dtype))
         return not math.isfinite(sum(norm.item() for norm in norms))
-    except RuntimeError:  # torch.autograd.functional.jacobian(vectorize=True) batches gradients, and shows no number
+    except (
+        RuntimeError
+    ):  # torch.autograd.functional.jacobian(vectorize=True) batches gradients: values are not readable
         return False

@@ -1,9 +1,9 @@
 """Evaluation on a CPU under masks: ``F.scaled_dot_product_attention`` over the keys that a tile of rows may see.
 
-torch's kernel computes every score that a mask then hides. Here each tile of rows has the keys that some row of it may
-see, gathered where they do not lie together, and a mask only where some row may not see one of them. So masks that only
-a rule describes are never whole either. A training step stays with the operators: their backward would add up the keys'
-gradients once a tile.
+torch's kernel computes every score, also those that a mask then hides. Here each tile of rows is a call over the keys
+that some row of it may see, gathered where they are not adjacent, with a mask only if some row may not see one of them.
+A mask that is given by a rule (a window, documents) is therefore never made for the whole call. A training step is left
+to the operators: in this form its backward would add up the keys' gradients once for each tile.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from fastattn.ops.attention.contract import AttentionCall, Inputs, Options
 from fastattn.ops.common.blocks import Block, empty_in_order_of
 from fastattn.reference import visibility
 
-# Rows of a tile: fewer would leave more keys out, at a price of some 30 microseconds a tile.
+# Rows of a tile: with fewer rows more keys are left out, but every tile costs some 30 microseconds.
 ROWS = 128
-# A slice, which is no copy, serves where at most this much of it is hidden from everybody.
+# A slice of the keys, which is no copy, is taken instead of gathering them if it is at most this many times as long.
 _WASTE = 1.1
-# Under masks that leave this share of the keys, whole calls are as fast.
+# If more than this share of the keys remains visible, one call over everything is as fast.
 _WORTH_IT = 0.9
 
 
 def takes(call: AttentionCall) -> bool:
-    """Is this an eager call that torch's kernel could run, but for what hides keys, without gradients, of some length?
+    """Is this a long eager call without gradients, which torch's kernel could run but for what hides keys?
 
-    Biases and masks of several heads leave out too little to be faster by tiles; they come here where the mask that
-    torch's kernel would need is too large.
+    A bias or mask that differs between heads leaves too few keys out for tiles to be faster: such a call is taken only
+    if the mask that torch's kernel would need is too large.
     """
     beyond = (call.alibi_slopes, call.sinks, call.softcap)
     hides = (call.mask, call.key_padding_mask, call.query_documents, call.lower, call.prefix)
@@ -50,17 +50,17 @@ def takes(call: AttentionCall) -> bool:
 
 
 def run(call: AttentionCall, inputs: Inputs, options: Options, may_decline: bool) -> Tensor | None:
-    """The output; None where whole calls are as fast.
+    """The output; None where one call over everything is as fast.
 
     Args:
-        call: one that :func:`takes` accepts, whose query, key and value :func:`sdpa.is_tame` has seen.
-        inputs: the call in the operators' form, and
-        options: the rest of it.
-        may_decline: whether None is an answer.
+        call: one that :func:`takes` accepts and whose query, key and value pass :func:`sdpa.is_tame`.
+        inputs: the call's tensors in the operators' form.
+        options: the rest of the call in the operators' form.
+        may_decline: whether None may be returned.
     """
     length, keys = call.query.shape[2], call.key.shape[2]
     entries = _entries(inputs)
-    # how much masks hide, a look at a few tiles tells
+    # Masks and prefixes hide an amount that depends on their values: a few tiles are read to estimate it.
     if may_decline and call.lower is None and call.query_documents is None:
         middle, end = (start // ROWS * ROWS for start in (length // 2, length - 1))
         probes = [(entries[0], 0), (entries[0], end), *((batch, middle) for batch in entries)]
@@ -76,7 +76,7 @@ def run(call: AttentionCall, inputs: Inputs, options: Options, may_decline: bool
 
 
 def _entries(inputs: Inputs) -> list[slice]:
-    """The batch entries that see alike, together: all of them, or each by itself."""
+    """The batch entries that share their masks, together: all of them, or each by itself."""
     batch = inputs.query.shape[0]
     rules = (
         inputs.bias,
@@ -92,7 +92,8 @@ def _entries(inputs: Inputs) -> list[slice]:
 
 
 def _tile(inputs: Inputs, options: Options, batch: slice, start: int) -> Inputs | None:
-    """Some rows with the keys that they may see, and the mask of those, None where all are seen; None: no key is."""
+    """A tile as a call: some rows, the keys that they may see, and a mask unless each row sees all of these keys. None
+    if no row sees any key."""
     rows = slice(start, min(start + ROWS, inputs.query.shape[2]))
     block = Block(batch, rows, slice(0, inputs.key.shape[2]))
     block = block._replace(keys=keys_of_band(inputs, options, block, looks=True))
@@ -135,7 +136,7 @@ def attend_tile(tile: AttentionCall) -> Tensor:
 
 
 def _as_call(call: AttentionCall, tile: Inputs) -> AttentionCall:
-    """A tile as a call that its mask and its bias alone rule."""
+    """A tile as a call whose only masks are its mask and its bias."""
     return call._replace(
         query=tile.query,
         key=tile.key,

@@ -51,7 +51,7 @@ class RowOperator:
         implementation: of a backend's name, the module with its ``forward(inputs, options)`` and
             ``backward(gradients, kept, needs, inputs, options)``.
         ask: makes ``needs`` of the flags of the optional inputs.
-        stored: of ``options``, for each result whether it is more than an empty placeholder.
+        stored: of ``options``: for each result, in their order, whether it is more than an empty placeholder.
         empty_results: of ``(inputs, options)``: the results, to be written.
         empty_gradients: of ``(inputs, needs)``: the input gradients, to be written.
         blocked: the differentiable results as a formula, of ``(inputs, options)``.
@@ -69,7 +69,7 @@ class RowOperator:
     input_gradients: Any
     implementation: Callable[[str], ModuleType]
     ask: Callable[..., Any]
-    stored: Callable[[Any], Any]
+    stored: Callable[[Any], tuple[bool, ...]]
     empty_results: Callable[[Any, Any], Any]
     empty_gradients: Callable[[Any, Any], Any]
     blocked: Callable[[Any, Any], Blocked]
@@ -121,8 +121,8 @@ class RowOperator:
 
     def has_gradient(self, options: Any) -> Any:
         """For each result, whether it is differentiable: it is stored, and the backward takes a gradient of it."""
-        stored = self.stored(options)._asdict()
-        return self.results(**{name: is_stored and name in self._with_gradient for name, is_stored in stored.items()})
+        stored = zip(self.results._fields, self.stored(options))
+        return self.results(*(is_stored and name in self._with_gradient for name, is_stored in stored))
 
     def gradients_of(self, grads: Sequence[Tensor | None], kept: Any, options: Any) -> Any:
         """The output gradients, from what autograd has for each result: None where nobody used it."""

@@ -1,4 +1,4 @@
-"""A default of the whole process that ``with`` blocks change while somebody is inside them."""
+"""A default of the whole process that ``with`` blocks change for as long as they last."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ Value = TypeVar("Value")
 
 
 class Switch(Generic[Value]):
-    """What rules is the value of the block that was entered last, of those that somebody is still inside.
+    """A value that ``with`` blocks set. Among the blocks that are still open, the one entered last decides.
 
     Blocks of several threads, or of generators, may be left in another order than that in which they were entered:
     each takes its own value away and nothing else.
 
     Attributes:
-        value: what rules. An attribute of a module's global and no ContextVar, as torch.compile guards on the first
-            and breaks the graph at the second.
+        value: the current value. A plain attribute and no ContextVar: torch.compile guards on an attribute, and breaks
+            the graph at a ContextVar.
     """
 
     def __init__(self, initial: Value) -> None:
@@ -27,7 +27,7 @@ class Switch(Generic[Value]):
 
     @contextlib.contextmanager
     def set(self, value: Value) -> Generator[None]:
-        """Make ``value`` the one that rules, inside a ``with`` block."""
+        """Make ``value`` the current one inside a ``with`` block."""
         self._count += 1
         entry = (self._count, value)
         self._entered.append(entry)
@@ -39,6 +39,6 @@ class Switch(Generic[Value]):
             self._follow()
 
     def _follow(self) -> None:
-        # until it is so: another thread may enter or leave between the two steps
+        # In a loop, because another thread may enter or leave a block between the comparison and the assignment.
         while self.value is not self._entered[-1][1]:
             self.value = self._entered[-1][1]

@@ -1,4 +1,4 @@
-"""Is a call made to be written down in a graph, and not to compute anything? And who will run that graph?"""
+"""Whether a call computes something now or is traced into a graph, and whether that graph leaves this process."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 def is_symbolically_traced(*tensors: object) -> bool:
     """Is one of ``tensors`` a ``torch.fx.Proxy``, which stands for a tensor in ``torch.fx.symbolic_trace``?
 
-    A Proxy has no shape, dtype or device to look at, and whoever branches on one raises a TraceError. Where time counts
-    ask ``torch.overrides.has_torch_function_variadic`` first, which is faster and True for a Proxy.
+    A Proxy has no shape, dtype or device, and a branch on one raises a TraceError. Where time counts ask
+    ``torch.overrides.has_torch_function_variadic`` first, which is faster and True for a Proxy.
     """
     return any(isinstance(tensor, Proxy) for tensor in tensors)
 
@@ -30,9 +30,10 @@ def recorded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def is_traced() -> bool:
-    """Does a graph, or a mode in which tensors have no numbers, stand between this call and its numbers?
+    """Is this call traced into a graph, or made under a mode whose tensors have no values (fake, functional)?
 
-    Modes of users, such as ``FlopCounterMode`` and that of selective checkpointing, see the operators of an eager call.
+    Modes of users, such as ``FlopCounterMode`` and that of selective checkpointing, do not count: under them a call is
+    eager, and they see the operators that it runs.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
@@ -47,7 +48,7 @@ def is_transformed() -> bool:
 
 
 def is_eager_on_cpu(tensor: Tensor) -> bool:
-    """Is this a plain call on the CPU, that nothing traces or transforms, so that looking at numbers is allowed?"""
+    """Is this a plain call on the CPU that nothing traces or transforms, so that tensors' values may be read?"""
     return (
         tensor.device.type == "cpu"
         and type(tensor) in (Tensor, Parameter)
@@ -75,8 +76,8 @@ def is_recorded() -> bool:
 def are_sizes(have: Sequence[int], want: Sequence[int], *, or_one: bool = False) -> bool:
     """Is each size of ``have`` that of ``want``, or, where ``or_one``, 1, which broadcasts?
 
-    In a graph where only data will tell (``lengths.max()``) they are taken to be ``want``, and the graph asks when it
-    runs.
+    A size that depends on data (``lengths.max()``) is unknown while a graph is traced. It is taken to be that of
+    ``want``, and the graph checks it when it runs.
     """
     if not torch.compiler.is_compiling():
         return all(h == w or (or_one and h == 1) for h, w in zip(have, want))
@@ -92,7 +93,10 @@ def are_sizes(have: Sequence[int], want: Sequence[int], *, or_one: bool = False)
 
 
 def promise_not_empty(size: int) -> None:
-    """Let the graph raise where this size turns out to be 0, if only data will tell: torch's operators ask now."""
+    """Promise the tracer that a size which depends on data is not 0; the graph raises where it is 0 when it runs.
+
+    Without that promise torch's operators ask for the size while the graph is traced, and fail.
+    """
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -101,8 +105,7 @@ def promise_not_empty(size: int) -> None:
 
 
 def is_left_open(left: int, right: int) -> bool:
-    """Are these sizes equal in some runs of the graph that is traced and not in others, so that nothing may branch on
-    it?"""
+    """Is it unknown, while a graph is traced, whether these sizes are equal? Then no Python branch may depend on it."""
     if not torch.compiler.is_compiling():
         return False
     from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -111,7 +114,11 @@ def is_left_open(left: int, right: int) -> bool:
 
 
 def saved_tensors(node: Any, *names: str) -> list[Tensor]:
-    """What a node of autograd saved, read in a backward pass of its own: checkpointing unpacks a tensor once a pass."""
+    """The tensors that a node of autograd saved.
+
+    They are read inside a backward pass of their own: checkpointing lets a saved tensor be unpacked once in each pass,
+    and the node itself unpacks it in the pass that is running.
+    """
     found: list[Tensor] = []
     with torch.enable_grad():
         leaf = torch.zeros((), requires_grad=True)

@@ -127,7 +127,7 @@ def is_plain(inputs: Inputs, options: Options) -> bool:
 
 
 def is_stored(inputs: Inputs, options: Options) -> bool:
-    """Is the sum a tensor of its own that somebody, or the backward, will read?"""
+    """Is the sum a tensor of its own, which the caller or the backward will read?"""
     return (options.keeps or options.returns_residual) and not is_plain(inputs, options)
 
 

@@ -1,4 +1,4 @@
-"""In which layout norms leave: that of torch's, since code behind them calls ``view``.
+"""The memory layout of norms: that of torch's own norms, since code that follows them may call ``view``.
 
 ``F.layer_norm`` gives a contiguous tensor. So does ``F.rms_norm``, unless its input is in a channels-last format, which
 its result then keeps.

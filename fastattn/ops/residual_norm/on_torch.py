@@ -18,7 +18,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def describe(call: ResidualNormCall) -> str:
-    """Whose norm it is."""
+    """Which of torch's norms runs."""
     if call.kind == "rms" and is_eager_on_cpu(call.x):
         return "F.rms_norm, where it trains with one backward"
     return f"F.{call.kind}_norm"
@@ -131,7 +131,7 @@ class _HalfLayerNorm(torch.autograd.Function):
         (d_output,) = grads
         x, weight, bias, mean, rstd = ctx.saved_tensors
         wants = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():  # somebody may differentiate this again
+        if torch.is_grad_enabled():  # the gradients may be differentiated again
             return *_formula_gradients((x, weight, bias), wants, d_output, ctx.eps), None
         vectors = _float32_vectors(x, weight, bias)
         gradients = torch.ops.aten.native_layer_norm_backward(
@@ -143,7 +143,7 @@ class _HalfLayerNorm(torch.autograd.Function):
 def _differentiable_gradients(
     eps: float, d_inputs: tuple[Tensor | None, ...], d_outputs: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...] | None:
-    """The formula's gradients in the place of those of torch's layer norm, where somebody may differentiate them."""
+    """The formula's gradients, to replace those of torch's layer norm where they may be differentiated again."""
     if not torch.is_grad_enabled() or d_outputs[0] is None:
         return None
     saved = saved_tensors(torch._C._current_autograd_node(), "input", "weight", "bias")
@@ -194,7 +194,7 @@ class _RMSNorm(torch.autograd.Function):
         (d_output,) = grads
         x, weight, rstd = ctx.saved_tensors
         wants_x, wants_weight, _ = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # somebody may differentiate this again
+        if torch.is_grad_enabled():  # the gradients may be differentiated again
             x = x.view_as(x)  # one tensor may be both, or one made from the other: no gradient is counted twice
             weight = None if weight is None else weight.view_as(weight)
             wanted = [t for t, wants in ((x, wants_x), (weight, wants_weight)) if wants and t is not None]

@@ -40,7 +40,7 @@ def describe(call: ResidualNormCall) -> str:
 def run(call: ResidualNormCall) -> tuple[Tensor, Tensor]:
     """``(norm, new residual)``."""
     if not call.round_residual and call.residual_dtype != torch.float32:
-        # the backward needs the sum as it was normalised: it is kept in float32, and rounded for whoever asked for it
+        # The backward needs the sum as it was normalised, unrounded: it is kept in float32, and rounded to be returned.
         output, total = run(call._replace(residual_dtype=torch.float32))
         return output, total.to(call.residual_dtype) if call.return_residual else total
     seed = None
