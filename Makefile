@@ -45,11 +45,11 @@ parity: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal -m parity --error-table
 
 resources: $(STAMP)
-	$(BIN)/python -m benchmarks static --write
+	$(BIN)/python -m benchmarks laboratory --write
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "resources or not resources" tests/kernels
 
 resources-pairs: $(STAMP)
-	$(BIN)/python -m benchmarks static --write --with $$($(BIN)/python -m tests.compat set-up 3.10 3.12)
+	$(BIN)/python -m benchmarks laboratory --write --with $$($(BIN)/python -m tests.compat set-up 3.10 3.12)
 
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.ops.fuzz --seconds $(SECONDS)

@@ -1,1 +1,1 @@
-"""Benchmarks: a registry of cases and variants, an accuracy gate before every timing, and a report."""
+"""Benchmarks: families of cases and variants, an accuracy gate before every timing, and a report."""

@@ -10,7 +10,7 @@ python -m benchmarks compare A.json B.json       did anything become slower? (th
 python -m benchmarks report RUN.json             a run as Markdown, CSV and pictures
 python -m benchmarks host                        what a call costs before its kernel runs, beside torch's
 python -m benchmarks take DIR                    what came back of `make gpu` into benchmarks/results
-python -m benchmarks static --target cuda:90     what the kernels take, compiled for GPUs that need not be here
+python -m benchmarks laboratory --target cuda:90 what the kernels take, compiled for GPUs that need not be here
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         return report.main(arguments[1:])
     if arguments[:1] == ["lecture"]:
-        from benchmarks.lecture import command as lecture
+        from benchmarks.lecture import command_line as lecture
 
         return lecture.main(arguments[1:])
     if arguments[:1] == ["host"]:
@@ -43,13 +43,13 @@ def main(arguments: list[str] | None = None) -> int:
         from benchmarks import take
 
         return take.main(arguments[1:])
-    if arguments[:1] == ["static"]:
-        from benchmarks.static import command as static
+    if arguments[:1] == ["laboratory"]:
+        from benchmarks.laboratory import command_line as laboratory
 
-        return static.main(arguments[1:])
-    from benchmarks import command
+        return laboratory.main(arguments[1:])
+    from benchmarks import command_line
 
-    return command.main(arguments)
+    return command_line.main(arguments)
 
 
 if __name__ == "__main__":

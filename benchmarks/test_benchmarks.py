@@ -1,4 +1,4 @@
-"""The quick cases through pytest-benchmark: ``pytest benchmarks/``. The registry is the command line's."""
+"""The quick cases through pytest-benchmark: ``pytest benchmarks/``. The families are the command line's."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from benchmarks.cases import Case
+from benchmarks.families import families, quick_cases
 from benchmarks.measure.accuracy import Gate
 from benchmarks.measure.timing import keep_freed_memory
-from benchmarks.registry import Refused, Variant, families, quick_cases
+from benchmarks.variants import Refused, Variant
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 

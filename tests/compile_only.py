@@ -30,7 +30,7 @@ def pytest_configure(config: Any) -> None:
     cases.run_reference = cases.allowances = lambda *_: _Anything()
     if config.getoption("--front-end"):
         _stop_behind_the_front_end()
-    from benchmarks.static.stand_in import Compiled
+    from benchmarks.laboratory.stand_in import Compiled
 
     _compiled.append(Compiled(config.getoption("--compile-for")))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.cases import Case
 from benchmarks.families.peers import cannot_compile, compiled
-from benchmarks.registry import Family, Step, Variant, Work, differentiated
+from benchmarks.variants import Family, Step, Variant, Work, differentiated
 from fastattn.ops import additive_attention
 from fastattn.reference import additive_attention as reference
 

@@ -13,7 +13,7 @@ import fastattn
 from benchmarks.cases import AttentionCase, Mask
 from benchmarks.families import peers
 from benchmarks.families.masks import PAIRS_IN_SYMBOLS, inputs, masks, step, visible_pairs
-from benchmarks.registry import Family, Step, Variant, Work
+from benchmarks.variants import Family, Step, Variant, Work
 from fastattn.ops.attention.call import make_call
 from fastattn.reference import attention as reference
 

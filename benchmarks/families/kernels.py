@@ -12,19 +12,19 @@ from typing import Any
 import torch
 
 from benchmarks.cases import AttentionCase, KernelCase, Mask
-from benchmarks.families import attention, launches, peers
-from benchmarks.registry import Family
+from benchmarks.families import attention, configurations, peers
+from benchmarks.variants import Family
 
 FAMILY = Family(
     "kernels",
-    (attention.FAMILY.variant("fastattn"), *launches.VARIANTS, *peers.VARIANTS),
+    (attention.FAMILY.variant("fastattn"), *configurations.VARIANTS, *peers.VARIANTS),
     peer="sdpa",
     reference=attention.FAMILY.reference,
     comparable=attention.FAMILY.comparable,
     work=attention.work,
     replays=lambda case: not case.backward,
 )
-OURS = ("fastattn", *(variant.name for variant in launches.VARIANTS))
+OURS = ("fastattn", *(variant.name for variant in configurations.VARIANTS))
 
 _PEERS = ("sdpa", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "flash-attn", "flash-attn-3", "xformers")
 _BEST_PEERS = ("sdpa-cudnn", "sdpa-flash")
@@ -44,7 +44,7 @@ def _entries(seqlen: int, head_dim: int, masks: Iterable[Mask], peers: tuple[str
             options: dict[str, Any] = {"mask": mask, "backward": backward, "dtype": torch.bfloat16, "device": "cuda"}
             heads, batch = _WIDTH // head_dim, max(1, _TOKENS // seqlen)
             case = KernelCase("kernels", batch, heads, seqlen, head_dim, **options)
-            found.append((case, ("fastattn", *launches.names_for(case, every=every), *peers)))
+            found.append((case, ("fastattn", *configurations.names_for(case, every=every), *peers)))
     return found
 
 
@@ -78,7 +78,7 @@ def sweep() -> list[Entry]:
 def trial() -> list[Entry]:
     """A tiny case of each direction for trying the path on a CPU, where the kernels themselves refuse."""
     cases = [KernelCase("kernels", 1, 2, 64, 32, backward=backward) for backward in (False, True)]
-    return [(case, ("fastattn", *launches.names_for(case, every=False), "sdpa")) for case in cases]
+    return [(case, ("fastattn", *configurations.names_for(case, every=False), "sdpa")) for case in cases]
 
 
 def small(case: AttentionCase, *, backward: bool | None = None) -> KernelCase:

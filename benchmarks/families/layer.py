@@ -11,7 +11,7 @@ import fastattn
 from benchmarks.cases import AttentionCase
 from benchmarks.families.module import allowance, work_of
 from benchmarks.families.peers import cannot_compile, compiled
-from benchmarks.registry import Family, Step, Variant, differentiated
+from benchmarks.variants import Family, Step, Variant, differentiated
 
 
 def _layer(case: AttentionCase, kind: type[nn.TransformerEncoderLayer]) -> nn.TransformerEncoderLayer:

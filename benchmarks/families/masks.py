@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import AttentionCase, KernelCase
-from benchmarks.registry import Step, backward_alone, differentiated
+from benchmarks.variants import Step, backward_alone, differentiated
 
 SOFTCAP = 30.0
 

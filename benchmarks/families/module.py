@@ -13,7 +13,7 @@ from benchmarks.cases import AttentionCase, Mask
 from benchmarks.families import attention
 from benchmarks.families.masks import padding_mask
 from benchmarks.families.peers import cannot_compile, compiled
-from benchmarks.registry import Family, Step, Variant, Work, differentiated
+from benchmarks.variants import Family, Step, Variant, Work, differentiated
 from fastattn.reference import attention as reference
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import fastattn
 from benchmarks.cases import Kind, NormCase
 from benchmarks.families.peers import cannot_compile, compiled, imported, not_at_hand
-from benchmarks.registry import Family, Step, Variant, Work, backward_alone, differentiated
+from benchmarks.variants import Family, Step, Variant, Work, backward_alone, differentiated
 from fastattn.reference import add_norm
 
 _EPS = 1e-5

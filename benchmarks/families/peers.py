@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.cases import AttentionCase, Case
 from benchmarks.families.masks import SOFTCAP, inputs, masks, step, window
-from benchmarks.registry import Refused, Step, Variant
+from benchmarks.variants import Refused, Step, Variant
 from fastattn.ops.attention.call import make_call
 from fastattn.reference import distances, visibility
 

@@ -27,7 +27,7 @@ from benchmarks.families.sequence_models import (
     attend_sdpa,
     full_reach,
 )
-from benchmarks.registry import Family, Step, Variant, Work, differentiated
+from benchmarks.variants import Family, Step, Variant, Work, differentiated
 
 # On a busy machine a step of a loop in Python waits for the processor each time: 31 times as long was seen.
 _LONGEST_LOOP = 1024

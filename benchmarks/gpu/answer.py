@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks import first_launches
-from benchmarks.gpu import tools
+from benchmarks.gpu import first_launches, tools
 from benchmarks.reporting.document import FAILED, OURS, by_case, timed_of
 from benchmarks.reporting.kernels import FAMILY, kernel_findings, kernel_tables
 from benchmarks.reporting.text import as_text

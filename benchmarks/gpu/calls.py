@@ -24,12 +24,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import first_launches
-from benchmarks.gpu import answer, cache, children, tools
-from benchmarks.gpu.__main__ import ROOT, Options
-from benchmarks.plan import Settings, entries
+from benchmarks.gpu import answer, cache, children, first_launches, tools
+from benchmarks.gpu.options import ROOT, Options
+from benchmarks.jobs import HUNG
 from benchmarks.reporting.document import read_run, write_run
-from benchmarks.run import HUNG
+from benchmarks.selection import Settings, entries
 
 # Seconds after a call's begin by which a part is over; what ends earlier leaves its time to the next.
 VERSIONS_BY = 45.0

@@ -10,10 +10,11 @@ import sys
 
 import torch
 
-from benchmarks import first_launches
 from benchmarks.cases import Case
-from benchmarks.plan import Settings, entries
-from benchmarks.registry import Refused, families
+from benchmarks.families import families
+from benchmarks.gpu import first_launches
+from benchmarks.selection import Settings, entries
+from benchmarks.variants import Refused
 
 
 def known(device: str = "cuda") -> dict[str, tuple[str, Case]]:

@@ -32,15 +32,14 @@ os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported
 import torch
 import triton
 
-from benchmarks import first_launches
 from benchmarks.cases import AttentionCase, Case, NormCase
-from benchmarks.families import kernels
-from benchmarks.gpu import cache
+from benchmarks.families import families, kernels
+from benchmarks.gpu import cache, first_launches
 from benchmarks.gpu.calls import PARITY_OPTIONS, PARITY_TESTS
-from benchmarks.plan import Settings, entries
-from benchmarks.registry import Refused, families
+from benchmarks.laboratory.stand_in import Compiled
 from benchmarks.reporting.document import OURS
-from benchmarks.static.stand_in import Compiled
+from benchmarks.selection import Settings, entries
+from benchmarks.variants import Refused
 from fastattn.ops.common import backends
 
 ROOT = Path(__file__).parents[2]

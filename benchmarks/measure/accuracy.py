@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case
-from benchmarks.registry import Family, Step, Variant
+from benchmarks.variants import Family, Step, Variant
 
 Definition = Callable[[Any, torch.dtype], Step]
 

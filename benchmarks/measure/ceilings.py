@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.measure.timing import Timing, time_on_cpu, time_on_cuda
-from benchmarks.registry import Work
+from benchmarks.variants import Work
 
 _MIB = {"cuda": 512, "cpu": 128}  # of a copy's source: more than the caches hold
 _SIZE = {"cuda": 8192, "cpu": 1024}  # of a product's square matrices

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 
-from benchmarks.pool import Unusable
+from benchmarks.gpu.pool import Unusable
 
 
 def right(value):

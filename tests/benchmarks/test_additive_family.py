@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import fastattn
-from benchmarks.families import additive
-from benchmarks.registry import Variant, all_cases, families, quick_cases
-from benchmarks.runner import run_case
+from benchmarks.families import additive, all_cases, families, quick_cases
+from benchmarks.run_case import run_case
+from benchmarks.variants import Variant
 
 CASE = additive.AdditiveCase("additive", 2, 6, 5, backward=True)
 

@@ -9,7 +9,7 @@ from benchmarks.measure import ceilings as module
 from benchmarks.measure.ceilings import ceilings, copy_rate, datasheet, floor_ms, matmul_rate, of_datasheet
 from benchmarks.measure.spread import Spread
 from benchmarks.measure.timing import Timing
-from benchmarks.registry import Work
+from benchmarks.variants import Work
 
 MEASURED = {
     "copy_tb_per_s": 2.0,

@@ -11,10 +11,10 @@ import torch
 
 import fastattn
 from benchmarks import __main__ as command_line
-from benchmarks import plan
-from benchmarks.matrix import matrix
-from benchmarks.plan import Settings
-from benchmarks.registry import families
+from benchmarks import selection
+from benchmarks.families import families
+from benchmarks.gpu.matrix import matrix
+from benchmarks.selection import Settings
 
 ROOT = Path(__file__).parents[2]
 ONE = "module-b1-h2-l16-d32-eval-causal-float32"
@@ -145,15 +145,15 @@ def test_paths_of_no_use_are_refused_before_anything_is_measured(capsys, tmp_pat
 
 
 def test_family_by_its_name_is_that_family_alone():
-    assert {case.family for case, _ in plan.entries(Settings(quick=True, only="layer"))} == {"layer"}
-    assert {job.kind for job in plan.jobs(Settings(quick=True, only="attention"))} == {"ceilings", "attention"}
+    assert {case.family for case, _ in selection.entries(Settings(quick=True, only="layer"))} == {"layer"}
+    assert {job.kind for job in selection.jobs(Settings(quick=True, only="attention"))} == {"ceilings", "attention"}
 
 
 def test_what_breaks_down_takes_no_other_along(capsys, tmp_path, monkeypatch):
     def broken(*arguments, **options):
         raise ZeroDivisionError("of nought")
 
-    monkeypatch.setattr(plan, "ceilings", broken)
+    monkeypatch.setattr(selection, "ceilings", broken)
     arguments = ["--quick", "--only", ONE, "--seconds", "0.01", "--out", str(tmp_path)]
     assert command_line.main(arguments) == 1
     assert "ceilings broke down: ZeroDivisionError: of nought" in capsys.readouterr().out
@@ -175,7 +175,7 @@ def test_ctrl_c_prints_and_writes_what_is_done(capsys, tmp_path, monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(plan, "run_case", interrupt)
+    monkeypatch.setattr(selection, "run_case", interrupt)
     assert command_line.main(["--quick", "--only", ONE, "--out", str(tmp_path)]) == 130
     assert f"interrupted: 1 left out: {ONE}" in capsys.readouterr().out
     document = json.loads((tmp_path / "run.json").read_text())
@@ -183,7 +183,7 @@ def test_ctrl_c_prints_and_writes_what_is_done(capsys, tmp_path, monkeypatch):
 
 
 def test_wrong_result_of_ours_fails_the_run_and_a_peers_does_not(capsys, monkeypatch):
-    run_case = plan.run_case
+    run_case = selection.run_case
 
     def spoil(name):
         def spoiled(*arguments, **options):
@@ -193,7 +193,7 @@ def test_wrong_result_of_ours_fails_the_run_and_a_peers_does_not(capsys, monkeyp
                     object.__setattr__(row, "status", "wrong")
             return rows
 
-        monkeypatch.setattr(plan, "run_case", spoiled)
+        monkeypatch.setattr(selection, "run_case", spoiled)
         return command_line.main(["--quick", "--only", ONE, "--seconds", "0.01"])
 
     assert spoil("nn.MultiheadAttention") == 0
@@ -202,23 +202,23 @@ def test_wrong_result_of_ours_fails_the_run_and_a_peers_does_not(capsys, monkeyp
 
 
 def test_dtype_and_seed_are_the_cases_own_unless_given():
-    own = plan.entries(Settings(quick=True))
+    own = selection.entries(Settings(quick=True))
     assert {case.dtype for case, _ in own} == {torch.float32, torch.bfloat16}
-    given = plan.entries(Settings(quick=True, dtype="float64", seed=3))
+    given = selection.entries(Settings(quick=True, dtype="float64", seed=3))
     assert {(case.dtype, case.seed) for case, _ in given} == {(torch.float64, 3)}
 
 
 def test_quick_run_leaves_slow_variants_out():
     slow = {v.name for family in families().values() for v in family.variants if v.slow}
     assert slow
-    quick = {name for _, names in plan.entries(Settings(quick=True)) for name in names}
+    quick = {name for _, names in selection.entries(Settings(quick=True)) for name in names}
     assert not any(v.slow and v.name in quick for f in families().values() for v in f.variants)
-    assert slow <= {name for _, names in plan.entries(Settings(quick=False)) for name in names}
+    assert slow <= {name for _, names in selection.entries(Settings(quick=False)) for name in names}
 
 
 def test_every_family_begins_early():
     """A budget that holds a third of a run has something of each."""
-    found = plan.jobs(Settings(quick=True))
+    found = selection.jobs(Settings(quick=True))
     assert found[0].key == "ceilings"
     early = {job.kind for job in found[: len(found) // 3]}
     assert {*families(), "quality"} - {"kernels"} <= early  # those have no case on a CPU

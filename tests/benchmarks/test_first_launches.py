@@ -7,14 +7,15 @@ import pytest
 import torch
 
 import fastattn
-from benchmarks import first_launches, plan, pool
+from benchmarks import selection
 from benchmarks.cases import AttentionCase, KernelCase, NormCase
 from benchmarks.families import attention, kernels
-from benchmarks.first_launches import Outcome, barred, carry_out, launch_of, sentences, tasks_of
-from benchmarks.plan import Settings
-from benchmarks.pool import Report, Task
-from benchmarks.registry import Refused, Variant
-from benchmarks.run import new_document
+from benchmarks.gpu import first_launches, pool
+from benchmarks.gpu.first_launches import Outcome, barred, carry_out, launch_of, sentences, tasks_of
+from benchmarks.gpu.pool import Report, Task
+from benchmarks.jobs import new_document
+from benchmarks.selection import Settings
+from benchmarks.variants import Refused, Variant
 from tests.benchmarks import stub_tasks as stubs
 
 CASE = KernelCase("kernels", 8, 16, 4096, 128, mask="causal", dtype=torch.bfloat16)
@@ -256,9 +257,9 @@ def test_run_has_rows_of_what_is_barred_and_does_not_run_it(launched, monkeypatc
         ran.extend(only)
         return []
 
-    monkeypatch.setattr(plan, "run_case", run_case)
+    monkeypatch.setattr(selection, "run_case", run_case)
     settings = Settings(quick=True, launched=launched(rows("timed out", variant="fastattn-triton")))
-    job = plan._of_case(CASE, ("fastattn", "fastattn-triton", "sdpa"), settings)
+    job = selection._of_case(CASE, ("fastattn", "fastattn-triton", "sdpa"), settings)
     (row,) = job.work(new_document({}, {}), [], lambda *_: None)["results"]
     assert ran == ["fastattn", "sdpa"]
     assert (row["variant"], row["status"], row["reason"]) == ("fastattn-triton", "timed out", "first launch: so")
@@ -268,10 +269,10 @@ def test_what_hung_in_two_cases_of_a_run_is_not_tried_again():
     """Of the same family and direction; each hang costs the run a watchdog's patience."""
     document = new_document({}, {})
     document["hung"] = {CASE.name: ["a", "b"], dataclasses.replace(CASE, mask="none").name: ["a"], BACKWARD.name: ["b"]}
-    found = plan._hung_elsewhere(document, dataclasses.replace(CASE, mask="window"))
+    found = selection._hung_elsewhere(document, dataclasses.replace(CASE, mask="window"))
     assert found == {"a": ("timed out", "hung in 2 cases before")}
-    assert plan._hung_elsewhere(document, BACKWARD) == {}
-    assert plan._hung_elsewhere(document, NormCase("norm", "layer", 8, 8)) == {}
+    assert selection._hung_elsewhere(document, BACKWARD) == {}
+    assert selection._hung_elsewhere(document, NormCase("norm", "layer", 8, 8)) == {}
 
 
 def test_skipped_launch_has_hung():

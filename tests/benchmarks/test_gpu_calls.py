@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import first_launches
 from benchmarks.families.kernels import trial
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import answer, calls, children, one, tools
-from benchmarks.run import HUNG
+from benchmarks.gpu import answer, calls, children, first_launches, one, tools
+from benchmarks.jobs import HUNG
 from tests.benchmarks.documents import document, row
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl and /proc are Linux's")
@@ -127,7 +126,7 @@ def call(tmp_path):
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "scratch").mkdir(exist_ok=True)
         found = calls.Call(
-            gpu.Options(name, tmp_path / "out", dry_run=True, **options), time.monotonic(), tmp_path / "scratch"
+            calls.Options(name, tmp_path / "out", dry_run=True, **options), time.monotonic(), tmp_path / "scratch"
         )
         found.facts["versions"] = {"tools": {"ncu": "ncu", "compute-sanitizer": "compute-sanitizer"}}
         return found

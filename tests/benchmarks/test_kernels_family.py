@@ -10,12 +10,12 @@ import torch
 
 import fastattn
 from benchmarks.cases import AttentionCase, KernelCase
-from benchmarks.families import attention, kernels, launches, masks
-from benchmarks.families.launches import CANDIDATES, Candidate
-from benchmarks.matrix import matrix
+from benchmarks.families import attention, configurations, families, kernels, masks
+from benchmarks.families.configurations import CANDIDATES, Candidate
+from benchmarks.gpu.matrix import matrix
 from benchmarks.measure.accuracy import Gate
-from benchmarks.registry import Refused, families
-from benchmarks.runner import run_case
+from benchmarks.run_case import run_case
+from benchmarks.variants import Refused
 
 FAMILY = kernels.FAMILY
 CASE = KernelCase("kernels", 2, 1, 21, 16, mask="causal")
@@ -60,7 +60,7 @@ def test_candidates_have_names_of_their_own():
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_every_head_size_has_configurations_beside_the_packages_own(head_dim, backward):
     case = dataclasses.replace(CASE, head_dim=head_dim, backward=backward)
-    own, every = (launches.names_for(case, every=every) for every in (False, True))
+    own, every = (configurations.names_for(case, every=every) for every in (False, True))
     assert set(own) < set(every)
     assert own == (
         tuple(f"fastattn-{of}{part}" for part in ("-pair", "-one-pass") for of in ("gluon", "triton"))
@@ -73,9 +73,9 @@ def test_every_head_size_has_configurations_beside_the_packages_own(head_dim, ba
 def test_table_of_the_package_is_among_the_plain_configurations():
     """Without a mask: else a sweep would say nothing of the package's own choice."""
     config = pytest.importorskip("fastattn_kernels.attention.config", reason="triton is not installed")
-    parts: tuple[launches.Part, ...] = ("forward", "dkdv", "dq", "one-pass")
+    parts: tuple[configurations.Part, ...] = ("forward", "dkdv", "dq", "one-pass")
     for part in parts:
-        for head_dim, swept in launches._CONFIGURATIONS["triton", part].items():
+        for head_dim, swept in configurations._CONFIGURATIONS["triton", part].items():
             *tile, pipelined = config._HALF["sm_90"][part.replace("-", "_")][head_dim][0]
             assert ((*tile, 1) if pipelined else tuple(tile)) in swept, (part, head_dim)
 
@@ -89,15 +89,15 @@ def test_choice_of_the_package_is_among_the_gluon_configurations(head_dim):
 
     case = dataclasses.replace(CASE, head_dim=head_dim, dtype=torch.bfloat16)
     query, key, value, _ = masks.inputs(case, case.dtype)
-    problem = launches._problem(query, key, value, {})
+    problem = configurations._problem(query, key, value, {})
     chosen = forward_config(problem)
-    swept = launches._CONFIGURATIONS["gluon", "forward"][head_dim]
+    swept = configurations._CONFIGURATIONS["gluon", "forward"][head_dim]
     assert (chosen.block_n, chosen.stages, int(chosen.stage_output)) in swept
     if head_dim <= 128:
         for part, deterministic in (("pair", True), ("one-pass", False)):
             config = backward_config(problem, deterministic)
             numbers = (config.block_m, config.block_n, config.stages)
-            assert numbers in launches._CONFIGURATIONS["gluon", part][head_dim]
+            assert numbers in configurations._CONFIGURATIONS["gluon", part][head_dim]
 
 
 # ------------------------------------------------------------------------------------------------------- refuse and run
@@ -121,7 +121,7 @@ def test_kernels_say_why_they_refuse(monkeypatch):
     assert reason("fastattn-triton", on_cuda) == "applies"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert reason("fastattn-gluon", on_cuda) == "applies"
-    monkeypatch.setattr(launches.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(configurations.importlib.util, "find_spec", lambda name: None)
     assert reason("fastattn-triton", on_cuda) == "triton is not installed"
 
 
@@ -175,7 +175,7 @@ def hopper(monkeypatch):
         vars(module).update(values)
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(package, name, module, raising=False)
-    monkeypatch.setattr(launches, "_no_device", lambda kernels, case: None)
+    monkeypatch.setattr(configurations, "_no_device", lambda kernels, case: None)
     return found
 
 
@@ -228,7 +228,7 @@ def test_gluon_that_does_not_load_is_refused(monkeypatch):
     package = importlib.import_module("fastattn_kernels.attention.hopper")
     monkeypatch.setitem(sys.modules, "fastattn_kernels.attention.hopper.forward", None)
     monkeypatch.delattr(package, "forward", raising=False)  # there if a test before this one imported it
-    monkeypatch.setattr(launches, "_no_device", lambda kernels, case: None)
+    monkeypatch.setattr(configurations, "_no_device", lambda kernels, case: None)
     with pytest.raises(Refused, match="does not load"):
         FAMILY.variant("fastattn-gluon").build(CASE, torch.float32)
 

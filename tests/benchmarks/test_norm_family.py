@@ -9,12 +9,12 @@ import torch
 
 import fastattn
 from benchmarks.cases import Kind, NormCase
-from benchmarks.families import norm
-from benchmarks.matrix import matrix
+from benchmarks.families import all_cases, norm
+from benchmarks.gpu.matrix import matrix
 from benchmarks.measure.accuracy import Gate
 from benchmarks.measure.timing import time_on_cpu
-from benchmarks.registry import Variant, all_cases
-from benchmarks.runner import run_case
+from benchmarks.run_case import run_case
+from benchmarks.variants import Variant
 
 BF16 = torch.bfloat16
 TINY = NormCase("norm", "layer", 5, 12, backward=True)

@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from benchmarks.cases import AttentionCase, Kind, Mask, NormCase
-from benchmarks.families import attention, peers
+from benchmarks.families import attention, families, peers
 from benchmarks.families.additive import AdditiveCase
 from benchmarks.measure.accuracy import Gate
-from benchmarks.registry import Refused, families
+from benchmarks.variants import Refused
 
 CASE = AttentionCase("attention", 2, 2, 37, 8)
 EVERY_MASK = pytest.mark.parametrize("mask", get_args(Mask))

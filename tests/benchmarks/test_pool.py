@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import pool
-from benchmarks.pool import Task
+from benchmarks.gpu import pool
+from benchmarks.gpu.pool import Task
 from tests.benchmarks import stub_tasks as stubs
 
 
@@ -105,7 +105,7 @@ def test_pool_does_not_wait_for_each_of_the_processes_that_will_not_die(monkeypa
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
 def test_process_of_a_pool_that_is_killed_dies_with_it(tmp_path):
     code = f"""
-from benchmarks import pool
+from benchmarks.gpu import pool
 from tests.benchmarks import stub_tasks as stubs
 if __name__ == "__main__":
     task = pool.Task("it", "it", stubs.writes_and_sleeps, ({str(tmp_path / "pid")!r},))

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from benchmarks.__main__ import main
-from benchmarks.static.schedule import MASKS, SHAPES, Schedule, Shape, order, simulate, visits
+from benchmarks.laboratory.schedule import MASKS, SHAPES, Schedule, Shape, order, simulate, visits
 from fastattn_kernels.attention.hopper.config import forward_config
 from fastattn_kernels.attention.hopper.schedule import row_tile_at
 from fastattn_kernels.common.problem import Problem
@@ -95,6 +95,6 @@ def test_the_forward_chooses_as_the_simulation_says(device):
 
 
 def test_command_line_prints_the_simulation(capsys):
-    assert main(["static", "--schedules"]) == 0
+    assert main(["laboratory", "--schedules"]) == 0
     printed = capsys.readouterr().out
     assert all(mask in printed for mask in MASKS) and "balance / efficiency" in printed

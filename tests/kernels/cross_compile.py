@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 
-from benchmarks.static import table
-from benchmarks.static.compile import Row, compile_for
-from benchmarks.static.targets import SHARED_MEMORY
+from benchmarks.laboratory import table
+from benchmarks.laboratory.compile import Row, compile_for
+from benchmarks.laboratory.targets import SHARED_MEMORY
 
 __all__ = ["SHARED_MEMORY", "compile_for", "hold_to_table"]
 

@@ -11,9 +11,9 @@ import torch
 import triton
 
 import fastattn
-from benchmarks.static.cases import LOADS
-from benchmarks.static.compile import ROOT
-from benchmarks.static.targets import SHARED_MEMORY
+from benchmarks.laboratory.cases import LOADS
+from benchmarks.laboratory.compile import ROOT
+from benchmarks.laboratory.targets import SHARED_MEMORY
 from fastattn_kernels.attention import backward
 from fastattn_kernels.attention.backward_one_pass import launch_attention_bwd_one_pass, one_pass_refusals
 from fastattn_kernels.common.problem import Problem
@@ -111,14 +111,14 @@ def test_one_pass_refuses_with_reasons(monkeypatch):
 COMPILE = """
 import json, sys
 import torch
-from benchmarks.static import launches, stand_in
+from benchmarks.laboratory import launch_case, stand_in
 from fastattn_kernels.attention.backward_one_pass import launch_attention_bwd_one_pass
 from fastattn_kernels.common.problem import WeightsGradient
 from fastattn_kernels.common.tile_map import tile_map_for
 target, rows = sys.argv[1], []
 compiled = stand_in.Compiled(target)
 for case in json.loads(sys.argv[2]):
-    problem = launches._attention_problem(case)
+    problem = launch_case.attention_problem(case)
     query, key, value = problem.query, problem.key, problem.value
     batch, heads, length = query.shape[:3]
     d_weights = WeightsGradient(query.new_empty(batch, length, key.shape[2]), heads) if case.get("weights") else None

@@ -5,7 +5,7 @@ Each target has a process of its own, because triton decides at import whether i
 
 import pytest
 
-from benchmarks.static.cases import (
+from benchmarks.laboratory.cases import (
     HOPPER_FEATURES,
     LOADS,
     NORM_FEATURES,
@@ -16,7 +16,7 @@ from benchmarks.static.cases import (
     hopper_cases,
     norm_cases,
 )
-from benchmarks.static.hopper import pair_teraflops
+from benchmarks.laboratory.hopper import pair_teraflops
 from tests.kernels.cross_compile import SHARED_MEMORY, compile_for, hold_to_table
 
 FLOAT = ["cuda:90", "hip:gfx942"]  # the tiles of float32 are the same on every NVIDIA architecture

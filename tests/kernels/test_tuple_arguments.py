@@ -5,8 +5,8 @@ import torch
 from triton.runtime.interpreter import GridExecutor
 from triton.runtime.jit import JITFunction
 
-from benchmarks.static.cases import LOADS, hopper_cases, table_jobs
-from benchmarks.static.launches import launch
+from benchmarks.laboratory.cases import LOADS, hopper_cases, table_jobs
+from benchmarks.laboratory.launch_case import launch
 from fastattn_kernels.common.problem import nested
 
 # all passes of a case, whichever tiles a heavier load has

@@ -18,7 +18,7 @@ from ttsem.harness import descriptor_values
 from ttsem.ir_types import Type
 from ttsem.memory import Memory
 
-from benchmarks.static.stand_in import StandInDriver, parse_target
+from benchmarks.laboratory.stand_in import StandInDriver, parse_target
 from tests import machines
 from tests.machines.findings import Finding
 from tests.machines.ttgir.interpreter import Interpreter

@@ -57,7 +57,7 @@ def is_of_keys(bias: Tensor) -> bool:
 def forward_config(problem: Problem) -> ForwardConfig:
     """The forward's tile, and how tiles are shared out.
 
-    By the simulation in ``benchmarks/static/schedule.py``, over masks and lengths from 512 to 16384: where something
+    Simulated in ``benchmarks/laboratory/schedule.py``, over masks and lengths from 512 to 16384: where something
     hides keys, tiles of rows differ, and the counter wins by 1.00 to 1.27 under causality (D128, L = 8192: 0.979 of the
     time in products, 0.784 without it); it loses up to 5 % in windows of some microseconds, for its launch. Where
     nothing hides keys it has nothing to win.

@@ -10,8 +10,8 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.static.compile import Job
-from benchmarks.static.launches import Case
+from benchmarks.laboratory.compile import Job
+from benchmarks.laboratory.launch_case import Case
 
 TARGETS = ["cuda:80", "cuda:90", "cuda:120", "hip:gfx942"]
 # What a tile of scores carries beside itself; the last asks for all there is.

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.laboratory.compile import ROOT, Row
+from benchmarks.laboratory.model import CLOCK_HERTZ
+from benchmarks.laboratory.targets import MOST_REGISTERS, SHARED_MEMORY
 from benchmarks.reporting.text import Table, as_markdown, table_of
-from benchmarks.static.compile import ROOT, Row
-from benchmarks.static.model import CLOCK_HERTZ
-from benchmarks.static.targets import MOST_REGISTERS, SHARED_MEMORY
 
 PATH = ROOT / "docs" / "kernel_resources.md"
 REGISTERS_OF_GRACE = 8  # how many more a kernel may take before that is a regression: ptxas wavers by a few
@@ -21,8 +21,8 @@ _ABOUT = """# What the kernels take
 
 Compiled by triton {version}, read from the binaries: nothing here has run on a GPU. `make resources` writes this page
 anew, and `make test` holds a part of it to its rows: at most {grace} more registers, no byte more spilled or shared,
-the same tensor-core instruction. `python -m benchmarks static --only TEXT` prints rows, `--sass DIR` the machine code
-behind them.
+the same tensor-core instruction. `python -m benchmarks laboratory --only TEXT` prints rows, `--sass DIR` the machine
+code behind them.
 
 - **case**: dtype, head size (N: of a norm, Dv: of values), and what a tile of scores carries: `plain` is causal,
   `masked` has every mask, `biased` a bias and ALiBi as well, `heavy` softcap, dropout and a gradient of the weights,

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.static.launches import Case
+from benchmarks.laboratory.launch_case import Case
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,7 +46,7 @@ def _compile(job: Job, code: Path | None = None, python: str = sys.executable) -
     paths = [*filter(None, environment.get("PYTHONPATH", "").split(os.pathsep)), str(ROOT), str(ROOT / "kernels")]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     target, cases = job
-    arguments = ["-m", "benchmarks.static.stand_in", target, json.dumps(cases), *([str(code)] if code else [])]
+    arguments = ["-m", "benchmarks.laboratory.stand_in", target, json.dumps(cases), *([str(code)] if code else [])]
     done = subprocess.run([python, *arguments], env=environment, capture_output=True, text=True)
     if done.returncode < 0:  # a signal: the compiler has crashed, over one of the cases
         if len(cases) == 1:

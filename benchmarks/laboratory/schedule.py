@@ -5,7 +5,7 @@ multiprocessor, take tiles by the rules of ``Schedule`` in the kernels' ``hopper
 the last of them is done. The costs below are estimates, not measurements; nothing is known here of L2, memory or
 clocks.
 
-``python -m benchmarks static --schedules`` prints the table that docs/performance.md has.
+``python -m benchmarks laboratory --schedules`` prints the table that docs/performance.md has.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
+from benchmarks.laboratory.model import CLOCK_HERTZ, FLOP_PER_CYCLE, MULTIPROCESSORS
 from benchmarks.reporting.text import Table, table_of
-from benchmarks.static.model import CLOCK_HERTZ, FLOP_PER_CYCLE, MULTIPROCESSORS
 
 Schedule = Literal["static", "dynamic", "grid"]
 Mask = Literal["full", "causal", "window", "padding", "documents"]

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.progress import Progress
 from benchmarks.reporting.document import SCHEMA, read_run, write_run
-from benchmarks.runner import DeviceLost
+from benchmarks.run_case import DeviceLost
 
 # What a process whose GPU gives no answer ends with: it is to be started again, with --resume.
 HUNG = 75

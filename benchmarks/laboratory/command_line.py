@@ -1,4 +1,4 @@
-"""``python -m benchmarks static``: what the kernels take, compiled for GPUs that need not be here."""
+"""``python -m benchmarks laboratory``: what the kernels take, compiled for GPUs that need not be here."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.laboratory import pairs, schedule, table
+from benchmarks.laboratory.cases import TARGETS, table_jobs
+from benchmarks.laboratory.compile import Row, compile_all
 from benchmarks.reporting.text import show
-from benchmarks.static import pairs, schedule, table
-from benchmarks.static.cases import TARGETS, table_jobs
-from benchmarks.static.compile import Row, compile_all
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks static",
+        prog="python -m benchmarks laboratory",
         description="Compile every kernel for its targets, without a GPU, and print what it takes.",
     )
     parser.add_argument("--target", choices=TARGETS, help="one of them; without it all, which takes minutes")

@@ -13,15 +13,15 @@ from typing import Any, get_args
 import torch
 
 from benchmarks.environment import environment, load
-from benchmarks.matrix import Part
+from benchmarks.families import families
+from benchmarks.gpu.matrix import Part
+from benchmarks.jobs import carry_out, new_document, resumed
 from benchmarks.measure.timing import keep_freed_memory
-from benchmarks.plan import Settings, entries, jobs
-from benchmarks.registry import families
 from benchmarks.reporting.document import FAILED, OURS, write_run
 from benchmarks.reporting.findings import findings
 from benchmarks.reporting.tables import all_tables
 from benchmarks.reporting.text import show
-from benchmarks.run import carry_out, new_document, resumed
+from benchmarks.selection import Settings, entries, jobs
 
 # Of a quick run, which has to end within three minutes even on a busy machine that has to be set up first.
 _QUICK_BUDGET = 115.0

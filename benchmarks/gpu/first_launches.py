@@ -18,15 +18,14 @@ from typing import Any
 
 import torch
 
-from benchmarks import pool
 from benchmarks.cases import AttentionCase, Case, KernelCase
 from benchmarks.families import kernels
-from benchmarks.gpu import cache
+from benchmarks.gpu import cache, pool
+from benchmarks.gpu.pool import Report, Task
 from benchmarks.measure.accuracy import Gate
-from benchmarks.pool import Report, Task
-from benchmarks.registry import Family, Refused
 from benchmarks.reporting.document import OURS, write_run
-from benchmarks.runner import Status, explained
+from benchmarks.run_case import Status, explained
+from benchmarks.variants import Family, Refused
 
 FILE = "first_launches.json"
 LIMIT = 60.0  # seconds of one launch, compiling included: more is a hang

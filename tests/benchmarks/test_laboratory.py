@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as command_line
-from benchmarks.static import cases, command, hopper, model, sass, table
-from benchmarks.static.targets import blocks_resident
+from benchmarks.laboratory import cases, hopper, model, sass, table
+from benchmarks.laboratory import command_line as laboratory
+from benchmarks.laboratory.targets import blocks_resident
 
 ROOT = Path(__file__).parents[2]
 
@@ -336,13 +337,13 @@ def compiled(monkeypatch, tmp_path):
         jobs.extend(asked)
         return copy.deepcopy([ROW, CAREFUL]), []
 
-    monkeypatch.setattr(command, "compile_all", compile_all)
+    monkeypatch.setattr(laboratory, "compile_all", compile_all)
     monkeypatch.setattr(table, "PATH", tmp_path / "page.md")
     return jobs
 
 
 def test_static_compiles_and_prints_what_is_asked_for(compiled, capsys):
-    assert command_line.main(["static", "--target", "cuda:90", "--only", "bf16 D128 plain"]) == 0
+    assert command_line.main(["laboratory", "--target", "cuda:90", "--only", "bf16 D128 plain"]) == 0
     assert [(target, [case["name"] for case in of]) for target, of in compiled] == [
         ("cuda:90", ["attention bf16 D128 plain"]),
         ("cuda:90", ["attention bf16 D128 plain one pass"]),
@@ -351,7 +352,7 @@ def test_static_compiles_and_prints_what_is_asked_for(compiled, capsys):
 
 
 def test_static_takes_a_kernels_name_for_that_of_a_case(compiled, capsys):
-    assert command_line.main(["static", "--only", "fwd careful"]) == 0
+    assert command_line.main(["laboratory", "--only", "fwd careful"]) == 0
     assert {target for target, _ in compiled} == set(cases.TARGETS)
     printed = capsys.readouterr().out
     assert "attention_fwd careful" in printed
@@ -360,21 +361,21 @@ def test_static_takes_a_kernels_name_for_that_of_a_case(compiled, capsys):
 
 @pytest.mark.usefixtures("compiled")
 def test_static_says_that_nothing_has_the_name(capsys):
-    assert command_line.main(["static", "--only", "nothing-like-it"]) == 2
+    assert command_line.main(["laboratory", "--only", "nothing-like-it"]) == 2
     assert "nothing-like-it" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("compiled")
 def test_static_writes_page_and_json(tmp_path):
-    assert command_line.main(["static", "--write", "--json", str(tmp_path / "rows.json")]) == 0
+    assert command_line.main(["laboratory", "--write", "--json", str(tmp_path / "rows.json")]) == 0
     assert len(table.read(tmp_path / "page.md").rows) == 2
     assert (tmp_path / "rows.json").read_text().startswith("[")
 
 
 @pytest.mark.usefixtures("compiled")
 def test_static_writes_no_page_where_a_case_does_not_compile(monkeypatch, capsys):
-    monkeypatch.setattr(command, "compile_all", lambda *_: ([ROW], ["norm N64 does not compile: why"]))
-    assert command_line.main(["static", "--write"]) == 1
+    monkeypatch.setattr(laboratory, "compile_all", lambda *_: ([ROW], ["norm N64 does not compile: why"]))
+    assert command_line.main(["laboratory", "--write"]) == 1
     assert "norm N64 does not compile" in capsys.readouterr().err
     assert not table.PATH.exists()
 
@@ -382,5 +383,5 @@ def test_static_writes_no_page_where_a_case_does_not_compile(monkeypatch, capsys
 @pytest.mark.usefixtures("compiled")
 def test_static_writes_no_page_of_a_part(capsys):
     with pytest.raises(SystemExit):
-        command_line.main(["static", "--write", "--only", "norm"])
+        command_line.main(["laboratory", "--write", "--only", "norm"])
     assert "--write" in capsys.readouterr().err

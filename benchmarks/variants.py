@@ -1,10 +1,10 @@
-"""What is measured: variants (a way to solve a case), and the families that say what solving means."""
+"""What a family is made of: variants (ways to solve a case), what solving means, what a step has to do at least."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -103,29 +103,6 @@ class Family(Generic[C]):
 
     def variant(self, name: str) -> Variant[C]:
         return next(v for v in self.variants if v.name == name)
-
-
-def _modules() -> list[Any]:
-    """Those that define families; a run that ends early has met the first of them."""
-    from benchmarks.families import additive, attention, kernels, layer, module, norm, sequence
-
-    return [sequence, attention, norm, layer, module, additive, kernels]
-
-
-def families() -> dict[str, Family[Any]]:
-    """Every family by name."""
-    return {module.FAMILY.name: module.FAMILY for module in _modules()}
-
-
-def quick_cases() -> list[Case]:
-    """What ``make bench`` runs on a CPU, in under three minutes."""
-    return [case for module in _modules() for case in module.quick_cases()]
-
-
-def all_cases() -> list[Case]:
-    """The quick cases and the longer ones."""
-    more = (case for module in _modules() for case in module.more_cases())
-    return list(dict.fromkeys([*quick_cases(), *more]))
 
 
 def differentiated(

@@ -1,8 +1,8 @@
 """Compile what the launchers launch, for a target that need not be at hand, and read back what it takes.
 
 A stand-in driver names the target, every launch only compiles, and the tensors stay on the CPU. It wants a process of
-its own, without TRITON_INTERPRET, as :mod:`benchmarks.static.compile` starts it:
-``python -m benchmarks.static.stand_in cuda:90 '[{"dtype": "bfloat16", ...}]' [DIRECTORY]`` prints JSON.
+its own, without TRITON_INTERPRET, as :mod:`benchmarks.laboratory.compile` starts it:
+``python -m benchmarks.laboratory.stand_in cuda:90 '[{"dtype": "bfloat16", ...}]' [DIRECTORY]`` prints JSON.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from triton.backends.driver import DriverBase
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction
 
-from benchmarks.static import sass
-from benchmarks.static.hopper import replays
-from benchmarks.static.launches import launch
-from benchmarks.static.model import bound
-from benchmarks.static.targets import blocks_resident
+from benchmarks.laboratory import sass
+from benchmarks.laboratory.hopper import replays
+from benchmarks.laboratory.launch_case import launch
+from benchmarks.laboratory.model import bound
+from benchmarks.laboratory.targets import blocks_resident
 
 _NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # The compile-time arguments that say how large a tile is: of attention, of columns and lists, of sums.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.cases import AttentionCase
 from benchmarks.families.masks import inputs, masks
-from benchmarks.registry import Refused, Step, Variant
+from benchmarks.variants import Refused, Step, Variant
 from fastattn.ops.attention.call import make_call
 from fastattn.ops.common.blocks import empty_in_order_of
 

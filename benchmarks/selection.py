@@ -10,19 +10,18 @@ from typing import Any
 
 import torch
 
-from benchmarks import first_launches
 from benchmarks.cases import AttentionCase, Case
-from benchmarks.families import kernels, sequence
+from benchmarks.families import all_cases, families, kernels, quick_cases, sequence
+from benchmarks.gpu import first_launches
+from benchmarks.gpu.matrix import Part, matrix
 from benchmarks.host import run_cases as host
-from benchmarks.matrix import Part, matrix
+from benchmarks.jobs import Job, Tell, spread_out
 from benchmarks.measure.ceilings import ceilings
 from benchmarks.measure.tiles import counts
 from benchmarks.quality.models import Model, deviations, models
 from benchmarks.quality.tasks import Task, tasks
 from benchmarks.quality.training import train
-from benchmarks.registry import all_cases, families, quick_cases
-from benchmarks.run import Job, Tell, spread_out
-from benchmarks.runner import Row, Status, run_case
+from benchmarks.run_case import Row, Status, run_case
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Settings:
         only: a family's name, or a part of the jobs' keys.
         budget: seconds for the run; None: as long as it takes.
         sweep: the configurations of our kernels, and nothing else; on a CPU a trial of it.
-        part: of the cases for a GPU, as of :func:`benchmarks.matrix.matrix`.
+        part: of the cases for a GPU, as of :func:`benchmarks.gpu.matrix.matrix`.
         launched: the file of the first launches, whose failures are not run; empty: there were none.
     """
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as command_line
-from benchmarks.static import command, compile, pairs, table
-from tests.benchmarks.test_static import CAREFUL, ROW
+from benchmarks.laboratory import command_line as laboratory
+from benchmarks.laboratory import compile, pairs, table
+from tests.benchmarks.test_laboratory import CAREFUL, ROW
 
 OLDER: list[dict[str, Any]] = [
     {**ROW, "triton": "3.6.0", "registers": 250},
@@ -56,7 +57,7 @@ def compiled(monkeypatch, tmp_path):
         "/older/python": (OLDER, []),
     }
     monkeypatch.setattr(
-        command, "compile_all", lambda jobs, processes, code, python=sys.executable: copy.deepcopy(found[python])
+        laboratory, "compile_all", lambda jobs, processes, code, python=sys.executable: copy.deepcopy(found[python])
     )
     monkeypatch.setattr(table, "PATH", tmp_path / "page.md")
     monkeypatch.setattr(pairs, "PATH", tmp_path / "pairs.md")
@@ -65,7 +66,7 @@ def compiled(monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("compiled")
 def test_static_compiles_with_other_tritons_and_writes_both_pages(capsys):
-    assert command_line.main(["static", "--write", "--with", "/older/python"]) == 0
+    assert command_line.main(["laboratory", "--write", "--with", "/older/python"]) == 0
     assert "240 / 104" in capsys.readouterr().out
     assert "240 / 104" in pairs.PATH.read_text()
     assert table.read(table.PATH).triton == "3.7.1"
@@ -73,7 +74,7 @@ def test_static_compiles_with_other_tritons_and_writes_both_pages(capsys):
 
 def test_static_fails_where_another_triton_does_not_compile(compiled, capsys):
     compiled["/older/python"] = (OLDER[:1], ["attention D128 for cuda:90 does not compile: why"])
-    assert command_line.main(["static", "--write", "--with", "/older/python"]) == 1
+    assert command_line.main(["laboratory", "--write", "--with", "/older/python"]) == 1
     said = capsys.readouterr().err
     assert "/older/python: attention D128 for cuda:90 does not compile: why" in said
     assert "attention_fwd careful, attention bf16 D128 plain, cuda:90: launched under triton 3.7.1" in said

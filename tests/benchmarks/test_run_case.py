@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import fastattn
-from benchmarks import runner
 from benchmarks.cases import AttentionCase
+from benchmarks.families import all_cases, families, quick_cases
 from benchmarks.measure import tiles
 from benchmarks.measure.accuracy import Gate
-from benchmarks.measure.timing import TooSlow
-from benchmarks.registry import Refused, Variant, all_cases, families, quick_cases
-from benchmarks.runner import deadline, run_case
+from benchmarks.measure.timing import TooSlow, time_on_cpu
+from benchmarks.run_case import deadline, run_case
+from benchmarks.variants import Refused, Variant
 
 TINY = AttentionCase("module", 2, 2, 5, 4, backward=True, mask="causal", weights=True)
 
@@ -38,7 +38,7 @@ def tiny_rows():
     return run(families()["module"], TINY)
 
 
-def test_registry_names_are_unique():
+def test_families_names_are_unique():
     names = [case.name for case in all_cases()]
     assert len(set(names)) == len(names)
     for family in families().values():
@@ -47,7 +47,7 @@ def test_registry_names_are_unique():
         assert family.peer in variants
 
 
-def test_registry_every_case_has_a_variant_of_ours_that_applies():
+def test_families_every_case_has_a_variant_of_ours_that_applies():
     for case in quick_cases():
         assert families()[case.family].variant("fastattn").applies(case) is None, case.name
 
@@ -156,13 +156,11 @@ def test_variant_that_takes_too_long_to_check_is_a_row():
 
 
 def test_variant_that_takes_too_long_to_time_is_a_row(monkeypatch):
-    time_on_cpu = runner.time_on_cpu
-
     def timed(steps, peer, **options):
         found = time_on_cpu(steps, peer, **options)
         return found | {"fastattn": TooSlow("six rounds take an hour")}
 
-    monkeypatch.setattr(runner, "time_on_cpu", timed)
+    monkeypatch.setattr("benchmarks.run_case.time_on_cpu", timed)
     rows = {row.variant: row for row in run(families()["module"], TINY)}
     assert (rows["fastattn"].status, rows["fastattn"].reason) == ("timed out", "six rounds take an hour")
     assert rows["fastattn"].accuracy is not None

@@ -19,7 +19,7 @@ from benchmarks.measure.accuracy import Accuracy, Gate
 from benchmarks.measure.ceilings import floor_ms, of_datasheet
 from benchmarks.measure.memory import peak_mib, saved_tensors
 from benchmarks.measure.timing import Timing, TooSlow, time_on_cpu, time_on_cuda
-from benchmarks.registry import Family, Refused, Step, Variant, Work
+from benchmarks.variants import Family, Refused, Step, Variant, Work
 
 Status = Literal["ok", "refused", "wrong", "out of memory", "timed out", "error", "unchecked"]
 
@@ -210,7 +210,7 @@ def _timed(
 def deadline(seconds: float) -> Generator[None]:
     """Raise TimeoutError in the main thread after so many seconds, between two operations of torch.
 
-    One that never returns, as a kernel on a GPU may, is for :class:`benchmarks.run.Watchdog`.
+    One that never returns, as a kernel on a GPU may, is for :class:`benchmarks.jobs.Watchdog`.
     """
     timer = getattr(signal, "setitimer", None)
     if timer is None or seconds == float("inf") or threading.current_thread() is not threading.main_thread():

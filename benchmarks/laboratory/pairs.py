@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from benchmarks.laboratory.compile import ROOT, Row
+from benchmarks.laboratory.table import Key, keyed
 from benchmarks.reporting.text import Table, as_markdown
-from benchmarks.static.compile import ROOT, Row
-from benchmarks.static.table import Key, keyed
 
 PATH = ROOT / "docs" / "kernel_resources_pairs.md"
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import run
+from benchmarks import jobs
+from benchmarks.jobs import HUNG, Job, carry_out, new_document, resumed, spread_out
 from benchmarks.reporting.document import read_run
-from benchmarks.run import HUNG, Job, carry_out, new_document, resumed, spread_out
-from benchmarks.runner import DeviceLost
+from benchmarks.run_case import DeviceLost
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"quick": True, "only": "", "budget": None}
@@ -126,7 +126,7 @@ def test_run_leaves_out_what_its_budget_does_not_hold(tmp_path):
 def test_run_knows_a_slow_machine(monkeypatch):
     """Jobs that took ten times their guess: what follows is guessed to take ten times its own."""
     now = [0.0]
-    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: now[0])
 
     def slow():
         now[0] += 10.0
@@ -140,7 +140,7 @@ def test_run_knows_a_slow_machine(monkeypatch):
 def test_budget_is_of_a_sitting(monkeypatch):
     """So that what is printed for going on goes on."""
     now = [100.0]
-    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: now[0])
     found = document() | {"seconds": 29.5}
     carry_out([job("a")], found, None, budget=30.0)
     assert (found["left_out"], found["seconds"]) == ([], 29.5)
@@ -179,7 +179,7 @@ _CHILD = """
 import sys, time
 from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
-from benchmarks.run import Job, carry_out, new_document, resumed
+from benchmarks.jobs import Job, carry_out, new_document, resumed
 from test_run import FACTS, SETTINGS, job, row
 
 def sleeps(document, hung, tell):

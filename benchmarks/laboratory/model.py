@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from benchmarks.static.sass import Instruction, Loop
+from benchmarks.laboratory.sass import Instruction, Loop
 
 CLOCK_HERTZ = 1.55e9  # what an H100 holds under matrix products
 MULTIPROCESSORS = 132

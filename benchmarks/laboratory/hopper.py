@@ -7,8 +7,8 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from benchmarks.static.model import HandOver, Replay, replay
-from benchmarks.static.sass import Loop
+from benchmarks.laboratory.model import HandOver, Replay, replay
+from benchmarks.laboratory.sass import Loop
 
 # Kernel -> its descriptors whose tiles are copied in a turn, and how many of them, for both warpgroups together.
 _COPIES = {

@@ -39,7 +39,7 @@ def launch_attention(case: Case) -> None:
     from fastattn_kernels.common.problem import WeightsGradient
     from fastattn_kernels.common.tile_map import tile_map_for
 
-    problem = _attention_problem(case)
+    problem = attention_problem(case)
     query, key, value = problem.query, problem.key, problem.value
     dtype, (batch, heads, length), keys = query.dtype, query.shape[:3], key.shape[2]
     output = torch.empty(batch, heads, length, value.shape[3], dtype=dtype)
@@ -78,7 +78,7 @@ def launch_hopper(case: Case) -> None:
     from fastattn_kernels.attention.hopper import backward, forward
     from fastattn_kernels.common.tile_map import tile_map_for
 
-    problem = _attention_problem(case)
+    problem = attention_problem(case)
     query, key, value = problem.query, problem.key, problem.value
     output = torch.empty(*query.shape[:3], value.shape[3], dtype=query.dtype)
     lse, statistics = torch.empty(query.shape[:3]), torch.empty(*query.shape[:2], 2, query.shape[2])
@@ -92,7 +92,7 @@ def launch_hopper(case: Case) -> None:
             )
 
 
-def _attention_problem(case: Case) -> Any:
+def attention_problem(case: Case) -> Any:
     """Of two batch entries and four heads in two groups, with the dtype, sizes and features of the case."""
     from fastattn_kernels.common.problem import Problem
 

@@ -8,7 +8,7 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 
 import torch
 
-from benchmarks.lecture import command, experiments
+from benchmarks.lecture import command_line, experiments
 from benchmarks.lecture.experiment import Experiment
 
 
@@ -41,7 +41,7 @@ def toys(monkeypatch):
 
         return Experiment(name, ("S1",), f"{name} works.", run, draw)
 
-    monkeypatch.setattr(command, "experiments", lambda: {name: toy(name) for name in ("one", "two")})
+    monkeypatch.setattr(command_line, "experiments", lambda: {name: toy(name) for name in ("one", "two")})
     return asked
 
 
@@ -56,7 +56,7 @@ def test_experiments_are_complete():
 
 
 def test_all_run_on_one_thread_and_are_printed(toys, capsys):
-    assert command.main(["--quick"]) == 0
+    assert command_line.main(["--quick"]) == 0
     assert toys == [("one", True, 0, 1), ("two", True, 0, 1)]
     said = capsys.readouterr().out
     for text in (
@@ -71,18 +71,18 @@ def test_all_run_on_one_thread_and_are_printed(toys, capsys):
 
 
 def test_one_is_chosen(toys):
-    assert command.main(["--only", "two", "--seed", "4"]) == 0
+    assert command_line.main(["--only", "two", "--seed", "4"]) == 0
     assert toys == [("two", False, 4, 1)]
 
 
 def test_claim_that_does_not_hold_is_an_error(toys, capsys):
-    assert command.main(["--seed", "1"]) == 1
+    assert command_line.main(["--seed", "1"]) == 1
     assert capsys.readouterr().err == "two: does not hold: two is so\n"
 
 
 def test_unknown_experiment_is_refused(toys, capsys):
     with pytest.raises(SystemExit) as status:
-        command.main(["--only", "three"])
+        command_line.main(["--only", "three"])
     assert status.value.code == 2
     assert "'three'" in capsys.readouterr().err
 
@@ -91,7 +91,7 @@ def test_files_are_written_and_repeat(toys, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     folders = [tmp_path / "a" / "deep", tmp_path / "b"]
     for folder in folders:
-        assert command.main(["--only", "one", "--seed", "3", "--out", str(folder)]) == 0
+        assert command_line.main(["--only", "one", "--seed", "3", "--out", str(folder)]) == 0
     names = ["one.json", "one.png", "one.svg"]
     for folder in folders:
         assert sorted(path.name for path in folder.iterdir()) == names
