@@ -9,8 +9,8 @@ from fastattn_kernels.additive_attention.backward import launch_additive_bwd
 from fastattn_kernels.additive_attention.forward import launch_additive_fwd
 from fastattn_kernels.additive_attention.pairs import launch_additive_weights
 from fastattn_kernels.additive_attention.problem import AdditiveProblem
-from fastattn_kernels.attention.backward import launch_attention_delta
-from fastattn_kernels.common.problem import WeightsGradient
+from fastattn_kernels.common.delta import launch_delta
+from fastattn_kernels.common.gradients import Gradients, WeightsGradient
 from fastattn_kernels.common.tile_map import tile_map_for
 
 
@@ -50,7 +50,7 @@ def backward(
     d_output, d_weights = gradients
     output, weights, statistics = results
     d_query, d_key, d_value, d_weight, d_bias = empty_gradients(inputs, needs_d_bias)
-    delta = launch_attention_delta(output, d_output, None)
+    delta = launch_delta(output, d_output, None)
     of_weights = None
     if d_weights is not None:
         of_weights = WeightsGradient(d_weights, inputs.query.shape[1])
@@ -64,9 +64,7 @@ def backward(
         delta,
         weights if options.needs_weights else None,
         of_weights,
-        d_query,
-        d_key,
-        d_value,
+        Gradients(d_query, d_key, d_value),
         tile_map_for(problem),
     )
     d_weight.copy_(found.sum_to_size(d_weight.shape))

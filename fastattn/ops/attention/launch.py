@@ -10,14 +10,15 @@ from torch import Tensor
 from fastattn.ops.attention.contract import Inputs, Options, empty_in_order_of, statistics_shape, weights_shape
 from fastattn.ops.common.kernels import kernel_choice
 from fastattn_kernels.attention import choice
-from fastattn_kernels.attention.backward import launch_attention_delta
 from fastattn_kernels.attention.bias_gradient import launch_attention_bias_bwd
 from fastattn_kernels.attention.weights import (
     launch_attention_weights,
     launch_attention_weights_delta,
     launch_dropout_keep,
 )
-from fastattn_kernels.common.problem import Problem, WeightsGradient
+from fastattn_kernels.common.delta import launch_delta
+from fastattn_kernels.common.gradients import Gradients, WeightsGradient
+from fastattn_kernels.common.problem import Problem
 from fastattn_kernels.common.tile_map import tile_map_for
 
 
@@ -29,7 +30,7 @@ def _problem(inputs: Inputs, options: Options) -> Problem:
         value=inputs.value,
         scale=options.scale,
         bias=inputs.bias,
-        slopes=inputs.alibi_slopes,
+        alibi_slopes=inputs.alibi_slopes,
         sinks=inputs.sinks,
         mask=inputs.mask,
         key_padding_mask=inputs.key_padding_mask,
@@ -85,7 +86,7 @@ def backward(
     d_output, d_lse, d_weights_tensor = gradients
     statistics = statistics.contiguous()  # vmap expands what its samples share, and the kernels know no strides of it
     problem = _problem(inputs, options)
-    delta = launch_attention_delta(output, d_output, d_lse)
+    delta = launch_delta(output, d_output, d_lse)
     d_weights = None
     if d_weights_tensor is not None:
         used = d_weights_tensor.any() if d_weights_may_be_zeros else None  # stays on the device
@@ -95,8 +96,8 @@ def backward(
     d_bias, d_slopes, d_sinks = (d_output.new_empty(0) for _ in range(3))
     of_rows = torch.zeros_like(delta) if needs_slopes else None
     choice.launch_attention_bwd(
-        problem, d_output, statistics, delta, d_weights, d_query, d_key, d_value, of_rows, tile_map_for(problem),
-        *kernel_choice(),
+        problem, d_output, statistics, delta, d_weights, Gradients(d_query, d_key, d_value, of_rows),
+        tile_map_for(problem), *kernel_choice(),
     )  # fmt: skip
     if needs_bias:
         d_bias = launch_attention_bias_bwd(problem, d_output, statistics, delta, d_weights)
