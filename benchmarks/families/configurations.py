@@ -175,7 +175,7 @@ def _problem(query: Tensor, key: Tensor, value: Tensor, arguments: dict[str, Any
         value=call.value,
         scale=call.scale,
         bias=call.bias,
-        slopes=call.alibi_slopes,
+        alibi_slopes=call.alibi_slopes,
         mask=call.mask,
         key_padding_mask=call.key_padding_mask,
         query_documents=call.query_documents,
@@ -217,11 +217,12 @@ def forward_launch(candidate: Candidate, problem: Any) -> Callable[..., None]:
 
 def backward_launch(candidate: Candidate, problem: Any) -> Callable[..., None]:
     """``launch(d_out, statistics, delta, (dq, dk, dv))`` of a candidate; raise Refused where it cannot."""
+    from fastattn_kernels.common import gradients as kinds
     from fastattn_kernels.common.tile_map import tile_map_for
 
     if candidate.kernels == "gluon":
         from fastattn_kernels.attention.hopper import backward as hopper
-        from fastattn_kernels.attention.hopper.backward_config import BackwardConfig, backward_config
+        from fastattn_kernels.attention.hopper.config import BackwardConfig, backward_config
 
         _refuse(hopper.refusals(problem))
         one_pass = candidate.part == "one-pass"
@@ -233,17 +234,21 @@ def backward_launch(candidate: Candidate, problem: Any) -> Callable[..., None]:
 
         def launch(d_out: Tensor, statistics: Tensor, delta: Tensor, gradients: Gradients) -> None:
             tiles = tile_map_for(problem)
-            hopper.launch_attention_bwd(problem, d_out, statistics, delta, *gradients, tiles, of_hopper)
+            hopper.launch_attention_bwd(
+                problem, d_out, statistics, delta, kinds.Gradients(*gradients), tiles, of_hopper
+            )
 
     elif candidate.part == "one-pass":
         from fastattn_kernels.attention.backward_one_pass import launch_attention_bwd_one_pass, one_pass_refusals
 
-        _refuse(one_pass_refusals(problem, needs_slopes=False))
+        _refuse(one_pass_refusals(problem, needs_alibi_slopes=False))
         tile = _tile(candidate.numbers)
 
         def launch(d_out: Tensor, statistics: Tensor, delta: Tensor, gradients: Gradients) -> None:
             tiles = tile_map_for(problem)
-            launch_attention_bwd_one_pass(problem, d_out, statistics, delta, None, *gradients, tiles, tile)
+            launch_attention_bwd_one_pass(
+                problem, d_out, statistics, delta, None, kinds.Gradients(*gradients), tiles, tile
+            )
 
     else:
         from fastattn_kernels.attention.backward import launch_attention_bwd
@@ -252,14 +257,14 @@ def backward_launch(candidate: Candidate, problem: Any) -> Callable[..., None]:
 
         def launch(d_out: Tensor, statistics: Tensor, delta: Tensor, gradients: Gradients) -> None:
             tiles = tile_map_for(problem)
-            launch_attention_bwd(problem, d_out, statistics, delta, None, *gradients, None, tiles, config)
+            launch_attention_bwd(problem, d_out, statistics, delta, None, kinds.Gradients(*gradients), tiles, config)
 
     return launch
 
 
 def _tile(numbers: Numbers) -> Any:
     """Of plain Triton; None: the package's own."""
-    from fastattn_kernels.attention.config import Config
+    from fastattn_kernels.common.config import Config
 
     if not numbers:
         return None
@@ -299,7 +304,7 @@ def _build(candidate: Candidate) -> Callable[[AttentionCase, torch.dtype], Step]
 
 def _step(candidate: Candidate, case: AttentionCase, dtype: torch.dtype) -> Step:
     """The forward or the backward alone, with all that the package does around the launch in each call."""
-    from fastattn_kernels.attention.backward import launch_attention_delta
+    from fastattn_kernels.common.delta import launch_delta
 
     query, key, value, d_out = inputs(case, dtype)
     problem = _problem(query, key, value, masks(case, dtype))
@@ -319,7 +324,7 @@ def _step(candidate: Candidate, case: AttentionCase, dtype: torch.dtype) -> Step
     gradients = _unwritten(query), _unwritten(key), _unwritten(value)
 
     def backward_step() -> tuple[Tensor, ...]:
-        delta = launch_attention_delta(out, d_out, None)
+        delta = launch_delta(out, d_out, None)
         backward(d_out, statistics, delta, gradients)
         return out, *gradients
 

@@ -15,7 +15,7 @@ _COPIES = {
     "_attention_fwd_kernel": {"k_desc": 1, "v_desc": 1, "b_desc": 2},
     # d_query, there in one pass, are the pieces that each warpgroup adds to global memory
     "_attention_bwd_kernel": {
-        "query": 1, "d_out": 1, "pivots": 1, "deltas": 1, "inverse_sums": 1, "bias": 2, "d_query": 2,
+        "query": 1, "d_output": 1, "pivots": 1, "deltas": 1, "inverse_sums": 1, "bias": 2, "d_query": 2,
     },
     "attention_dq_kernel": {"key": 1, "value": 1, "bias": 2},
 }  # fmt: skip

@@ -36,7 +36,8 @@ def launch_attention(case: Case) -> None:
     """Launch the ``passes`` of attention; with ``unless_under`` without those whose tile that heavier load has, too."""
     from fastattn_kernels.attention import backward, backward_one_pass, bias_gradient, forward
     from fastattn_kernels.attention import weights as weights_kernels
-    from fastattn_kernels.common.problem import WeightsGradient
+    from fastattn_kernels.common.delta import launch_delta
+    from fastattn_kernels.common.gradients import Gradients, WeightsGradient
     from fastattn_kernels.common.tile_map import tile_map_for
 
     problem = attention_problem(case)
@@ -53,16 +54,17 @@ def launch_attention(case: Case) -> None:
         forward.launch_attention_fwd(problem, output, lse, statistics, tile_map_for(problem))
     for name in ("dkdv", "dq"):
         if name in passes:
-            delta = backward.launch_attention_delta(output, output, None)
+            delta = launch_delta(output, output, None)
             nothing = query[:0]
             d_query, d_key, d_value = (nothing, key, value) if name == "dkdv" else (query, nothing, nothing)
             backward.launch_attention_bwd(
-                problem, output, statistics, delta, d_weights, d_query, d_key, d_value,
-                torch.zeros(batch, heads, length) if case.get("slopes") else None, tile_map_for(problem),
+                problem, output, statistics, delta, d_weights,
+                Gradients(d_query, d_key, d_value, torch.zeros(batch, heads, length) if case.get("slopes") else None),
+                tile_map_for(problem),
             )  # fmt: skip
     if "one_pass" in passes:
         backward_one_pass.launch_attention_bwd_one_pass(
-            problem, output, statistics, lse, d_weights, query, key, value, tile_map_for(problem)
+            problem, output, statistics, lse, d_weights, Gradients(query, key, value), tile_map_for(problem)
         )
     if "bias" in passes:
         bias_gradient.launch_attention_bias_bwd(problem, output, statistics, lse, d_weights)
@@ -76,6 +78,7 @@ def launch_attention(case: Case) -> None:
 def launch_hopper(case: Case) -> None:
     """Launch the ``passes`` of attention on Hopper: fwd, pair (dK and dV, then dQ) and one pass (all three)."""
     from fastattn_kernels.attention.hopper import backward, forward
+    from fastattn_kernels.common.gradients import Gradients
     from fastattn_kernels.common.tile_map import tile_map_for
 
     problem = attention_problem(case)
@@ -88,7 +91,7 @@ def launch_hopper(case: Case) -> None:
     for name in ("pair", "one pass"):
         if name in case["passes"]:
             backward.launch_attention_bwd(
-                problem, output, statistics, lse, query, key, value, tile_map, deterministic=name == "pair"
+                problem, output, statistics, lse, Gradients(query, key, value), tile_map, deterministic=name == "pair"
             )
 
 
@@ -107,7 +110,7 @@ def attention_problem(case: Case) -> Any:
         value=torch.empty(batch, kv_heads, keys, case.get("value_dim", head_dim), dtype=dtype),
         scale=0.1,
         bias=only("bias", torch.empty(1, heads, length, keys, dtype=dtype)),
-        slopes=only("slopes", torch.empty(1, heads)),
+        alibi_slopes=only("slopes", torch.empty(1, heads)),
         sinks=only("sinks", torch.empty(1, heads)),
         mask=only("mask", torch.ones(batch, 1, length, keys, dtype=torch.bool)),
         key_padding_mask=only("padding", torch.zeros(batch, keys, dtype=torch.bool)),
@@ -187,7 +190,7 @@ def launch_additive(case: Case) -> None:
     from fastattn_kernels.additive_attention.forward import launch_additive_fwd
     from fastattn_kernels.additive_attention.pairs import launch_additive_weights
     from fastattn_kernels.additive_attention.problem import AdditiveProblem
-    from fastattn_kernels.common.problem import WeightsGradient
+    from fastattn_kernels.common.gradients import Gradients, WeightsGradient
     from fastattn_kernels.common.tile_map import tile_map_for
 
     dtype, size, value_dim = getattr(torch, case["dtype"]), case["attention_dim"], case.get("value_dim", 64)
@@ -219,5 +222,5 @@ def launch_additive(case: Case) -> None:
         launch_additive_weights(problem, statistics, weights)
     launch_additive_bwd(
         problem, output, statistics, torch.empty(batch, heads, length), only("weights", weights),
-        only("weights", WeightsGradient(weights, heads)), query, key, value, tile_map,
+        only("weights", WeightsGradient(weights, heads)), Gradients(query, key, value), tile_map,
     )  # fmt: skip

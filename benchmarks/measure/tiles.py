@@ -25,7 +25,7 @@ _MASKS: tuple[Mask, ...] = ("none", "causal", "padding", "documents", "window", 
 def count(case: AttentionCase) -> dict[str, Any]:
     """The tiles of one batch entry and head: all of them, and those that are visited whole and in part."""
     from fastattn.ops.attention.call import make_call
-    from fastattn_kernels.attention.config import Config
+    from fastattn_kernels.common.config import Config
     from fastattn_kernels.common.problem import Problem
     from fastattn_kernels.common.tile_map import TileMap
 

@@ -84,8 +84,7 @@ def test_table_of_the_package_is_among_the_plain_configurations():
 def test_choice_of_the_package_is_among_the_gluon_configurations(head_dim):
     """Without a mask, as above; head size 256 has a forward only."""
     pytest.importorskip("fastattn_kernels.attention.hopper.problem", reason="triton or its Gluon is not installed")
-    from fastattn_kernels.attention.hopper.backward_config import backward_config
-    from fastattn_kernels.attention.hopper.config import forward_config
+    from fastattn_kernels.attention.hopper.config import backward_config, forward_config
 
     case = dataclasses.replace(CASE, head_dim=head_dim, dtype=torch.bfloat16)
     query, key, value, _ = masks.inputs(case, case.dtype)
@@ -150,9 +149,9 @@ def hopper(monkeypatch):
         if found.writes:
             plain_fwd.launch_attention_fwd(problem, out, lse, statistics, tile_map)
 
-    def launch_bwd(problem, d_out, statistics, delta, dq, dk, dv, tile_map, config):
+    def launch_bwd(problem, d_output, statistics, delta, gradients, tile_map, config):
         found.launched.append(config)
-        plain_bwd.launch_attention_bwd(problem, d_out, statistics, delta, None, dq, dk, dv, None, tile_map)
+        plain_bwd.launch_attention_bwd(problem, d_output, statistics, delta, None, gradients, tile_map)
 
     def config(*numbers, one_pass):
         return types.SimpleNamespace(numbers=numbers, one_pass=one_pass)
@@ -162,8 +161,11 @@ def hopper(monkeypatch):
 
     fields = {
         "problem": {"refusals": lambda problem: found.refusals},
-        "config": {"ForwardConfig": lambda *numbers, stage_output, ping_pong: (*numbers, stage_output, ping_pong)},
-        "backward_config": {"BackwardConfig": config, "backward_config": backward_config},
+        "config": {
+            "ForwardConfig": lambda *numbers, stage_output, ping_pong: (*numbers, stage_output, ping_pong),
+            "BackwardConfig": config,
+            "backward_config": backward_config,
+        },
         "forward": {"launch_attention_fwd": launch_fwd},
         "backward": {"launch_attention_bwd": launch_bwd, "refusals": lambda problem: found.refusals},
     }

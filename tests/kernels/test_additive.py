@@ -19,8 +19,9 @@ from fastattn_kernels.additive_attention.config import AdditiveBackwardConfig, C
 from fastattn_kernels.additive_attention.forward import launch_additive_fwd  # noqa: E402
 from fastattn_kernels.additive_attention.pairs import launch_additive_weights  # noqa: E402
 from fastattn_kernels.additive_attention.problem import AdditiveProblem, columns, padded  # noqa: E402
-from fastattn_kernels.attention.backward import launch_attention_delta  # noqa: E402
-from fastattn_kernels.attention.config import Config  # noqa: E402
+from fastattn_kernels.common.config import Config  # noqa: E402
+from fastattn_kernels.common.delta import launch_delta  # noqa: E402
+from fastattn_kernels.common.gradients import Gradients  # noqa: E402
 from fastattn_kernels.common.tile_map import TileMap  # noqa: E402
 
 B, H, L, S, A, DV = 1, 2, 70, 90, 3, 6
@@ -59,9 +60,9 @@ def run(call: AdditiveProblem, d_out: torch.Tensor, name: str, tile_map: TileMap
     launch_additive_fwd(call, output, statistics, tile_map, FORWARD[name])
     launch_additive_weights(call, statistics, weights, FORWARD[name])
     d_query, d_key, d_value = (poisoned(*t.shape) for t in (call.query, call.key, call.value))
-    delta = launch_attention_delta(output, d_out, None)
+    delta = launch_delta(output, d_out, None)
     d_weight, d_scores = launch_additive_bwd(
-        call, d_out, statistics, delta, None, None, d_query, d_key, d_value, tile_map, BACKWARD[name]
+        call, d_out, statistics, delta, None, None, Gradients(d_query, d_key, d_value), tile_map, BACKWARD[name]
     )
     assert d_scores.shape == (B, H, L, S)
     assert not d_scores[weights == 0].any()

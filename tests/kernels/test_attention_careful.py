@@ -14,9 +14,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 from fastattn.reference import attention as reference
 from fastattn.testing import attention_inputs
 from fastattn_kernels.attention import forward
-from fastattn_kernels.attention.config import Config, careful_config
+from fastattn_kernels.attention.config import careful_config
 from fastattn_kernels.attention.hopper import forward as hopper
 from fastattn_kernels.common import marks as _marks
+from fastattn_kernels.common.config import Config
 from fastattn_kernels.common.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -59,13 +60,13 @@ def launch(request):
 def launches(monkeypatch):
     """Every launch of the plain forward: whether it was careful."""
     seen = []
-    original = forward._launch
+    original = forward.launch_tiles
 
     def noted(*arguments, careful):
         seen.append(careful)
         original(*arguments, careful=careful)
 
-    monkeypatch.setattr(forward, "_launch", noted)
+    monkeypatch.setattr(forward, "launch_tiles", noted)
     return seen
 
 

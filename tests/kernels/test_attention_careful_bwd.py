@@ -14,10 +14,13 @@ from tests.machines.marks import quick
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fastattn_kernels.attention import backward, backward_one_pass, forward
-from fastattn_kernels.attention.backward import BackwardConfig, GradientMarks
-from fastattn_kernels.attention.config import Config, careful_config
+from fastattn_kernels.attention.config import BackwardConfig, careful_config
 from fastattn_kernels.attention.hopper import backward as hopper
 from fastattn_kernels.common import marks as _marks
+from fastattn_kernels.common.config import Config
+from fastattn_kernels.common.delta import launch_delta
+from fastattn_kernels.common.gradients import Gradients
+from fastattn_kernels.common.marks import GradientMarks, empty_gradient_marks
 from fastattn_kernels.common.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -47,7 +50,7 @@ def arguments_of(problem, d_out) -> tuple[Any, ...]:
     out = torch.empty_like(problem.query)
     statistics = torch.empty(B, H, 2, L, device=out.device)
     forward.launch_attention_fwd(problem, out, torch.empty(B, H, L, device=out.device), statistics)
-    delta = backward.launch_attention_delta(out, d_out, None)
+    delta = launch_delta(out, d_out, None)
     return problem, d_out, statistics, delta, *(torch.full_like(x, 7.0) for x in gradients_are_like(problem))
 
 
@@ -58,16 +61,19 @@ def gradients_are_like(problem) -> tuple[Any, ...]:
 def launch_plain(problem, d_out, statistics, delta, *gradients):
     tile = Config(32, 64, 4, 1)
     config = BackwardConfig(tile, tile)
-    backward.launch_attention_bwd(problem, d_out, statistics, delta, None, *gradients, config=config)
+    backward.launch_attention_bwd(problem, d_out, statistics, delta, None, Gradients(*gradients), config=config)
 
 
 def launch_one_pass(problem, d_out, statistics, delta, *gradients):
     tile = Config(32, 64, 4, 1)
-    backward_one_pass.launch_attention_bwd_one_pass(problem, d_out, statistics, delta, None, *gradients, config=tile)
+    backward_one_pass.launch_attention_bwd_one_pass(
+        problem, d_out, statistics, delta, None, Gradients(*gradients), config=tile
+    )
 
 
-def launch_hopper(*arguments, deterministic=True):
-    hopper.launch_attention_bwd(*arguments, deterministic=deterministic)
+def launch_hopper(problem, d_out, statistics, delta, *gradients, deterministic=True):
+    written = Gradients(*gradients)
+    hopper.launch_attention_bwd(problem, d_out, statistics, delta, written, deterministic=deterministic)
 
 
 def launch_hopper_one_pass(*arguments):
@@ -170,7 +176,7 @@ def test_careful_launch_writes_only_tiles_with_a_mark(marked, programs_at_once, 
         keys_written[0, 1, start : start + tile.block_n] = True
     _, _, statistics, delta, dq, dk, dv = arguments
     marks = GradientMarks(of_rows, of_keys)
-    backward.launch_careful_bwd(problem, d_out, statistics, delta, None, dq, dk, dv, marks)
+    backward.launch_careful_bwd(problem, d_out, statistics, delta, None, Gradients(dq, dk, dv), marks)
     assert torch.equal((dq != 7.0).any(3), rows_written)
     assert torch.equal((dk != 7.0).any(3), keys_written)
     assert torch.equal((dv != 7.0).any(3), keys_written)
@@ -179,5 +185,5 @@ def test_careful_launch_writes_only_tiles_with_a_mark(marked, programs_at_once, 
 def test_backward_that_hides_nothing_has_no_careful_launch(launch, careful_launches, device):
     problem, d_out = problem_with_nan(device, hides=False)
     launch(*arguments_of(problem, d_out))
-    assert backward.empty_gradient_marks(problem) == (None, None)
+    assert empty_gradient_marks(problem) == (None, None)
     assert careful_launches == []

@@ -1,5 +1,6 @@
 """Which kernels run a call of attention: Gluon's or plain Triton's, by device, problem, wish, and what compiles."""
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -10,9 +11,12 @@ from triton.compiler.errors import CompilationError
 import fastattn
 from fastattn_kernels.attention import choice as module
 from fastattn_kernels.common.device import Target
+from fastattn_kernels.common.gradients import Gradients
 from fastattn_kernels.common.problem import Problem
 
 attention: Any = module  # stand-ins take the place of tensors
+nothing: Any = None
+NOTHING = Gradients(nothing, nothing, nothing)
 
 
 class Kernels:
@@ -22,10 +26,10 @@ class Kernels:
         self.launched: list[str] = []
         self.reasons: list[str] = []
         self.error: Exception | None = None
-        gluon = attention._Gluon(lambda problem: list(self.reasons), self._gluon)
+        gluon = attention.GluonKernels(lambda problem: list(self.reasons), self._gluon)
         monkeypatch.setattr(attention, "target_of", lambda device: Target(*target))
-        monkeypatch.setattr(attention, "_hopper", lambda direction: gluon)
-        monkeypatch.setattr(attention, "_broken", {})
+        monkeypatch.setattr(attention, "gluon_kernels", lambda direction: gluon)
+        monkeypatch.setattr(attention, "not_compiling", {})
         for of, name in ((attention.forward, "launch_attention_fwd"), (attention.backward, "launch_attention_bwd")):
             monkeypatch.setattr(of, name, lambda *a, **k: self.launched.append("plain"))
 
@@ -40,7 +44,7 @@ class Kernels:
         if direction == "forward":
             attention.launch_attention_fwd(problem(**changes), *(None,) * 3, kernels=kernels)
         else:
-            attention.launch_attention_bwd(problem(**changes), *(None,) * 7, kernels=kernels)
+            attention.launch_attention_bwd(problem(**changes), *(None,) * 4, NOTHING, kernels=kernels)
         return self.launched[before:]
 
 
@@ -118,11 +122,11 @@ def test_an_error_that_is_not_the_compilers_is_nobodys_to_hide(kernels):
 
 @BOTH
 def test_another_gluon_is_a_reason(monkeypatch, direction):
-    hopper = attention._hopper.__wrapped__
+    hopper = attention.gluon_kernels.__wrapped__
     kernels = Kernels(monkeypatch)
     for name in ("forward", "backward"):
         monkeypatch.setitem(sys.modules, f"fastattn_kernels.attention.hopper.{name}", None)
-    monkeypatch.setattr(attention, "_hopper", hopper)
+    monkeypatch.setattr(attention, "gluon_kernels", hopper)
     assert kernels.run(direction=direction) == ["plain"]
     with pytest.raises(NotImplementedError, match="has another Gluon: import of"):
         kernels.run("gluon", direction)
@@ -174,7 +178,7 @@ def test_gradient_of_weights_that_may_be_zeros_has_a_launch_of_its_own(kernels, 
     kernels.reasons = ["it rains"] * gluon_refuses
     used = torch.tensor(False)
     d_weights = attention.WeightsGradient(torch.zeros(1, 4, 4), 2, used)
-    arguments = problem(), None, None, None, d_weights, None, None, None
+    arguments = problem(), None, None, None, d_weights, NOTHING
     attention.launch_attention_bwd(*arguments)
     assert kernels.launched == ["plain" if gluon_refuses else "gluon", "plain"]
     expected = [(None, 0)] * gluon_refuses + [(d_weights, 1)]
@@ -189,12 +193,13 @@ def test_one_pass_is_for_those_who_let_it(kernels, monkeypatch):
     """The gradient of slopes sums over a row's keys, and one pass holds a tile of keys."""
     monkeypatch.setattr(attention, "launch_attention_bwd_one_pass", lambda *a: kernels.launched.append("one pass"))
     slopes = torch.ones(1, 2)
-    for deterministic, d_slopes, expected in [
+    for deterministic, d_alibi_slopes, expected in [
         (True, None, "plain"),
         (False, None, "one pass"),
         (False, slopes, "plain"),
     ]:
-        arguments = (problem(slopes=slopes), *(None,) * 7, d_slopes)
+        gradients = dataclasses.replace(NOTHING, d_alibi_slopes=d_alibi_slopes)
+        arguments = (problem(alibi_slopes=slopes), *(None,) * 4, gradients)
         attention.launch_attention_bwd(*arguments, kernels="triton", deterministic=deterministic)
         assert kernels.launched[-1] == expected
 
@@ -237,6 +242,6 @@ def test_one_kernel_that_does_not_compile_bars_no_other(kernels):
 def test_keys_without_query_heads_have_no_gradient():
     query, key = torch.zeros(1, 0, 4, 16), torch.zeros(1, 2, 4, 16)
     dk, dv = torch.full_like(key, 7.0), torch.full_like(key, 7.0)
-    arguments = Problem(query, key, key, scale=1.0), query, query, query, None, query, dk, dv
+    arguments = Problem(query, key, key, scale=1.0), query, query, query, None, Gradients(query, dk, dv)
     attention.launch_attention_bwd(*arguments)
     assert not dk.any() and not dv.any()

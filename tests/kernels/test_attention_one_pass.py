@@ -16,6 +16,7 @@ from benchmarks.laboratory.compile import ROOT
 from benchmarks.laboratory.targets import SHARED_MEMORY
 from fastattn_kernels.attention import backward
 from fastattn_kernels.attention.backward_one_pass import launch_attention_bwd_one_pass, one_pass_refusals
+from fastattn_kernels.common.gradients import Gradients
 from fastattn_kernels.common.problem import Problem
 from tests.compat import locked
 from tests.ops.attention_cases import Case, attend, check
@@ -32,16 +33,13 @@ def one_pass(monkeypatch):
         statistics,
         delta,
         d_weights,
-        dq,
-        dk,
-        dv,
-        d_slopes=None,
+        gradients,
         tile_map=None,
         config=None,
         only_if=None,
     ):
-        assert not one_pass_refusals(problem, needs_slopes=d_slopes is not None)
-        launch_attention_bwd_one_pass(problem, d_out, statistics, delta, d_weights, dq, dk, dv, tile_map, config)
+        assert not one_pass_refusals(problem, needs_alibi_slopes=gradients.d_alibi_slopes is not None)
+        launch_attention_bwd_one_pass(problem, d_out, statistics, delta, d_weights, gradients, tile_map, config)
         launches.append(problem)
 
     monkeypatch.setattr(backward, "launch_attention_bwd", launch)
@@ -92,19 +90,21 @@ def test_one_pass_without_keys_gives_zeros(device):
     problem = Problem(query, empty, empty, scale=1.0)
     statistics, delta = torch.zeros(1, 1, 2, 5, device=device), torch.zeros(1, 1, 5, device=device)
     d_query, d_empty = torch.full_like(query, float("nan")), torch.empty_like(empty)
-    launch_attention_bwd_one_pass(problem, query, statistics, delta, None, d_query, d_empty, d_empty)
+    launch_attention_bwd_one_pass(problem, query, statistics, delta, None, Gradients(d_query, d_empty, d_empty))
     assert torch.equal(d_query, torch.zeros_like(query))
 
 
 def test_one_pass_refuses_with_reasons(monkeypatch):
     query, wide = torch.empty(1, 2, 4, 64), torch.empty(1, 2, 4, 512)
     plain = Problem(query, query, query, scale=1.0)
-    sloped = Problem(query, query, query, scale=1.0, slopes=torch.ones(1, 2))
-    assert one_pass_refusals(plain, needs_slopes=False) == one_pass_refusals(sloped, needs_slopes=False) == []
-    assert "slopes" in one_pass_refusals(sloped, needs_slopes=True)[0]
-    assert "512" in one_pass_refusals(Problem(wide, wide, query, scale=1.0), needs_slopes=False)[0]
+    sloped = Problem(query, query, query, scale=1.0, alibi_slopes=torch.ones(1, 2))
+    assert (
+        one_pass_refusals(plain, needs_alibi_slopes=False) == one_pass_refusals(sloped, needs_alibi_slopes=False) == []
+    )
+    assert "slopes" in one_pass_refusals(sloped, needs_alibi_slopes=True)[0]
+    assert "512" in one_pass_refusals(Problem(wide, wide, query, scale=1.0), needs_alibi_slopes=False)[0]
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert "deterministic" in one_pass_refusals(plain, needs_slopes=False)[0]
+    assert "deterministic" in one_pass_refusals(plain, needs_alibi_slopes=False)[0]
 
 
 # What compiles for a GPU that is not here has a process of its own: triton decides at import whether it interprets.
@@ -113,7 +113,7 @@ import json, sys
 import torch
 from benchmarks.laboratory import launch_case, stand_in
 from fastattn_kernels.attention.backward_one_pass import launch_attention_bwd_one_pass
-from fastattn_kernels.common.problem import WeightsGradient
+from fastattn_kernels.common.gradients import Gradients, WeightsGradient
 from fastattn_kernels.common.tile_map import tile_map_for
 target, rows = sys.argv[1], []
 compiled = stand_in.Compiled(target)
@@ -124,7 +124,7 @@ for case in json.loads(sys.argv[2]):
     d_weights = WeightsGradient(query.new_empty(batch, length, key.shape[2]), heads) if case.get("weights") else None
     launch_attention_bwd_one_pass(
         problem, query, torch.empty(batch, heads, 2, length), torch.empty(batch, heads, length), d_weights,
-        query, key, value, tile_map_for(problem),
+        Gradients(query, key, value), tile_map_for(problem),
     )
 for kernel in compiled.kernels:
     row = stand_in.resources(kernel, target)

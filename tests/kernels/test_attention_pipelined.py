@@ -4,7 +4,7 @@ import pytest
 
 import fastattn
 from fastattn_kernels.attention import forward
-from fastattn_kernels.attention.config import Config
+from fastattn_kernels.common.config import Config
 from tests.ops.attention_cases import Case, check
 
 

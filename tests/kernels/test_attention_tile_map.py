@@ -15,8 +15,9 @@ from tests.machines.marks import quick
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastattn_kernels.attention import config as attention_config
+from fastattn_kernels.attention.tile_tables import INTERPRETED
 from fastattn_kernels.common import tile_map
+from fastattn_kernels.common.config import Config
 from fastattn_kernels.common.problem import Problem
 
 B, H, HK, L, S, D = 2, 2, 1, 150, 270, 8
@@ -55,9 +56,8 @@ def problem_of(arguments, device) -> Any:
     query, key, value = attention_inputs(B, H, L, S, D, kv_heads=HK, device=device)
     arguments: dict[str, Any] = {name: _on(device, value) for name, value in arguments.items()}
     call: dict[str, Any] = make_call(query, key, value, **arguments)._asdict()
-    names = {"alibi_slopes": "slopes"}
     left_out = ("dropout_p", "weights", "return_lse")
-    problem = Problem(**{names.get(name, name): value for name, value in call.items() if name not in left_out})
+    problem = Problem(**{name: value for name, value in call.items() if name not in left_out})
     rules = ("lower", "upper", "prefix", "mask", "key_padding_mask", "query_documents", "key_documents")
     seen = visibility(L, S, **{name: call[name] for name in rules}, device=device)
     return problem, arguments, seen.expand(B, H, L, S)
@@ -96,7 +96,7 @@ def test_tile_lists_hold_every_tile_that_is_seen(case, blocks_of, device):
     """Of a tile smaller than a granule the list may know less: that some of it is seen."""
     problem, _, seen = problem_of(CASES[case](), device)
     block_m, block_n = blocks_of
-    config = attention_config.Config(block_m, block_n, 4, 1)
+    config = Config(block_m, block_n, 4, 1)
     lists = tile_map.TileMap(problem)
     exact = block_m >= tile_map.GRANULE and block_n >= tile_map.GRANULE
     of_rows = states(seen, block_m, block_n)
@@ -151,7 +151,7 @@ def test_attention_visits_only_tiles_that_are_seen(case, products, device):
     """Forward and backward together compute exactly the products of the tiles that somebody sees: two of each in the
     forward, three for dQ and four for dK and dV. Nothing else is visited."""
     problem, arguments, seen = problem_of(CASES[case]() if case in CASES else BANDS[case], device)
-    tiles = {kernel: attention_config._INTERPRETED[kernel] for kernel in ("forward", "dq", "dkdv")}
+    tiles = {kernel: INTERPRETED[kernel] for kernel in ("forward", "dq", "dkdv")}
     leaves = [t.requires_grad_() for t in (problem.query, problem.key, problem.value)]
     output: Any = fastattn.attention(*leaves, **arguments, backend="triton")
     torch.autograd.grad(output, leaves, torch.ones_like(output))

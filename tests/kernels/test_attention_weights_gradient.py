@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 
-from fastattn_kernels.attention.backward import launch_attention_bwd, launch_attention_delta
+from fastattn_kernels.attention.backward import launch_attention_bwd
 from fastattn_kernels.attention.forward import launch_attention_fwd
 from fastattn_kernels.attention.weights import launch_attention_weights_delta
-from fastattn_kernels.common.problem import Problem, WeightsGradient
+from fastattn_kernels.common.delta import launch_delta
+from fastattn_kernels.common.gradients import Gradients, WeightsGradient
+from fastattn_kernels.common.problem import Problem
 
 
 @pytest.fixture
@@ -26,11 +28,11 @@ def forward(device):
 def backward(forward, d_weights, only_if=None):
     """delta, dQ, dK and dV, which are NaN where nothing wrote them."""
     problem, output, statistics, d_out, _ = forward
-    delta = launch_attention_delta(output, d_out, None)
+    delta = launch_delta(output, d_out, None)
     if d_weights is not None:
         launch_attention_weights_delta(problem, statistics, d_weights, delta)
     dq, dk, dv = (torch.full_like(t, math.nan) for t in (problem.query, problem.key, problem.value))
-    launch_attention_bwd(problem, d_out, statistics, delta, d_weights, dq, dk, dv, only_if=only_if)
+    launch_attention_bwd(problem, d_out, statistics, delta, d_weights, Gradients(dq, dk, dv), only_if=only_if)
     return delta, dq, dk, dv
 
 

@@ -3,7 +3,7 @@
 import gc
 import threading
 import weakref
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -84,7 +84,7 @@ def test_plan_is_written_at_the_second_call_and_does_the_same_to_other_tensors(f
     assert plan.launches == 2
 
 
-NEIGHBOURS = {
+NEIGHBOURS: dict[str, dict[str, int]] = {
     "the same again": {},
     "another size": {"size": 33},
     "a size of 1": {"size": 1},
@@ -272,7 +272,7 @@ def test_hooks_of_triton_are_noticed():
     from triton import knobs
 
     assert not module._is_listened_to()
-    heard = []
+    heard: Any = []
     knobs.runtime.launch_enter_hook.add(heard.append)
     try:
         assert module._is_listened_to()

@@ -7,7 +7,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from fastattn.reference import add_norm as reference
 from fastattn.testing import assert_within_budget, random_tensor
-from fastattn_kernels.attention.config import Config
+from fastattn_kernels.common.config import Config
 from fastattn_kernels.residual_norm.backward import launch_residual_norm_bwd
 from fastattn_kernels.residual_norm.config import NormBackwardConfig
 from fastattn_kernels.residual_norm.forward import launch_residual_norm_fwd

@@ -1,4 +1,4 @@
-"""What launchers hand to kernels in tuples keeps its constants in every triton: see ``problem.nested``."""
+"""What launchers hand to kernels in tuples keeps its constants in every triton: see ``arguments.Rules``."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.laboratory.cases import LOADS, hopper_cases, table_jobs
 from benchmarks.laboratory.launch_case import launch
-from fastattn_kernels.common.problem import nested
+from fastattn_kernels.common.arguments import Rules
 
 # all passes of a case, whichever tiles a heavier load has
 CASES = {
@@ -80,4 +80,4 @@ def test_tuples_that_lose_constants_are_told():
     assert loses_constants(((tensor, strides, 0.5), None))
     assert not loses_constants((tensor, *strides, 0.5))
     assert not loses_constants((tensor, strides))
-    assert not loses_constants(nested((tensor, strides), None, (tensor, *strides), 30.0))
+    assert not loses_constants(Rules((tensor, strides), None, (tensor, *strides), softcap=30.0))

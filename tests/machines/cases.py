@@ -142,7 +142,9 @@ def _plain_attention(one_pass: bool) -> None:
     )
     single = importlib.import_module("fastattn_kernels.attention.backward_one_pass")
     config = importlib.import_module("fastattn_kernels.attention.config")
-    tile = config.Config(32, 32, 4, 1)
+    common = (importlib.import_module(f"fastattn_kernels.common.{name}") for name in ("config", "delta", "gradients"))
+    common_config, delta_kernel, kinds = common
+    tile = common_config.Config(32, 32, 4, 1)
     problem = checks.make_problem(70, 90, 40, heads=2, kv_heads=1, upper=10)
     d_out = checks.gradient_of_output(problem)
     truths, peers = ([out, *gradients] for out, gradients in (
@@ -152,12 +154,12 @@ def _plain_attention(one_pass: bool) -> None:
     lse, statistics = torch.full((1, 2, 70), torch.nan), torch.full((1, 2, 2, 70), torch.nan)
     with _without_careful_launches(forward), _without_careful_launches(backward), _without_careful_launches(single):
         forward.launch_attention_fwd(problem, found[0], lse, statistics, None, tile)
-        delta = backward.launch_attention_delta(found[0], d_out, None)
-        arguments = problem, d_out, statistics, delta, None, *found[1:]
+        delta = delta_kernel.launch_delta(found[0], d_out, None)
+        arguments = problem, d_out, statistics, delta, None, kinds.Gradients(*found[1:])
         if one_pass:
             single.launch_attention_bwd_one_pass(*arguments, None, tile)
         else:
-            backward.launch_attention_bwd(*arguments, None, None, config.BackwardConfig(tile, tile))
+            backward.launch_attention_bwd(*arguments, None, config.BackwardConfig(tile, tile))
     names = ("output", "d_query", "d_key", "d_value")
     for name, actual, truth, peer in zip(names, found, truths, peers, strict=True):
         assert_within_budget(actual, truth=truth, peer=peer, name=name)

@@ -201,7 +201,7 @@ class Returning(torch.nn.Module):
 def backward_passes(monkeypatch):
     """Of each launch of the plain backward: had it a gradient of weights, anything to do, and was it careful?"""
     found = []
-    launch = backward._launch_passes
+    launch = backward.launch_passes
 
     def noting(problem, d_out, statistics, delta, d_weights, *rest, careful):
         only_if = rest[-1]
@@ -209,7 +209,7 @@ def backward_passes(monkeypatch):
         found.append((d_weights is not None, is_on, careful))
         launch(problem, d_out, statistics, delta, d_weights, *rest, careful=careful)
 
-    monkeypatch.setattr(backward, "_launch_passes", noting)
+    monkeypatch.setattr(backward, "launch_passes", noting)
     return found
 
 

@@ -16,9 +16,9 @@ from fastattn_kernels.additive_attention.backward import launch_additive_bwd
 from fastattn_kernels.additive_attention.forward import launch_additive_fwd
 from fastattn_kernels.additive_attention.pairs import launch_additive_weights
 from fastattn_kernels.additive_attention.problem import AdditiveProblem
-from fastattn_kernels.attention.backward import launch_attention_delta
+from fastattn_kernels.common.delta import launch_delta
+from fastattn_kernels.common.gradients import Gradients, WeightsGradient
 from fastattn_kernels.common.plans import planned
-from fastattn_kernels.common.problem import WeightsGradient
 from fastattn_kernels.common.tile_map import tile_map_for
 
 
@@ -55,7 +55,7 @@ def backward(
     d_output, d_weights = gradients
     output, weights, statistics = kept
     found = d_query, d_key, d_value, d_weight, d_bias = empty_gradients(inputs, needs)
-    delta = launch_attention_delta(output, d_output, None)
+    delta = launch_delta(output, d_output, None)
     of_weights = None
     if d_weights is not None:
         of_weights = WeightsGradient(d_weights, inputs.query.shape[1])
@@ -69,9 +69,7 @@ def backward(
         delta,
         weights if options.needs_weights else None,
         of_weights,
-        d_query,
-        d_key,
-        d_value,
+        Gradients(d_query, d_key, d_value),
         tile_map_for(problem),
     )
     d_weight.copy_(of_weight.sum_to_size(d_weight.shape))

@@ -20,15 +20,16 @@ from fastattn.ops.attention.contract import (
 from fastattn.ops.common.backends import KernelChoice, Kernels, kernel_choice
 from fastattn.ops.common.blocks import empty_in_order_of
 from fastattn_kernels.attention import choice
-from fastattn_kernels.attention.backward import launch_attention_delta
 from fastattn_kernels.attention.bias_gradient import launch_attention_bias_bwd
 from fastattn_kernels.attention.weights import (
     launch_attention_weights,
     launch_attention_weights_delta,
     launch_dropout_keep,
 )
+from fastattn_kernels.common.delta import launch_delta
+from fastattn_kernels.common.gradients import Gradients, WeightsGradient
 from fastattn_kernels.common.plans import planned
-from fastattn_kernels.common.problem import Problem, WeightsGradient
+from fastattn_kernels.common.problem import Problem
 from fastattn_kernels.common.tile_map import tile_map_for
 
 
@@ -40,7 +41,7 @@ def _problem(inputs: Inputs, options: Options) -> Problem:
         value=inputs.value,
         scale=options.scale,
         bias=inputs.bias,
-        slopes=inputs.alibi_slopes,
+        alibi_slopes=inputs.alibi_slopes,
         sinks=inputs.sinks,
         mask=inputs.mask,
         key_padding_mask=inputs.key_padding_mask,
@@ -94,7 +95,7 @@ def _backward(
     statistics = kept.statistics.contiguous()
     problem = _problem(inputs, options)
     d_output = gradients.d_output
-    delta = launch_attention_delta(kept.output, d_output, gradients.d_lse)
+    delta = launch_delta(kept.output, d_output, gradients.d_lse)
     d_weights = None
     if gradients.d_weights is not None:
         used = gradients.d_weights.any() if needs.d_weights_may_be_zeros else None  # stays on the device
@@ -104,8 +105,8 @@ def _backward(
     d_bias, d_alibi_slopes, d_sinks = (d_output.new_empty(0) for _ in range(3))
     of_rows = torch.zeros_like(delta) if needs.needs_d_alibi_slopes else None
     choice.launch_attention_bwd(
-        problem, d_output, statistics, delta, d_weights, d_query, d_key, d_value, of_rows, tile_map_for(problem),
-        *kernels,
+        problem, d_output, statistics, delta, d_weights, Gradients(d_query, d_key, d_value, of_rows),
+        tile_map_for(problem), *kernels,
     )  # fmt: skip
     if needs.needs_d_bias:
         d_bias = launch_attention_bias_bwd(problem, d_output, statistics, delta, d_weights)

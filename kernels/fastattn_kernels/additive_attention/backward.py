@@ -25,11 +25,12 @@ from fastattn_kernels.additive_attention.config import (
 from fastattn_kernels.additive_attention.forward import bend, columns_of, weight_of
 from fastattn_kernels.additive_attention.pairs import launch_additive_scores_bwd
 from fastattn_kernels.additive_attention.problem import AdditiveProblem, padded
+from fastattn_kernels.common.arguments import RUN_TIME, At, Heads, Sizes, TileLists, strided
 from fastattn_kernels.common.device import device_guard
-from fastattn_kernels.common.problem import RUN_TIME, WeightsGradient, strided
+from fastattn_kernels.common.gradients import Gradients, WeightsGradient
 from fastattn_kernels.common.tile_map import TileMap, list_arguments
 from fastattn_kernels.common.tiles import head_of
-from fastattn_kernels.common.visits import count_visits, key_edges, list_of, row_edges, visited_in_any_way
+from fastattn_kernels.common.visits import count_visits, key_edges, list_of, row_edges, visited_whole_or_in_part
 
 
 @triton.jit(do_not_specialize=[*RUN_TIME, "size"])
@@ -41,7 +42,8 @@ def _additive_bwd_columns_kernel(
 ):  # fmt: skip
     """CHUNK columns of dQ of one tile of rows, from all keys, or of dK of one tile of keys, from all rows; and, unless
     ``d_weight_ptr`` is None, what the tile adds to these columns of the weight's gradient."""
-    sizes = (seqlen_q, seqlen_k, lower, upper, shift)
+    sizes = Sizes(seqlen_q, seqlen_k, lower, upper, shift)
+    lists = TileLists(tile_lists, lists_per_batch, lists_per_head)
     if OWN_IS_ROWS:
         own_length, other_length = seqlen_q, seqlen_k
     else:
@@ -55,45 +57,44 @@ def _additive_bwd_columns_kernel(
     batch_head = pid // chunks // tiles_own
     batch = (batch_head // heads).to(tl.int64)
     head = (batch_head % heads).to(tl.int64)
-    at = (batch, head)
-    own_ptr, stride_own = columns_of(own, batch, head)
-    other_ptr, stride_other = columns_of(other, batch, head)
-    ds_ptr, stride_so, stride_st = head_of(ds, batch, head)
+    at = At(batch, head)
+    own, other = columns_of(own, batch, head), columns_of(other, batch, head)
+    ds = head_of(ds, batch, head)
     a = first + tl.arange(0, CHUNK)[:, None, None]
-    inside = tl.minimum(a, size - 1).to(tl.int64)  # past the last column it is done again, and not stored
-    own_ptrs = own_ptr + inside * stride_own + own_start + tl.arange(0, OWN)[None, :, None]
-    other_ptrs = other_ptr + inside * stride_other + tl.arange(0, OTHER)[None, None, :]
+    inside = tl.minimum(a, size - 1).to(tl.int64)  # the last column again past the last one, and not stored
+    own_ptrs = own.ptr + inside * own.stride + own_start + tl.arange(0, OWN)[None, :, None]
+    other_ptrs = other.ptr + inside * other.stride + tl.arange(0, OTHER)[None, None, :]
     own_rows = (own_start + tl.arange(0, OWN)).to(tl.int64)[None, :, None]
-    ds_ptrs = ds_ptr + own_rows * stride_so + tl.arange(0, OTHER).to(tl.int64)[None, None, :] * stride_st
+    ds_ptrs = ds.ptr + own_rows * ds.stride_row + tl.arange(0, OTHER).to(tl.int64)[None, None, :] * ds.stride_col
 
     tiles = None
-    if tile_lists is not None:
-        tiles = list_of(tile_lists, lists_per_batch, lists_per_head, at, own_tile, tiles_own, tiles_other)
+    if lists.ptr is not None:
+        tiles = list_of(lists, at, own_tile, tiles_own, tiles_other)
     if OWN_IS_ROWS:
         edges = key_edges(own_start, at, sizes, rules, OWN, OTHER)
     else:
         edges = row_edges(own_start, at, sizes, rules, OTHER, OWN)
     full, partial = count_visits(edges, tiles)
     x = tl.load(own_ptrs).to(tl.float32)  # [CHUNK, OWN, 1]
-    # sums over OTHER wait until the end: each tile's would take as long as its tangents
+    # summed over OTHER behind the loop: in it, a tile's sums would take as long as its tangents
     of_own = tl.zeros([CHUNK, OWN, OTHER], tl.float32)
     of_weight = tl.zeros([CHUNK, OWN, OTHER], tl.float32)
     for position in tl.range(0, full + partial):
-        start = visited_in_any_way(position, full, edges, tiles, tiles_other) * OTHER
+        start = visited_whole_or_in_part(position, full, edges, tiles, tiles_other) * OTHER
         y = tl.load(other_ptrs + start).to(tl.float32)  # [CHUNK, 1, OTHER]
-        s = tl.load(ds_ptrs + tl.cast(start, tl.int64) * stride_st)  # [1, OWN, OTHER]
+        s = tl.load(ds_ptrs + tl.cast(start, tl.int64) * ds.stride_col)  # [1, OWN, OTHER]
         t = bend(x + y, HARDWARE_TANH)
         of_own += s * (1.0 - t * t)
         if d_weight_ptr is not None:
             of_weight += s * t
 
     cols = first + tl.arange(0, CHUNK)
-    weight_ptr, stride_w = weight_of(weight, head)
-    w = tl.load(weight_ptr + cols.to(tl.int64) * stride_w, mask=cols < size, other=0.0).to(tl.float32)
-    d_own_ptr, stride_dm, stride_da = head_of(d_own, batch, head)
+    weight = weight_of(weight, head)
+    w = tl.load(weight.ptr + cols.to(tl.int64) * weight.stride, mask=cols < size, other=0.0).to(tl.float32)
+    d_own = head_of(d_own, batch, head)
     rows = own_start + tl.arange(0, OWN)
-    ptrs = d_own_ptr + rows.to(tl.int64)[None, :] * stride_dm + cols.to(tl.int64)[:, None] * stride_da
-    gradient = (tl.sum(of_own, 2) * w[:, None]).to(d_own_ptr.dtype.element_ty)
+    ptrs = d_own.ptr + rows.to(tl.int64)[None, :] * d_own.stride_row + cols.to(tl.int64)[:, None] * d_own.stride_col
+    gradient = (tl.sum(of_own, 2) * w[:, None]).to(d_own.ptr.dtype.element_ty)
     tl.store(ptrs, gradient, mask=(rows < own_length)[None, :] & (cols < size)[:, None])
     if d_weight_ptr is not None:
         part_ptr = d_weight_ptr + (batch_head.to(tl.int64) * tiles_own + own_tile) * size
@@ -102,14 +103,12 @@ def _additive_bwd_columns_kernel(
 
 def launch_additive_bwd(
     problem: AdditiveProblem,
-    d_out: Tensor,
+    d_output: Tensor,
     statistics: Tensor,
     delta: Tensor,
     weights: Tensor | None,
     d_weights: WeightsGradient | None,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
+    gradients: Gradients,
     tile_map: TileMap | None = None,
     config: AdditiveBackwardConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -119,28 +118,29 @@ def launch_additive_bwd(
     (batch, heads, seqlen_q, size), seqlen_k = query.shape, key.shape[2]
     shape = (batch, heads, padded(seqlen_q), padded(seqlen_k))  # the second kernel reads without bounds
     d_scores = torch.empty(shape, dtype=torch.float32, device=query.device)
-    found = d_scores[:, :, :seqlen_q, :seqlen_k]
-    if not found.numel():
-        for gradient in (dq, dk, dv):
+    d_scores_of_pairs = d_scores[:, :, :seqlen_q, :seqlen_k]
+    if not d_scores_of_pairs.numel():
+        for gradient in (gradients.d_query, gradients.d_key, gradients.d_value):
             gradient.zero_()
-        return query.new_zeros(heads, size, dtype=torch.float32), found
-    made = None
+        return query.new_zeros(heads, size, dtype=torch.float32), d_scores_of_pairs
+    recomputed = None
     if weights is None:
-        made = torch.empty(shape, dtype=query.dtype, device=query.device)
-        weights = made[:, :, :seqlen_q, :seqlen_k]
+        recomputed = torch.empty(shape, dtype=query.dtype, device=query.device)
+        weights = recomputed[:, :, :seqlen_q, :seqlen_k]
     config = config or additive_backward_config(query.device, query.dtype, problem.value.shape[3])
-    launch_additive_scores_bwd(problem, d_out, statistics, delta, d_weights, d_scores, made, config.pairs)
-    # the inverse sum of a row that sees nothing is 0, and whatever comes in as its gradient must reach no value
+    launch_additive_scores_bwd(problem, d_output, statistics, delta, d_weights, d_scores, recomputed, config.pairs)
+    # a row that sees nothing has an inverse sum of 0: what comes in as its gradient, NaN or inf, must reach no value
     seen = statistics[:, :, 1, :, None] != 0
     with torch.autocast(query.device.type, enabled=False):  # that would round a float32 product to 16 bits
-        dv.copy_(weights.mT @ d_out.where(seen, 0))
+        gradients.d_value.copy_(weights.mT @ d_output.where(seen, 0))
 
-    # where dS is 0 a tangent of NaN must not count; where it is not, dS is NaN itself
+    # Where dS is 0, a tangent that is NaN must not count. Where dS is not 0, it is NaN itself and so is the gradient:
+    # nothing is lost by making queries and keys finite.
     queries, keys, weight = problem.scored(finite=True)
     parts = query.new_empty(batch, heads, triton.cdiv(seqlen_q, config.queries.own), size, dtype=torch.float32)
-    _launch_columns(problem, config.queries, tile_map, True, queries, keys, weight, d_scores, dq, parts)
-    _launch_columns(problem, config.keys, tile_map, False, keys, queries, weight, d_scores.mT, dk, None)
-    return parts.sum((0, 2)), found
+    _launch_columns(problem, config.queries, tile_map, True, queries, keys, weight, d_scores, gradients.d_query, parts)
+    _launch_columns(problem, config.keys, tile_map, False, keys, queries, weight, d_scores.mT, gradients.d_key, None)
+    return parts.sum((0, 2)), d_scores_of_pairs
 
 
 def _launch_columns(
@@ -163,7 +163,7 @@ def _launch_columns(
     programs = triton.cdiv(size, config.chunk) * triton.cdiv(length, config.own) * batch * heads
     with device_guard(d_own):
         _additive_bwd_columns_kernel[(programs,)](
-            own, other, weight, strided(d_scores), strided(d_own), d_weight, problem.rules(), *list_arguments(lists),
-            *problem.sizes(), size, OWN_IS_ROWS=own_is_rows,
+            own, other, weight, strided(Heads, d_scores), strided(Heads, d_own), d_weight, problem.rules(),
+            *list_arguments(lists), *problem.sizes(), size, OWN_IS_ROWS=own_is_rows,
             HARDWARE_TANH=has_hardware_tanh(d_own.device, d_own.dtype), **config.launch_options(),
         )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastattn_kernels.attention.config import Config, Load, head_block
+from fastattn_kernels.common.config import Config, Load, head_block
 from fastattn_kernels.common.device import target_of
 
 
@@ -57,7 +57,7 @@ _FLOAT = {64: _C(32, 32, 8, 1), 128: _C(16, 32, 4, 1), 256: _C(16, 16, 4, 1), 51
 
 
 def has_hardware_tanh(device: torch.device, dtype: torch.dtype) -> bool:
-    """May the instruction serve? Its relative error, 2^-11, is that of a float16 and half of a bfloat16's."""
+    """Whether tanh may be one instruction. Its relative error, 2^-11, is that of a float16, half of a bfloat16's."""
     target = target_of(device)
     return dtype != torch.float32 and target.backend == "cuda" and int(target.arch) >= 75
 

@@ -1,4 +1,4 @@
-"""What belongs to pairs of a query and a key, made from the rows' statistics: weights, and the scores' gradient."""
+"""Weights, and the gradient of the scores: what there is for each pair of a query and a key, from rows' statistics."""
 
 import triton
 import triton.language as tl
@@ -7,25 +7,25 @@ from torch import Tensor
 from fastattn_kernels.additive_attention.config import additive_pairs_config, has_hardware_tanh
 from fastattn_kernels.additive_attention.forward import additive_scores, columns_of, weight_of
 from fastattn_kernels.additive_attention.problem import AdditiveProblem
-from fastattn_kernels.attention.backward import probabilities, score_gradient
-from fastattn_kernels.attention.config import Config, dot_precision, head_block
+from fastattn_kernels.common.arguments import RUN_TIME, At, Heads, Sizes, strided
+from fastattn_kernels.common.config import Config, dot_precision, head_block
 from fastattn_kernels.common.device import device_guard
+from fastattn_kernels.common.gradients import WeightsGradient, weights_argument
 from fastattn_kernels.common.masking import visible
-from fastattn_kernels.common.problem import RUN_TIME, WeightsGradient, strided
+from fastattn_kernels.common.scores import probabilities, score_gradient
 from fastattn_kernels.common.tiles import head_of, load_statistics, load_tile, product
 
 
 @triton.jit
 def _store_pairs(matrix, rows, cols, inside, tile):
     """Store a tile of a head's ``[L, S]``, rounded to the destination's dtype."""
-    ptr, stride_m, stride_n = matrix
-    ptrs = ptr + rows.to(tl.int64) * stride_m + cols.to(tl.int64) * stride_n
-    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=inside)
+    ptrs = matrix.ptr + rows.to(tl.int64) * matrix.stride_row + cols.to(tl.int64) * matrix.stride_col
+    tl.store(ptrs, tile.to(matrix.ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=[*RUN_TIME, "size", "rows_written", "cols_written"])
 def _additive_pairs_kernel(
-    query, key, weight, value, d_out, statistics_ptr, delta_ptr, weights, d_scores, rules, d_weights,
+    query, key, weight, value, d_output, statistics_ptr, delta_ptr, weights, d_scores, rules, d_weights,
     heads, group, seqlen_q, seqlen_k, lower, upper, shift, size, rows_written, cols_written,
     VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, HARDWARE_TANH: tl.constexpr,
@@ -40,8 +40,8 @@ def _additive_pairs_kernel(
     batch_head = pid // tiles_n // tiles_m
     batch = (batch_head // heads).to(tl.int64)
     head = (batch_head % heads).to(tl.int64)
-    at = (batch, head)
-    sizes = (seqlen_q, seqlen_k, lower, upper, shift)
+    at = At(batch, head)
+    sizes = Sizes(seqlen_q, seqlen_k, lower, upper, shift)
     row = row_start + tl.arange(0, BLOCK_M)
     rows = row[:, None]
     cols = col_start + tl.arange(0, BLOCK_N)[None, :]
@@ -59,11 +59,11 @@ def _additive_pairs_kernel(
     if weights is not None:
         _store_pairs(head_of(weights, batch, head), rows, cols, written, p)
     if d_scores is not None:
-        d_out, value = head_of(d_out, batch, head), head_of(value, batch, head)
-        do = load_tile(d_out, row_start, seqlen_q, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
+        d_output, value = head_of(d_output, batch, head), head_of(value, batch, head)
+        do = load_tile(d_output, row_start, seqlen_q, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
         v = load_tile(value, col_start, seqlen_k, BLOCK_N, BLOCK_DV, VALUE_DIM, True)
         dp = product(
-            do, d_out, row_start, seqlen_q, v, value, col_start, seqlen_k, BLOCK_M, BLOCK_N, BLOCK_DV, VALUE_DIM,
+            do, d_output, row_start, seqlen_q, v, value, col_start, seqlen_k, BLOCK_M, BLOCK_N, BLOCK_DV, VALUE_DIM,
             PRECISION, 64, 64,
         )  # fmt: skip
         delta = tl.load(delta_ptr + rows_of + row, mask=row < seqlen_q, other=0.0)
@@ -72,20 +72,31 @@ def _additive_pairs_kernel(
 
 
 def _launch(
-    problem: AdditiveProblem, statistics: Tensor, written: Tensor, config: Config | None, *arguments: object
+    problem: AdditiveProblem,
+    statistics: Tensor,
+    written: Tensor,
+    config: Config | None,
+    *,
+    d_output: Tensor | None = None,
+    delta: Tensor | None = None,
+    weights: Tensor | None = None,
+    d_scores: Tensor | None = None,
+    d_weights: WeightsGradient | None = None,
 ) -> None:
-    """Launch over all of ``written``: arguments are value, dO, delta, weights, dS and the weights' gradient."""
+    """Launch over all of ``written``, which is one of the weights and dS, or as large as both. Values, dO and delta are
+    needed for dS alone."""
     if not written.numel():
         return
     query = problem.query
-    value, d_out, delta, weights, d_scores, d_weights = arguments
     batch, heads, rows, cols = written.shape
     value_dim = problem.value.shape[3]
     config = config or additive_pairs_config(query.device, query.dtype, value_dim)
     tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(cols, config.block_n)
+    value = None if d_scores is None else problem.value
     with device_guard(query):
         _additive_pairs_kernel[(tiles * batch * heads,)](
-            *problem.scored(), value, d_out, statistics, delta, weights, d_scores, problem.rules(), d_weights,
+            *problem.scored(), strided(Heads, value), strided(Heads, d_output), statistics, delta,
+            strided(Heads, weights), strided(Heads, d_scores), problem.rules(), weights_argument(d_weights),
             *problem.sizes(), query.shape[3], rows, cols,
             VALUE_DIM=value_dim, BLOCK_DV=head_block(value_dim), PRECISION=dot_precision(query.dtype),
             HARDWARE_TANH=has_hardware_tanh(query.device, query.dtype), **config.launch_options(),
@@ -96,12 +107,12 @@ def launch_additive_weights(
     problem: AdditiveProblem, statistics: Tensor, weights: Tensor, config: Config | None = None
 ) -> None:
     """Write the weights ``[B, H, L, S]`` (any strides)."""
-    _launch(problem, statistics, weights, config, None, None, None, strided(weights), None, None)
+    _launch(problem, statistics, weights, config, weights=weights)
 
 
 def launch_additive_scores_bwd(
     problem: AdditiveProblem,
-    d_out: Tensor,
+    d_output: Tensor,
     statistics: Tensor,
     delta: Tensor,
     d_weights: WeightsGradient | None,
@@ -111,6 +122,14 @@ def launch_additive_scores_bwd(
 ) -> None:
     """Write dS into ``d_scores``, ``[B, H, L or more, S or more]``, zero past the last query and key, and, unless None,
     the weights into a tensor of the same shape."""
-    gradient = None if d_weights is None else d_weights.argument()
-    arguments = strided(problem.value), strided(d_out), delta, strided(weights), strided(d_scores), gradient
-    _launch(problem, statistics, d_scores, config, *arguments)
+    _launch(
+        problem,
+        statistics,
+        d_scores,
+        config,
+        d_output=d_output,
+        delta=delta,
+        weights=weights,
+        d_scores=d_scores,
+        d_weights=d_weights,
+    )

@@ -1,14 +1,31 @@
 """What every kernel of additive attention is told: a call's tensors, queries and keys also column by column."""
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastattn_kernels.common.problem import Problem, strided
+from fastattn_kernels.common.arguments import Heads, strided
+from fastattn_kernels.common.problem import Problem
 
 # Columns are as long as a multiple of the largest tile, and end in zeros: no load of them has a bound.
 PADDING = 64
+
+
+class Weight(NamedTuple):
+    """The weight ``[H, A]`` as a kernel argument."""
+
+    ptr: Any
+    stride_h: Any
+    stride_a: Any
+
+
+class Vector(NamedTuple):
+    """In a kernel: the weight of one head, or where its columns begin, each contiguous and ``stride`` apart."""
+
+    ptr: Any
+    stride: Any
 
 
 def padded(length: int) -> int:
@@ -41,5 +58,6 @@ class AdditiveProblem(Problem):
     weight: Tensor = dataclasses.field(kw_only=True)
 
     def scored(self, finite: bool = False) -> tuple[object, object, object]:
-        """The kernel arguments ``query, key, weight``: two :func:`columns`, and (pointer, strides of head, column)."""
-        return strided(columns(self.query, finite)), strided(columns(self.key, finite)), strided(self.weight)
+        """The kernel arguments ``query, key, weight``: two :func:`columns`, and a weight for every head."""
+        queries, keys = (strided(Heads, columns(tensor, finite)) for tensor in (self.query, self.key))
+        return queries, keys, strided(Weight, self.weight)

@@ -3,25 +3,29 @@
 Both recompute P from each row's statistics (arXiv:2307.08691, algorithm 2); the workspace is delta, O(L).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn_kernels.attention.config import (
-    BackwardConfig,
-    backward_config,
-    careful_config,
-    dot_precision,
-    head_block,
-)
+from fastattn_kernels.attention.config import BackwardConfig, backward_config, careful_config
+from fastattn_kernels.common.arguments import RUN_TIME, At, Blocks, Heads, OnlyIf, Rules, Sizes, TileLists, strided
+from fastattn_kernels.common.config import Config, dot_precision, head_block
 from fastattn_kernels.common.device import device_guard
 from fastattn_kernels.common.dropout import dropout_factor
-from fastattn_kernels.common.marks import empty_marks, is_marked, programs, rows_not_finite, tiles_to_look_at
-from fastattn_kernels.common.masking import INFINITY, LOG2_E, capped, capped_slope, distance, masked_scores
-from fastattn_kernels.common.problem import RUN_TIME, Argument, Problem, WeightsGradient, strided
+from fastattn_kernels.common.gradients import Gradients, WeightsGradient, weights_argument
+from fastattn_kernels.common.marks import (
+    GradientMarks,
+    empty_gradient_marks,
+    is_marked,
+    programs,
+    rows_not_finite,
+    tiles_to_look_at,
+)
+from fastattn_kernels.common.masking import LOG2_E, distance
+from fastattn_kernels.common.problem import Problem
+from fastattn_kernels.common.scores import probabilities, score_gradient, softcapped_scores, through_softcap
 from fastattn_kernels.common.tile_map import TileMap, list_arguments
 from fastattn_kernels.common.tiles import (
     head_of,
@@ -35,98 +39,42 @@ from fastattn_kernels.common.tiles import (
 from fastattn_kernels.common.visits import count_visits, key_edges, list_of, row_edges, visited_tile
 
 
-@triton.jit(do_not_specialize=["heads", "seqlen_q"])
-def _delta_kernel(
-    out, d_out, d_lse, delta_ptr, heads, seqlen_q,
-    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """``delta = rowsum(dO * O) - dLSE``: the mean that softmax's gradient subtracts."""
-    tiles = tl.cdiv(seqlen_q, BLOCK_M)
-    batch_head = tl.program_id(0) // tiles
-    row_start = tl.program_id(0) % tiles * BLOCK_M
-    batch = (batch_head // heads).to(tl.int64)
-    head = (batch_head % heads).to(tl.int64)
-    o = load_tile(head_of(out, batch, head), row_start, seqlen_q, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
-    do = load_tile(head_of(d_out, batch, head), row_start, seqlen_q, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    # a row that sees nothing is 0, and NaN or inf that comes in as its gradient must not reach the sink's
-    delta = tl.where(tl.max(tl.abs(o.to(tl.float32)), 1) == 0.0, 0.0, delta)
-    row = row_start + tl.arange(0, BLOCK_M)
-    if d_lse is not None:
-        d_lse_ptr, stride_lb, stride_lh, stride_lm = d_lse
-        ptrs = d_lse_ptr + batch * stride_lb + head * stride_lh + row.to(tl.int64) * stride_lm
-        delta -= tl.load(ptrs, mask=row < seqlen_q, other=0.0).to(tl.float32)
-    tl.store(delta_ptr + batch_head.to(tl.int64) * seqlen_q + row, delta, mask=row < seqlen_q)
+class _Call(NamedTuple):
+    """What every tile of either pass is told, beside its own place and where its gradients go."""
+
+    query: Heads
+    key: Heads
+    value: Heads
+    d_output: Heads
+    statistics_ptr: Any
+    delta_ptr: Any
+    rules: Rules
+    dropout: Any
+    d_weights: Any
+    lists: TileLists
+    sizes: Sizes
+    heads: Any
+    group: Any
+    scale: Any
+
+
+# ---------------------------------------------------------------------------------------------------------- dK and dV
 
 
 @triton.jit
-def load_weights_gradient(d_weights, rows, cols, at, sizes):
-    """A tile of the gradient of the returned weights, as the share of this head."""
-    d_weights_ptr, stride_b, stride_h, stride_m, stride_n, share = d_weights
-    ptrs = d_weights_ptr + at[0] * stride_b + at[1] * stride_h + rows.to(tl.int64) * stride_m
-    inside = (rows < sizes[0]) & (cols < sizes[1])
-    return tl.load(ptrs + cols.to(tl.int64) * stride_n, mask=inside, other=0.0).to(tl.float32) * share
-
-
-@triton.jit
-def bent_scores(qk, unit, rules):
-    """Scores in base 2, softcapped, before anything is added to them."""
-    scores = qk * unit
-    if rules[6] is not None:
-        scores = capped(scores, rules[6])
-    return scores
-
-
-@triton.jit
-def probabilities(scores, row_max, inverse_sum, rows, cols, at, sizes, rules, PARTIAL: tl.constexpr):
-    """P of a tile of :func:`bent_scores`, in either orientation; the rows' statistics broadcast against it."""
-    scores = masked_scores(scores, rows, cols, at, sizes, rules, PARTIAL)
-    p = tl.exp2(scores - row_max) * inverse_sum
-    if PARTIAL or rules[1] is not None:
-        p = tl.where(scores == -INFINITY, 0.0, p)  # the statistics of a row may be NaN
-    return p
-
-
-@triton.jit
-def score_gradient(p, factor, dp, delta, rows, cols, at, sizes, rules, d_weights, PARTIAL: tl.constexpr):
-    """dS of a tile, from P, the factor that dropout puts on it (or None), dO V^T and delta."""
-    if d_weights is not None:
-        dp += load_weights_gradient(d_weights, rows, cols, at, sizes)
-    if factor is not None:
-        dp = tl.where(factor == 0.0, 0.0, dp * factor)
-    ds = p * (dp - delta)
-    if PARTIAL or rules[1] is not None:
-        ds = tl.where(p == 0.0, 0.0, ds)  # what dP is of a masked-out value may be NaN or inf, and 0 * NaN is NaN
-    return ds
-
-
-@triton.jit
-def _through_softcap(ds, scores, softcap):
-    """The gradient of the scores before the softcap."""
-    if softcap is not None:
-        ds = tl.where(ds == 0.0, 0.0, ds * capped_slope(scores, softcap))  # 0 * NaN again
-    return ds
-
-
-@triton.jit
-def _add_grad_of_queries(
-    d_query_ptr, ds, k, row, seqlen_q, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr
-):
+def _add_grad_of_queries(dq_sums_ptr, ds, k, row, seqlen_q, blocks):
     """Add ``dS K``, without the scale, to one head's float32 dQ, in whatever order programs come to it."""
     # [M, D]: its transpose, of which wgmma could do tiles of fewer than 64 rows, spills on sm_80 (16 to 400 bytes)
-    dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
-    col = tl.arange(0, BLOCK_D)[None, :]
-    ptrs = d_query_ptr + row.to(tl.int64)[:, None] * HEAD_DIM + col
-    tl.atomic_add(ptrs, dq, mask=(row < seqlen_q)[:, None] & (col < HEAD_DIM), sem="relaxed")
+    dq = tl.dot(tl.trans(ds), k, input_precision=blocks.PRECISION)
+    col = tl.arange(0, blocks.D)[None, :]
+    ptrs = dq_sums_ptr + row.to(tl.int64)[:, None] * blocks.HEAD_DIM + col
+    tl.atomic_add(ptrs, dq, mask=(row < seqlen_q)[:, None] & (col < blocks.HEAD_DIM), sem="relaxed")
 
 
 @triton.jit
 def _grad_of_keys(
-    dk, dv, k, v, unit, query, key, value, d_out, statistics_ptr, delta_ptr, col_start, batch, kv_head, heads, group,
-    sizes, rules, dropout, d_weights, d_query_ptr, visits, edges, tiles,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    PARTIAL: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
+    dk, dv, k, v, key, value, col_start, batch, kv_head, call, dq_sums_ptr, visits, edges, tiles,
+    blocks, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """Add to dK and dV what the tiles of rows that see these keys whole (if PARTIAL: in part) give, head after
     head; and to dQ, where there is one to add to, what these keys give.
@@ -134,235 +82,216 @@ def _grad_of_keys(
     One loop over heads and rows: nothing is summed between programs, and two nested loops would spill (96 bytes more on
     sm_90 at head size 128). Tiles are transposed, ``[N, M]``, so that P and dS are left operands in registers.
     """
-    seqlen_q, seqlen_k, _, _, _ = sizes
-    cols = col_start + tl.arange(0, BLOCK_N)[:, None]
+    sizes, rules, dropout = call.sizes, call.rules, call.dropout
+    seqlen_q, seqlen_k = sizes.seqlen_q, sizes.seqlen_k
+    unit = call.scale * LOG2_E
+    cols = col_start + tl.arange(0, blocks.N)[:, None]
     # The pipeliner computes the first addresses ahead of the loop, also where the loop is empty, and a division by zero
     # there is undefined in LLVM. Any other guard of the division spilled 8 to 40 bytes on sm_90. In the backward in one
-    # pass this one does too (8 bytes at head size 128), so that it is left out there: a GPU divides by zero unharmed.
-    if d_query_ptr is not None or visits > 0:
-        for step in tl.range(0, group * visits):
+    # pass this one spills too (8 bytes at head size 128), so it is left out there: a GPU divides by zero unharmed.
+    if dq_sums_ptr is not None or visits > 0:
+        for step in tl.range(0, call.group * visits):
             member = step // visits
-            tile = visited_tile(step - member * visits, edges, tiles, tl.cdiv(seqlen_q, BLOCK_M), PARTIAL)
-            start = tile * BLOCK_M
-            head = kv_head * group + member
-            at = (batch, head)
-            batch_head = batch * heads + head
-            row = start + tl.arange(0, BLOCK_M)
+            tile = visited_tile(step - member * visits, edges, tiles, tl.cdiv(seqlen_q, blocks.M), PARTIAL)
+            start = tile * blocks.M
+            head = kv_head * call.group + member
+            at = At(batch, head)
+            batch_head = batch * call.heads + head
+            row = start + tl.arange(0, blocks.M)
             rows = row[None, :]
-            head_q, head_do = head_of(query, batch, head), head_of(d_out, batch, head)
-            q = load_tile(head_q, start, seqlen_q, BLOCK_M, BLOCK_D, HEAD_DIM, True)
-            do = load_tile(head_do, start, seqlen_q, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
-            row_max, inverse_sum = load_statistics(statistics_ptr + 2 * batch_head * seqlen_q, row, seqlen_q)
-            delta = tl.load(delta_ptr + batch_head * seqlen_q + row, mask=row < seqlen_q, other=0.0)
+            query, d_output = head_of(call.query, batch, head), head_of(call.d_output, batch, head)
+            q = load_tile(query, start, seqlen_q, blocks.M, blocks.D, blocks.HEAD_DIM, True)
+            do = load_tile(d_output, start, seqlen_q, blocks.M, blocks.DV, blocks.VALUE_DIM, True)
+            row_max, inverse_sum = load_statistics(call.statistics_ptr + 2 * batch_head * seqlen_q, row, seqlen_q)
+            delta = tl.load(call.delta_ptr + batch_head * seqlen_q + row, mask=row < seqlen_q, other=0.0)
             qk = product(
-                k, key, col_start, seqlen_k, q, head_q, start, seqlen_q, BLOCK_N, BLOCK_M, BLOCK_D, HEAD_DIM, PRECISION,
+                k, key, col_start, seqlen_k, q, query, start, seqlen_q, blocks.N, blocks.M, blocks.D, blocks.HEAD_DIM,
+                blocks.PRECISION,
                 256,  # strips of keys would stay in registers, since the loop does not change them
             )  # fmt: skip
-            scores = bent_scores(qk, unit, rules)
+            scores = softcapped_scores(qk, unit, rules)
             p = probabilities(scores, row_max[None, :], inverse_sum[None, :], rows, cols, at, sizes, rules, PARTIAL)
             factor = None
             dropped = p
             if dropout is not None:
                 factor = dropout_factor(rows, cols, batch_head.to(tl.int32), dropout)
                 dropped = p * factor
-            dv = weighted_sum(dropped.to(do.dtype), do, dv, CAREFUL, PRECISION)
+            dv = weighted_sum(dropped.to(do.dtype), do, dv, blocks.CAREFUL, blocks.PRECISION)
             dp = product(
-                v, value, col_start, seqlen_k, do, head_do, start, seqlen_q, BLOCK_N, BLOCK_M, BLOCK_DV, VALUE_DIM,
-                PRECISION, 256,
+                v, value, col_start, seqlen_k, do, d_output, start, seqlen_q, blocks.N, blocks.M, blocks.DV,
+                blocks.VALUE_DIM, blocks.PRECISION, 256,
             )  # fmt: skip
-            ds = score_gradient(p, factor, dp, delta[None, :], rows, cols, at, sizes, rules, d_weights, PARTIAL)
-            ds = _through_softcap(ds, scores, rules[6]).to(q.dtype)
-            dk = weighted_sum(ds, q, dk, CAREFUL, PRECISION)
-            if d_query_ptr is not None:
-                _add_grad_of_queries(
-                    d_query_ptr + batch_head * seqlen_q * HEAD_DIM, ds, k, row, seqlen_q, BLOCK_D, HEAD_DIM, PRECISION
-                )
+            ds = score_gradient(p, factor, dp, delta[None, :], rows, cols, at, sizes, rules, call.d_weights, PARTIAL)
+            ds = through_softcap(ds, scores, rules.softcap).to(q.dtype)
+            dk = weighted_sum(ds, q, dk, blocks.CAREFUL, blocks.PRECISION)
+            if dq_sums_ptr is not None:
+                dq_sums_of_head = dq_sums_ptr + batch_head * seqlen_q * blocks.HEAD_DIM
+                _add_grad_of_queries(dq_sums_of_head, ds, k, row, seqlen_q, blocks)
     return dk, dv
 
 
 @triton.jit
-def _grad_of_tile_of_keys(
-    batch_head, col_tile, query, key, value, d_out, statistics_ptr, delta_ptr, d_key, d_value, marks_ptr,
-    rules, dropout, d_weights, tile_lists, lists_per_batch, lists_per_head,
-    heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale, d_query_ptr,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
-):  # fmt: skip
-    """dK and dV of one BLOCK_N tile of keys, from all query rows that see it; a key is marked, unless ``marks_ptr`` is
-    None, where one of the two is not finite."""
-    tiles_n = tl.cdiv(seqlen_k, BLOCK_N)
-    kv_heads = heads // group
-    col_start = col_tile * BLOCK_N
+def _grad_of_tile_of_keys(batch_head, col_tile, call, d_key, d_value, marks_ptr, dq_sums_ptr, blocks):
+    """dK and dV of one tile of keys, from all query rows that see it; a key is marked, unless ``marks_ptr`` is None,
+    where one of the two is not finite."""
+    sizes = call.sizes
+    seqlen_q, seqlen_k = sizes.seqlen_q, sizes.seqlen_k
+    kv_heads = call.heads // call.group
+    col_start = col_tile * blocks.N
     batch = (batch_head // kv_heads).to(tl.int64)
     kv_head = (batch_head % kv_heads).to(tl.int64)
-    d_key = head_of(d_key, batch, kv_head)
-    d_value = head_of(d_value, batch, kv_head)
-    sizes = (seqlen_q, seqlen_k, lower, upper, shift)
-    key = head_of(key, batch, kv_head)
-    value = head_of(value, batch, kv_head)
-    k = load_tile(key, col_start, seqlen_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)
-    v = load_tile(value, col_start, seqlen_k, BLOCK_N, BLOCK_DV, VALUE_DIM, True)
-    unit = scale * LOG2_E
+    at = At(batch, kv_head)
+    key, value = head_of(call.key, batch, kv_head), head_of(call.value, batch, kv_head)
+    k = load_tile(key, col_start, seqlen_k, blocks.N, blocks.D, blocks.HEAD_DIM, True)
+    v = load_tile(value, col_start, seqlen_k, blocks.N, blocks.DV, blocks.VALUE_DIM, True)
 
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    dk = tl.zeros([blocks.N, blocks.D], tl.float32)
+    dv = tl.zeros([blocks.N, blocks.DV], tl.float32)
     tiles = None
-    if tile_lists is not None:
-        tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
-        tiles = list_of(tile_lists, lists_per_batch, lists_per_head, (batch, kv_head), col_tile, tiles_n, tiles_m)
-    edges = row_edges(col_start, (batch, kv_head), sizes, rules, BLOCK_M, BLOCK_N)
+    if call.lists.ptr is not None:
+        tiles = list_of(call.lists, at, col_tile, tl.cdiv(seqlen_k, blocks.N), tl.cdiv(seqlen_q, blocks.M))
+    edges = row_edges(col_start, at, sizes, call.rules, blocks.M, blocks.N)
     full, partial = count_visits(edges, tiles)
     dk, dv = _grad_of_keys(
-        dk, dv, k, v, unit, query, key, value, d_out, statistics_ptr, delta_ptr, col_start, batch, kv_head, heads,
-        group, sizes, rules, dropout, d_weights, d_query_ptr, partial, edges, tiles,
-        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, True, CAREFUL, PRECISION,
-    )  # fmt: skip
+        dk, dv, k, v, key, value, col_start, batch, kv_head, call, dq_sums_ptr, partial, edges, tiles, blocks, True
+    )
     dk, dv = _grad_of_keys(
-        dk, dv, k, v, unit, query, key, value, d_out, statistics_ptr, delta_ptr, col_start, batch, kv_head, heads,
-        group, sizes, rules, dropout, d_weights, d_query_ptr, full, edges, tiles,
-        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, False, CAREFUL, PRECISION,
-    )  # fmt: skip
-    dk *= scale
-    store_tile(d_key, col_start, seqlen_k, dk, BLOCK_N, BLOCK_D, HEAD_DIM)
-    store_tile(d_value, col_start, seqlen_k, dv, BLOCK_N, BLOCK_DV, VALUE_DIM)
+        dk, dv, k, v, key, value, col_start, batch, kv_head, call, dq_sums_ptr, full, edges, tiles, blocks, False
+    )
+    dk *= call.scale
+    store_tile(head_of(d_key, batch, kv_head), col_start, seqlen_k, dk, blocks.N, blocks.D, blocks.HEAD_DIM)
+    store_tile(head_of(d_value, batch, kv_head), col_start, seqlen_k, dv, blocks.N, blocks.DV, blocks.VALUE_DIM)
     if marks_ptr is not None:
-        col = col_start + tl.arange(0, BLOCK_N)
+        col = col_start + tl.arange(0, blocks.N)
         marks = rows_not_finite(dk) | rows_not_finite(dv)
         tl.store(marks_ptr + batch_head.to(tl.int64) * seqlen_k + col, marks, mask=col < seqlen_k)
 
 
 @triton.jit(do_not_specialize=[*RUN_TIME, "tiles"])
 def _attention_bwd_dkdv_kernel(
-    query, key, value, d_out, statistics_ptr, delta_ptr, d_key, d_value, marks_ptr, rules, dropout, d_weights,
+    query, key, value, d_output, statistics_ptr, delta_ptr, d_key, d_value, marks_ptr, rules, dropout, d_weights,
     tile_lists, lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale, tiles,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
-    d_query_ptr=None, only_if=None,
+    dq_sums_ptr=None, only_if=None,
 ):  # fmt: skip
     """dK and dV of one of ``tiles`` tiles of keys. CAREFUL: of those of the program's share that hold a marked key.
 
-    With ``d_query_ptr``, to zeros ``[B, H, L, D]``, it is the whole backward in one pass; see attention_bwd_one_pass.
+    With ``dq_sums_ptr``, to zeros ``[B, H, L, D]``, it is the whole backward in one pass; see ``backward_one_pass``.
     """
     if only_if is not None:
         if is_off(only_if):
             return
+    lists = TileLists(tile_lists, lists_per_batch, lists_per_head)
+    sizes = Sizes(seqlen_q, seqlen_k, lower, upper, shift)
+    call = _Call(
+        query, key, value, d_output, statistics_ptr, delta_ptr, rules, dropout, d_weights, lists, sizes, heads, group,
+        scale,
+    )  # fmt: skip
     tiles_n = tl.cdiv(seqlen_k, BLOCK_N)
     if CAREFUL:
         first, last = tiles_to_look_at(marks_ptr, tiles, seqlen_k, BLOCK_N)
         for tile in tl.range(first, last):
             if is_marked(marks_ptr, tile, seqlen_k, BLOCK_N):
                 _grad_of_tile_of_keys(
-                    tile // tiles_n, tile % tiles_n, query, key, value, d_out, statistics_ptr, delta_ptr, d_key,
-                    d_value, None, rules, dropout, d_weights, tile_lists, lists_per_batch, lists_per_head,
-                    heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale, d_query_ptr,
-                    HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION, CAREFUL,
+                    tile // tiles_n, tile % tiles_n, call, d_key, d_value, None, dq_sums_ptr,
+                    Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, CAREFUL),
                 )  # fmt: skip
     else:
         # under a diagonal the first keys are seen most: longest first
         _grad_of_tile_of_keys(
-            tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n, query, key, value, d_out, statistics_ptr,
-            delta_ptr, d_key, d_value, marks_ptr, rules, dropout, d_weights,
-            tile_lists, lists_per_batch, lists_per_head,
-            heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale, d_query_ptr,
-            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION, CAREFUL,
+            tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n, call, d_key, d_value, marks_ptr, dq_sums_ptr,
+            Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, CAREFUL),
         )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------- dQ
 
 
 @triton.jit
 def _grad_of_queries(
-    dq, d_slope, q, do, row_max, inverse_sum, delta, unit, query, d_out, key, value, row_start, at, batch_head, sizes,
-    rules, dropout, d_weights, visits, edges, tiles,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, SLOPES: tl.constexpr,
-    PARTIAL: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
+    dq, d_slope, q, do, row_max, inverse_sum, delta, query, d_output, key, value, row_start, at, batch_head, call,
+    visits, edges, tiles, blocks, SLOPES: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """Add to dQ, and if SLOPES to the gradient of the rows' ALiBi slope, what the tiles of keys that are seen whole (if
     PARTIAL: in part) give."""
-    seqlen_q, seqlen_k, _, _, shift = sizes
-    rows = row_start + tl.arange(0, BLOCK_M)[:, None]
+    sizes, rules, dropout = call.sizes, call.rules, call.dropout
+    seqlen_q, seqlen_k = sizes.seqlen_q, sizes.seqlen_k
+    unit = call.scale * LOG2_E
+    rows = row_start + tl.arange(0, blocks.M)[:, None]
     for position in tl.range(0, visits):
-        start = visited_tile(position, edges, tiles, tl.cdiv(seqlen_k, BLOCK_N), PARTIAL) * BLOCK_N
-        cols = start + tl.arange(0, BLOCK_N)[None, :]
-        k = load_tile(key, start, seqlen_k, BLOCK_N, BLOCK_D, HEAD_DIM, PARTIAL)
-        v = load_tile(value, start, seqlen_k, BLOCK_N, BLOCK_DV, VALUE_DIM, PARTIAL)
+        start = visited_tile(position, edges, tiles, tl.cdiv(seqlen_k, blocks.N), PARTIAL) * blocks.N
+        cols = start + tl.arange(0, blocks.N)[None, :]
+        k = load_tile(key, start, seqlen_k, blocks.N, blocks.D, blocks.HEAD_DIM, PARTIAL)
+        v = load_tile(value, start, seqlen_k, blocks.N, blocks.DV, blocks.VALUE_DIM, PARTIAL)
         qk = product(
-            q, query, row_start, seqlen_q, k, key, start, seqlen_k, BLOCK_M, BLOCK_N, BLOCK_D, HEAD_DIM, PRECISION, 128
+            q, query, row_start, seqlen_q, k, key, start, seqlen_k, blocks.M, blocks.N, blocks.D, blocks.HEAD_DIM,
+            blocks.PRECISION, 128,
         )  # fmt: skip
-        scores = bent_scores(qk, unit, rules)
+        scores = softcapped_scores(qk, unit, rules)
         p = probabilities(scores, row_max[:, None], inverse_sum[:, None], rows, cols, at, sizes, rules, PARTIAL)
         factor = None
         if dropout is not None:
             factor = dropout_factor(rows, cols, batch_head, dropout)
         dp = product(
-            do, d_out, row_start, seqlen_q, v, value, start, seqlen_k, BLOCK_M, BLOCK_N, BLOCK_DV, VALUE_DIM,
-            PRECISION, 128,
+            do, d_output, row_start, seqlen_q, v, value, start, seqlen_k, blocks.M, blocks.N, blocks.DV,
+            blocks.VALUE_DIM, blocks.PRECISION, 128,
         )  # fmt: skip
-        ds = score_gradient(p, factor, dp, delta[:, None], rows, cols, at, sizes, rules, d_weights, PARTIAL)
+        ds = score_gradient(p, factor, dp, delta[:, None], rows, cols, at, sizes, rules, call.d_weights, PARTIAL)
         if SLOPES:
-            d_slope -= tl.sum(ds * distance(rows, cols, shift), 1)
-        dq = weighted_sum(_through_softcap(ds, scores, rules[6]).to(k.dtype), k, dq, CAREFUL, PRECISION)
+            d_slope -= tl.sum(ds * distance(rows, cols, sizes.shift), 1)
+        ds = through_softcap(ds, scores, rules.softcap).to(k.dtype)
+        dq = weighted_sum(ds, k, dq, blocks.CAREFUL, blocks.PRECISION)
     return dq, d_slope
 
 
 @triton.jit
-def _grad_of_tile_of_queries(
-    batch_head, row_tile, query, key, value, d_out, statistics_ptr, delta_ptr, d_query, d_slopes_ptr, marks_ptr,
-    rules, dropout, d_weights, tile_lists, lists_per_batch, lists_per_head,
-    heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
-):  # fmt: skip
-    """dQ of one BLOCK_M tile of rows, from all keys that it sees; its rows are marked unless ``marks_ptr`` is None."""
-    tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
-    row_start = row_tile * BLOCK_M
-    batch = (batch_head // heads).to(tl.int64)
-    head = (batch_head % heads).to(tl.int64)
-    d_query = head_of(d_query, batch, head)
-    at = (batch, head)
-    sizes = (seqlen_q, seqlen_k, lower, upper, shift)
-    key = head_of(key, batch, head // group)
-    value = head_of(value, batch, head // group)
-    query = head_of(query, batch, head)
-    d_out = head_of(d_out, batch, head)
-    row = row_start + tl.arange(0, BLOCK_M)
-    q = load_tile(query, row_start, seqlen_q, BLOCK_M, BLOCK_D, HEAD_DIM, True)
-    do = load_tile(d_out, row_start, seqlen_q, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
+def _grad_of_tile_of_queries(batch_head, row_tile, call, d_query, d_alibi_slopes_ptr, marks_ptr, blocks):
+    """dQ of one tile of rows, from all keys that it sees; its rows are marked unless ``marks_ptr`` is None."""
+    sizes = call.sizes
+    seqlen_q, seqlen_k = sizes.seqlen_q, sizes.seqlen_k
+    row_start = row_tile * blocks.M
+    batch = (batch_head // call.heads).to(tl.int64)
+    head = (batch_head % call.heads).to(tl.int64)
+    at = At(batch, head)
+    key, value = head_of(call.key, batch, head // call.group), head_of(call.value, batch, head // call.group)
+    query, d_output = head_of(call.query, batch, head), head_of(call.d_output, batch, head)
+    row = row_start + tl.arange(0, blocks.M)
+    q = load_tile(query, row_start, seqlen_q, blocks.M, blocks.D, blocks.HEAD_DIM, True)
+    do = load_tile(d_output, row_start, seqlen_q, blocks.M, blocks.DV, blocks.VALUE_DIM, True)
     rows_of = batch_head.to(tl.int64) * seqlen_q
-    row_max, inverse_sum = load_statistics(statistics_ptr + 2 * rows_of, row, seqlen_q)
-    delta = tl.load(delta_ptr + rows_of + row, mask=row < seqlen_q, other=0.0)
-    unit = scale * LOG2_E
+    row_max, inverse_sum = load_statistics(call.statistics_ptr + 2 * rows_of, row, seqlen_q)
+    delta = tl.load(call.delta_ptr + rows_of + row, mask=row < seqlen_q, other=0.0)
 
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    d_slope = tl.zeros([BLOCK_M], tl.float32)
+    dq = tl.zeros([blocks.M, blocks.D], tl.float32)
+    d_slope = tl.zeros([blocks.M], tl.float32)
     tiles = None
-    if tile_lists is not None:
-        tiles_n = tl.cdiv(seqlen_k, BLOCK_N)
-        tiles = list_of(tile_lists, lists_per_batch, lists_per_head, at, row_tile, tiles_m, tiles_n)
-    edges = key_edges(row_start, at, sizes, rules, BLOCK_M, BLOCK_N)
+    if call.lists.ptr is not None:
+        tiles = list_of(call.lists, at, row_tile, tl.cdiv(seqlen_q, blocks.M), tl.cdiv(seqlen_k, blocks.N))
+    edges = key_edges(row_start, at, sizes, call.rules, blocks.M, blocks.N)
     full, partial = count_visits(edges, tiles)
-    SLOPES: tl.constexpr = d_slopes_ptr is not None
+    SLOPES: tl.constexpr = d_alibi_slopes_ptr is not None
     dq, d_slope = _grad_of_queries(
-        dq, d_slope, q, do, row_max, inverse_sum, delta, unit, query, d_out, key, value, row_start, at, batch_head,
-        sizes, rules, dropout, d_weights, full, edges, tiles,
-        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, SLOPES, False, CAREFUL, PRECISION,
+        dq, d_slope, q, do, row_max, inverse_sum, delta, query, d_output, key, value, row_start, at, batch_head, call,
+        full, edges, tiles, blocks, SLOPES, False,
     )  # fmt: skip
     dq, d_slope = _grad_of_queries(
-        dq, d_slope, q, do, row_max, inverse_sum, delta, unit, query, d_out, key, value, row_start, at, batch_head,
-        sizes, rules, dropout, d_weights, partial, edges, tiles,
-        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, SLOPES, True, CAREFUL, PRECISION,
+        dq, d_slope, q, do, row_max, inverse_sum, delta, query, d_output, key, value, row_start, at, batch_head, call,
+        partial, edges, tiles, blocks, SLOPES, True,
     )  # fmt: skip
-    dq *= scale
-    store_tile(d_query, row_start, seqlen_q, dq, BLOCK_M, BLOCK_D, HEAD_DIM)
+    dq *= call.scale
+    store_tile(head_of(d_query, batch, head), row_start, seqlen_q, dq, blocks.M, blocks.D, blocks.HEAD_DIM)
     if marks_ptr is not None:
         tl.store(marks_ptr + rows_of + row, rows_not_finite(dq), mask=row < seqlen_q)
     if SLOPES:
-        tl.store(d_slopes_ptr + rows_of + row, d_slope, mask=row < seqlen_q)
+        tl.store(d_alibi_slopes_ptr + rows_of + row, d_slope, mask=row < seqlen_q)
 
 
 @triton.jit(do_not_specialize=[*RUN_TIME, "tiles"])
 def _attention_bwd_dq_kernel(
-    query, key, value, d_out, statistics_ptr, delta_ptr, d_query, d_slopes_ptr, marks_ptr, rules, dropout, d_weights,
-    tile_lists, lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale, tiles,
+    query, key, value, d_output, statistics_ptr, delta_ptr, d_query, d_alibi_slopes_ptr, marks_ptr, rules, dropout,
+    d_weights, tile_lists, lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k, lower, upper, shift,
+    scale, tiles,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
     only_if=None,
@@ -371,145 +300,160 @@ def _attention_bwd_dq_kernel(
     if only_if is not None:
         if is_off(only_if):
             return
+    lists = TileLists(tile_lists, lists_per_batch, lists_per_head)
+    sizes = Sizes(seqlen_q, seqlen_k, lower, upper, shift)
+    call = _Call(
+        query, key, value, d_output, statistics_ptr, delta_ptr, rules, dropout, d_weights, lists, sizes, heads, group,
+        scale,
+    )  # fmt: skip
     tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
     if CAREFUL:
         first, last = tiles_to_look_at(marks_ptr, tiles, seqlen_q, BLOCK_M)
         for tile in tl.range(first, last):
             if is_marked(marks_ptr, tile, seqlen_q, BLOCK_M):
                 _grad_of_tile_of_queries(
-                    tile // tiles_m, tile % tiles_m, query, key, value, d_out, statistics_ptr, delta_ptr, d_query,
-                    d_slopes_ptr, None, rules, dropout, d_weights, tile_lists, lists_per_batch, lists_per_head,
-                    heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
-                    HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION, CAREFUL,
+                    tile // tiles_m, tile % tiles_m, call, d_query, d_alibi_slopes_ptr, None,
+                    Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, CAREFUL),
                 )  # fmt: skip
     else:
         # longest first, as in the forward
         _grad_of_tile_of_queries(
-            tl.program_id(0) // tiles_m, tiles_m - 1 - tl.program_id(0) % tiles_m, query, key, value, d_out,
-            statistics_ptr, delta_ptr, d_query, d_slopes_ptr, marks_ptr, rules, dropout, d_weights, tile_lists,
-            lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
-            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION, CAREFUL,
+            tl.program_id(0) // tiles_m, tiles_m - 1 - tl.program_id(0) % tiles_m, call, d_query, d_alibi_slopes_ptr,
+            marks_ptr, Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, CAREFUL),
         )  # fmt: skip
 
 
-class GradientMarks(NamedTuple):
-    """Marks of the rows of dQ, ``[B, H, L]``, and of the keys, ``[B, Hk, S]``, of which dK or dV is not finite."""
-
-    of_rows: Tensor | None
-    of_keys: Tensor | None
-
-
-def empty_gradient_marks(problem: Problem) -> GradientMarks:
-    """:func:`fastattn_kernels.common.marks.empty_marks` of all gradients."""
-    return GradientMarks(empty_marks(problem, problem.query), empty_marks(problem, problem.key))
-
-
-def launch_attention_delta(out: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
-    """``rowsum(dO * O) - dLSE``, ``[B, H, L]`` float32."""
-    batch, heads, seqlen_q, value_dim = out.shape
-    delta = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
-    if delta.numel() == 0:
-        return delta
-    block_m = 64
-    with device_guard(out):
-        _delta_kernel[(triton.cdiv(seqlen_q, block_m) * batch * heads,)](
-            strided(out), strided(d_out), strided(d_lse), delta, heads, seqlen_q,
-            VALUE_DIM=value_dim, BLOCK_DV=head_block(value_dim), BLOCK_M=block_m,
-        )  # fmt: skip
-    return delta
+# ---------------------------------------------------------------------------------------------------------- launchers
 
 
 def launch_attention_bwd(
     problem: Problem,
-    d_out: Tensor,
+    d_output: Tensor,
     statistics: Tensor,
     delta: Tensor,
     d_weights: WeightsGradient | None,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    d_slopes: Tensor | None = None,
+    gradients: Gradients,
     tile_map: TileMap | None = None,
     config: BackwardConfig | None = None,
-    only_if: Argument = None,
+    only_if: OnlyIf | None = None,
 ) -> None:
-    """Write dQ, dK and dV (any strides) from the forward's statistics and delta; and into ``d_slopes``, ``[B, H, L]``
-    contiguous float32, the gradient of its ALiBi slope that each row gives. Nothing, where the device finds
-    ``only_if`` otherwise (:meth:`WeightsGradient.only_if_used`)."""
+    """Write all gradients, in two passes and, where the problem hides keys, two careful ones.
+
+    Args:
+        problem: the call's inputs.
+        d_output: ``[B, H, L, Dv]``, any strides.
+        statistics: the forward's.
+        delta: ``[B, H, L]``, of ``launch_delta``; what the returned weights add to it is in it.
+        d_weights: the gradient of the returned weights; None: zero.
+        gradients: what is written.
+        tile_map: of the problem; None: arithmetic says which tiles are visited.
+        config: the tiles; None: those that ``backward_config`` chooses.
+        only_if: where the device finds otherwise, nothing is written; see ``WeightsGradient.only_if_used``.
+    """
     query = problem.query
     sizes = query.shape[3], problem.value.shape[3]
     config = config or backward_config(query.device, query.dtype, *sizes, problem.load(d_weights))
     marks = empty_gradient_marks(problem)
-    arguments = problem, d_out, statistics, delta, d_weights, dq, dk, dv, marks, d_slopes
-    _launch_passes(*arguments, tile_map, config, only_if, careful=False)
+    upstream = problem, d_output, statistics, delta, d_weights
+    launch_passes(*upstream, gradients, marks, tile_map, config, only_if, careful=False)
     if problem.masks_pairs():
-        launch_careful_bwd(*arguments, only_if)
+        launch_careful_bwd(*upstream, gradients, marks, only_if)
 
 
 def launch_careful_bwd(
     problem: Problem,
-    d_out: Tensor,
+    d_output: Tensor,
     statistics: Tensor,
     delta: Tensor,
     d_weights: WeightsGradient | None,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
+    gradients: Gradients,
     marks: GradientMarks,
-    d_slopes: Tensor | None = None,
-    only_if: Argument = None,
+    only_if: OnlyIf | None = None,
 ) -> None:
-    """Do again, with ``0 * NaN = 0 * inf = 0``, those tiles of gradients of which a row is marked: what follows the
-    launch of any kernel on a problem that masks pairs."""
+    """Compute again, with ``0 * NaN = 0 * inf = 0``, the tiles of gradients of which a row is marked. This follows the
+    launch of any kernel, of this module or another, on a problem that masks pairs."""
     smallest = careful_config(problem.query.dtype, problem.query.shape[3], problem.value.shape[3])
     config = BackwardConfig(smallest, smallest)
-    _launch_passes(
-        problem, d_out, statistics, delta, d_weights, dq, dk, dv, marks, d_slopes, None, config, only_if, careful=True
-    )
+    upstream = problem, d_output, statistics, delta, d_weights
+    launch_passes(*upstream, gradients, marks, None, config, only_if, careful=True)
 
 
-def _launch_passes(
+def launch_passes(
     problem: Problem,
-    d_out: Tensor,
+    d_output: Tensor,
     statistics: Tensor,
     delta: Tensor,
     d_weights: WeightsGradient | None,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
+    gradients: Gradients,
     marks: GradientMarks,
-    d_slopes: Tensor | None,
     tile_map: TileMap | None,
     config: BackwardConfig,
-    only_if: Argument,
+    only_if: OnlyIf | None,
     *,
     careful: bool,
 ) -> None:
-    query, key, value = problem.query, problem.key, problem.value
-    batch, heads, seqlen_q, head_dim = query.shape
-    kv_heads, seqlen_k, value_dim = key.shape[1], key.shape[2], value.shape[3]
-    inputs = strided(query), strided(key), strided(value), strided(d_out), statistics, delta
-    rules = problem.rules(), problem.dropout(), None if d_weights is None else d_weights.argument()
-    numbers = (*problem.sizes(), problem.scale)
-    sizes = {
+    """One launch of each pass: to write all tiles of gradients and their marks, or, if ``careful``, those marked."""
+    upstream = problem, d_output, statistics, delta, d_weights
+    launch_dkdv(*upstream, gradients, marks.of_keys, tile_map, config.dkdv, only_if, careful=careful)
+    if gradients.d_query.numel():
+        query = problem.query
+        batch, heads, seqlen_q, _ = query.shape
+        tiles = int(triton.cdiv(seqlen_q, config.dq.block_m)) * batch * heads
+        with device_guard(query):
+            _attention_bwd_dq_kernel[(programs(tiles, query.device, careful),)](
+                *_inputs(*upstream[:-1]), strided(Heads, gradients.d_query), gradients.d_alibi_slopes, marks.of_rows,
+                problem.rules(), problem.dropout(), weights_argument(d_weights),
+                *list_arguments(tile_map and tile_map.of_rows(config.dq)), *problem.sizes(), problem.scale, tiles,
+                CAREFUL=careful, only_if=only_if, **_constants(problem, config.dq),
+            )  # fmt: skip
+
+
+def launch_dkdv(
+    problem: Problem,
+    d_output: Tensor,
+    statistics: Tensor,
+    delta: Tensor,
+    d_weights: WeightsGradient | None,
+    gradients: Gradients,
+    marks_of_keys: Tensor | None,
+    tile_map: TileMap | None,
+    config: Config,
+    only_if: OnlyIf | None = None,
+    *,
+    careful: bool = False,
+    dq_sums: Tensor | None = None,
+) -> None:
+    """Write dK, dV and the marks of their keys; and add dQ, without the scale, to ``dq_sums``, contiguous float32
+    ``[B, H, L, D]``, unless None."""
+    key = problem.key
+    if not gradients.d_key.numel() and not gradients.d_value.numel():
+        return
+    batch, kv_heads, seqlen_k, _ = key.shape
+    tiles = int(triton.cdiv(seqlen_k, config.block_n)) * batch * kv_heads
+    with device_guard(key):
+        _attention_bwd_dkdv_kernel[(programs(tiles, key.device, careful),)](
+            *_inputs(problem, d_output, statistics, delta), strided(Heads, gradients.d_key),
+            strided(Heads, gradients.d_value), marks_of_keys,
+            problem.rules(), problem.dropout(), weights_argument(d_weights),
+            *list_arguments(tile_map and tile_map.of_keys(config)), *problem.sizes(), problem.scale, tiles,
+            CAREFUL=careful, dq_sums_ptr=dq_sums, only_if=only_if, **_constants(problem, config),
+        )  # fmt: skip
+
+
+def _inputs(problem: Problem, d_output: Tensor, statistics: Tensor, delta: Tensor) -> tuple[object, ...]:
+    """The kernel arguments ``query, key, value, d_output, statistics_ptr, delta_ptr``."""
+    tensors = problem.query, problem.key, problem.value, d_output
+    return *(strided(Heads, tensor) for tensor in tensors), statistics, delta
+
+
+def _constants(problem: Problem, config: Config) -> dict[str, Any]:
+    """The compile-time arguments of both kernels, but for CAREFUL."""
+    head_dim, value_dim = problem.query.shape[3], problem.value.shape[3]
+    return {
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
         "BLOCK_D": head_block(head_dim),
         "BLOCK_DV": head_block(value_dim),
-        "PRECISION": dot_precision(query.dtype),
+        "PRECISION": dot_precision(problem.query.dtype),
+        **config.launch_options(),
     }
-    with device_guard(query):
-        if dk.numel() or dv.numel():
-            tiles = int(triton.cdiv(seqlen_k, config.dkdv.block_n)) * batch * kv_heads
-            _attention_bwd_dkdv_kernel[(programs(tiles, query.device, careful),)](
-                *inputs, strided(dk), strided(dv), marks.of_keys, *rules,
-                *list_arguments(tile_map and tile_map.of_keys(config.dkdv)), *numbers, tiles, **sizes,
-                CAREFUL=careful, only_if=only_if, **config.dkdv.launch_options(),
-            )  # fmt: skip
-        if dq.numel():
-            tiles = int(triton.cdiv(seqlen_q, config.dq.block_m)) * batch * heads
-            _attention_bwd_dq_kernel[(programs(tiles, query.device, careful),)](
-                *inputs, strided(dq), d_slopes, marks.of_rows, *rules,
-                *list_arguments(tile_map and tile_map.of_rows(config.dq)), *numbers, tiles, **sizes,
-                CAREFUL=careful, only_if=only_if, **config.dq.launch_options(),
-            )  # fmt: skip

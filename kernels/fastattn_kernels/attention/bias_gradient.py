@@ -2,29 +2,45 @@
 
 A program owns one tile of the gradient and recomputes dS for every batch entry, head and tile of scores that fall on
 it, in a fixed order: nothing is expanded, nothing is added by atomics. Where a mask is so small that few programs would
-own it, each shares its tile with others, and what they found is added up afterwards, again in a fixed order.
+own it, several programs share a tile, and their sums are added up afterwards, again in a fixed order.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn_kernels.attention.backward import bent_scores, probabilities, score_gradient
-from fastattn_kernels.attention.config import Config, bias_config, dot_precision, head_block
+from fastattn_kernels.attention.config import bias_config
+from fastattn_kernels.common.arguments import RUN_TIME, At, Heads, Sizes, strided
+from fastattn_kernels.common.config import Config, dot_precision, head_block
 from fastattn_kernels.common.device import device_guard, multiprocessors
 from fastattn_kernels.common.dropout import dropout_factor
+from fastattn_kernels.common.gradients import WeightsGradient, weights_argument
 from fastattn_kernels.common.masking import LOG2_E
-from fastattn_kernels.common.problem import RUN_TIME, Problem, WeightsGradient, strided
+from fastattn_kernels.common.problem import Problem
+from fastattn_kernels.common.scores import probabilities, score_gradient, softcapped_scores
 from fastattn_kernels.common.tiles import head_of, load_statistics, load_tile, product
-from fastattn_kernels.common.visits import key_edges
+from fastattn_kernels.common.visits import is_visited, key_edges
+
+
+class _Shares(NamedTuple):
+    """The shares of the gradient of a bias, ``[shares, B, H, L, S]``, which are added up afterwards."""
+
+    ptr: Any
+    stride_share: Any
+    stride_b: Any
+    stride_h: Any
+    stride_m: Any
+    stride_n: Any
 
 
 @triton.jit(
     do_not_specialize=[*RUN_TIME, "steps", "shares", "own_heads", "own_m", "own_n", "sum_heads", "sum_m", "sum_n"]
 )
 def _attention_bias_bwd_kernel(
-    query, key, value, d_out, statistics_ptr, delta_ptr, d_bias, rules, dropout, d_weights,
+    query, key, value, d_output, statistics_ptr, delta_ptr, d_bias, rules, dropout, d_weights,
     heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
     steps, shares, own_heads, own_m, own_n, sum_heads, sum_m, sum_n,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -38,24 +54,24 @@ def _attention_bias_bwd_kernel(
     tile_m = pid // shares // own_n % own_m
     own_head = pid // shares // own_n // own_m % own_heads
     own_batch = pid // shares // own_n // own_m // own_heads
-    sizes = (seqlen_q, seqlen_k, lower, upper, shift)
+    sizes = Sizes(seqlen_q, seqlen_k, lower, upper, shift)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in tl.range(steps * share // shares, steps * (share + 1) // shares):
-        col_tile = tile_n + step % sum_n  # one of the two terms is 0, here and below
+        # an axis is either owned or summed over: one of the two terms is 0, here and in the next three lines
+        col_tile = tile_n + step % sum_n
         row_tile = tile_m + step // sum_n % sum_m
         head = (own_head + step // sum_n // sum_m % sum_heads).to(tl.int64)
         batch = (own_batch + step // sum_n // sum_m // sum_heads).to(tl.int64)
-        at = (batch, head)
+        at = At(batch, head)
         row_start = (row_tile * BLOCK_M).to(tl.int32)
         col_start = (col_tile * BLOCK_N).to(tl.int32)
-        _, prefix_end, begin, _, _, end = key_edges(row_start, at, sizes, rules, BLOCK_M, BLOCK_N)
-        if (col_tile < prefix_end) | ((col_tile >= begin) & (col_tile < end)):
+        if is_visited(col_tile, key_edges(row_start, at, sizes, rules, BLOCK_M, BLOCK_N)):
             row = row_start + tl.arange(0, BLOCK_M)
             rows = row[:, None]
             cols = col_start + tl.arange(0, BLOCK_N)[None, :]
             batch_head = batch * heads + head
             head_q, head_k = head_of(query, batch, head), head_of(key, batch, head // group)
-            head_do, head_v = head_of(d_out, batch, head), head_of(value, batch, head // group)
+            head_do, head_v = head_of(d_output, batch, head), head_of(value, batch, head // group)
             q = load_tile(head_q, row_start, seqlen_q, BLOCK_M, BLOCK_D, HEAD_DIM, True)
             k = load_tile(head_k, col_start, seqlen_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)
             do = load_tile(head_do, row_start, seqlen_q, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
@@ -66,7 +82,7 @@ def _attention_bias_bwd_kernel(
                 q, head_q, row_start, seqlen_q, k, head_k, col_start, seqlen_k, BLOCK_M, BLOCK_N, BLOCK_D, HEAD_DIM,
                 PRECISION, 128,
             )  # fmt: skip
-            scores = bent_scores(qk, scale * LOG2_E, rules)
+            scores = softcapped_scores(qk, scale * LOG2_E, rules)
             p = probabilities(scores, row_max[:, None], inverse_sum[:, None], rows, cols, at, sizes, rules, True)
             factor = None
             if dropout is not None:
@@ -77,9 +93,7 @@ def _attention_bias_bwd_kernel(
             )  # fmt: skip
             total += score_gradient(p, factor, dp, delta[:, None], rows, cols, at, sizes, rules, d_weights, True)
 
-    d_bias_ptr, strides = d_bias
-    stride_share, stride_b, stride_h, stride_m, stride_n = strides
-    d_bias_ptr += share * stride_share + own_batch * stride_b + own_head * stride_h
+    d_bias_ptr = d_bias.ptr + (share * d_bias.stride_share + own_batch * d_bias.stride_b + own_head * d_bias.stride_h)
     if SUM_M:
         total = tl.sum(total, 0)[None, :]
         rows = tl.zeros([1, 1], tl.int64)
@@ -91,12 +105,13 @@ def _attention_bias_bwd_kernel(
     else:
         cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)[None, :]
     inside = (rows < (1 if SUM_M else seqlen_q)) & (cols < (1 if SUM_N else seqlen_k))
-    tl.store(d_bias_ptr + rows * stride_m + cols * stride_n, total.to(d_bias_ptr.dtype.element_ty), mask=inside)
+    ptrs = d_bias_ptr + rows * d_bias.stride_m + cols * d_bias.stride_n
+    tl.store(ptrs, total.to(d_bias_ptr.dtype.element_ty), mask=inside)
 
 
 def launch_attention_bias_bwd(
     problem: Problem,
-    d_out: Tensor,
+    d_output: Tensor,
     statistics: Tensor,
     delta: Tensor,
     d_weights: WeightsGradient | None,
@@ -112,7 +127,7 @@ def launch_attention_bias_bwd(
     load = problem.load(d_weights)
     config = config or bias_config(query.device, query.dtype, head_dim, value_dim, load)
     whole = (batch, heads, triton.cdiv(seqlen_q, config.block_m), triton.cdiv(seqlen_k, config.block_n))
-    # an axis of length 1 is owned and summed over once: which of the two is the same
+    # an axis of length 1 may count as owned or as summed over: there is one tile of it in either case
     sums = [1 if have == want else n for have, want, n in zip(bias.shape, (*query.shape[:3], seqlen_k), whole)]
     owned = [n // s for n, s in zip(whole, sums)]
     programs = owned[0] * owned[1] * owned[2] * owned[3]
@@ -123,9 +138,9 @@ def launch_attention_bias_bwd(
     )
     with device_guard(query):
         _attention_bias_bwd_kernel[(programs * shares,)](
-            strided(query), strided(key), strided(value), strided(d_out), statistics, delta,
-            (partial, partial.stride()), problem.rules(), problem.dropout(),
-            None if d_weights is None else d_weights.argument(), *problem.sizes(), problem.scale,
+            strided(Heads, query), strided(Heads, key), strided(Heads, value), strided(Heads, d_output), statistics,
+            delta, _Shares(partial, *partial.stride()), problem.rules(), problem.dropout(),
+            weights_argument(d_weights), *problem.sizes(), problem.scale,
             steps, shares, *owned[1:], *sums[1:],
             HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=head_block(head_dim), BLOCK_DV=head_block(value_dim),
             PRECISION=dot_precision(query.dtype), SUM_M=bias.shape[2] != seqlen_q, SUM_N=bias.shape[3] != seqlen_k,

@@ -1,6 +1,6 @@
 """Which kernels run a call of attention: Gluon's, written for Hopper, where they can, else plain Triton's.
 
-Both have one contract, so that a forward of the one kind may have a backward of the other: the statistics say all.
+Both have one contract: a backward of either kind takes what a forward of either kind left, the rows' statistics.
 """
 
 import functools
@@ -16,8 +16,10 @@ from triton.errors import TritonError
 from fastattn_kernels.attention import backward, forward
 from fastattn_kernels.attention.backward_one_pass import launch_attention_bwd_one_pass, one_pass_refusals
 from fastattn_kernels.attention.hopper.config import is_of_keys
+from fastattn_kernels.common.arguments import OnlyIf
 from fastattn_kernels.common.device import Target, target_of
-from fastattn_kernels.common.problem import Argument, Problem, WeightsGradient
+from fastattn_kernels.common.gradients import Gradients, WeightsGradient
+from fastattn_kernels.common.problem import Problem
 from fastattn_kernels.common.tile_map import TileMap
 
 Kernels = Literal["auto", "gluon", "triton"]
@@ -25,8 +27,8 @@ Direction = Literal["forward", "backward"]
 
 _HOPPER = Target("cuda", 90)
 _logger = logging.getLogger("fastattn")
-# What this triton said of the Gluon kernels that it could not compile, by kind of problem.
-_broken: dict[tuple[object, ...], str] = {}
+# The message of this triton about each kind of problem whose Gluon kernels it could not compile.
+not_compiling: dict[tuple[object, ...], str] = {}
 
 
 def gluon_refusals(
@@ -43,10 +45,10 @@ def gluon_refusals(
     target = target_of(problem.query.device)
     if target != _HOPPER:
         return [f"they are for cuda:90, and this is {target.backend}:{target.arch}"]
-    gluon = _hopper(direction)
+    gluon = gluon_kernels(direction)
     if isinstance(gluon, str):
         return [gluon]
-    if _broken and (said := _broken.get(_kind(direction, problem, deterministic))) is not None:
+    if not_compiling and (said := not_compiling.get(_kind(direction, problem, deterministic))) is not None:
         return [f"triton {triton.__version__} does not compile them: {said}"]
     reasons = gluon.refusals(problem)
     if d_weights is not None:
@@ -54,7 +56,7 @@ def gluon_refusals(
     return reasons
 
 
-class _Gluon(NamedTuple):
+class GluonKernels(NamedTuple):
     """The Gluon kernels of a direction."""
 
     refusals: Callable[[Problem], list[str]]
@@ -62,7 +64,7 @@ class _Gluon(NamedTuple):
 
 
 @functools.cache
-def _hopper(direction: Direction) -> _Gluon | str:
+def gluon_kernels(direction: Direction) -> GluonKernels | str:
     """The Gluon kernels of a direction, or why there are none. Imported late: few have a use for them."""
     try:
         if direction == "forward":
@@ -73,7 +75,7 @@ def _hopper(direction: Direction) -> _Gluon | str:
             from fastattn_kernels.attention.hopper.backward import refusals
     except (ImportError, AttributeError) as error:
         return f"triton {triton.__version__} has another Gluon: {error}"
-    return _Gluon(refusals, launch)
+    return GluonKernels(refusals, launch)
 
 
 def _kind(direction: Direction, problem: Problem, deterministic: bool) -> tuple[object, ...]:
@@ -105,7 +107,7 @@ def describe(problem: Problem, kernels: Kernels = "auto", d_weights: WeightsGrad
 
 def launch_attention_fwd(
     problem: Problem,
-    out: Tensor,
+    output: Tensor,
     lse: Tensor,
     statistics: Tensor,
     tile_map: TileMap | None = None,
@@ -116,7 +118,7 @@ def launch_attention_fwd(
     Raises:
         NotImplementedError: Gluon is asked for by name and refuses; the message lists its reasons.
     """
-    arguments = problem, out, lse, statistics, tile_map
+    arguments = problem, output, lse, statistics, tile_map
     gluon = _gluon("forward", kernels, problem)
     if gluon is None or not _compiles("forward", kernels, problem, True, lambda: gluon.launch(*arguments)):
         forward.launch_attention_fwd(*arguments)
@@ -124,14 +126,11 @@ def launch_attention_fwd(
 
 def launch_attention_bwd(
     problem: Problem,
-    d_out: Tensor,
+    d_output: Tensor,
     statistics: Tensor,
     delta: Tensor,
     d_weights: WeightsGradient | None,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    d_slopes: Tensor | None = None,
+    gradients: Gradients,
     tile_map: TileMap | None = None,
     kernels: Kernels = "auto",
     deterministic: bool = True,
@@ -146,41 +145,45 @@ def launch_attention_bwd(
     Raises:
         NotImplementedError: as :func:`launch_attention_fwd`.
     """
-    before, after = (problem, d_out, statistics, delta), (dq, dk, dv)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     if problem.query.shape[1] == 0:  # no heads to give the keys a gradient
-        dk.zero_()
-        dv.zero_()
+        gradients.d_key.zero_()
+        gradients.d_value.zero_()
         return
+    saved = problem, d_output, statistics, delta
     if d_weights is None or d_weights.used is None or kernels == "gluon":
-        _launch_bwd(before, d_weights, after, d_slopes, tile_map, kernels, deterministic)
+        _launch_bwd(*saved, d_weights, gradients, tile_map, kernels, deterministic)
     else:
-        _launch_bwd(before, None, after, d_slopes, tile_map, kernels, deterministic, d_weights.only_if_used(False))
-        only_if = d_weights.only_if_used()
-        backward.launch_attention_bwd(*before, d_weights, *after, d_slopes, tile_map, only_if=only_if)
+        unless_used = d_weights.only_if_used(False)
+        _launch_bwd(*saved, None, gradients, tile_map, kernels, deterministic, unless_used)
+        backward.launch_attention_bwd(*saved, d_weights, gradients, tile_map, only_if=d_weights.only_if_used())
 
 
 def _launch_bwd(
-    before: tuple[Problem, Tensor, Tensor, Tensor],
+    problem: Problem,
+    d_output: Tensor,
+    statistics: Tensor,
+    delta: Tensor,
     d_weights: WeightsGradient | None,
-    after: tuple[Tensor, Tensor, Tensor],
-    d_slopes: Tensor | None,
+    gradients: Gradients,
     tile_map: TileMap | None,
     kernels: Kernels,
     deterministic: bool,
-    only_if: Argument = None,
+    only_if: OnlyIf | None = None,
 ) -> None:
-    """:func:`launch_attention_bwd` of what is known. Kernels that take no condition run whatever ``only_if`` is."""
-    problem = before[0]
+    """:func:`launch_attention_bwd` of a gradient of weights that is known to be zeros or not. Gluon's kernels and those
+    in one pass take no condition: they run whatever ``only_if`` says."""
+    saved = problem, d_output, statistics, delta
     gluon = _gluon("backward", kernels, problem, d_weights, deterministic)
     if gluon is not None:
-        launch = functools.partial(gluon.launch, *before, *after, tile_map, deterministic=deterministic)
+        launch = functools.partial(gluon.launch, *saved, gradients, tile_map, deterministic=deterministic)
         if _compiles("backward", kernels, problem, deterministic, launch):
             return
-    if deterministic or one_pass_refusals(problem, needs_slopes=d_slopes is not None):
-        backward.launch_attention_bwd(*before, d_weights, *after, d_slopes, tile_map, only_if=only_if)
+    needs_alibi_slopes = gradients.d_alibi_slopes is not None
+    if deterministic or one_pass_refusals(problem, needs_alibi_slopes=needs_alibi_slopes):
+        backward.launch_attention_bwd(*saved, d_weights, gradients, tile_map, only_if=only_if)
     else:
-        launch_attention_bwd_one_pass(*before, d_weights, *after, tile_map)
+        launch_attention_bwd_one_pass(*saved, d_weights, gradients, tile_map)
 
 
 def _gluon(
@@ -189,28 +192,29 @@ def _gluon(
     problem: Problem,
     d_weights: WeightsGradient | None = None,
     deterministic: bool = True,
-) -> _Gluon | None:
+) -> GluonKernels | None:
     """The Gluon kernels, unless others are to run the problem."""
     if kernels == "triton":
         return None
     refused = gluon_refusals(direction, problem, d_weights, deterministic)
     if refused and kernels == "gluon":
         raise NotImplementedError(f"the Gluon kernels refuse this {direction}: {'; '.join(refused)}")
-    found = None if refused else _hopper(direction)
+    found = None if refused else gluon_kernels(direction)
     return None if isinstance(found, str) else found
 
 
 def _compiles(
     direction: Direction, kernels: Kernels, problem: Problem, deterministic: bool, launch: Callable[[], None]
 ) -> bool:
-    """Launch; False, said once, where this triton cannot compile the kernel and nobody asked for it by name."""
+    """Launch, and return True; return False, behind a warning in the log, where this triton cannot compile the kernel
+    and nobody asked for Gluon by name."""
     try:
         launch()
     except Exception as error:
         if kernels == "gluon" or not _is_of_the_compiler(error):
             raise
         said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        _broken[_kind(direction, problem, deterministic)] = said
+        not_compiling[_kind(direction, problem, deterministic)] = said
         _logger.warning("attention's %s: plain Triton runs, since Gluon's kernel does not compile: %s", direction, said)
         return False
     return True

@@ -1,7 +1,7 @@
 """The weights themselves, averaged over heads or one set a head, and what their gradient needs, from rows' statistics.
 
 Averaged weights are summed over heads inside the tile: memory O(B L S) and never O(B H L S), in a fixed order. Their
-gradient enters the backward as an addition to dP (``backward``) and to delta (here).
+gradient enters the backward as an addition to dP (``common.scores``) and to delta (here).
 """
 
 import torch
@@ -9,14 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn_kernels.attention.backward import bent_scores, load_weights_gradient, probabilities
-from fastattn_kernels.attention.config import Config, dot_precision, head_block, weights_config
+from fastattn_kernels.attention.config import weights_config
+from fastattn_kernels.common.arguments import RUN_TIME, At, Dropout, Heads, Pairs, Sizes, strided
+from fastattn_kernels.common.config import Config, dot_precision, head_block
 from fastattn_kernels.common.device import device_guard
 from fastattn_kernels.common.dropout import dropout_factor, dropout_keep
-from fastattn_kernels.common.masking import LOG2_E
-from fastattn_kernels.common.problem import RUN_TIME, Problem, WeightsGradient, strided
+from fastattn_kernels.common.gradients import WeightsGradient
+from fastattn_kernels.common.masking import LOG2_E, pair_pointers
+from fastattn_kernels.common.problem import Problem
+from fastattn_kernels.common.scores import load_weights_gradient, probabilities, softcapped_scores
 from fastattn_kernels.common.tiles import head_of, is_off, load_statistics, load_tile
-from fastattn_kernels.common.visits import count_visits, key_edges, visited_in_any_way
+from fastattn_kernels.common.visits import count_visits, is_visited, key_edges, visited_whole_or_in_part
 
 
 @triton.jit
@@ -24,7 +27,7 @@ def _weights(
     q, k, row_max, inverse_sum, unit, rows, cols, at, batch_head, sizes, rules, dropout, PRECISION: tl.constexpr
 ):  # fmt: skip
     """A tile of weights after dropout, ``[M, N]``."""
-    scores = bent_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), unit, rules)
+    scores = softcapped_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), unit, rules)
     p = probabilities(scores, row_max[:, None], inverse_sum[:, None], rows, cols, at, sizes, rules, True)
     if dropout is not None:
         p *= dropout_factor(rows, cols, batch_head, dropout)
@@ -51,15 +54,12 @@ def _attention_weights_kernel(
     row = row_start + tl.arange(0, BLOCK_M)
     rows = row[:, None]
     cols = col_start + tl.arange(0, BLOCK_N)[None, :]
-    sizes = (seqlen_q, seqlen_k, lower, upper, shift)
+    sizes = Sizes(seqlen_q, seqlen_k, lower, upper, shift)
 
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    edges = key_edges(row_start, (batch, first_head.to(tl.int64)), sizes, rules, BLOCK_M, BLOCK_N)
-    _, prefix_end, begin, _, _, end = edges
-    tile = col_start // BLOCK_N
+    edges = key_edges(row_start, At(batch, first_head.to(tl.int64)), sizes, rules, BLOCK_M, BLOCK_N)
     # a tile that nothing can see runs no head
-    visited = (tile < prefix_end) | ((tile >= begin) & (tile < end))
-    first = tl.where(visited, first_head, first_head + heads_per_program)
+    first = tl.where(is_visited(col_start // BLOCK_N, edges), first_head, first_head + heads_per_program)
     for head in tl.range(first, first_head + heads_per_program):
         head64 = tl.cast(head, tl.int64)
         batch_head = (batch * heads + head).to(tl.int32)
@@ -67,15 +67,12 @@ def _attention_weights_kernel(
         k = load_tile(head_of(key, batch, head64 // group), col_start, seqlen_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)
         row_max, inverse_sum = load_statistics(statistics_ptr + 2 * batch_head.to(tl.int64) * seqlen_q, row, seqlen_q)
         total += _weights(
-            q, k, row_max, inverse_sum, scale * LOG2_E, rows, cols, (batch, head64), batch_head, sizes, rules, dropout,
-            PRECISION,
+            q, k, row_max, inverse_sum, scale * LOG2_E, rows, cols, At(batch, head64), batch_head, sizes, rules,
+            dropout, PRECISION,
         )  # fmt: skip
-    weights_ptr, strides = weights
-    stride_b, stride_h, stride_m, stride_n = strides
-    weights_ptr += batch * stride_b + first_head.to(tl.int64) * stride_h
-    ptrs = weights_ptr + rows.to(tl.int64) * stride_m + cols.to(tl.int64) * stride_n
+    ptrs = pair_pointers(weights, At(batch, first_head.to(tl.int64)), rows, cols)
     inside = (rows < seqlen_q) & (cols < seqlen_k)
-    tl.store(ptrs, (total / heads_per_program).to(weights_ptr.dtype.element_ty), mask=inside)
+    tl.store(ptrs, (total / heads_per_program).to(weights.ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -95,8 +92,8 @@ def _attention_weights_delta_kernel(
     row_start = (tiles_m - 1 - tl.program_id(0) % tiles_m) * BLOCK_M
     batch = (batch_head // heads).to(tl.int64)
     head = (batch_head % heads).to(tl.int64)
-    at = (batch, head)
-    sizes = (seqlen_q, seqlen_k, lower, upper, shift)
+    at = At(batch, head)
+    sizes = Sizes(seqlen_q, seqlen_k, lower, upper, shift)
     row = row_start + tl.arange(0, BLOCK_M)
     rows = row[:, None]
     rows_of = batch_head.to(tl.int64) * seqlen_q
@@ -107,7 +104,7 @@ def _attention_weights_delta_kernel(
     edges = key_edges(row_start, at, sizes, rules, BLOCK_M, BLOCK_N)
     full, partial = count_visits(edges, None)
     for position in tl.range(0, full + partial):
-        start = visited_in_any_way(position, full, edges, None, 0) * BLOCK_N
+        start = visited_whole_or_in_part(position, full, edges, None, 0) * BLOCK_N
         cols = start + tl.arange(0, BLOCK_N)[None, :]
         k = load_tile(key, start, seqlen_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)
         p = _weights(
@@ -146,8 +143,8 @@ def launch_attention_weights(
     tiles = triton.cdiv(seqlen_q, config.block_m) * triton.cdiv(seqlen_k, config.block_n)
     with device_guard(query):
         _attention_weights_kernel[(tiles * batch * (1 if average else heads),)](
-            strided(query), strided(key), statistics, (weights, strides), problem.rules(), problem.dropout(),
-            *problem.sizes(), problem.scale, heads if average else 1,
+            strided(Heads, query), strided(Heads, key), statistics, Pairs(weights, *strides), problem.rules(),
+            problem.dropout(), *problem.sizes(), problem.scale, heads if average else 1,
             HEAD_DIM=head_dim, BLOCK_D=head_block(head_dim),
             PRECISION=dot_precision(query.dtype), **config.launch_options(),
         )  # fmt: skip
@@ -164,8 +161,8 @@ def launch_attention_weights_delta(
     config = config or weights_config(query.device, query.dtype, head_dim)
     with device_guard(query):
         _attention_weights_delta_kernel[(triton.cdiv(seqlen_q, config.block_m) * batch * heads,)](
-            strided(query), strided(key), statistics, delta, problem.rules(), problem.dropout(), d_weights.argument(),
-            *problem.sizes(), problem.scale,
+            strided(Heads, query), strided(Heads, key), statistics, delta, problem.rules(), problem.dropout(),
+            d_weights.argument(), *problem.sizes(), problem.scale,
             HEAD_DIM=head_dim, BLOCK_D=head_block(head_dim),
             PRECISION=dot_precision(query.dtype), only_if=d_weights.only_if_used(), **config.launch_options(),
         )  # fmt: skip
@@ -180,5 +177,5 @@ def launch_dropout_keep(seed: Tensor, dropout_p: float, keep: Tensor) -> None:
     with device_guard(keep):
         grid = triton.cdiv(seqlen_q, block) * triton.cdiv(seqlen_k, block) * batch * heads
         _dropout_keep_kernel[(grid,)](
-            keep.view(torch.uint8), (seed, dropout_p), seqlen_q, seqlen_k, BLOCK_M=block, BLOCK_N=block
+            keep.view(torch.uint8), Dropout(seed, dropout_p), seqlen_q, seqlen_k, BLOCK_M=block, BLOCK_N=block
         )

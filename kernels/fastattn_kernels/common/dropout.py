@@ -8,22 +8,19 @@ import triton.language as tl
 def dropout_keep(rows, cols, batch_head, dropout):
     """Which weights dropout keeps: a function of the position alone, so that every kernel draws the same.
 
-    ``dropout`` is (pointer to seed and offset, probability). Both are read from the device: a CUDA graph may change
-    them between replays.
+    Seed and offset are read from the device: a CUDA graph may change them between replays.
     """
-    seed_ptr, dropout_p = dropout
-    seed, offset = tl.load(seed_ptr), tl.load(seed_ptr + 1).to(tl.int32)
+    seed, offset = tl.load(dropout.state_ptr), tl.load(dropout.state_ptr + 1).to(tl.int32)
     zeros = rows * 0 + cols * 0
-    # 7 rounds are what the paper finds crush-resistant; 10 is its safety margin
+    # 7 rounds pass the paper's battery of tests (BigCrush); its 10 are a safety margin
     bits, _, _, _ = tl.philox(seed, zeros + cols, zeros + rows, zeros + batch_head, zeros + offset, n_rounds=7)
-    return tl.uint_to_uniform_float(bits) >= dropout_p
+    return tl.uint_to_uniform_float(bits) >= dropout.p
 
 
 @triton.jit
 def dropout_scale(dropout):
     """What kept weights are multiplied by; 0 where all are dropped."""
-    dropout_p = dropout[1]
-    return tl.where(dropout_p < 1.0, 1.0 / tl.maximum(1.0 - dropout_p, 1e-30), 0.0)
+    return tl.where(dropout.p < 1.0, 1.0 / tl.maximum(1.0 - dropout.p, 1e-30), 0.0)
 
 
 @triton.jit

@@ -1,9 +1,11 @@
 """Marks of rows that are not finite, and how a careful launch finds its tiles by them.
 
 Wherever something is masked, a kernel marks each row ``[B, H, length]`` of its output with a byte: 1 where it holds NaN
-or inf, else 0. The careful launch that follows does the tiles with a marked row again. Its few programs look after many
-tiles each, so that it reads the marks and ends where there is none.
+or inf, else 0. The careful launch that follows computes the tiles with a marked row again. It has few programs, each of
+which looks after many tiles: where nothing is marked, all that it does is to read the marks.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,15 +17,15 @@ from fastattn_kernels.common.problem import Problem
 
 # Marks that a program of a careful launch reads at once.
 _AT_ONCE = tl.constexpr(1024)
-# Programs of a careful launch a multiprocessor: as many as its registers leave room for, since each that has to wait
-# for a place adds a microsecond or so to every masked call.
+# Programs of a careful launch for each multiprocessor: no more than its registers leave room for, since every program
+# that has to wait for another to end adds about a microsecond to every masked call.
 _CAREFUL_PROGRAMS = 2
 
 
 @triton.jit
 def rows_not_finite(tile):
-    """The marks of a tile's rows. A sum of zeros, which NaN and inf make NaN, is one multiply-add an element; with a
-    comparison of each, the Hopper forward would spill at head size 256."""
+    """The marks of a tile's rows. An element times 0 is 0, or NaN where the element is NaN or inf, and so is their sum:
+    one multiply-add an element. Comparing every element would make the Hopper forward spill at head size 256."""
     return tl.where(tl.sum(tile * 0.0, axis=1) == 0.0, 0, 1)
 
 
@@ -60,12 +62,24 @@ def tiles_to_look_at(marks_ptr, tiles, length, BLOCK: tl.constexpr):
     return first, tl.where(_any_marked(marks_ptr, first, last, length, BLOCK), last, first)
 
 
+class GradientMarks(NamedTuple):
+    """Marks of the rows of dQ, ``[B, H, L]``, and of the keys, ``[B, Hk, S]``, of which dK or dV is not finite."""
+
+    of_rows: Tensor | None
+    of_keys: Tensor | None
+
+
 def empty_marks(problem: Problem, tensor: Tensor) -> Tensor | None:
     """Where a kernel is to mark the rows of a tensor ``[B, H, length, size]``; None where nothing is hidden, and so
     nothing can leak. Every row is written: nothing has to be zeroed."""
     if not problem.masks_pairs():
         return None
     return torch.empty(tensor.shape[:3], dtype=torch.int8, device=tensor.device)
+
+
+def empty_gradient_marks(problem: Problem) -> GradientMarks:
+    """:func:`empty_marks` of all gradients."""
+    return GradientMarks(empty_marks(problem, problem.query), empty_marks(problem, problem.key))
 
 
 def programs(tiles: int, device: torch.device, careful: bool) -> int:

@@ -1,15 +1,8 @@
-"""Who sees whom: THE predicate, and the scores that it masks.
+"""Which queries see which keys, and the scores that this masks: the one predicate of every kernel.
 
 ``rows`` are query indices and ``cols`` key indices, shaped to broadcast: ``[M, 1]`` with ``[1, N]``, or ``[1, M]`` with
-``[N, 1]`` in the transposed tiles of the backward. Three tuples travel together through every kernel:
-
-- ``at``: (batch, head), 64 bits wide;
-- ``sizes``: (seqlen_q, seqlen_k, lower, upper, shift). Row ``i`` sees keys ``i + lower <= j <= i + upper``, and stands
-  at key position ``i + shift``;
-- ``rules``: (mask, bias, padding, documents, prefix, slopes, softcap, None), each a tuple of a pointer and its strides
-  (0 on axes that broadcast; ``problem`` builds it, and says why it ends in None), softcap a number.
-
-What is None is a constant to the compiler: what it would have ruled is not compiled at all.
+``[N, 1]`` in the transposed tiles of the backward. ``at``, ``sizes`` and ``rules`` (:mod:`.arguments`) travel together
+through every kernel.
 """
 
 import triton
@@ -23,39 +16,45 @@ LOWEST_BIAS = tl.constexpr(-3.0e38)
 
 
 @triton.jit
-def _offsets(strides, at, rows, cols):
-    """Element offsets of a tile in a tensor of strides (batch, head, row, key)."""
-    stride_b, stride_h, stride_m, stride_n = strides
-    return at[0] * stride_b + at[1] * stride_h + rows.to(tl.int64) * stride_m + cols.to(tl.int64) * stride_n
+def pair_pointers(pairs, at, rows, cols):
+    """Pointers to a tile of a tensor ``[B, H, L, S]``."""
+    offsets = (
+        at.batch * pairs.stride_b
+        + at.head * pairs.stride_h
+        + rows.to(tl.int64) * pairs.stride_m
+        + cols.to(tl.int64) * pairs.stride_n
+    )
+    return pairs.ptr + offsets
 
 
 @triton.jit
 def visible(rows, cols, at, sizes, rules):
-    """Boolean tile: which ``rows`` may see which ``cols``. Nobody sees past the last key; rows past the last query see
-    what it sees, so that they, which are never stored, neither spoil a tile nor need checks of their own."""
-    seqlen_q, seqlen_k, lower, upper, _ = sizes
-    mask, _, padding, documents, prefix, _, _, _ = rules
-    rows = tl.minimum(rows, seqlen_q - 1)
-    inside = cols < seqlen_k
+    """Boolean tile: which ``rows`` may see which ``cols``.
+
+    Nobody sees past the last key. Rows past the last query, whose results are never stored, see what the last one sees:
+    so they need no check of their own, and make no tile that is seen whole one that is seen in part.
+    """
+    rows = tl.minimum(rows, sizes.seqlen_q - 1)
+    inside = cols < sizes.seqlen_k
     seen = inside & (rows >= 0)
-    if upper is not None:
-        seen = seen & (cols <= rows + upper)
-    if lower is not None:
-        seen = seen & (cols >= rows + lower)
-    if prefix is not None:
-        seen = seen | (inside & (cols < tl.load(prefix[0] + at[0] * prefix[1])))
-    if mask is not None:
-        mask_ptr, strides = mask
-        seen = seen & (tl.load(mask_ptr + _offsets(strides, at, rows, cols), mask=inside, other=0) != 0)
-    if padding is not None:
-        padding_ptr, stride_b, stride_n = padding
-        seen = seen & (
-            tl.load(padding_ptr + at[0] * stride_b + cols.to(tl.int64) * stride_n, mask=inside, other=1) == 0
-        )
-    if documents is not None:
-        query_ptr, stride_qb, stride_qm, key_ptr, stride_kb, stride_kn = documents
-        of_rows = tl.load(query_ptr + at[0] * stride_qb + rows.to(tl.int64) * stride_qm)
-        of_cols = tl.load(key_ptr + at[0] * stride_kb + cols.to(tl.int64) * stride_kn, mask=inside, other=0)
+    if sizes.upper is not None:
+        seen = seen & (cols <= rows + sizes.upper)
+    if sizes.lower is not None:
+        seen = seen & (cols >= rows + sizes.lower)
+    if rules.prefix is not None:
+        seen = seen | (inside & (cols < tl.load(rules.prefix.ptr + at.batch * rules.prefix.stride_b)))
+    if rules.mask is not None:
+        seen = seen & (tl.load(pair_pointers(rules.mask, at, rows, cols), mask=inside, other=0) != 0)
+    if rules.padding is not None:
+        padding = rules.padding
+        ptrs = padding.ptr + at.batch * padding.stride_b + cols.to(tl.int64) * padding.stride_n
+        seen = seen & (tl.load(ptrs, mask=inside, other=1) == 0)
+    if rules.documents is not None:
+        documents = rules.documents
+        query_ptrs = documents.query_ptr + at.batch * documents.query_stride_b
+        of_rows = tl.load(query_ptrs + rows.to(tl.int64) * documents.query_stride_m)
+        key_ptrs = documents.key_ptr + at.batch * documents.key_stride_b
+        of_cols = tl.load(key_ptrs + cols.to(tl.int64) * documents.key_stride_n, mask=inside, other=0)
         seen = seen & (of_rows == of_cols)
     return seen
 
@@ -96,19 +95,16 @@ def capped_slope(scores, softcap):
 
 @triton.jit
 def masked_scores(scores, rows, cols, at, sizes, rules, PARTIAL: tl.constexpr):
-    """Scores in base 2 (any unit where there is neither bias nor slopes), with what is added to them, and ``-inf``
-    where ``rows`` may not see ``cols``. Only a PARTIAL tile holds such pairs; but a bias may hide some anywhere."""
-    seqlen_q, seqlen_k, _, _, shift = sizes
-    _, bias, _, _, _, slopes, _, _ = rules
-    if slopes is not None:
-        slopes_ptr, stride_b, stride_h = slopes
-        slope = tl.load(slopes_ptr + at[0] * stride_b + at[1] * stride_h).to(tl.float32)
-        scores -= slope * LOG2_E * distance(rows, cols, shift)
-    if bias is not None:
-        bias_ptr, strides = bias
-        ptrs = bias_ptr + _offsets(strides, at, tl.minimum(rows, seqlen_q - 1), cols)
+    """Scores with what is added to them, and ``-inf`` where ``rows`` may not see ``cols``: in base 2, or in any unit
+    where there is neither a bias nor ALiBi. Only a PARTIAL tile holds such pairs; but a bias may hide some anywhere."""
+    if rules.alibi_slopes is not None:
+        slopes = rules.alibi_slopes
+        slope = tl.load(slopes.ptr + at.batch * slopes.stride_b + at.head * slopes.stride_h).to(tl.float32)
+        scores -= slope * LOG2_E * distance(rows, cols, sizes.shift)
+    if rules.bias is not None:
+        ptrs = pair_pointers(rules.bias, at, tl.minimum(rows, sizes.seqlen_q - 1), cols)
         if PARTIAL:
-            b = tl.load(ptrs, mask=cols < seqlen_k, other=0.0).to(tl.float32)
+            b = tl.load(ptrs, mask=cols < sizes.seqlen_k, other=0.0).to(tl.float32)
         else:
             b = tl.load(ptrs).to(tl.float32)
         in_base_2 = tl.where(b < 0.0, tl.maximum(b * LOG2_E, LOWEST_BIAS), b * LOG2_E)  # NaN stays

@@ -37,8 +37,8 @@ _OF_LAUNCH = ("num_warps", "num_ctas", "num_stages", "maxnreg")  # options, whic
 
 # Where launches do not end on a GPU: False where nothing is launched at all, and where whoever executes a launch has to
 # be handed the tensors, and not their addresses.
-ENABLED = True
-HAND_OVER_ADDRESSES = True
+ENABLED: bool = True
+HAND_OVER_ADDRESSES: bool = True
 
 
 # ----------------------------------------------------------------------------------------------------------- signatures
@@ -144,7 +144,8 @@ class Recording(TorchDispatchMode):
             number = self._numbers.get(id(value))
             if number is None:
                 self.flaw = self.flaw or f"a tensor of the shape {tuple(value.shape)} comes from outside the call"
-                import traceback; traceback.print_stack(limit=12) if __import__("os").environ.get("FLAW") else None
+
+                traceback.print_stack(limit=12) if __import__("os").environ.get("FLAW") else None
                 return None
             return _Slot(number)
         if isinstance(value, (tuple, list)):
@@ -474,7 +475,7 @@ def _with_own_tensors(value: Any) -> Any:
     return value
 
 
-def planned(function: Callable[..., Any]) -> Callable[..., Any]:
+def planned(function: Callable[..., Any]) -> Any:
     """Give a function of tensors, tuples and hashable values plans.
 
     What it does may depend on its arguments' signature and on :func:`settings` alone, and it returns tensors that it

@@ -1,9 +1,9 @@
-"""Tile maps: which tiles of an arbitrary mask are seen whole, in part or not at all; found on the device, unasked.
+"""Tile maps: which tiles of an arbitrary mask are seen whole, in part or not at all, worked out on the device.
 
 One kernel reads the masks once and writes, for every granule of 64 x 64 pairs, whether none, some or all of them are
 visible. A second one turns that map into what a loop needs: for each tile of rows (or of keys) of a kernel's own size,
-the list of tiles to visit. Both are small beside attention itself, nothing is copied to the host, and every mask, row
-by row, costs only the tiles that it leaves.
+the list of tiles to visit. Both are small beside attention itself, and nothing is copied to the host. So every mask,
+whatever its shape, costs only the tiles that it leaves visible.
 """
 
 import torch
@@ -11,13 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn_kernels.attention.config import Config
+from fastattn_kernels.common.arguments import RUN_TIME, At, Sizes
+from fastattn_kernels.common.config import Config
 from fastattn_kernels.common.device import device_guard
 from fastattn_kernels.common.masking import visible
-from fastattn_kernels.common.problem import RUN_TIME, Problem
+from fastattn_kernels.common.problem import Problem
 
 GRANULE = 64
-# A tile map costs two launches in each direction: fewer granules than this are quicker visited one and all.
+# A tile map costs two launches in each direction: with fewer granules than this it is quicker to visit them all.
 FEWEST_GRANULES = 6
 # Entries of the map that the list kernel reads at once.
 _CHUNK = 64
@@ -34,8 +35,8 @@ def _tile_map_kernel(
     batch_head = pid // granules_n // granules_m
     rows = (pid // granules_n % granules_m * GRANULE).to(tl.int32) + tl.arange(0, GRANULE)[:, None]
     cols = (pid % granules_n * GRANULE).to(tl.int32) + tl.arange(0, GRANULE)[None, :]
-    at = (batch_head // map_heads, batch_head % map_heads)
-    seen = visible(rows, cols, at, (seqlen_q, seqlen_k, lower, upper, shift), rules).to(tl.int32)
+    at = At(batch_head // map_heads, batch_head % map_heads)
+    seen = visible(rows, cols, at, Sizes(seqlen_q, seqlen_k, lower, upper, shift), rules).to(tl.int32)
     some = tl.max(tl.max(seen, axis=1), axis=0)
     every = tl.min(tl.min(seen, axis=1), axis=0)
     tl.store(map_ptr + pid, (some + every).to(tl.uint8))
@@ -70,7 +71,8 @@ def _tile_lists_kernel(
                     inside = (own_granule + i < own_granules) & (other_granule + j < other_granules)
                     state = tl.load(ptrs, mask=inside, other=0).to(tl.int32)
                     most = tl.maximum(most, state)
-                    if OWN_IS_ROWS:  # past the last key nobody sees anything, past the last row nobody is
+                    # granules past the last key are seen by nobody; those past the last row hide nothing from anybody
+                    if OWN_IS_ROWS:
                         least = tl.where(own_granule + i < own_granules, tl.minimum(least, state), least)
                     else:
                         least = tl.where(other_granule + j < other_granules, tl.minimum(least, state), least)

@@ -1,12 +1,12 @@
 """Tiles in and out of memory, the step of online softmax, and the product that keeps masked-out NaN and inf in place.
 
-A tensor ``[B, H, length, size]`` comes as (pointer, strides of batch, head, row, column), one head of it as (pointer,
-stride of row, stride of column).
+A tensor ``[B, H, length, size]`` comes as ``arguments.Heads``, one head of it as ``arguments.Matrix``.
 """
 
 import triton
 import triton.language as tl
 
+from fastattn_kernels.common.arguments import Matrix
 from fastattn_kernels.common.masking import INFINITY
 
 _WHOLE_HALF = tl.constexpr(256)
@@ -15,18 +15,24 @@ _WHOLE_HALF = tl.constexpr(256)
 @triton.jit
 def head_of(tensor, batch, head):
     """The matrix of one head."""
-    ptr, stride_b, stride_h, stride_m, stride_d = tensor
-    return ptr + batch * stride_b + head * stride_h, stride_m, stride_d
+    ptr = tensor.ptr + batch * tensor.stride_b + head * tensor.stride_h
+    return Matrix(ptr, tensor.stride_m, tensor.stride_d)
+
+
+@triton.jit
+def columns_from(matrix, first_col):
+    """The matrix without its columns before ``first_col``."""
+    ptr = matrix.ptr + tl.cast(matrix.stride_col, tl.int64) * first_col
+    return Matrix(ptr, matrix.stride_row, matrix.stride_col)
 
 
 @triton.jit
 def tile_pointers(matrix, row_start, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Pointers ``[ROWS, COLS]`` of the tile that starts at ``row_start``. All offsets are 64 bits wide: a long
     sequence of wide rows, or a far-apart stride, passes 2^31 elements."""
-    ptr, stride_row, stride_col = matrix
-    row_offsets = tl.arange(0, ROWS).to(tl.int64) * stride_row
-    col_offsets = tl.arange(0, COLS).to(tl.int64) * stride_col
-    start_ptr = ptr + tl.cast(row_start, tl.int64) * stride_row
+    row_offsets = tl.arange(0, ROWS).to(tl.int64) * matrix.stride_row
+    col_offsets = tl.arange(0, COLS).to(tl.int64) * matrix.stride_col
+    start_ptr = matrix.ptr + tl.cast(row_start, tl.int64) * matrix.stride_row
     return start_ptr + row_offsets[:, None] + col_offsets[None, :]
 
 
@@ -60,7 +66,7 @@ def store_tile(
     rows = row_start + tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
     inside = (rows < row_end)[:, None] & (cols < USED_COLS)[None, :]
-    tl.store(ptrs, tile.to(matrix[0].dtype.element_ty), mask=inside)
+    tl.store(ptrs, tile.to(matrix.ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -123,14 +129,14 @@ def product(
     Those wider than WHOLE_HALF (float32: WHOLE_FLOAT32) are read again, in strips: whole, they would fill the registers
     as operands, float32 ones most of all, since multiply-adds want whole rows in every thread.
     """
-    IS_FLOAT32: tl.constexpr = a_matrix[0].dtype.element_ty == tl.float32
+    IS_FLOAT32: tl.constexpr = a_matrix.ptr.dtype.element_ty == tl.float32
     WIDTH: tl.constexpr = 64 if IS_FLOAT32 else WHOLE_HALF
     WHOLE: tl.constexpr = WHOLE_FLOAT32 if IS_FLOAT32 else WHOLE_HALF
     if BLOCK > WHOLE:
         result = tl.zeros([ROWS, COLS], tl.float32)
         for strip in tl.static_range(BLOCK // WIDTH):
-            a_strip = a_matrix[0] + tl.cast(a_matrix[2], tl.int64) * (strip * WIDTH), a_matrix[1], a_matrix[2]
-            b_strip = b_matrix[0] + tl.cast(b_matrix[2], tl.int64) * (strip * WIDTH), b_matrix[1], b_matrix[2]
+            a_strip = columns_from(a_matrix, strip * WIDTH)
+            b_strip = columns_from(b_matrix, strip * WIDTH)
             left = load_tile(a_strip, a_start, a_end, ROWS, WIDTH, USED - strip * WIDTH, True)
             right = load_tile(b_strip, b_start, b_end, COLS, WIDTH, USED - strip * WIDTH, True)
             result = tl.dot(left, tl.trans(right), result, input_precision=PRECISION)
@@ -141,6 +147,5 @@ def product(
 
 @triton.jit
 def is_off(only_if):
-    """Whether a kernel has nothing to do: ``only_if`` is a pointer to a byte and the value that it has to have."""
-    flag_ptr, expected = only_if
-    return tl.load(flag_ptr).to(tl.int32) != expected
+    """Whether a kernel that was launched under a condition (``arguments.OnlyIf``) has nothing to do."""
+    return tl.load(only_if.flag_ptr).to(tl.int32) != only_if.expected

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastattn_kernels.common.device import device_guard
 from fastattn_kernels.residual_norm.config import NormBackwardConfig, norm_backward_config
 from fastattn_kernels.residual_norm.problem import RUN_TIME, NormProblem
-from fastattn_kernels.residual_norm.rows import Rows, load_rows, load_vector, row_dropout_factor, store_rows
+from fastattn_kernels.residual_norm.rows import RowAxes, Rows, load_rows, load_vector, row_dropout_factor, store_rows
 
 # The tile in which partial sums of the vectors' gradients are summed: narrow, so that many programs share the columns.
 _SUM_ROWS, _SUM_COLS = 128, 32
@@ -67,7 +67,7 @@ def _row_means_kernel(
     IS_RMS: tl.constexpr, UNIT_OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``mean(g n)`` and ``mean(g)`` of every row, for rows that are split among programs."""
-    row_axes = (middle_rows, inner_rows)
+    row_axes = RowAxes(middle_rows, inner_rows)
     rows = (tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     mean_g, mean_gn = _means_over_blocks(
         d_output, total, weight_ptr, statistics_ptr, rows, row_count, size, row_axes,
@@ -85,7 +85,7 @@ def _residual_norm_bwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Every ``num_programs(0)``-th tile of rows, of the columns of block ``program_id(1)``."""
-    row_axes = (middle_rows, inner_rows)
+    row_axes = RowAxes(middle_rows, inner_rows)
     group, split = tl.program_id(0), tl.program_id(1)
     start = split * BLOCK_N
     cols = start + tl.arange(0, BLOCK_N)[None, :]

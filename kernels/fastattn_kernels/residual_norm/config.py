@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from triton import next_power_of_2
 
-from fastattn_kernels.attention.config import Config
+from fastattn_kernels.common.config import Config
 from fastattn_kernels.common.device import multiprocessors, target_of
 
 # The widest row that is one tile in the forward: 32 float32 a thread in 16 warps. Wider rows go by in a loop, whose

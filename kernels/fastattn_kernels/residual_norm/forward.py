@@ -6,11 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn_kernels.attention.config import Config
+from fastattn_kernels.common.config import Config
 from fastattn_kernels.common.device import device_guard
 from fastattn_kernels.residual_norm.config import norm_forward_config
 from fastattn_kernels.residual_norm.problem import RUN_TIME, NormProblem, triton_dtype
-from fastattn_kernels.residual_norm.rows import Rows, load_rows, load_vector, row_dropout_factor, store_rows
+from fastattn_kernels.residual_norm.rows import RowAxes, Rows, load_rows, load_vector, row_dropout_factor, store_rows
 
 
 @triton.jit
@@ -125,7 +125,7 @@ def _residual_norm_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows: in one tile (WHOLE), or block by block of columns, twice."""
-    row_axes = (middle_rows, inner_rows)
+    row_axes = RowAxes(middle_rows, inner_rows)
     rows = (tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     lanes = tl.arange(0, BLOCK_N)[None, :]
     pivot = tl.zeros([BLOCK_M, 1], tl.float32)

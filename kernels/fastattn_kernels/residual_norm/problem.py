@@ -6,6 +6,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from fastattn_kernels.common.arguments import Dropout
+
 # The kernel arguments that Triton must not look at: a new number of rows is no reason to compile again.
 RUN_TIME = ("row_count", "middle_rows", "inner_rows", "eps")
 
@@ -47,9 +49,9 @@ class NormProblem:
 
     @property
     def is_heavy(self) -> bool:
-        """Does the branch carry more than itself, so that a tile takes more registers?"""
+        """Whether x, before it is added, is given a bias, scaled or dropped: a tile then takes more registers."""
         return self.x_bias is not None or self.row_scale is not None or self.seed is not None
 
-    def dropout(self) -> tuple[object, ...] | None:
+    def dropout(self) -> Dropout | None:
         """The kernel argument ``dropout``."""
-        return None if self.seed is None else (self.seed, self.dropout_p)
+        return None if self.seed is None else Dropout(self.seed, self.dropout_p)

@@ -1,12 +1,11 @@
 """Tiles of rows of matrices ``[rows, size]``, the last axis of tensors of any rank, read as they lie.
 
-A matrix comes as (pointer, strides of outer, middle and inner row, column): where a batch is transposed or broadcast,
-or heads lie inside, up to three numbers tell rows apart, and nothing is copied. ``row_axes`` is (number of middle rows,
-number of inner rows), None where there is one outer, or one middle row. ``rows`` are ``[M, 1]`` and 64 bits wide,
-``cols`` are ``[1, N]``.
+A matrix comes as :class:`RowMatrix`: where a batch is transposed or broadcast, or heads lie inside, up to three numbers
+tell rows apart, and nothing is copied. ``rows`` are ``[M, 1]`` and 64 bits wide, ``cols`` are ``[1, N]``.
 """
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -15,21 +14,37 @@ from torch import Tensor
 from fastattn_kernels.common.dropout import dropout_scale
 
 
+class RowMatrix(NamedTuple):
+    """A matrix whose rows are told apart by up to three numbers, of an outer, a middle and an inner axis."""
+
+    ptr: Any
+    stride_outer: Any
+    stride_middle: Any
+    stride_inner: Any
+    stride_col: Any
+
+
+class RowAxes(NamedTuple):
+    """How many rows the middle and the inner axis have; None where there is one outer, or one middle row."""
+
+    middle_rows: Any
+    inner_rows: Any
+
+
 @triton.jit
 def row_pointers(matrix, rows, cols, row_axes):
     """Pointers to the elements at ``rows`` and ``cols``; all offsets are 64 bits wide."""
-    ptr, stride_outer, stride_middle, stride_inner, stride_col = matrix
-    middle_rows, inner_rows = row_axes
+    middle_rows, inner_rows = row_axes.middle_rows, row_axes.inner_rows
     if inner_rows is None:
-        offsets = rows * stride_inner
+        offsets = rows * matrix.stride_inner
     else:
-        offsets = (rows % inner_rows) * stride_inner
+        offsets = (rows % inner_rows) * matrix.stride_inner
         rows = rows // inner_rows
         if middle_rows is None:
-            offsets += rows * stride_middle
+            offsets += rows * matrix.stride_middle
         else:
-            offsets += (rows % middle_rows) * stride_middle + (rows // middle_rows) * stride_outer
-    return ptr + offsets + cols.to(tl.int64) * stride_col
+            offsets += (rows % middle_rows) * matrix.stride_middle + (rows // middle_rows) * matrix.stride_outer
+    return matrix.ptr + offsets + cols.to(tl.int64) * matrix.stride_col
 
 
 @triton.jit
@@ -43,7 +58,7 @@ def load_rows(matrix, rows, cols, row_axes, inside, EVICTION: tl.constexpr):
 def store_rows(matrix, rows, cols, row_axes, inside, tile):
     """Store a tile, rounded to the destination's dtype."""
     ptrs = row_pointers(matrix, rows, cols, row_axes)
-    tl.store(ptrs, tile.to(matrix[0].dtype.element_ty), mask=inside)
+    tl.store(ptrs, tile.to(matrix.ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -56,18 +71,17 @@ def load_vector(vector_ptr, cols, size):
 def row_dropout_factor(rows, start, dropout, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """What dropout multiplies each element of the tile by whose first column is ``start``, a multiple of four.
 
-    One call of Philox gives four numbers, for four columns in a row: a number each would make random numbers, and not
-    bytes, what a norm waits for (56 integer operations an element, against 14).
+    One call of Philox gives four numbers, which serve four neighbouring columns: 14 integer operations an element. With
+    a call for each element they would be 56, and the norm would wait for random numbers, not for memory.
     """
-    seed_ptr, dropout_p = dropout
-    seed, offset = tl.load(seed_ptr), tl.load(seed_ptr + 1).to(tl.int32)
+    seed, offset = tl.load(dropout.state_ptr), tl.load(dropout.state_ptr + 1).to(tl.int32)
     quads = start // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
     zeros = tl.zeros([BLOCK_M, BLOCK_N // 4], tl.int32)
     a, b, c, d = tl.philox(
         seed, zeros + quads, zeros + rows.to(tl.int32), zeros + (rows >> 32).to(tl.int32), zeros + offset, n_rounds=7
     )
     bits = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [BLOCK_M, BLOCK_N])  # in the order a, b, c, d
-    return tl.where(tl.uint_to_uniform_float(bits) >= dropout_p, dropout_scale(dropout), 0.0)
+    return tl.where(tl.uint_to_uniform_float(bits) >= dropout.p, dropout_scale(dropout), 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,15 +121,15 @@ class Rows:
         sizes = [size for size, _ in self.axes]
         return sizes[1] if len(sizes) == 3 else None, sizes[-1] if len(sizes) >= 2 else None
 
-    def arguments(self) -> list[tuple[object, ...] | None]:
+    def arguments(self) -> list[RowMatrix | None]:
         """The matrices, as kernel arguments, in the order in which the tensors were given."""
         present = 0
-        matrices: list[tuple[object, ...] | None] = []
+        matrices: list[RowMatrix | None] = []
         for tensor in self.tensors:
             if tensor is None:
                 matrices.append(None)
                 continue
             strides = [strides[present] for _, strides in self.axes]
-            matrices.append((tensor, *[0] * (3 - len(strides)), *strides, tensor.stride(-1)))
+            matrices.append(RowMatrix(tensor, *[0] * (3 - len(strides)), *strides, tensor.stride(-1)))
             present += 1
         return matrices

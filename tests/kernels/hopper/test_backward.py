@@ -21,9 +21,11 @@ from fastattn.testing import (
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastattn_kernels.attention.hopper.backward import backward_config, launch_attention_bwd, refusals
+from fastattn_kernels.attention.hopper.backward import launch_attention_bwd, refusals
 from fastattn_kernels.attention.hopper.backward_problem import bias_arguments, rules_of_keys, rules_of_rows
+from fastattn_kernels.attention.hopper.config import backward_config
 from fastattn_kernels.attention.hopper.forward import launch_attention_fwd
+from fastattn_kernels.common.gradients import Gradients
 from fastattn_kernels.common.masking import LOWEST_BIAS
 from fastattn_kernels.common.problem import Problem
 from fastattn_kernels.common.tile_map import TileMap
@@ -82,7 +84,7 @@ def reference(problem: Problem, d_out: torch.Tensor, dtype: torch.dtype) -> tupl
     """The output and the gradients of query, key and value, in ``dtype``."""
     fields = {field.name: getattr(problem, field.name) for field in dataclasses.fields(problem)}
     tensors = [fields.pop(name).to(dtype, copy=True).requires_grad_() for name in ("query", "key", "value")]
-    unused = ("slopes", "seed", "dropout_p")
+    unused = ("alibi_slopes", "seed", "dropout_p")
     fields = {name: value for name, value in fields.items() if name not in unused}
     for name in ("bias", "sinks"):
         fields[name] = None if fields[name] is None else fields[name].to(dtype)
@@ -103,7 +105,7 @@ def gradients_of(
         torch.full_like(tensor, math.nan) for tensor in (problem.query, problem.key, problem.value)
     )
     with machines.order_of_events(order):
-        launch_attention_bwd(problem, d_out, statistics, delta, d_query, d_key, d_value, tile_map, config)
+        launch_attention_bwd(problem, d_out, statistics, delta, Gradients(d_query, d_key, d_value), tile_map, config)
     return d_query, d_key, d_value
 
 

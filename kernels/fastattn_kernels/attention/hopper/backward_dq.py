@@ -6,7 +6,7 @@ Two consumers, a warpgroup each, keep dQ of 64 rows in registers; one producer w
     dQ += dS K          then the next step's S, in flight across the back edge
     S  = Q K^T
 
-The arithmetic of dS runs under the other consumer's products alone: the two are not coupled.
+The arithmetic of dS runs under the other consumer's products only, and nothing makes the two take turns.
 """
 
 import triton
@@ -20,10 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fastattn_kernels.attention.config import Config
-from fastattn_kernels.attention.hopper.backward_config import BackwardConfig
 from fastattn_kernels.attention.hopper.backward_problem import bias_arguments, rules_of_rows
-from fastattn_kernels.attention.hopper.backward_schedule import tile_of, visits_of
 from fastattn_kernels.attention.hopper.backward_scores import (
     as_operand,
     probabilities,
@@ -32,14 +29,17 @@ from fastattn_kernels.attention.hopper.backward_scores import (
     visible,
 )
 from fastattn_kernels.attention.hopper.compat import shared, tma_load, tma_store, tma_store_wait
-from fastattn_kernels.attention.hopper.config import head_block
+from fastattn_kernels.attention.hopper.config import BackwardConfig, head_block
+from fastattn_kernels.attention.hopper.partitions import Buffers, Descriptors, RowOwnerBarriers
 from fastattn_kernels.attention.hopper.problem import descriptor, head_descriptor
-from fastattn_kernels.attention.hopper.schedule import ring
+from fastattn_kernels.attention.hopper.schedule import keys_visited, ring, tile_of
 from fastattn_kernels.common import marks as marking
 from fastattn_kernels.common import tiles
+from fastattn_kernels.common.arguments import RUN_TIME, At, Rules, Sizes, TileLists
+from fastattn_kernels.common.config import Config
 from fastattn_kernels.common.device import device_guard
 from fastattn_kernels.common.masking import LN_2, LOG2_E
-from fastattn_kernels.common.problem import RUN_TIME, Problem
+from fastattn_kernels.common.problem import Problem
 from fastattn_kernels.common.tile_map import TileMap, list_arguments
 
 load_statistics = shared(tiles.load_statistics)
@@ -58,30 +58,32 @@ def _own_tile(seqlen_q, heads):
     batch = batch_head // heads
     head = batch_head - batch * heads
     row_tile = tiles_m - 1 - (gl.program_id(0) - batch_head * tiles_m)
-    return batch, head, row_tile, (batch.to(gl.int64), head.to(gl.int64))
+    return batch, head, row_tile, At(batch.to(gl.int64), head.to(gl.int64))
 
 
 @gluon.jit
 def _producer(
-    query, key, value, d_out, bias, q_tiles, do_tiles, k_tiles, v_tiles, b_tiles, tile_box, q_full, k_full, v_full,
-    empty, rules, lists, bias_axes,
-    heads, group, seqlen_q, seqlen_k, lower, upper, shift, BLOCK_N: gl.constexpr,
-):  # fmt: skip
+    descriptors, buffers, tile_box, full, empty, rules, lists, bias_axes, sizes, heads, group, BLOCK_N: gl.constexpr
+):
     """Feeds the consumers: their rows of Q and dO once, then tile after tile of keys and values."""
+    query, key, value, d_output, bias = descriptors
+    q_tiles, do_tiles, k_tiles, v_tiles, b_tiles = buffers
+    q_full, k_full, v_full = full
     STAGES: gl.constexpr = k_tiles.type.shape[0]
+    LISTED: gl.constexpr = lists.ptr is not None
     WARP: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    batch, head, row_tile, at = _own_tile(seqlen_q, heads)
+    batch, head, row_tile, at = _own_tile(sizes.seqlen_q, heads)
     row_start = row_tile * BLOCK_M
-    sizes = (seqlen_q, seqlen_k, lower, upper, shift)
-    visits, partial, full, _ = visits_of(row_tile, at, sizes, rules, lists, False, BLOCK_M, BLOCK_N)
+    tiles_m = gl.cdiv(sizes.seqlen_q, BLOCK_M)
+    visits, in_part, whole = keys_visited(row_tile, at, sizes, rules, lists, tiles_m, BLOCK_M, BLOCK_N)
     for c in gl.static_range(2):
-        mbarrier.expect(q_full.index(c), query.block_type.nbytes + d_out.block_type.nbytes)
+        mbarrier.expect(q_full.index(c), query.block_type.nbytes + d_output.block_type.nbytes)
         tma_load(query, [batch, head, row_start + c * ROWS, 0], q_full.index(c), q_tiles.index(c))
-        tma_load(d_out, [batch, head, row_start + c * ROWS, 0], q_full.index(c), do_tiles.index(c))
+        tma_load(d_output, [batch, head, row_start + c * ROWS, 0], q_full.index(c), do_tiles.index(c))
     step = 0
     for phase in gl.static_range(2):
-        for position in range(0, partial if phase == 0 else full):
-            tile = tile_of(position, visits, lists, phase == 0)
+        for position in range(0, in_part if phase == 0 else whole):
+            tile = tile_of(position, visits, LISTED, phase == 0)
             start = tile * BLOCK_N
             slot, parity = ring(step, STAGES)
             mbarrier.wait(empty.index(slot), parity ^ 1)  # of K, and so of V: that is done with before
@@ -92,7 +94,7 @@ def _producer(
                 mbarrier.expect(k_full.index(slot), key.block_type.nbytes + 2 * bias.block_type.nbytes)
                 for c in gl.static_range(2):
                     tma_load(
-                        bias, [batch * bias_axes[0], head * bias_axes[1], row_start + c * ROWS, start],
+                        bias, [batch * bias_axes.batch, head * bias_axes.head, row_start + c * ROWS, start],
                         k_full.index(slot), b_tiles.index(2 * slot + c),
                     )  # fmt: skip
             tma_load(key, [batch, head // group, start, 0], k_full.index(slot), k_tiles.index(slot))
@@ -105,16 +107,16 @@ def _producer(
 def _bias_of_keys(row_bias, at, start, seqlen_k, BLOCK_N: gl.constexpr):
     """A bias that broadcasts over rows, for BLOCK_N keys: one load a thread, where the accumulator's layout would make
     every thread load those of its 32 columns."""
-    bias_ptr, stride_b, stride_h, _, stride_n = row_bias
     cols = start + gl.arange(0, BLOCK_N, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    offsets = at[0] * stride_b + at[1] * stride_h + cols.to(gl.int64) * stride_n
-    return gl.load(bias_ptr + offsets, mask=cols < seqlen_k, other=0.0).to(gl.float32)
+    of_head = at.batch * row_bias.stride_b + at.head * row_bias.stride_h
+    offsets = of_head + cols.to(gl.int64) * row_bias.stride_n
+    return gl.load(row_bias.ptr + offsets, mask=cols < seqlen_k, other=0.0).to(gl.float32)
 
 
 @gluon.jit
 def _row_numbers(statistics_ptr, delta_ptr, at, heads, rows, seqlen_q):
     """``(pivot, inverse sum, delta)``, ``[rows, 1]``."""
-    rows_of = (at[0] * heads + at[1]) * seqlen_q
+    rows_of = (at.batch * heads + at.head) * seqlen_q
     pivot, inverse_sum = load_statistics(statistics_ptr + 2 * rows_of, rows, seqlen_q)
     delta = gl.load(delta_ptr + rows_of + rows, mask=rows < seqlen_q, other=0.0)
     return pivot[:, None], inverse_sum[:, None], delta[:, None]
@@ -124,7 +126,7 @@ def _row_numbers(statistics_ptr, delta_ptr, at, heads, rows, seqlen_q):
 def _next_scores(
     q, k_tiles, k_full, zeros, step, steps, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr
 ):
-    """Start S of the step after this one. The last step repeats its own, for nobody: it has no other."""
+    """Start S of the step after this one. The last step, which has none, computes its own once more, unused."""
     slot, parity = ring(gl.minimum(step + 1, steps - 1), STAGES)
     mbarrier.wait(k_full.index(slot), parity)
     k = k_tiles.index(slot).reshape([BLOCK_N, BLOCK_D])
@@ -133,22 +135,24 @@ def _next_scores(
 
 @gluon.jit
 def _consumer(
-    OWN: gl.constexpr, d_query, marks_ptr, statistics_ptr, delta_ptr, q_tiles, do_tiles, k_tiles, v_tiles, b_tiles,
-    tile_box, q_full, k_full, v_full, empty, row_bias, rules, lists,
-    heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    OWN: gl.constexpr, d_query, marks_ptr, statistics_ptr, delta_ptr, buffers, tile_box, full, empty, row_bias, rules,
+    lists, sizes, heads, scale, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
 ):  # fmt: skip
     """dQ of 64 rows, those of consumer OWN."""
+    q_tiles, do_tiles, k_tiles, v_tiles, b_tiles = buffers
+    q_full, k_full, v_full = full
+    seqlen_q, seqlen_k = sizes.seqlen_q, sizes.seqlen_k
     dtype: gl.constexpr = q_tiles.dtype
     STAGES: gl.constexpr = k_tiles.type.shape[0]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     GRADIENT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, GRADIENT, 2)
     COL: gl.constexpr = gl.SliceLayout(0, SCORES)
-    words, _, padding, documents, prefix, _, softcap, _ = rules
-    element_rules = (None, None, None, documents, prefix, None, None, None)  # what the packed bits do not say
+    by_element = Rules(documents=rules.documents, prefix=rules.prefix)  # the packed bits say the rest
     batch, head, row_tile, at = _own_tile(seqlen_q, heads)
-    sizes = (seqlen_q, seqlen_k, lower, upper, shift)
-    _, partial, _, steps = visits_of(row_tile, at, sizes, rules, lists, False, BLOCK_M, BLOCK_N)
+    tiles_m = gl.cdiv(seqlen_q, BLOCK_M)
+    _, in_part, whole = keys_visited(row_tile, at, sizes, rules, lists, tiles_m, BLOCK_M, BLOCK_N)
+    steps = in_part + whole
     rows = row_tile * BLOCK_M + OWN * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
     pivot, inverse_sum, delta = _row_numbers(statistics_ptr, delta_ptr, at, heads, rows, seqlen_q)
     if b_tiles is None and row_bias is None:
@@ -161,8 +165,8 @@ def _consumer(
     first_k = k_tiles.index(0).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
     s = warpgroup_mma(q_tiles.index(OWN).reshape([ROWS, BLOCK_D]), first_k, zeros, use_acc=False, is_async=True)
     for phase in gl.static_range(2):
-        for step in range(0 if phase == 0 else partial, partial if phase == 0 else steps):
-            zero = step >> 30  # unknown to the compiler, as in ``backward``
+        for step in range(0 if phase == 0 else in_part, in_part if phase == 0 else steps):
+            zero = step >> 30  # always 0, which the compiler cannot know: as in ``backward``
             q = q_tiles.index(OWN + zero).reshape([ROWS, BLOCK_D])
             do = do_tiles.index(OWN + zero).reshape([ROWS, BLOCK_D])
             slot, parity = ring(step, STAGES)
@@ -178,21 +182,21 @@ def _consumer(
                 b = gl.convert_layout(_bias_of_keys(row_bias, at, start, seqlen_k, BLOCK_N), COL)[None, :]
             else:
                 b: gl.constexpr = None
-            p, bent = probabilities(products, pivot, inverse_sum, b, unit, softcap)
+            p, bent = probabilities(products, pivot, inverse_sum, b, unit, rules.softcap)
             if phase == 0:
                 start = gl.max(tile_box.index(slot).load(COL), 0) * BLOCK_N
                 cols = start + gl.arange(0, BLOCK_N, layout=COL)
-                seen = visible(rows[:, None], cols[None, :], at, sizes, element_rules)
+                seen = visible(rows[:, None], cols[None, :], at, sizes, by_element)
                 own = gl.minimum(rows, seqlen_q - 1)
-                if words is not None:
-                    seen = seen & seen_by_bits(words, batch, head, own, start, SCORES, BLOCK_N)
-                if padding is not None:
-                    seen = seen & seen_by_bits(padding, batch, head, own, start, SCORES, BLOCK_N)
+                if rules.mask is not None:
+                    seen = seen & seen_by_bits(rules.mask, batch, head, own, start, SCORES, BLOCK_N)
+                if rules.padding is not None:
+                    seen = seen & seen_by_bits(rules.padding, batch, head, own, start, SCORES, BLOCK_N)
                 bent = gl.where(seen, bent, 0.0)
             dp = warpgroup_mma_wait(0, deps=[dp])
             ds = as_operand(score_gradient(bent, dp, delta, dtype), dtype, OPERAND)
-            # The next S may be issued only when this one's registers are dead, and P with it: two live ones change
-            # places on the back edge, and the copy of an accumulator in flight serialises everything (C7514).
+            # The next S may be issued only when the registers of this one and of its P are no longer needed. Otherwise
+            # two accumulators change places on the back edge, and copying one in flight serialises all wgmma (C7514).
             dq = warpgroup_mma(ds, k, dq, is_async=True)
             s = _next_scores(q, k_tiles, k_full, zeros, step, steps, STAGES, BLOCK_N, BLOCK_D)
             dq = warpgroup_mma_wait(1, deps=[dq])
@@ -214,14 +218,14 @@ def _consumer(
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def attention_dq_kernel(
-    query, key, value, d_out, d_query, marks_ptr, statistics_ptr, delta_ptr, bias, bias_axes, row_bias, rules,
+    query, key, value, d_output, d_query, marks_ptr, statistics_ptr, delta_ptr, bias, bias_axes, row_bias, rules,
     tile_lists, lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
     BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dQ of 128 rows of one head."""
     dtype: gl.constexpr = query.dtype
     q_tiles = gl.allocate_shared_memory(dtype, [2, 1, 1, ROWS, BLOCK_D], query.layout)
-    do_tiles = gl.allocate_shared_memory(dtype, [2, 1, 1, ROWS, BLOCK_D], d_out.layout)
+    do_tiles = gl.allocate_shared_memory(dtype, [2, 1, 1, ROWS, BLOCK_D], d_output.layout)
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], key.layout)
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], value.layout)
     if bias is not None:
@@ -239,23 +243,23 @@ def attention_dq_kernel(
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
-    lists = (tile_lists, lists_per_batch, lists_per_head)
+    lists = TileLists(tile_lists, lists_per_batch, lists_per_head)
+    sizes = Sizes(seqlen_q, seqlen_k, lower, upper, shift)
+    buffers = Buffers(q_tiles, do_tiles, k_tiles, v_tiles, b_tiles)
+    full = RowOwnerBarriers(q_full, k_full, v_full)
+    descriptors = Descriptors(query, key, value, d_output, bias)
     gl.warp_specialize(
         [
             (_consumer, (
-                0, d_query, marks_ptr, statistics_ptr, delta_ptr, q_tiles, do_tiles, k_tiles, v_tiles, b_tiles,
-                tile_box, q_full, k_full, v_full, empty, row_bias, rules, lists,
-                heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale, BLOCK_N, BLOCK_D,
+                0, d_query, marks_ptr, statistics_ptr, delta_ptr, buffers, tile_box, full, empty, row_bias, rules,
+                lists, sizes, heads, scale, BLOCK_N, BLOCK_D,
             )),
             (_consumer, (
-                1, d_query, marks_ptr, statistics_ptr, delta_ptr, q_tiles, do_tiles, k_tiles, v_tiles, b_tiles,
-                tile_box, q_full, k_full, v_full, empty, row_bias, rules, lists,
-                heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale, BLOCK_N, BLOCK_D,
+                1, d_query, marks_ptr, statistics_ptr, delta_ptr, buffers, tile_box, full, empty, row_bias, rules,
+                lists, sizes, heads, scale, BLOCK_N, BLOCK_D,
             )),
             (_producer, (
-                query, key, value, d_out, bias, q_tiles, do_tiles, k_tiles, v_tiles, b_tiles, tile_box, q_full, k_full,
-                v_full, empty, rules, lists, bias_axes,
-                heads, group, seqlen_q, seqlen_k, lower, upper, shift, BLOCK_N,
+                descriptors, buffers, tile_box, full, empty, rules, lists, bias_axes, sizes, heads, group, BLOCK_N,
             )),
         ],
         [4, 1],
@@ -265,7 +269,7 @@ def attention_dq_kernel(
 
 def launch_attention_dq(
     problem: Problem,
-    d_out: Tensor,
+    d_output: Tensor,
     statistics: Tensor,
     delta: Tensor,
     d_query: Tensor,
@@ -273,7 +277,7 @@ def launch_attention_dq(
     tile_map: TileMap | None,
     config: BackwardConfig,
 ) -> None:
-    """Write dQ, and the marks of its rows; ``d_out`` suits TMA."""
+    """Write dQ, and the marks of its rows; ``d_output`` suits TMA."""
     query, key, value = problem.query, problem.key, problem.value
     batch, heads, seqlen_q = delta.shape
     tile = Config(BLOCK_M.value, config.block_n, 4, config.stages)
@@ -281,7 +285,7 @@ def launch_attention_dq(
     with device_guard(query):
         attention_dq_kernel[(int(triton.cdiv(seqlen_q, tile.block_m)) * batch * heads,)](
             head_descriptor(query, ROWS.value, problem), head_descriptor(key, tile.block_n, problem),
-            head_descriptor(value, tile.block_n, problem), head_descriptor(d_out, ROWS.value, problem),
+            head_descriptor(value, tile.block_n, problem), head_descriptor(d_output, ROWS.value, problem),
             head_descriptor(d_query, ROWS.value, problem), marks, statistics, delta,
             None if bias is None else descriptor(bias, ROWS.value, tile.block_n), bias_axes, row_bias,
             rules_of_rows(problem), *list_arguments(tile_map and tile_map.of_rows(tile)), *problem.sizes(),

@@ -4,10 +4,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastattn_kernels.common.arguments import Heads, strided
 from fastattn_kernels.common.device import device_guard
 from fastattn_kernels.common.marks import rows_not_finite
 from fastattn_kernels.common.masking import INFINITY
-from fastattn_kernels.common.problem import strided
 from fastattn_kernels.common.tiles import head_of, load_statistics, store_tile
 
 # Rows of a head are padded to whole tiles of any height, which also aligns every head for TMA.
@@ -89,5 +89,5 @@ def finish_dq(pieces: Tensor, d_query: Tensor, marks: Tensor | None, scale: floa
     _, heads, seqlen_q, head_dim = d_query.shape
     with device_guard(d_query):
         _finish_dq_kernel[(pieces.numel() // _TILE.value,)](
-            pieces, strided(d_query), marks, scale, heads, seqlen_q, HEAD_DIM=head_dim, BLOCK_D=block_d
+            pieces, strided(Heads, d_query), marks, scale, heads, seqlen_q, HEAD_DIM=head_dim, BLOCK_D=block_d
         )

@@ -1,7 +1,7 @@
 """P and dS of a tile in the backward, in registers, from the products of queries and keys and of dO and V.
 
-Unlike the plain kernels these never ask whether dP is NaN where P is 0: what leaks there makes the whole tile of a
-gradient NaN, which the careful launch does again.
+Unlike the plain kernels these never ask whether dP is NaN where P is 0. Where it is, NaN leaks into the whole tile of a
+gradient, and the careful launch computes that tile again.
 """
 
 import triton.language as tl
@@ -53,9 +53,9 @@ def score_gradient(bent, dp, delta, dtype: gl.constexpr):
 @gluon.jit
 def seen_by_bits(words, batch, head, own, other_start, SCORES: gl.constexpr, COLS: gl.constexpr):
     """Boolean tile of a packed mask: ``own`` are its rows, all inside the mask, ``other_start`` its first column."""
-    words_ptr, stride_b, stride_h, stride_own, other = words  # other: 1, or 0 where the mask broadcasts over columns
-    of_head = words_ptr + batch.to(gl.int64) * stride_b + head.to(gl.int64) * stride_h
-    return unpack_words(load_words(of_head, own.to(gl.int64) * stride_own, other_start * other, COLS), SCORES, COLS)
+    of_head = words.ptr + batch.to(gl.int64) * words.stride_b + head.to(gl.int64) * words.stride_h
+    offsets = own.to(gl.int64) * words.stride_row
+    return unpack_words(load_words(of_head, offsets, other_start * words.stride_word, COLS), SCORES, COLS)
 
 
 @gluon.jit

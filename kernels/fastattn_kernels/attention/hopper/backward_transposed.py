@@ -8,6 +8,7 @@ from triton.experimental.gluon import language as gl
 
 from fastattn_kernels.attention.hopper.backward_scores import probabilities, score_gradient, seen_by_bits, visible
 from fastattn_kernels.attention.hopper.schedule import from_mailbox
+from fastattn_kernels.common.arguments import At, Rules
 
 # Keys of a consumer.
 KEYS = gl.constexpr(64)
@@ -37,9 +38,9 @@ def rows_of(rows, slot, unit: gl.constexpr, LAYOUT: gl.constexpr):
 @gluon.jit
 def _bias_of_keys(row_bias, batch, head, cols, seqlen_k):
     """A bias that broadcasts over rows, ``[keys, 1]``."""
-    bias_ptr, stride_b, stride_h, _, stride_n = row_bias
-    offsets = batch.to(gl.int64) * stride_b + head.to(gl.int64) * stride_h + cols.to(gl.int64) * stride_n
-    return gl.load(bias_ptr + offsets, mask=cols < seqlen_k, other=0.0).to(gl.float32)[:, None]
+    of_head = batch.to(gl.int64) * row_bias.stride_b + head.to(gl.int64) * row_bias.stride_h
+    offsets = of_head + cols.to(gl.int64) * row_bias.stride_n
+    return gl.load(row_bias.ptr + offsets, mask=cols < seqlen_k, other=0.0).to(gl.float32)[:, None]
 
 
 @gluon.jit
@@ -49,30 +50,30 @@ def transposed_probabilities(
 ):  # fmt: skip
     """``(P, P times the slope of the softcap)`` of the UNIT-th 64 rows of a tile."""
     COL: gl.constexpr = gl.SliceLayout(0, SCORES)
-    pivot_rows, _, sum_rows, row_ids = rows
-    start_box, head_box, _ = mailbox
-    words, _, padding, documents, prefix, _, softcap, _ = rules
-    seqlen_q, seqlen_k, _, _, _ = sizes
+    seqlen_k = sizes.seqlen_k
     if b_tiles is not None:
         tile = b_tiles.index(2 * slot + OWN).reshape([BLOCK_M, KEYS]).slice(UNIT * 64, 64, dim=0)
         bias = tile.permute((1, 0)).load(SCORES).to(gl.float32)
     elif row_bias is not None:
-        bias = _bias_of_keys(row_bias, batch, from_mailbox(head_box, slot, COL), cols, seqlen_k)
+        bias = _bias_of_keys(row_bias, batch, from_mailbox(mailbox.head, slot, COL), cols, seqlen_k)
     else:
         bias: gl.constexpr = None
-    if sum_rows is not None:
-        inverse_sum = rows_of(sum_rows, slot, UNIT, COL)
+    if rows.inverse_sums is not None:
+        inverse_sum = rows_of(rows.inverse_sums, slot, UNIT, COL)
     else:
         inverse_sum: gl.constexpr = None
-    p, bent = probabilities(products, rows_of(pivot_rows, slot, UNIT, COL), inverse_sum, bias, unit, softcap)
+    pivot = rows_of(rows.pivots, slot, UNIT, COL)
+    p, bent = probabilities(products, pivot, inverse_sum, bias, unit, rules.softcap)
     if PARTIAL:
-        row = rows_of(row_ids, slot, UNIT, COL)
-        at = (batch.to(gl.int64), batch)
-        seen = visible(row, cols[:, None], at, sizes, (None, None, padding, documents, prefix, None, None, None))
-        if words is not None:
+        row = rows_of(rows.ids, slot, UNIT, COL)
+        at = At(batch.to(gl.int64), batch)  # of these rules none depends on the head
+        by_element = Rules(padding=rules.padding, documents=rules.documents, prefix=rules.prefix)
+        seen = visible(row, cols[:, None], at, sizes, by_element)
+        if rules.mask is not None:
             own = gl.minimum(cols, seqlen_k - 1)
-            start = from_mailbox(start_box, slot, COL) + UNIT * 64
-            seen = seen & seen_by_bits(words, batch, from_mailbox(head_box, slot, COL), own, start, SCORES, 64)
+            start = from_mailbox(mailbox.start, slot, COL) + UNIT * 64
+            head = from_mailbox(mailbox.head, slot, COL)
+            seen = seen & seen_by_bits(rules.mask, batch, head, own, start, SCORES, 64)
         p = gl.where(seen, p, 0.0)
         bent = gl.where(seen, bent, 0.0)
     return p, bent
@@ -81,8 +82,7 @@ def transposed_probabilities(
 @gluon.jit
 def transposed_score_gradient(bent, dp, rows, slot, UNIT: gl.constexpr, SCORES: gl.constexpr, dtype: gl.constexpr):
     """dS of the UNIT-th 64 rows of a tile, from dP and what :func:`transposed_probabilities` gave."""
-    _, delta_rows, _, _ = rows
-    return score_gradient(bent, dp, rows_of(delta_rows, slot, UNIT, gl.SliceLayout(0, SCORES)), dtype)
+    return score_gradient(bent, dp, rows_of(rows.deltas, slot, UNIT, gl.SliceLayout(0, SCORES)), dtype)
 
 
 @gluon.jit

@@ -1,7 +1,7 @@
 """How the Hopper kernels are launched, and the heuristics that choose it.
 
-Nothing here has been timed on a GPU yet. The forward's tiles are those that compile without spills into the shared
-memory of a thread block, and that a model of the loop's instructions finds fastest.
+Nothing here has been timed on a GPU yet. The tiles are those that compile without spills and fit in the shared memory
+of a thread block; among them, the forward's are fastest by a model of the loop's instructions (``benchmarks/static``).
 """
 
 import dataclasses
@@ -13,10 +13,12 @@ from fastattn_kernels.common.problem import Problem
 
 # Rows of a warpgroup's tile: what one wgmma computes.
 CONSUMER_ROWS = 64
+# Columns of the widest head that the backward takes; the forward's is in ``problem``.
+LARGEST_BACKWARD_HEAD = 128
 
-# Which program computes which tile of rows: each every so many-th one ("static"), each the first that nobody has taken
-# ("dynamic", by a counter in global memory, which a launch of its own sets to 0), or a program a tile ("grid", whose
-# programs wait for their first keys with nothing else to do).
+# Which program computes which tile of rows. static: of P programs, each takes every P-th tile. dynamic: each takes the
+# next tile that nobody has taken, by a counter in global memory, which a launch of its own sets to 0. grid: there is a
+# program for each tile, which waits for its first keys with nothing else to do.
 Schedule = Literal["static", "dynamic", "grid"]
 
 
@@ -85,3 +87,44 @@ def _forward_tile(problem: Problem) -> ForwardConfig:
     if bias_bytes > 2:
         return ForwardConfig(128, 64, 4, stage_output=True)
     return ForwardConfig(128, 128, 3 if bias_bytes else 4, stage_output=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardConfig:
+    """How the backward is launched. Thread blocks own 128 keys (dK, dV) or 128 rows (dQ), 64 a warpgroup.
+
+    Attributes:
+        block_m: rows of a tile of the kernel that owns keys: 64, or 128 that are worked off in halves.
+        block_n: keys of a tile of the dQ pass.
+        stages: tiles in shared memory at a time.
+        one_pass: dQ is added up by the kernel that owns keys, in no fixed order: 5 matrix products in place of 7.
+    """
+
+    block_m: int
+    block_n: int
+    stages: int = 2
+    one_pass: bool = False
+
+
+def backward_config(problem: Problem, deterministic: bool = True) -> BackwardConfig:
+    """The tiles that compile without spills and fit in shared memory.
+
+    But for a mask beside a 16-bit bias or a softcap at head size 128: there the loop over tiles seen in part reloads 4
+    bytes a step.
+    """
+    block = head_block(problem.query.shape[3], problem.value.shape[3])
+    bias = problem.bias
+    tile_of_bias = bias is not None and not is_of_keys(bias)
+    hides = bool(problem.masks) or problem.prefix is not None
+    if block == 64:
+        # 128 rows of bias beside dS and dQ do not fit; a softcap's registers would serialise the products (C7519)
+        one_pass = not (deterministic or tile_of_bias or problem.softcap is not None)
+        crowded = hides and (tile_of_bias or problem.prefix is not None)
+        return BackwardConfig(64 if tile_of_bias else 128, 64 if crowded else 128, one_pass=one_pass)
+    wide_bias = bias is not None and tile_of_bias and bias.element_size() > 2
+    # the accumulators leave the one-pass form few registers for what else a tile may carry
+    beside_mask = (bias, problem.key_padding_mask, problem.query_documents, problem.prefix, problem.lower)
+    masked_twice = problem.mask is not None and any(rule is not None for rule in beside_mask)
+    crowded = problem.softcap is not None or masked_twice
+    one_pass = not (deterministic or wide_bias or crowded)
+    return BackwardConfig(64, 64 if tile_of_bias or hides else 128, one_pass=one_pass)

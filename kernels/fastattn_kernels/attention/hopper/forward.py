@@ -3,13 +3,15 @@
 A thread block has three partitions. The producer, one warp, brings tiles of queries, and of keys, values and a bias,
 into rings of buffers. Each consumer, a warpgroup, has 64 rows. In step ``j`` it starts the product of queries and keys,
 and that of the probabilities of step ``j - 1`` and their values; when the first is done it computes the probabilities
-of step ``j``, while the tensor cores are still at the second. Thread blocks are persistent: they take tile after tile
-of rows, and the next one's queries and keys arrive under the end of the last.
+of step ``j``, while the tensor cores still compute the second. Thread blocks are persistent: they take tile after tile
+of rows, and the next one's queries and keys arrive while the last one is being finished.
 
-Barriers come in pairs: ``full``, whose phase the bytes of a copy end, and ``empty``, whose phase the consumers end when
-they have read. What is computed is what the plain kernel computes (``attention.forward``): the predicate is the same,
-the tiles of keys are found by the same code, and NaN behind a mask is left to the same careful launch.
+Barriers come in pairs: the phase of a ``full`` one ends with the bytes of a copy, that of an ``empty`` one when the
+consumers have read. What is computed is what the plain kernel computes (``attention.forward``): the predicate is the
+same, the same code says which tiles of keys are visited, and NaN behind a mask is left to the same careful launch.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,7 +24,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fastattn_kernels.attention.config import Config
 from fastattn_kernels.attention.forward import TINY, launch_careful_fwd
 from fastattn_kernels.attention.hopper.compat import gluon, shared, tma_load, tma_store, tma_store_wait
 from fastattn_kernels.attention.hopper.config import (
@@ -42,6 +43,7 @@ from fastattn_kernels.attention.hopper.forward_softmax import (
 )
 from fastattn_kernels.attention.hopper.mask_bits import ROWS
 from fastattn_kernels.attention.hopper.problem import (
+    bias_axes_of,
     bias_for_tma,
     bias_of_keys,
     descriptor,
@@ -49,30 +51,67 @@ from fastattn_kernels.attention.hopper.problem import (
     head_descriptor,
 )
 from fastattn_kernels.attention.hopper.schedule import (
+    Schedule,
     any_tile,
-    full_tile,
     hand_out_tile,
+    keys_visited,
     opaque,
-    partial_tile,
     ring,
     row_tile_of,
     take_tile,
-    visits_of,
+    tile_of,
 )
 from fastattn_kernels.common import marks as marking
+from fastattn_kernels.common.arguments import RUN_TIME, At, PerHead, Sizes, TileLists, strided
+from fastattn_kernels.common.config import Config
 from fastattn_kernels.common.device import device_guard, multiprocessors
 from fastattn_kernels.common.marks import empty_marks
 from fastattn_kernels.common.masking import INFINITY, LOG2_E
-from fastattn_kernels.common.problem import RUN_TIME, Problem, strided
+from fastattn_kernels.common.problem import Problem
 from fastattn_kernels.common.tile_map import TileMap, list_arguments
 
 rows_not_finite = shared(marking.rows_not_finite)
 
-# The compiler gives a thread 168 registers, as if the producer were a warpgroup too; this is how the three share them.
+# Registers of a thread. The compiler would give every thread 168, as if the producer were a warpgroup, too.
 _CONSUMER_REGISTERS = gl.constexpr(240)
 _PRODUCER_REGISTERS = gl.constexpr(24)
 # Bytes of keys and values that heads which advance together may have: half of the L2 cache.
 _ABREAST_BYTES = 24 * 2**20
+
+
+class _Descriptors(NamedTuple):
+    """What the producer loads; no bias: None."""
+
+    query: Any
+    key: Any
+    value: Any
+    bias: Any
+
+
+class _Buffers(NamedTuple):
+    """Shared memory: the queries of each consumer, and rings of keys, values and tiles of bias (or None)."""
+
+    query: Any
+    key: Any
+    value: Any
+    bias: Any
+
+
+class _Barriers(NamedTuple):
+    """The barriers of queries, keys and values: those that say "full", or those that say "empty"."""
+
+    query: Any
+    key: Any
+    value: Any
+
+
+class _Handout(NamedTuple):
+    """How tiles are handed out: the counter's pointer, and the ring of numbers that consumers are told, with its
+    barriers; all None where each program works out its own tiles."""
+
+    counter_ptr: Any
+    box: Any
+    box_full: Any
 
 
 @gluon.jit
@@ -86,8 +125,8 @@ def _load_values(v_desc, v_s, v_full, v_empty, batch, kv_head, row, count):
 
 @gluon.jit
 def _producer(
-    descriptors, buffers, full, empty, bias_axes, sizes, rules, lists, heads, group, schedule,
-    counter_ptr, box, box_full, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    descriptors, buffers, full, empty, bias_axes, sizes, rules, lists, heads, group, schedule, handout,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """Loads what the consumers read, in the order in which they do: K and its bias, then V of the tile before."""
     q_desc, k_desc, v_desc, b_desc = descriptors
@@ -96,28 +135,29 @@ def _producer(
     q_empty, k_empty, v_empty = empty
     STAGES: gl.constexpr = k_s.type.shape[0]
     CONSUMERS: gl.constexpr = BLOCK_M // ROWS
-    LISTED: gl.constexpr = lists[0] is not None
-    tiles_m, tiles = schedule[0], schedule[1]
+    LISTED: gl.constexpr = lists.ptr is not None
     count = 0  # tiles of keys so far, over all tiles of rows
     rounds = 0
     tile = gl.program_id(0)
-    while tile < tiles:
+    while tile < schedule.tiles:
         row_tile, batch_head = row_tile_of(tile, schedule)
         batch = batch_head // heads
         head = batch_head - batch * heads
         kv_head = head // group
-        at = (batch.to(gl.int64), head.to(gl.int64))
-        bounds = (opaque(sizes[0]), opaque(sizes[1]), sizes[2], sizes[3], sizes[4])
-        visits, partial, all_visits = visits_of(row_tile, at, bounds, rules, lists, tiles_m, BLOCK_M, BLOCK_N)
+        at = At(batch.to(gl.int64), head.to(gl.int64))
+        bounds = Sizes(opaque(sizes.seqlen_q), opaque(sizes.seqlen_k), sizes.lower, sizes.upper, sizes.shift)
+        visits, in_part, whole = keys_visited(row_tile, at, bounds, rules, lists, schedule.tiles_m, BLOCK_M, BLOCK_N)
+        all_visits = in_part + whole
         previous = row_tile * 0
         for position in range(0, all_visits):
-            row = any_tile(position, partial, visits, LISTED) * BLOCK_N
+            row = any_tile(position, in_part, visits, LISTED) * BLOCK_N
             slot, parity = ring(count, STAGES)
             mbarrier.wait(k_empty.index(slot), parity ^ 1)
             if b_desc is not None:  # on the barrier of K: one wait less for the consumers
                 mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes + CONSUMERS * b_desc.block_type.nbytes)
                 for consumer in gl.static_range(CONSUMERS):
-                    coordinates = [batch * bias_axes[0], head * bias_axes[1], row_tile * BLOCK_M + consumer * ROWS, row]
+                    start = row_tile * BLOCK_M + consumer * ROWS
+                    coordinates = [batch * bias_axes.batch, head * bias_axes.head, start, row]
                     tma_load(b_desc, coordinates, k_full.index(slot), b_s.index(slot * CONSUMERS + consumer))
             else:
                 mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
@@ -133,24 +173,28 @@ def _producer(
             previous = row
             count += 1
         _load_values(v_desc, v_s, v_full, v_empty, batch, kv_head, previous, count - 1)
-        tile = hand_out_tile(counter_ptr, box, box_full, tile, rounds)
+        tile = hand_out_tile(handout.counter_ptr, handout.box, handout.box_full, tile, rounds)
         rounds += 1
 
 
 @gluon.jit
 def _wait_for_turn(turns, count, INDEX: gl.constexpr):
-    """Before the products of tile ``count``: the other consumer has started its own, of which 0 goes first."""
+    """Before the products of tile ``count``, wait until the other consumer has started its own. Consumer 0 is first."""
     mbarrier.wait(turns.index(INDEX), (count + INDEX + 1) & 1)
 
 
 @gluon.jit
 def _attend_keys(
-    acc, pairs, row_max, row_sum, count, last, begin, end, visits, at, row_start, sizes, rules, factors, q, k_s, v_s,
-    b_s, row_bias, k_full, v_full, k_empty, v_empty, turns, INDEX: gl.constexpr, CONSUMERS: gl.constexpr,
+    acc, pairs, row_max, row_sum, count, last, begin, end, visits, at, row_start, sizes, rules, factors, q, buffers,
+    row_bias, full, empty, turns, INDEX: gl.constexpr, CONSUMERS: gl.constexpr,
     LISTED: gl.constexpr, PING_PONG: gl.constexpr, PARTIAL: gl.constexpr,
 ):  # fmt: skip
     """The tiles of keys from ``begin`` to ``end`` among those seen whole or, if PARTIAL, in part. ``pairs`` are the
-    probabilities of tile ``count``, whose values are still to be weighted; ``last`` is this tile of rows' last one."""
+    probabilities of tile ``count``, whose values are still to be weighted; ``last`` is the number of the last tile of
+    keys of this tile of rows."""
+    _, k_s, v_s, b_s = buffers
+    _, k_full, v_full = full
+    _, k_empty, v_empty = empty
     STAGES: gl.constexpr = k_s.type.shape[0]
     BLOCK_N: gl.constexpr = k_s.type.shape[3]
     BLOCK_D: gl.constexpr = k_s.type.shape[4]
@@ -174,9 +218,9 @@ def _attend_keys(
             mbarrier.arrive(turns.index(1 - INDEX), count=1)
         col_start = None
         if PARTIAL:
-            col_start = partial_tile(position, visits, LISTED) * BLOCK_N
+            col_start = tile_of(position, visits, LISTED, True) * BLOCK_N
         elif row_bias is not None:
-            col_start = full_tile(position, visits, LISTED) * BLOCK_N
+            col_start = tile_of(position, visits, LISTED, False) * BLOCK_N
         addends = load_addends(
             col_start, slot, at, row_start, sizes, rules, b_s, row_bias, INDEX, SCORES, CONSUMERS, BLOCK_N, PARTIAL
         )
@@ -188,15 +232,15 @@ def _attend_keys(
             scores, col_start, addends, row_max, row_sum, at, row_start, sizes, rules, factors, v_s.dtype,
             SCORES, HALVED, PARTIAL,
         )  # fmt: skip
-        # Wait for the next keys HERE: the wait's loop ends a basic block. Without it ptxas hoists the wait for the
-        # second product above the exponentials, and nothing runs under it. Not after the last tile: by then the
-        # producer may be two phases on, with the next rows' keys, and this one's parity would never come.
+        # Wait for the next keys HERE: the wait is a loop, which ends a basic block. Without it ptxas hoists the wait
+        # for the second product above the exponentials, which then no longer run under it. Not after the last tile: by
+        # then the producer may be two phases ahead, with the next rows' keys, and the parity would never come.
         next_slot, next_parity = ring(count + 1, STAGES)
         mbarrier.wait(k_full.index(next_slot), next_parity, pred=count < last)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(previous), count=1)
         acc = acc * gl.convert_layout(correction, gl.SliceLayout(1, OUTPUT))[:, None]
-        # Packed AFTER that wait: before it, the product would read registers that are being written (C7513).
+        # Packed AFTER that wait: before it, the product would still read the registers that this writes (C7513).
         pairs = pack(p, v_s.dtype)
     return acc, pairs, row_max, row_sum, count
 
@@ -204,7 +248,7 @@ def _attend_keys(
 @gluon.jit
 def _consumer(
     INDEX: gl.constexpr, out_desc, lse_ptr, statistics_ptr, marks_ptr, buffers, out_s, full, empty, turns, row_bias,
-    sinks, sizes, rules, lists, scale, heads, schedule, counter_ptr, box, box_full,
+    sinks, sizes, rules, lists, scale, heads, schedule, handout,
     BLOCK_M: gl.constexpr, STAGE_OUTPUT: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: 64 rows of each tile, from products to the output."""
@@ -220,37 +264,35 @@ def _consumer(
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     HALVED: gl.constexpr = b_s is not None or row_bias is not None
-    LISTED: gl.constexpr = lists[0] is not None
-    seqlen_q = sizes[0]
-    tiles_m, tiles = schedule[0], schedule[1]
-    softcap = rules[6]
-    if softcap is not None:  # softcap * tanh(scale / softcap * product)
-        factors = (scale / softcap, gl.maximum(softcap * LOG2_E, TINY))
+    LISTED: gl.constexpr = lists.ptr is not None
+    seqlen_q = sizes.seqlen_q
+    if rules.softcap is not None:  # softcap * tanh(scale / softcap * product)
+        factors = (scale / rules.softcap, gl.maximum(rules.softcap * LOG2_E, TINY))
     else:
         factors = (scale, gl.maximum(scale * LOG2_E, TINY))
     q = q_s.index(INDEX).reshape([ROWS, BLOCK_D])
     count = 0  # tiles of keys so far, over all tiles of rows
     rounds = 0
     tile = gl.program_id(0)
-    while tile < tiles:
+    while tile < schedule.tiles:
         row_tile, batch_head = row_tile_of(tile, schedule)
         batch = batch_head // heads
         head = batch_head - batch * heads
-        at = (batch.to(gl.int64), head.to(gl.int64))
-        bounds = (opaque(sizes[0]), opaque(sizes[1]), sizes[2], sizes[3], sizes[4])
-        visits, partial, all_visits = visits_of(row_tile, at, bounds, rules, lists, tiles_m, BLOCK_M, BLOCK_N)
+        at = At(batch.to(gl.int64), head.to(gl.int64))
+        bounds = Sizes(opaque(sizes.seqlen_q), opaque(sizes.seqlen_k), sizes.lower, sizes.upper, sizes.shift)
+        visits, in_part, whole = keys_visited(row_tile, at, bounds, rules, lists, schedule.tiles_m, BLOCK_M, BLOCK_N)
+        all_visits = in_part + whole
         last = count + all_visits - 1
         row_start = opaque(row_tile * BLOCK_M + INDEX * ROWS)
         acc = gl.zeros([ROWS, BLOCK_D], gl.float32, OUTPUT)
         row_max = gl.full([ROWS], -INFINITY, gl.float32, ROW)
         row_sum = gl.zeros([ROWS], gl.float32, ROW)
         if sinks is not None:  # a sink is a key that every row has seen before the first
-            sinks_ptr, stride_sb, stride_sh = sinks
-            sink = gl.load(sinks_ptr + at[0] * stride_sb + at[1] * stride_sh).to(gl.float32)
+            sink = gl.load(sinks.ptr + at.batch * sinks.stride_b + at.head * sinks.stride_h).to(gl.float32)
             row_max = gl.maximum(row_max, sink * (HALF_LOG2_E if HALVED else LOG2_E))
             row_sum = gl.where(row_max == -INFINITY, 0.0, 1.0)
 
-        # The first tile of keys, whichever it is, goes by the predicate, which is right for all.
+        # The first tile of keys may be seen whole or in part: it goes by the predicate, which is right for both.
         slot, parity = ring(count, STAGES)
         mbarrier.wait(q_full.index(INDEX), rounds & 1)
         mbarrier.wait(k_full.index(slot), parity)
@@ -261,7 +303,7 @@ def _consumer(
         scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
         if PING_PONG:
             mbarrier.arrive(turns.index(1 - INDEX), count=1)
-        col_start = any_tile(0, partial, visits, LISTED) * BLOCK_N
+        col_start = any_tile(0, in_part, visits, LISTED) * BLOCK_N
         addends = load_addends(
             col_start, slot, at, row_start, bounds, rules, b_s, row_bias, INDEX, SCORES, CONSUMERS, BLOCK_N, True
         )
@@ -278,12 +320,12 @@ def _consumer(
         mbarrier.wait(k_full.index(slot), parity, pred=count < last)
 
         acc, pairs, row_max, row_sum, count = _attend_keys(
-            acc, pairs, row_max, row_sum, count, last, 1, partial, visits, at, row_start, bounds, rules, factors, q,
-            k_s, v_s, b_s, row_bias, k_full, v_full, k_empty, v_empty, turns, INDEX, CONSUMERS, LISTED, PING_PONG, True,
+            acc, pairs, row_max, row_sum, count, last, 1, in_part, visits, at, row_start, bounds, rules, factors, q,
+            buffers, row_bias, full, empty, turns, INDEX, CONSUMERS, LISTED, PING_PONG, True,
         )  # fmt: skip
         acc, pairs, row_max, row_sum, count = _attend_keys(
-            acc, pairs, row_max, row_sum, count, last, gl.where(partial > 0, 0, 1), all_visits - partial, visits, at,
-            row_start, bounds, rules, factors, q, k_s, v_s, b_s, row_bias, k_full, v_full, k_empty, v_empty, turns,
+            acc, pairs, row_max, row_sum, count, last, gl.where(in_part > 0, 0, 1), whole, visits, at, row_start,
+            bounds, rules, factors, q, buffers, row_bias, full, empty, turns,
             INDEX, CONSUMERS, LISTED, PING_PONG, False,
         )  # fmt: skip
 
@@ -302,9 +344,9 @@ def _consumer(
         gl.store(statistics_ptr + 2 * rows_of + seqlen_q + row, inverse_sum, mask=row < seqlen_q)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(slot), count=1)
-        # Behind the arrival: between the product and its wait, the compiler would take the barrier that comes with
-        # this for one behind the product, and leave out the one that holds the arrival back until all four warps have
-        # waited.
+        # This wait, which comes with a barrier of the warpgroup, stands behind the arrival. Between the product and its
+        # wait, the compiler would take that barrier for the one that it needs behind the product, and leave out the one
+        # that holds the arrival back until all four warps have waited.
         if STAGE_OUTPUT:
             tma_store_wait(0)  # the last tile's output has left
         acc = acc * gl.convert_layout(inverse_sum, gl.SliceLayout(1, OUTPUT))[:, None]
@@ -317,7 +359,7 @@ def _consumer(
         if not STAGE_OUTPUT:  # it lies where the queries did
             tma_store_wait(0)
             mbarrier.arrive(q_empty.index(INDEX), count=1)
-        tile = take_tile(counter_ptr, box, box_full, tile, rounds, gl.SliceLayout(0, SCORES))
+        tile = take_tile(handout.counter_ptr, handout.box, handout.box_full, tile, rounds, gl.SliceLayout(0, SCORES))
         rounds += 1
     tma_store_wait(0)
 
@@ -367,26 +409,27 @@ def _attention_fwd_kernel(
     else:
         box: gl.constexpr = None
         box_full: gl.constexpr = None
-    sizes = (seqlen_q, seqlen_k, lower, upper, shift)
-    lists = (tile_lists, lists_per_batch, lists_per_head)
-    schedule = (tiles_m, tiles, heads_abreast, absent)
-    # The arguments are spelled out twice: Gluon makes tensors of the constants in a tuple that has a name.
+    sizes = Sizes(seqlen_q, seqlen_k, lower, upper, shift)
+    lists = TileLists(tile_lists, lists_per_batch, lists_per_head)
+    schedule = Schedule(tiles_m, tiles, heads_abreast, absent)
+    buffers = _Buffers(q_s, k_s, v_s, b_s)
+    full = _Barriers(q_full, k_full, v_full)
+    empty = _Barriers(q_empty, k_empty, v_empty)
+    handout = _Handout(counter_ptr, box, box_full)
+    # The arguments are spelled out twice: the compiler makes run-time values of the constants in a tuple with a name.
     gl.warp_specialize(
         [
             (_consumer, (
-                0, out_desc, lse_ptr, statistics_ptr, marks_ptr, (q_s, k_s, v_s, b_s), out_s,
-                (q_full, k_full, v_full), (q_empty, k_empty, v_empty), turns, row_bias, sinks, sizes, rules, lists,
-                scale, heads, schedule, counter_ptr, box, box_full, BLOCK_M, STAGE_OUTPUT, PING_PONG,
+                0, out_desc, lse_ptr, statistics_ptr, marks_ptr, buffers, out_s, full, empty, turns, row_bias, sinks,
+                sizes, rules, lists, scale, heads, schedule, handout, BLOCK_M, STAGE_OUTPUT, PING_PONG,
             )),
             (_consumer, (
-                1, out_desc, lse_ptr, statistics_ptr, marks_ptr, (q_s, k_s, v_s, b_s), out_s,
-                (q_full, k_full, v_full), (q_empty, k_empty, v_empty), turns, row_bias, sinks, sizes, rules, lists,
-                scale, heads, schedule, counter_ptr, box, box_full, BLOCK_M, STAGE_OUTPUT, PING_PONG,
+                1, out_desc, lse_ptr, statistics_ptr, marks_ptr, buffers, out_s, full, empty, turns, row_bias, sinks,
+                sizes, rules, lists, scale, heads, schedule, handout, BLOCK_M, STAGE_OUTPUT, PING_PONG,
             )),
             (_producer, (
-                (q_desc, k_desc, v_desc, b_desc), (q_s, k_s, v_s, b_s), (q_full, k_full, v_full),
-                (q_empty, k_empty, v_empty), bias_axes, sizes, rules, lists, heads, group, schedule,
-                counter_ptr, box, box_full, BLOCK_M, BLOCK_N,
+                _Descriptors(q_desc, k_desc, v_desc, b_desc), buffers, full, empty, bias_axes, sizes, rules, lists,
+                heads, group, schedule, handout, BLOCK_M, BLOCK_N,
             )),
         ],
         [4, 1],
@@ -396,7 +439,7 @@ def _attention_fwd_kernel(
 
 def launch_attention_fwd(
     problem: Problem,
-    out: Tensor,
+    output: Tensor,
     lse: Tensor,
     statistics: Tensor,
     tile_map: TileMap | None = None,
@@ -421,10 +464,10 @@ def launch_attention_fwd(
     if bias is not None and not is_of_keys(bias):
         bias = bias_for_tma(bias)
         b_desc = descriptor(bias, CONSUMER_ROWS, config.block_n)
-        bias_axes = (int(bias.shape[0] > 1), int(bias.shape[1] > 1))
+        bias_axes = bias_axes_of(bias)
     else:
         row_bias = bias_of_keys(bias)
-    marks = empty_marks(problem, out)
+    marks = empty_marks(problem, output)
     programs, counter = tiles, None
     if config.schedule != "grid":
         programs = min(tiles, multiprocessors(query.device))
@@ -433,8 +476,8 @@ def launch_attention_fwd(
     with device_guard(query):
         _attention_fwd_kernel[(programs,)](
             head_descriptor(query, CONSUMER_ROWS, problem), head_descriptor(key, config.block_n, problem),
-            head_descriptor(value, config.block_n, problem), b_desc, head_descriptor(out, CONSUMER_ROWS, problem),
-            lse, statistics, marks, row_bias, bias_axes, element_rules(problem), strided(problem.sinks),
+            head_descriptor(value, config.block_n, problem), b_desc, head_descriptor(output, CONSUMER_ROWS, problem),
+            lse, statistics, marks, row_bias, bias_axes, element_rules(problem), strided(PerHead, problem.sinks),
             *list_arguments(lists), *problem.sizes(), problem.scale,
             tiles_m, tiles, heads_abreast, -(batch * heads) % heads_abreast, counter,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=head_block(query.shape[3], value.shape[3]),
@@ -442,4 +485,4 @@ def launch_attention_fwd(
             num_warps=4,
         )  # fmt: skip
     if marks is not None:
-        launch_careful_fwd(problem, out, lse, statistics, marks)
+        launch_careful_fwd(problem, output, lse, statistics, marks)

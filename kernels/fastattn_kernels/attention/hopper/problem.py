@@ -1,5 +1,7 @@
 """What the Hopper kernels are told of a call: descriptors of its tensors, packed masks; and which calls they refuse."""
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -7,11 +9,37 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fastattn_kernels.attention.hopper.config import head_block, is_of_keys
 from fastattn_kernels.attention.hopper.mask_bits import pack_mask
-from fastattn_kernels.common.problem import Argument, Problem, nested, strided
+from fastattn_kernels.common.arguments import (
+    PerBatch,
+    PerHead,
+    Rules,
+    documents,
+    pointer_and_strides,
+    strided,
+)
+from fastattn_kernels.common.problem import Problem
 
 # What TMA wants strides and addresses to be multiples of.
 _ALIGNMENT = 16
 LARGEST_HEAD = 256
+
+
+class PackedMask(NamedTuple):
+    """A mask as ``mask_bits`` packs it. The stride of words is 0 where the mask broadcasts over what is packed: one
+    tile's words then serve all tiles."""
+
+    ptr: Any
+    stride_b: Any
+    stride_h: Any
+    stride_row: Any
+    stride_word: Any
+
+
+class BiasAxes(NamedTuple):
+    """1 where a bias that is read by TMA has an axis of batches, and of heads; 0 where it broadcasts over them."""
+
+    batch: Any
+    head: Any
 
 
 def refusals(problem: Problem) -> list[str]:
@@ -24,7 +52,7 @@ def refusals(problem: Problem) -> list[str]:
         reasons.append(f"head_dim={query.shape[3]}, value_dim={value.shape[3]}: at most {LARGEST_HEAD}")
     if problem.seed is not None:
         reasons.append(f"dropout_p={problem.dropout_p}: the Hopper kernels draw no random numbers")
-    if problem.slopes is not None:
+    if problem.alibi_slopes is not None:
         reasons.append("alibi_slopes: not in the Hopper kernels")
     if problem.scale < 0.0:
         reasons.append(f"scale={problem.scale}: a negative scale would need the queries negated, which TMA does not do")
@@ -89,32 +117,36 @@ def bias_for_tma(bias: Tensor) -> Tensor:
     return padded[..., :keys].copy_(bias)
 
 
-def bias_of_keys(bias: Tensor | None) -> Argument:
-    """A bias that broadcasts over rows and its strides of batch and head; its keys are contiguous."""
+def bias_axes_of(bias: Tensor) -> BiasAxes:
+    """The axes of a bias that :func:`bias_for_tma` returned."""
+    return BiasAxes(int(bias.shape[0] > 1), int(bias.shape[1] > 1))
+
+
+def bias_of_keys(bias: Tensor | None) -> PerHead | None:
+    """A bias that broadcasts over rows, by the first key of every head: its keys are contiguous."""
     if bias is None:
         return None
     bias = unexpanded(bias)
-    argument = strided(bias if bias.stride(3) == 1 else bias.contiguous()) or ()
-    return argument[:3]
+    bias = bias if bias.stride(3) == 1 else bias.contiguous()
+    return PerHead(*pointer_and_strides(bias)[:3])
 
 
-def element_rules(problem: Problem) -> tuple[object, ...]:
-    """The kernel argument ``rules`` of ``common.masking``, masks and padding as packed bits, without the bias."""
+def packed(words: Tensor, *, broadcasts: bool = False) -> PackedMask:
+    """Packed words as a kernel argument; ``broadcasts``: over what is packed."""
+    return PackedMask(*pointer_and_strides(words)[:4], 0 if broadcasts else 1)
+
+
+def element_rules(problem: Problem) -> Rules:
+    """The kernel argument ``rules`` of the forward: masks and padding as packed bits, without what is added."""
     mask, padding = problem.mask, problem.key_padding_mask
-    documents = None
-    if problem.query_documents is not None:
-        documents = (*(strided(problem.query_documents) or ()), *(strided(problem.key_documents) or ()))
     seqlen_k = problem.key.shape[2]
-    if mask is not None:
-        mask = pack_mask(unexpanded(mask), seqlen_k)
+    bits_of_padding = None
     if padding is not None:
-        padding = pack_mask(unexpanded(padding[:, None, None]), seqlen_k, hidden=True)
-    return nested(
-        _packed(mask), None, _packed(padding), documents, strided(problem.prefix), None, problem.softcap
-    )  # fmt: skip
-
-
-def _packed(words: Tensor | None) -> Argument:
-    """Packed bits and their strides of batch, head and row."""
-    argument = strided(words)
-    return None if argument is None else argument[:4]
+        bits_of_padding = packed(pack_mask(unexpanded(padding[:, None, None]), seqlen_k, hidden=True))
+    return Rules(
+        mask=None if mask is None else packed(pack_mask(unexpanded(mask), seqlen_k)),
+        padding=bits_of_padding,
+        documents=documents(problem.query_documents, problem.key_documents),
+        prefix=strided(PerBatch, problem.prefix),
+        softcap=problem.softcap,
+    )

@@ -1,0 +1,58 @@
+"""Delta, the mean that the gradient of softmax subtracts: one number a row, computed once for all kernels behind it."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn_kernels.common.arguments import Heads, PerRow, strided
+from fastattn_kernels.common.config import head_block
+from fastattn_kernels.common.device import device_guard
+from fastattn_kernels.common.tiles import head_of, load_tile
+
+# Rows that a program sums up at once.
+_BLOCK_M = 64
+
+
+@triton.jit(do_not_specialize=["heads", "seqlen_q"])
+def _delta_kernel(
+    output, d_output, d_lse, delta_ptr, heads, seqlen_q,
+    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """``delta = rowsum(dO * O) - dLSE`` of BLOCK_M rows of one head."""
+    tiles = tl.cdiv(seqlen_q, BLOCK_M)
+    batch_head = tl.program_id(0) // tiles
+    row_start = tl.program_id(0) % tiles * BLOCK_M
+    batch = (batch_head // heads).to(tl.int64)
+    head = (batch_head % heads).to(tl.int64)
+    o = load_tile(head_of(output, batch, head), row_start, seqlen_q, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
+    do = load_tile(head_of(d_output, batch, head), row_start, seqlen_q, BLOCK_M, BLOCK_DV, VALUE_DIM, True)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    # A row that sees nothing is 0. Where NaN or inf comes in as its gradient, the product would be NaN, and reach the
+    # gradient of the sink.
+    delta = tl.where(tl.max(tl.abs(o.to(tl.float32)), 1) == 0.0, 0.0, delta)
+    row = row_start + tl.arange(0, BLOCK_M)
+    if d_lse is not None:
+        ptrs = d_lse.ptr + batch * d_lse.stride_b + head * d_lse.stride_h + row.to(tl.int64) * d_lse.stride_m
+        delta -= tl.load(ptrs, mask=row < seqlen_q, other=0.0).to(tl.float32)
+    tl.store(delta_ptr + batch_head.to(tl.int64) * seqlen_q + row, delta, mask=row < seqlen_q)
+
+
+def launch_delta(output: Tensor, d_output: Tensor, d_lse: Tensor | None) -> Tensor:
+    """``rowsum(dO * O) - dLSE``, contiguous float32 ``[B, H, L]``.
+
+    Args:
+        output: ``[B, H, L, Dv]``, any strides, and so are the next two.
+        d_output: its gradient.
+        d_lse: ``[B, H, L]``, the gradient of the LSE; None: zero.
+    """
+    batch, heads, seqlen_q, value_dim = output.shape
+    delta = torch.empty(output.shape[:3], dtype=torch.float32, device=output.device)
+    if delta.numel() == 0:
+        return delta
+    with device_guard(output):
+        _delta_kernel[(triton.cdiv(seqlen_q, _BLOCK_M) * batch * heads,)](
+            strided(Heads, output), strided(Heads, d_output), strided(PerRow, d_lse), delta, heads, seqlen_q,
+            VALUE_DIM=value_dim, BLOCK_DV=head_block(value_dim), BLOCK_M=_BLOCK_M,
+        )  # fmt: skip
+    return delta

@@ -1,0 +1,59 @@
+"""Scores and probabilities recomputed from a row's statistics, and the gradient of the scores, tile by tile.
+
+Every kernel behind the forward goes this way: the backward's passes, the gradients of biases, the returned weights.
+"""
+
+import triton
+import triton.language as tl
+
+from fastattn_kernels.common.masking import INFINITY, capped, capped_slope, masked_scores, pair_pointers
+
+
+@triton.jit
+def softcapped_scores(products, unit, rules):
+    """Scores in base 2 from products of queries and keys, after the softcap, before anything is added to them."""
+    scores = products * unit
+    if rules.softcap is not None:
+        scores = capped(scores, rules.softcap)
+    return scores
+
+
+@triton.jit
+def probabilities(scores, row_max, inverse_sum, rows, cols, at, sizes, rules, PARTIAL: tl.constexpr):
+    """P of a tile of :func:`softcapped_scores`, in either orientation; the rows' statistics broadcast against it."""
+    scores = masked_scores(scores, rows, cols, at, sizes, rules, PARTIAL)
+    p = tl.exp2(scores - row_max) * inverse_sum
+    if PARTIAL or rules.bias is not None:
+        p = tl.where(scores == -INFINITY, 0.0, p)  # the statistics of a row may be NaN
+    return p
+
+
+@triton.jit
+def load_weights_gradient(d_weights, rows, cols, at, sizes):
+    """A tile of the gradient of the returned weights, as the share of this head."""
+    inside = (rows < sizes.seqlen_q) & (cols < sizes.seqlen_k)
+    d = tl.load(pair_pointers(d_weights, at, rows, cols), mask=inside, other=0.0)
+    return d.to(tl.float32) * d_weights.share
+
+
+@triton.jit
+def score_gradient(p, factor, dp, delta, rows, cols, at, sizes, rules, d_weights, PARTIAL: tl.constexpr):
+    """dS of a tile, from P, the factor that dropout puts on it (or None), dO V^T and delta."""
+    if d_weights is not None:
+        dp += load_weights_gradient(d_weights, rows, cols, at, sizes)
+    if factor is not None:
+        dp = tl.where(factor == 0.0, 0.0, dp * factor)
+    ds = p * (dp - delta)
+    if PARTIAL or rules.bias is not None:
+        # dP of a masked-out value may be NaN or inf, and P, which is 0 there, would not hide it: 0 * NaN is NaN
+        ds = tl.where(p == 0.0, 0.0, ds)
+    return ds
+
+
+@triton.jit
+def through_softcap(ds, scores, softcap):
+    """The gradient of the scores before the softcap, from that of :func:`softcapped_scores`."""
+    if softcap is not None:
+        # a score of NaN whose gradient is 0 is masked out: 0 * NaN would be NaN
+        ds = tl.where(ds == 0.0, 0.0, ds * capped_slope(scores, softcap))
+    return ds
