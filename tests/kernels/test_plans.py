@@ -121,9 +121,9 @@ def test_two_arguments_that_are_one_tensor_have_no_plan_of_their_own(function):
 
 
 def test_plan_holds_no_tensor(function):
-    tensors = [draw(seed=1), draw(seed=2)]
+    tensors: list[Tensor] = [draw(seed=1), draw(seed=2)]
     for _ in range(3):
-        out = check(function, *tensors, 2.0)
+        out = check(function, tensors[0], tensors[1], 2.0)
     alive = [weakref.ref(each) for each in (*tensors, out)]
     del tensors, out
     gc.collect()

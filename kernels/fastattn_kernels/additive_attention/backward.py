@@ -26,8 +26,8 @@ from fastattn_kernels.additive_attention.forward import bend, columns_of, weight
 from fastattn_kernels.additive_attention.pairs import launch_additive_scores_bwd
 from fastattn_kernels.additive_attention.problem import AdditiveProblem, padded
 from fastattn_kernels.common.arguments import RUN_TIME, At, Heads, Sizes, TileLists, strided
-from fastattn_kernels.common.device import device_guard
 from fastattn_kernels.common.gradients import Gradients, WeightsGradient
+from fastattn_kernels.common.launch import launch
 from fastattn_kernels.common.tile_map import TileMap, list_arguments
 from fastattn_kernels.common.tiles import head_of
 from fastattn_kernels.common.visits import count_visits, key_edges, list_of, row_edges, visited_whole_or_in_part
@@ -161,9 +161,9 @@ def _launch_columns(
     if tile_map is not None:
         lists = tile_map.of_rows(config.tile(True)) if own_is_rows else tile_map.of_keys(config.tile(False))
     programs = triton.cdiv(size, config.chunk) * triton.cdiv(length, config.own) * batch * heads
-    with device_guard(d_own):
-        _additive_bwd_columns_kernel[(programs,)](
-            own, other, weight, strided(Heads, d_scores), strided(Heads, d_own), d_weight, problem.rules(),
-            *list_arguments(lists), *problem.sizes(), size, OWN_IS_ROWS=own_is_rows,
-            HARDWARE_TANH=has_hardware_tanh(d_own.device, d_own.dtype), **config.launch_options(),
-        )  # fmt: skip
+    launch(
+        _additive_bwd_columns_kernel, (programs,), d_own,
+        own, other, weight, strided(Heads, d_scores), strided(Heads, d_own), d_weight, problem.rules(),
+        *list_arguments(lists), *problem.sizes(), size, OWN_IS_ROWS=own_is_rows,
+        HARDWARE_TANH=has_hardware_tanh(d_own.device, d_own.dtype), **config.launch_options(),
+    )  # fmt: skip

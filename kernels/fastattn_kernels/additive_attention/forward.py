@@ -18,7 +18,7 @@ from fastattn_kernels.additive_attention.config import (
 from fastattn_kernels.additive_attention.problem import AdditiveProblem, Vector, Weight
 from fastattn_kernels.common.arguments import RUN_TIME, At, Heads, Rules, Sizes, TileLists, strided
 from fastattn_kernels.common.config import Config, dot_precision, head_block
-from fastattn_kernels.common.device import device_guard
+from fastattn_kernels.common.launch import launch
 from fastattn_kernels.common.marks import empty_marks, is_marked, programs, rows_not_finite, tiles_to_look_at
 from fastattn_kernels.common.masking import INFINITY, LOG2_E, masked_scores, tanh
 from fastattn_kernels.common.tile_map import TileMap, list_arguments
@@ -204,10 +204,10 @@ def launch_additive_fwd(
         tile = additive_careful_config() if careful else config
         lists = tile_map.of_rows(tile) if tile_map is not None and not careful else None
         tiles = int(triton.cdiv(seqlen_q, tile.block_m)) * batch * heads
-        with device_guard(query):
-            _additive_fwd_kernel[(programs(tiles, query.device, careful),)](
-                *scored, strided(Heads, value), strided(Heads, output), statistics, marks, problem.rules(),
-                *list_arguments(lists), *problem.sizes(), size, tiles,
-                VALUE_DIM=value_dim, BLOCK_DV=head_block(value_dim), PRECISION=dot_precision(query.dtype),
-                HARDWARE_TANH=hardware_tanh, CAREFUL=careful, **tile.launch_options(),
-            )  # fmt: skip
+        launch(
+            _additive_fwd_kernel, (programs(tiles, query.device, careful),), query,
+            *scored, strided(Heads, value), strided(Heads, output), statistics, marks, problem.rules(),
+            *list_arguments(lists), *problem.sizes(), size, tiles,
+            VALUE_DIM=value_dim, BLOCK_DV=head_block(value_dim), PRECISION=dot_precision(query.dtype),
+            HARDWARE_TANH=hardware_tanh, CAREFUL=careful, **tile.launch_options(),
+        )  # fmt: skip

@@ -9,8 +9,8 @@ from fastattn_kernels.additive_attention.forward import additive_scores, columns
 from fastattn_kernels.additive_attention.problem import AdditiveProblem
 from fastattn_kernels.common.arguments import RUN_TIME, At, Heads, Sizes, strided
 from fastattn_kernels.common.config import Config, dot_precision, head_block
-from fastattn_kernels.common.device import device_guard
 from fastattn_kernels.common.gradients import WeightsGradient, weights_argument
+from fastattn_kernels.common.launch import launch
 from fastattn_kernels.common.masking import visible
 from fastattn_kernels.common.scores import probabilities, score_gradient
 from fastattn_kernels.common.tiles import head_of, load_statistics, load_tile, product
@@ -93,14 +93,14 @@ def _launch(
     config = config or additive_pairs_config(query.device, query.dtype, value_dim)
     tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(cols, config.block_n)
     value = None if d_scores is None else problem.value
-    with device_guard(query):
-        _additive_pairs_kernel[(tiles * batch * heads,)](
-            *problem.scored(), strided(Heads, value), strided(Heads, d_output), statistics, delta,
-            strided(Heads, weights), strided(Heads, d_scores), problem.rules(), weights_argument(d_weights),
-            *problem.sizes(), query.shape[3], rows, cols,
-            VALUE_DIM=value_dim, BLOCK_DV=head_block(value_dim), PRECISION=dot_precision(query.dtype),
-            HARDWARE_TANH=has_hardware_tanh(query.device, query.dtype), **config.launch_options(),
-        )  # fmt: skip
+    launch(
+        _additive_pairs_kernel, (tiles * batch * heads,), query,
+        *problem.scored(), strided(Heads, value), strided(Heads, d_output), statistics, delta,
+        strided(Heads, weights), strided(Heads, d_scores), problem.rules(), weights_argument(d_weights),
+        *problem.sizes(), query.shape[3], rows, cols,
+        VALUE_DIM=value_dim, BLOCK_DV=head_block(value_dim), PRECISION=dot_precision(query.dtype),
+        HARDWARE_TANH=has_hardware_tanh(query.device, query.dtype), **config.launch_options(),
+    )  # fmt: skip
 
 
 def launch_additive_weights(

@@ -42,7 +42,7 @@ def columns(tensor: Tensor, finite: bool = False) -> Tensor:
     batch, heads, length, size = tensor.shape
     copy = tensor.new_empty(batch, heads, size, padded(length))
     copy[..., :length] = torch.nan_to_num(tensor.mT) if finite else tensor.mT
-    copy[..., length:] = 0
+    copy[..., length:].zero_()  # an item that is set would be a tensor from outside of a plan
     return copy
 
 

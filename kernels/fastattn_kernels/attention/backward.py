@@ -12,9 +12,9 @@ from torch import Tensor
 from fastattn_kernels.attention.config import BackwardConfig, backward_config, careful_config
 from fastattn_kernels.common.arguments import RUN_TIME, At, Blocks, Heads, OnlyIf, Rules, Sizes, TileLists, strided
 from fastattn_kernels.common.config import Config, dot_precision, head_block
-from fastattn_kernels.common.device import device_guard
 from fastattn_kernels.common.dropout import dropout_factor
 from fastattn_kernels.common.gradients import Gradients, WeightsGradient, weights_argument
+from fastattn_kernels.common.launch import launch
 from fastattn_kernels.common.marks import (
     GradientMarks,
     empty_gradient_marks,
@@ -399,13 +399,13 @@ def launch_passes(
         query = problem.query
         batch, heads, seqlen_q, _ = query.shape
         tiles = int(triton.cdiv(seqlen_q, config.dq.block_m)) * batch * heads
-        with device_guard(query):
-            _attention_bwd_dq_kernel[(programs(tiles, query.device, careful),)](
-                *_inputs(*upstream[:-1]), strided(Heads, gradients.d_query), gradients.d_alibi_slopes, marks.of_rows,
-                problem.rules(), problem.dropout(), weights_argument(d_weights),
-                *list_arguments(tile_map and tile_map.of_rows(config.dq)), *problem.sizes(), problem.scale, tiles,
-                CAREFUL=careful, only_if=only_if, **_constants(problem, config.dq),
-            )  # fmt: skip
+        launch(
+            _attention_bwd_dq_kernel, (programs(tiles, query.device, careful),), query,
+            *_inputs(*upstream[:-1]), strided(Heads, gradients.d_query), gradients.d_alibi_slopes, marks.of_rows,
+            problem.rules(), problem.dropout(), weights_argument(d_weights),
+            *list_arguments(tile_map and tile_map.of_rows(config.dq)), *problem.sizes(), problem.scale, tiles,
+            CAREFUL=careful, only_if=only_if, **_constants(problem, config.dq),
+        )  # fmt: skip
 
 
 def launch_dkdv(
@@ -430,14 +430,14 @@ def launch_dkdv(
         return
     batch, kv_heads, seqlen_k, _ = key.shape
     tiles = int(triton.cdiv(seqlen_k, config.block_n)) * batch * kv_heads
-    with device_guard(key):
-        _attention_bwd_dkdv_kernel[(programs(tiles, key.device, careful),)](
-            *_inputs(problem, d_output, statistics, delta), strided(Heads, gradients.d_key),
-            strided(Heads, gradients.d_value), marks_of_keys,
-            problem.rules(), problem.dropout(), weights_argument(d_weights),
-            *list_arguments(tile_map and tile_map.of_keys(config)), *problem.sizes(), problem.scale, tiles,
-            CAREFUL=careful, dq_sums_ptr=dq_sums, only_if=only_if, **_constants(problem, config),
-        )  # fmt: skip
+    launch(
+        _attention_bwd_dkdv_kernel, (programs(tiles, key.device, careful),), key,
+        *_inputs(problem, d_output, statistics, delta), strided(Heads, gradients.d_key),
+        strided(Heads, gradients.d_value), marks_of_keys,
+        problem.rules(), problem.dropout(), weights_argument(d_weights),
+        *list_arguments(tile_map and tile_map.of_keys(config)), *problem.sizes(), problem.scale, tiles,
+        CAREFUL=careful, dq_sums_ptr=dq_sums, only_if=only_if, **_constants(problem, config),
+    )  # fmt: skip
 
 
 def _inputs(problem: Problem, d_output: Tensor, statistics: Tensor, delta: Tensor) -> tuple[object, ...]:

@@ -14,8 +14,8 @@ from fastattn_kernels.attention.backward import launch_careful_bwd, launch_dkdv
 from fastattn_kernels.attention.config import one_pass_config
 from fastattn_kernels.common.arguments import Heads, strided
 from fastattn_kernels.common.config import Config, head_block
-from fastattn_kernels.common.device import device_guard
 from fastattn_kernels.common.gradients import Gradients, WeightsGradient
+from fastattn_kernels.common.launch import launch
 from fastattn_kernels.common.marks import empty_gradient_marks, rows_not_finite
 from fastattn_kernels.common.problem import Problem
 from fastattn_kernels.common.tile_map import TileMap
@@ -85,10 +85,10 @@ def launch_attention_bwd_one_pass(
     upstream = problem, d_output, statistics, delta, d_weights
     launch_dkdv(*upstream, gradients, marks.of_keys, tile_map, config, dq_sums=sums)
     if d_query.numel():
-        with device_guard(query):
-            _finish_dq_kernel[(triton.cdiv(seqlen_q, _FINISHED_ROWS) * batch * heads,)](
-                strided(Heads, d_query), sums, marks.of_rows, heads, seqlen_q, problem.scale,
-                HEAD_DIM=head_dim, BLOCK_D=head_block(head_dim), BLOCK_M=_FINISHED_ROWS,
-            )  # fmt: skip
+        launch(
+            _finish_dq_kernel, (triton.cdiv(seqlen_q, _FINISHED_ROWS) * batch * heads,), query,
+            strided(Heads, d_query), sums, marks.of_rows, heads, seqlen_q, problem.scale,
+            HEAD_DIM=head_dim, BLOCK_D=head_block(head_dim), BLOCK_M=_FINISHED_ROWS,
+        )  # fmt: skip
     if problem.masks_pairs():
         launch_careful_bwd(*upstream, gradients, marks)

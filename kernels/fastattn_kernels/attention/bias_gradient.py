@@ -15,9 +15,10 @@ from torch import Tensor
 from fastattn_kernels.attention.config import bias_config
 from fastattn_kernels.common.arguments import RUN_TIME, At, Heads, Sizes, strided
 from fastattn_kernels.common.config import Config, dot_precision, head_block
-from fastattn_kernels.common.device import device_guard, multiprocessors
+from fastattn_kernels.common.device import multiprocessors
 from fastattn_kernels.common.dropout import dropout_factor
 from fastattn_kernels.common.gradients import WeightsGradient, weights_argument
+from fastattn_kernels.common.launch import launch
 from fastattn_kernels.common.masking import LOG2_E
 from fastattn_kernels.common.problem import Problem
 from fastattn_kernels.common.scores import probabilities, score_gradient, softcapped_scores
@@ -136,14 +137,14 @@ def launch_attention_bias_bwd(
     partial = torch.empty(
         (shares, *bias.shape), dtype=bias.dtype if shares == 1 else torch.float32, device=query.device
     )
-    with device_guard(query):
-        _attention_bias_bwd_kernel[(programs * shares,)](
-            strided(Heads, query), strided(Heads, key), strided(Heads, value), strided(Heads, d_output), statistics,
-            delta, _Shares(partial, *partial.stride()), problem.rules(), problem.dropout(),
-            weights_argument(d_weights), *problem.sizes(), problem.scale,
-            steps, shares, *owned[1:], *sums[1:],
-            HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=head_block(head_dim), BLOCK_DV=head_block(value_dim),
-            PRECISION=dot_precision(query.dtype), SUM_M=bias.shape[2] != seqlen_q, SUM_N=bias.shape[3] != seqlen_k,
-            **config.launch_options(),
-        )  # fmt: skip
+    launch(
+        _attention_bias_bwd_kernel, (programs * shares,), query,
+        strided(Heads, query), strided(Heads, key), strided(Heads, value), strided(Heads, d_output), statistics,
+        delta, _Shares(partial, *partial.stride()), problem.rules(), problem.dropout(),
+        weights_argument(d_weights), *problem.sizes(), problem.scale,
+        steps, shares, *owned[1:], *sums[1:],
+        HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=head_block(head_dim), BLOCK_DV=head_block(value_dim),
+        PRECISION=dot_precision(query.dtype), SUM_M=bias.shape[2] != seqlen_q, SUM_N=bias.shape[3] != seqlen_k,
+        **config.launch_options(),
+    )  # fmt: skip
     return partial[0] if shares == 1 else partial.sum(0).to(bias.dtype)

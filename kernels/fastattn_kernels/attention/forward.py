@@ -9,8 +9,8 @@ from torch import Tensor
 from fastattn_kernels.attention.config import careful_config, forward_config
 from fastattn_kernels.common.arguments import RUN_TIME, At, Blocks, Heads, PerHead, Rules, Sizes, TileLists, strided
 from fastattn_kernels.common.config import Config, dot_precision, head_block
-from fastattn_kernels.common.device import device_guard
 from fastattn_kernels.common.dropout import dropout_keep, dropout_scale
+from fastattn_kernels.common.launch import launch
 from fastattn_kernels.common.marks import empty_marks, is_marked, programs, rows_not_finite, tiles_to_look_at
 from fastattn_kernels.common.masking import INFINITY, LN_2, LOG2_E, capped, masked_scores
 from fastattn_kernels.common.problem import Problem
@@ -247,14 +247,14 @@ def launch_tiles(
     batch, heads, seqlen_q, head_dim = query.shape
     value_dim = value.shape[3]
     tiles = int(triton.cdiv(seqlen_q, config.block_m)) * batch * heads
-    with device_guard(query):
-        _attention_fwd_kernel[(programs(tiles, query.device, careful),)](
-            strided(Heads, query), strided(Heads, problem.key), strided(Heads, value), strided(Heads, output), lse,
-            statistics, marks, problem.rules(), strided(PerHead, problem.sinks), problem.dropout(),
-            *list_arguments(lists), *problem.sizes(), problem.scale, tiles,
-            HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=head_block(head_dim), BLOCK_DV=head_block(value_dim),
-            PRECISION=dot_precision(query.dtype), CAREFUL=careful, **config.launch_options(),
-        )  # fmt: skip
+    launch(
+        _attention_fwd_kernel, (programs(tiles, query.device, careful),), query,
+        strided(Heads, query), strided(Heads, problem.key), strided(Heads, value), strided(Heads, output), lse,
+        statistics, marks, problem.rules(), strided(PerHead, problem.sinks), problem.dropout(),
+        *list_arguments(lists), *problem.sizes(), problem.scale, tiles,
+        HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=head_block(head_dim), BLOCK_DV=head_block(value_dim),
+        PRECISION=dot_precision(query.dtype), CAREFUL=careful, **config.launch_options(),
+    )  # fmt: skip
 
 
 def launch_attention_fwd(

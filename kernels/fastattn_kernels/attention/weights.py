@@ -12,9 +12,9 @@ from torch import Tensor
 from fastattn_kernels.attention.config import weights_config
 from fastattn_kernels.common.arguments import RUN_TIME, At, Dropout, Heads, Pairs, Sizes, strided
 from fastattn_kernels.common.config import Config, dot_precision, head_block
-from fastattn_kernels.common.device import device_guard
 from fastattn_kernels.common.dropout import dropout_factor, dropout_keep
 from fastattn_kernels.common.gradients import WeightsGradient
+from fastattn_kernels.common.launch import launch
 from fastattn_kernels.common.masking import LOG2_E, pair_pointers
 from fastattn_kernels.common.problem import Problem
 from fastattn_kernels.common.scores import load_weights_gradient, probabilities, softcapped_scores
@@ -141,13 +141,13 @@ def launch_attention_weights(
     config = config or weights_config(query.device, query.dtype, head_dim)
     strides = (weights.stride(0), 0, *weights.stride()[1:]) if average else weights.stride()
     tiles = triton.cdiv(seqlen_q, config.block_m) * triton.cdiv(seqlen_k, config.block_n)
-    with device_guard(query):
-        _attention_weights_kernel[(tiles * batch * (1 if average else heads),)](
-            strided(Heads, query), strided(Heads, key), statistics, Pairs(weights, *strides), problem.rules(),
-            problem.dropout(), *problem.sizes(), problem.scale, heads if average else 1,
-            HEAD_DIM=head_dim, BLOCK_D=head_block(head_dim),
-            PRECISION=dot_precision(query.dtype), **config.launch_options(),
-        )  # fmt: skip
+    launch(
+        _attention_weights_kernel, (tiles * batch * (1 if average else heads),), query,
+        strided(Heads, query), strided(Heads, key), statistics, Pairs(weights, *strides), problem.rules(),
+        problem.dropout(), *problem.sizes(), problem.scale, heads if average else 1,
+        HEAD_DIM=head_dim, BLOCK_D=head_block(head_dim),
+        PRECISION=dot_precision(query.dtype), **config.launch_options(),
+    )  # fmt: skip
 
 
 def launch_attention_weights_delta(
@@ -159,13 +159,13 @@ def launch_attention_weights_delta(
     query, key = problem.query, problem.key
     batch, heads, seqlen_q, head_dim = query.shape
     config = config or weights_config(query.device, query.dtype, head_dim)
-    with device_guard(query):
-        _attention_weights_delta_kernel[(triton.cdiv(seqlen_q, config.block_m) * batch * heads,)](
-            strided(Heads, query), strided(Heads, key), statistics, delta, problem.rules(), problem.dropout(),
-            d_weights.argument(), *problem.sizes(), problem.scale,
-            HEAD_DIM=head_dim, BLOCK_D=head_block(head_dim),
-            PRECISION=dot_precision(query.dtype), only_if=d_weights.only_if_used(), **config.launch_options(),
-        )  # fmt: skip
+    launch(
+        _attention_weights_delta_kernel, (triton.cdiv(seqlen_q, config.block_m) * batch * heads,), query,
+        strided(Heads, query), strided(Heads, key), statistics, delta, problem.rules(), problem.dropout(),
+        d_weights.argument(), *problem.sizes(), problem.scale,
+        HEAD_DIM=head_dim, BLOCK_D=head_block(head_dim),
+        PRECISION=dot_precision(query.dtype), only_if=d_weights.only_if_used(), **config.launch_options(),
+    )  # fmt: skip
 
 
 def launch_dropout_keep(seed: Tensor, dropout_p: float, keep: Tensor) -> None:
@@ -174,8 +174,15 @@ def launch_dropout_keep(seed: Tensor, dropout_p: float, keep: Tensor) -> None:
         return
     batch, heads, seqlen_q, seqlen_k = keep.shape
     block = 32
-    with device_guard(keep):
-        grid = triton.cdiv(seqlen_q, block) * triton.cdiv(seqlen_k, block) * batch * heads
-        _dropout_keep_kernel[(grid,)](
-            keep.view(torch.uint8), Dropout(seed, dropout_p), seqlen_q, seqlen_k, BLOCK_M=block, BLOCK_N=block
-        )
+    grid = triton.cdiv(seqlen_q, block) * triton.cdiv(seqlen_k, block) * batch * heads
+    launch(
+        _dropout_keep_kernel,
+        (grid,),
+        keep,
+        keep.view(torch.uint8),
+        Dropout(seed, dropout_p),
+        seqlen_q,
+        seqlen_k,
+        BLOCK_M=block,
+        BLOCK_N=block,
+    )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastattn_kernels.common.arguments import Heads, PerRow, strided
 from fastattn_kernels.common.config import head_block
-from fastattn_kernels.common.device import device_guard
+from fastattn_kernels.common.launch import launch
 from fastattn_kernels.common.tiles import head_of, load_tile
 
 # Rows that a program sums up at once.
@@ -50,9 +50,9 @@ def launch_delta(output: Tensor, d_output: Tensor, d_lse: Tensor | None) -> Tens
     delta = torch.empty(output.shape[:3], dtype=torch.float32, device=output.device)
     if delta.numel() == 0:
         return delta
-    with device_guard(output):
-        _delta_kernel[(triton.cdiv(seqlen_q, _BLOCK_M) * batch * heads,)](
-            strided(Heads, output), strided(Heads, d_output), strided(PerRow, d_lse), delta, heads, seqlen_q,
-            VALUE_DIM=value_dim, BLOCK_DV=head_block(value_dim), BLOCK_M=_BLOCK_M,
-        )  # fmt: skip
+    launch(
+        _delta_kernel, (triton.cdiv(seqlen_q, _BLOCK_M) * batch * heads,), output,
+        strided(Heads, output), strided(Heads, d_output), strided(PerRow, d_lse), delta, heads, seqlen_q,
+        VALUE_DIM=value_dim, BLOCK_DV=head_block(value_dim), BLOCK_M=_BLOCK_M,
+    )  # fmt: skip
     return delta

@@ -145,7 +145,6 @@ class Recording(TorchDispatchMode):
             if number is None:
                 self.flaw = self.flaw or f"a tensor of the shape {tuple(value.shape)} comes from outside the call"
 
-                traceback.print_stack(limit=12) if __import__("os").environ.get("FLAW") else None
                 return None
             return _Slot(number)
         if isinstance(value, (tuple, list)):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastattn_kernels.common.arguments import RUN_TIME, At, Sizes
 from fastattn_kernels.common.config import Config
-from fastattn_kernels.common.device import device_guard
+from fastattn_kernels.common.launch import launch
 from fastattn_kernels.common.masking import visible
 from fastattn_kernels.common.problem import Problem
 
@@ -103,10 +103,16 @@ class TileMap:
         map_heads = heads if problem.mask is not None and problem.mask.shape[1] > 1 else 1
         shape = (map_batch, map_heads, int(triton.cdiv(seqlen_q, GRANULE)), int(triton.cdiv(seqlen_k, GRANULE)))
         self.granules = torch.empty(shape, dtype=torch.uint8, device=problem.query.device)
-        with device_guard(problem.query):
-            _tile_map_kernel[(self.granules.numel(),)](
-                self.granules, problem.rules(), *problem.sizes(), map_heads, GRANULE=GRANULE
-            )
+        launch(
+            _tile_map_kernel,
+            (self.granules.numel(),),
+            problem.query,
+            self.granules,
+            problem.rules(),
+            *problem.sizes(),
+            map_heads,
+            GRANULE=GRANULE,
+        )
 
     def of_rows(self, config: Config) -> Tensor:
         """int32 ``[B | 1, H | 1, tiles of rows, 2 + tiles of keys]``: for every tile of rows the tiles of keys."""
@@ -128,11 +134,11 @@ class TileMap:
         shape = (batch, heads // heads_per_list, tiles_own, 2 + tiles_other)
         lists = torch.empty(shape, dtype=torch.int32, device=self.granules.device)
         granules = (granules_m, granules_n) if own_is_rows else (granules_n, granules_m)
-        with device_guard(self.granules):
-            _tile_lists_kernel[(lists.numel() // lists.shape[3],)](
-                lists, self.granules, *granules, tiles_own, tiles_other, heads_per_list,
-                OWN=blocks[0], OTHER=blocks[1], GRANULE=GRANULE, OWN_IS_ROWS=own_is_rows, CHUNK=_CHUNK,
-            )  # fmt: skip
+        launch(
+            _tile_lists_kernel, (lists.numel() // lists.shape[3],), self.granules,
+            lists, self.granules, *granules, tiles_own, tiles_other, heads_per_list,
+            OWN=blocks[0], OTHER=blocks[1], GRANULE=GRANULE, OWN_IS_ROWS=own_is_rows, CHUNK=_CHUNK,
+        )  # fmt: skip
         return lists
 
 

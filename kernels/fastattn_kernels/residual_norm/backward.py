@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn_kernels.common.device import device_guard
+from fastattn_kernels.common.launch import launch
 from fastattn_kernels.residual_norm.config import NormBackwardConfig, norm_backward_config
 from fastattn_kernels.residual_norm.problem import RUN_TIME, NormProblem
 from fastattn_kernels.residual_norm.rows import RowAxes, Rows, load_rows, load_vector, row_dropout_factor, store_rows
@@ -218,20 +218,29 @@ def launch_residual_norm_bwd(
     d_row_scale = torch.empty((config.splits, rows.count), **float32) if needs_row_scale else None
     means = torch.empty((2, rows.count), **float32) if config.sums_apart else None
     flags = {"IS_RMS": problem.is_rms, "UNIT_OFFSET": problem.unit_offset}
-    with device_guard(total):
-        if means is not None:
-            _row_means_kernel[(triton.cdiv(rows.count, tile.block_m),)](
-                d_out, sums, problem.weight, statistics, means, rows.count, size, *rows.sizes(),
-                **flags, **tile.launch_options(),
-            )  # fmt: skip
-        _residual_norm_bwd_kernel[(config.groups, config.splits)](
-            d_out, d_new, sums, statistics, problem.weight, branch, problem.x_bias, row_scale, problem.dropout(),
-            means, d_res, d_branch, d_row_scale, *d_vectors, rows.count, size, *rows.sizes(),
-            **flags, WHOLE=config.splits == 1, NUM_STAGES=tile.num_stages, **tile.launch_options(),
+    if means is not None:
+        launch(
+            _row_means_kernel, (triton.cdiv(rows.count, tile.block_m),), total,
+            d_out, sums, problem.weight, statistics, means, rows.count, size, *rows.sizes(),
+            **flags, **tile.launch_options(),
         )  # fmt: skip
-        gradients = [torch.empty(size, dtype=vectors_dtype, device=total.device) for _ in range(wanted)]
-        if wanted:
-            _sum_over_groups_kernel[(triton.cdiv(size, _SUM_COLS), wanted)](
-                partial, tuple(gradients), config.groups, size, ROWS=_SUM_ROWS, COLS=_SUM_COLS
-            )
+    launch(
+        _residual_norm_bwd_kernel, (config.groups, config.splits), total,
+        d_out, d_new, sums, statistics, problem.weight, branch, problem.x_bias, row_scale, problem.dropout(),
+        means, d_res, d_branch, d_row_scale, *d_vectors, rows.count, size, *rows.sizes(),
+        **flags, WHOLE=config.splits == 1, NUM_STAGES=tile.num_stages, **tile.launch_options(),
+    )  # fmt: skip
+    gradients = [torch.empty(size, dtype=vectors_dtype, device=total.device) for _ in range(wanted)]
+    if wanted:
+        launch(
+            _sum_over_groups_kernel,
+            (triton.cdiv(size, _SUM_COLS), wanted),
+            total,
+            partial,
+            tuple(gradients),
+            config.groups,
+            size,
+            ROWS=_SUM_ROWS,
+            COLS=_SUM_COLS,
+        )
     return gradients, None if d_row_scale is None else d_row_scale.sum(0)

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn_kernels.common.config import Config
-from fastattn_kernels.common.device import device_guard
+from fastattn_kernels.common.launch import launch
 from fastattn_kernels.residual_norm.config import norm_forward_config
 from fastattn_kernels.residual_norm.problem import RUN_TIME, NormProblem, triton_dtype
 from fastattn_kernels.residual_norm.rows import RowAxes, Rows, load_rows, load_vector, row_dropout_factor, store_rows
@@ -184,10 +184,10 @@ def launch_residual_norm_fwd(
         return
     x, residual, row_scale, out, new = rows.arguments()
     config = config or norm_forward_config(size, problem.x.device, problem.is_heavy)
-    with device_guard(problem.x):
-        _residual_norm_fwd_kernel[(triton.cdiv(rows.count, config.block_m),)](
-            x, residual, problem.weight, problem.bias, problem.x_bias, row_scale, problem.dropout(), out, new,
-            statistics, rows.count, size, *rows.sizes(), problem.eps,
-            IS_RMS=problem.is_rms, UNIT_OFFSET=problem.unit_offset,
-            SUM_DTYPE=triton_dtype(residual_dtype), WHOLE=size <= config.block_n, **config.launch_options(),
-        )  # fmt: skip
+    launch(
+        _residual_norm_fwd_kernel, (triton.cdiv(rows.count, config.block_m),), problem.x,
+        x, residual, problem.weight, problem.bias, problem.x_bias, row_scale, problem.dropout(), out, new,
+        statistics, rows.count, size, *rows.sizes(), problem.eps,
+        IS_RMS=problem.is_rms, UNIT_OFFSET=problem.unit_offset,
+        SUM_DTYPE=triton_dtype(residual_dtype), WHOLE=size <= config.block_n, **config.launch_options(),
+    )  # fmt: skip

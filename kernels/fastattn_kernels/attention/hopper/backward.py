@@ -71,8 +71,8 @@ from fastattn_kernels.attention.hopper.schedule import from_mailbox, ring, rows_
 from fastattn_kernels.common import marks as marking
 from fastattn_kernels.common.arguments import RUN_TIME, At, Sizes, TileLists
 from fastattn_kernels.common.config import Config
-from fastattn_kernels.common.device import device_guard
 from fastattn_kernels.common.gradients import Gradients
+from fastattn_kernels.common.launch import launch
 from fastattn_kernels.common.marks import empty_gradient_marks
 from fastattn_kernels.common.masking import LN_2, LOG2_E
 from fastattn_kernels.common.problem import Problem
@@ -449,15 +449,15 @@ def _launch_dkdv(
     pivots, deltas, *sums = (row_descriptor(of_rows, config.block_m) for of_rows in numbers)
     bias, bias_axes, row_bias = bias_arguments(problem)
     tile = Config(config.block_m, BLOCK_N.value, 4, config.stages)
-    with device_guard(query):
-        _attention_bwd_kernel[(int(triton.cdiv(key.shape[2], tile.block_n)) * key.shape[0] * key.shape[1],)](
-            head_descriptor(query, tile.block_m, problem), head_descriptor(key, KEYS.value, problem),
-            head_descriptor(value, KEYS.value, problem), head_descriptor(d_output, tile.block_m, problem),
-            None if pieces is None else pieces_descriptor(pieces),
-            head_descriptor(d_key, KEYS.value, problem), head_descriptor(d_value, KEYS.value, problem),
-            marks_of_keys, pivots, deltas, sums[0] if sums else None,
-            None if bias is None else descriptor(bias, tile.block_m, KEYS.value), bias_axes, row_bias,
-            rules_of_keys(problem), *list_arguments(tile_map and tile_map.of_keys(tile)), *problem.sizes(),
-            problem.scale, numbers.shape[3], BLOCK_D=head_block(query.shape[3], value.shape[3]),
-            BLOCK_M=tile.block_m, STAGES=tile.num_stages, num_warps=4,
-        )  # fmt: skip
+    launch(
+        _attention_bwd_kernel, (int(triton.cdiv(key.shape[2], tile.block_n)) * key.shape[0] * key.shape[1],), query,
+        head_descriptor(query, tile.block_m, problem), head_descriptor(key, KEYS.value, problem),
+        head_descriptor(value, KEYS.value, problem), head_descriptor(d_output, tile.block_m, problem),
+        None if pieces is None else pieces_descriptor(pieces),
+        head_descriptor(d_key, KEYS.value, problem), head_descriptor(d_value, KEYS.value, problem),
+        marks_of_keys, pivots, deltas, sums[0] if sums else None,
+        None if bias is None else descriptor(bias, tile.block_m, KEYS.value), bias_axes, row_bias,
+        rules_of_keys(problem), *list_arguments(tile_map and tile_map.of_keys(tile)), *problem.sizes(),
+        problem.scale, numbers.shape[3], BLOCK_D=head_block(query.shape[3], value.shape[3]),
+        BLOCK_M=tile.block_m, STAGES=tile.num_stages, num_warps=4,
+    )  # fmt: skip

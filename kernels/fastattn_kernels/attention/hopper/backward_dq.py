@@ -37,7 +37,7 @@ from fastattn_kernels.common import marks as marking
 from fastattn_kernels.common import tiles
 from fastattn_kernels.common.arguments import RUN_TIME, At, Rules, Sizes, TileLists
 from fastattn_kernels.common.config import Config
-from fastattn_kernels.common.device import device_guard
+from fastattn_kernels.common.launch import launch
 from fastattn_kernels.common.masking import LN_2, LOG2_E
 from fastattn_kernels.common.problem import Problem
 from fastattn_kernels.common.tile_map import TileMap, list_arguments
@@ -282,13 +282,13 @@ def launch_attention_dq(
     batch, heads, seqlen_q = delta.shape
     tile = Config(BLOCK_M.value, config.block_n, 4, config.stages)
     bias, bias_axes, row_bias = bias_arguments(problem)
-    with device_guard(query):
-        attention_dq_kernel[(int(triton.cdiv(seqlen_q, tile.block_m)) * batch * heads,)](
-            head_descriptor(query, ROWS.value, problem), head_descriptor(key, tile.block_n, problem),
-            head_descriptor(value, tile.block_n, problem), head_descriptor(d_output, ROWS.value, problem),
-            head_descriptor(d_query, ROWS.value, problem), marks, statistics, delta,
-            None if bias is None else descriptor(bias, ROWS.value, tile.block_n), bias_axes, row_bias,
-            rules_of_rows(problem), *list_arguments(tile_map and tile_map.of_rows(tile)), *problem.sizes(),
-            problem.scale, BLOCK_D=head_block(query.shape[3], value.shape[3]), BLOCK_N=tile.block_n,
-            STAGES=tile.num_stages, num_warps=4,
-        )  # fmt: skip
+    launch(
+        attention_dq_kernel, (int(triton.cdiv(seqlen_q, tile.block_m)) * batch * heads,), query,
+        head_descriptor(query, ROWS.value, problem), head_descriptor(key, tile.block_n, problem),
+        head_descriptor(value, tile.block_n, problem), head_descriptor(d_output, ROWS.value, problem),
+        head_descriptor(d_query, ROWS.value, problem), marks, statistics, delta,
+        None if bias is None else descriptor(bias, ROWS.value, tile.block_n), bias_axes, row_bias,
+        rules_of_rows(problem), *list_arguments(tile_map and tile_map.of_rows(tile)), *problem.sizes(),
+        problem.scale, BLOCK_D=head_block(query.shape[3], value.shape[3]), BLOCK_N=tile.block_n,
+        STAGES=tile.num_stages, num_warps=4,
+    )  # fmt: skip

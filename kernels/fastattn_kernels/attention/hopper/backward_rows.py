@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn_kernels.common.arguments import Heads, strided
-from fastattn_kernels.common.device import device_guard
+from fastattn_kernels.common.launch import launch
 from fastattn_kernels.common.marks import rows_not_finite
 from fastattn_kernels.common.masking import INFINITY
 from fastattn_kernels.common.tiles import head_of, load_statistics, store_tile
@@ -45,10 +45,19 @@ def row_numbers(statistics: Tensor, delta: Tensor, has_bias: bool) -> Tensor:
     batch, heads, seqlen_q = delta.shape
     padded = int(triton.cdiv(seqlen_q, PADDED_TO)) * PADDED_TO
     numbers = delta.new_empty(3 if has_bias else 2, batch, heads, padded)
-    with device_guard(delta):
-        _row_numbers_kernel[(batch * heads * padded // PADDED_TO,)](
-            numbers, statistics, delta, seqlen_q, padded, batch * heads * padded, HAS_BIAS=has_bias, BLOCK=PADDED_TO
-        )
+    launch(
+        _row_numbers_kernel,
+        (batch * heads * padded // PADDED_TO,),
+        delta,
+        numbers,
+        statistics,
+        delta,
+        seqlen_q,
+        padded,
+        batch * heads * padded,
+        HAS_BIAS=has_bias,
+        BLOCK=PADDED_TO,
+    )
     return numbers
 
 
@@ -87,7 +96,16 @@ def empty_dq_pieces(delta: Tensor, block_m: int) -> Tensor:
 def finish_dq(pieces: Tensor, d_query: Tensor, marks: Tensor | None, scale: float, block_d: int) -> None:
     """Write dQ from its pieces, and the marks of its rows."""
     _, heads, seqlen_q, head_dim = d_query.shape
-    with device_guard(d_query):
-        _finish_dq_kernel[(pieces.numel() // _TILE.value,)](
-            pieces, strided(Heads, d_query), marks, scale, heads, seqlen_q, HEAD_DIM=head_dim, BLOCK_D=block_d
-        )
+    launch(
+        _finish_dq_kernel,
+        (pieces.numel() // _TILE.value,),
+        d_query,
+        pieces,
+        strided(Heads, d_query),
+        marks,
+        scale,
+        heads,
+        seqlen_q,
+        HEAD_DIM=head_dim,
+        BLOCK_D=block_d,
+    )

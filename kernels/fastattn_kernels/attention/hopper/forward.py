@@ -64,7 +64,8 @@ from fastattn_kernels.attention.hopper.schedule import (
 from fastattn_kernels.common import marks as marking
 from fastattn_kernels.common.arguments import RUN_TIME, At, PerHead, Sizes, TileLists, strided
 from fastattn_kernels.common.config import Config
-from fastattn_kernels.common.device import device_guard, multiprocessors
+from fastattn_kernels.common.device import multiprocessors
+from fastattn_kernels.common.launch import launch
 from fastattn_kernels.common.marks import empty_marks
 from fastattn_kernels.common.masking import INFINITY, LOG2_E
 from fastattn_kernels.common.problem import Problem
@@ -473,16 +474,16 @@ def launch_attention_fwd(
         programs = min(tiles, multiprocessors(query.device))
     if config.schedule == "dynamic" and tiles > programs:
         counter = torch.zeros(1, dtype=torch.int32, device=query.device)
-    with device_guard(query):
-        _attention_fwd_kernel[(programs,)](
-            head_descriptor(query, CONSUMER_ROWS, problem), head_descriptor(key, config.block_n, problem),
-            head_descriptor(value, config.block_n, problem), b_desc, head_descriptor(output, CONSUMER_ROWS, problem),
-            lse, statistics, marks, row_bias, bias_axes, element_rules(problem), strided(PerHead, problem.sinks),
-            *list_arguments(lists), *problem.sizes(), problem.scale,
-            tiles_m, tiles, heads_abreast, -(batch * heads) % heads_abreast, counter,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=head_block(query.shape[3], value.shape[3]),
-            STAGES=config.stages, STAGE_OUTPUT=config.stage_output, PING_PONG=config.ping_pong,
-            num_warps=4,
-        )  # fmt: skip
+    launch(
+        _attention_fwd_kernel, (programs,), query,
+        head_descriptor(query, CONSUMER_ROWS, problem), head_descriptor(key, config.block_n, problem),
+        head_descriptor(value, config.block_n, problem), b_desc, head_descriptor(output, CONSUMER_ROWS, problem),
+        lse, statistics, marks, row_bias, bias_axes, element_rules(problem), strided(PerHead, problem.sinks),
+        *list_arguments(lists), *problem.sizes(), problem.scale,
+        tiles_m, tiles, heads_abreast, -(batch * heads) % heads_abreast, counter,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=head_block(query.shape[3], value.shape[3]),
+        STAGES=config.stages, STAGE_OUTPUT=config.stage_output, PING_PONG=config.ping_pong,
+        num_warps=4,
+    )  # fmt: skip
     if marks is not None:
         launch_careful_fwd(problem, output, lse, statistics, marks)

@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 
 from fastattn_kernels.attention.hopper.compat import gluon
 from fastattn_kernels.attention.hopper.config import CONSUMER_ROWS
-from fastattn_kernels.common.device import device_guard
+from fastattn_kernels.common.launch import launch
 
 # Rows of a warpgroup's tile, and the keys of a group of words: one word for each of the four threads of a row.
 ROWS = gl.constexpr(CONSUMER_ROWS)
@@ -54,11 +54,11 @@ def pack_mask(mask: Tensor, seqlen_k: int, hidden: bool = False) -> Tensor:
     packed = torch.empty(batch, heads, rows, words, dtype=torch.int16, device=mask.device)
     tiles = int(triton.cdiv(rows, _TILE[0]) * triton.cdiv(words, _TILE[1]))
     stride_n = 0 if keys == 1 else mask.stride(3)
-    with device_guard(mask):
-        _pack_kernel[(batch * heads * tiles,)](
-            packed, mask.view(torch.uint8), *mask.stride()[:3], stride_n, heads, rows, seqlen_k, words, int(hidden),
-            ROWS=_TILE[0], WORDS=_TILE[1],
-        )  # fmt: skip
+    launch(
+        _pack_kernel, (batch * heads * tiles,), mask,
+        packed, mask.view(torch.uint8), *mask.stride()[:3], stride_n, heads, rows, seqlen_k, words, int(hidden),
+        ROWS=_TILE[0], WORDS=_TILE[1],
+    )  # fmt: skip
     return packed
 
 
