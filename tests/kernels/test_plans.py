@@ -226,8 +226,8 @@ def test_threads_share_plans():
 def test_signature_without_a_plan_is_not_recorded_again(monkeypatch):
     function = planned(lambda x: x + float(x[0]))
     recorded = []
-    record = function.plans.record
-    monkeypatch.setattr(function.plans, "record", lambda arguments: recorded.append(arguments) or record(arguments))
+    record = module.record
+    monkeypatch.setattr(module, "record", lambda *arguments: recorded.append(arguments) or record(*arguments))
     for seed in range(4):
         x = draw(seed=seed)
         assert torch.equal(function(x), x + float(x[0]))
@@ -261,9 +261,9 @@ def test_profiler_that_listens_to_triton_hears_every_launch(function, monkeypatc
 
     for key in function.plans._plans:
         function.plans._plans[key] = plan._replace(run=passed_by)
-    monkeypatch.setattr(module, "_is_listened_to", lambda: True)
+    monkeypatch.setattr(module, "is_listened_to", lambda: True)
     check(function, draw(seed=3), None, 2.0)
-    monkeypatch.setattr(module, "_is_listened_to", lambda: False)
+    monkeypatch.setattr(module, "is_listened_to", lambda: False)
     with pytest.raises(AssertionError, match="the plan ran"):
         check(function, draw(seed=3), None, 2.0)
 
@@ -271,11 +271,11 @@ def test_profiler_that_listens_to_triton_hears_every_launch(function, monkeypatc
 def test_hooks_of_triton_are_noticed():
     from triton import knobs
 
-    assert not module._is_listened_to()
+    assert not module.is_listened_to()
     heard: Any = []
     knobs.runtime.launch_enter_hook.add(heard.append)
     try:
-        assert module._is_listened_to()
+        assert module.is_listened_to()
     finally:
         knobs.runtime.launch_enter_hook.remove(heard.append)
 

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from fastattn.ops.attention import on_torch, on_triton
 from fastattn.ops.attention.call import make_call
-from fastattn.ops.attention.contract import Alignment, AttentionCall
+from fastattn.ops.attention.contract import Alignment, Arguments, AttentionCall
 from fastattn.ops.common import backends
+from fastattn.ops.common.short_way import ShortWay, tensors_in
 from fastattn.ops.common.tracing import is_symbolically_traced, recorded
+
+
+def _short() -> ModuleType:
+    from fastattn.ops.attention import short  # imports triton
+
+    return short
+
+
+_SHORT = ShortWay(_short, Arguments)
 
 
 def run(call: AttentionCall, backend: backends.Backend | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(output, weights or None, lse or None)`` of a validated call on the backend that ``backends.choose`` names."""
+    return _run(call, backends.choose(call, backend, on_triton.refusals))
+
+
+def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``(output, weights or None, lse or None)`` of a validated call on a backend."""
     # A branch and not a table of modules: torch.compile follows it without guarding on module attributes.
-    if backends.choose(call, backend, on_triton.refusals) == "triton":
+    if backend == "triton":
         return on_triton.run(call)
     return on_torch.run(call)
 
@@ -90,6 +107,13 @@ def attention(
         ValueError: shapes, devices or numbers do not fit; the message shows them.
         NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
     """
+    arguments = (
+        query, key, value, attn_mask, key_padding_mask, is_causal, causal_alignment, window, prefix, document_ids,
+        alibi_slopes, softcap, sinks, scale, dropout_p, need_weights, average_attn_weights, return_lse, backend,
+    )  # fmt: skip
+    signature = _SHORT.key(query, arguments)
+    if signature is not None and (entry := _SHORT.find(signature, arguments)) is not None:
+        return entry(*tensors_in(arguments))
     words = {
         "attn_mask": attn_mask,
         "key_padding_mask": key_padding_mask,
@@ -110,7 +134,10 @@ def attention(
     if has_torch_function_variadic(query, key, value) and is_symbolically_traced(query, key, value):
         return recorded(attention, query, key, value, **words, backend=backend)
     call = make_call(query, key, value, **words)
-    output, weights, lse = run(call, backend)
+    chosen = backends.choose(call, backend, on_triton.refusals)
+    output, weights, lse = _run(call, chosen)
+    if signature is not None and chosen == "triton":
+        _SHORT.remember(signature)
     if weights is None and lse is None:
         return output
     return tuple(t for t in (output, weights, lse) if t is not None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,30 @@ from fastattn.ops.common.blocks import empty_in_order_of, statistics_dtype
 
 Alignment = Literal["top_left", "bottom_right"]
 Weights = Literal["none", "average", "heads"]
+
+
+class Arguments(NamedTuple):
+    """The arguments of :func:`fastattn.attention`, as the user gave them."""
+
+    query: Any
+    key: Any
+    value: Any
+    attn_mask: Any
+    key_padding_mask: Any
+    is_causal: Any
+    causal_alignment: Any
+    window: Any
+    prefix: Any
+    document_ids: Any
+    alibi_slopes: Any
+    softcap: Any
+    sinks: Any
+    scale: Any
+    dropout_p: Any
+    need_weights: Any
+    average_attn_weights: Any
+    return_lse: Any
+    backend: Any
 
 
 class AttentionCall(NamedTuple):

@@ -36,8 +36,12 @@ def describe(call: AttentionCall) -> str:
 
 def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(output, weights or None, lse or None)``."""
-    seed = None
-    if call.dropout_p > 0.0:
-        # On the device, from torch's own generator: torch.manual_seed rules it and CUDA graphs may capture it.
-        seed = torch.randint(0, 2**31 - 1, (2,), dtype=torch.int64, device=call.query.device)
-    return operator.apply(call, seed, "triton")
+    return operator.apply(call, draw_seed(call), "triton")
+
+
+def draw_seed(call: AttentionCall) -> Tensor | None:
+    """The seed and offset of a call's dropout; None without dropout."""
+    if call.dropout_p == 0.0:
+        return None
+    # On the device, from torch's own generator: torch.manual_seed rules it and CUDA graphs may capture it.
+    return torch.randint(0, 2**31 - 1, (2,), dtype=torch.int64, device=call.query.device)

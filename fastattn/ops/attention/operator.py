@@ -263,9 +263,12 @@ def apply(
     return results.output, weights, results.lse if call.return_lse else None
 
 
-def operands(call: AttentionCall, dropout_state: Tensor | None, backend: str) -> tuple[Inputs, Options]:
-    """A call in the form that the operators take."""
-    keeps_statistics = call.return_lse or torch.is_grad_enabled()
+def operands(
+    call: AttentionCall, dropout_state: Tensor | None, backend: str, *, keeps_statistics: bool | None = None
+) -> tuple[Inputs, Options]:
+    """A call in the form that the operators take; statistics are kept where autograd may ask for them, by default."""
+    if keeps_statistics is None:
+        keeps_statistics = call.return_lse or torch.is_grad_enabled()
     inputs = Inputs(*(getattr(call, name) for name in _TENSORS_OF_CALL), dropout_state=dropout_state)
     options = Options(
         *(getattr(call, name) for name in _OPTIONS_OF_CALL), backend=backend, keeps_statistics=keeps_statistics

@@ -58,7 +58,7 @@ def signature(*values: Any) -> Hashable:
     ])  # fmt: skip
 
 
-def _is_listened_to() -> bool:
+def is_listened_to() -> bool:
     """Whether a profiler wants to be told of launches, as Triton tells it."""
     enter: Any = knobs.runtime.launch_enter_hook
     leave: Any = knobs.runtime.launch_exit_hook
@@ -408,7 +408,7 @@ class Plans:
     def find(self, key: Hashable) -> Plan | None:
         """The plan of a signature, if there is one and it may be used now."""
         plan = self._plans.get(key)
-        return None if plan is None or _is_listened_to() else plan
+        return None if plan is None or is_listened_to() else plan
 
     def __call__(self, key: Hashable, arguments: tuple[Any, ...], tensors: Sequence[Tensor]) -> Any:
         """``function(*arguments)``, whose tensors are these, in their order; by its plan, if there is one."""
@@ -420,7 +420,7 @@ class Plans:
         if key not in self._seen:
             self._remember(key)
             return self.function(*arguments)
-        result, plan = self.record(arguments)
+        result, plan = record(self.function, arguments)
         self._keep(key, plan)
         return result
 
@@ -438,24 +438,30 @@ class Plans:
                 del self._plans[next(iter(self._plans))]
             self._plans[key] = plan
 
-    def record(self, arguments: tuple[Any, ...]) -> tuple[Any, Plan | None]:
-        """The result of ``function(*arguments)``, and its plan, unless it cannot be written down."""
-        # objects of their own, so that two arguments that are one tensor now are two in the plan
-        copies = tuple(_with_own_tensors(value) for value in arguments)
-        inputs = tensors_in(copies)
-        recording = Recording(inputs)
-        launch.this_thread.recorder = recording.launched
-        try:
-            with recording:
-                result = self.function(*copies)
-        finally:
-            launch.this_thread.recorder = None
-        results = recording.slots(result)
-        launched = [step for step in recording.steps if isinstance(step, _Launched)]
-        direct = all(hasattr(step.compiled, "packed_metadata") for step in launched)
-        if recording.flaw is not None or len({step.device for step in launched}) > 1:
-            return result, None
-        return result, _Writer(recording, len(inputs), results, direct).write()
+
+def record(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, Plan | None]:
+    """The result of ``function(*arguments)``, and its plan, unless it cannot be written down.
+
+    The plan takes the tensors among the arguments, in their order, and returns what the function does.
+    """
+    if not ENABLED or launch.this_thread.recorder is not None:
+        return function(*arguments), None
+    # objects of their own, so that two arguments that are one tensor now are two in the plan
+    copies = tuple(_with_own_tensors(value) for value in arguments)
+    inputs = tensors_in(copies)
+    recording = Recording(inputs)
+    launch.this_thread.recorder = recording.launched
+    try:
+        with recording:
+            result = function(*copies)
+    finally:
+        launch.this_thread.recorder = None
+    results = recording.slots(result)
+    launched = [step for step in recording.steps if isinstance(step, _Launched)]
+    direct = all(hasattr(step.compiled, "packed_metadata") for step in launched)
+    if recording.flaw is not None or len({step.device for step in launched}) > 1:
+        return result, None
+    return result, _Writer(recording, len(inputs), results, direct).write()
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -495,5 +501,6 @@ def settings() -> Hashable:
     return (
         torch.backends.cuda.matmul.fp32_precision,
         torch.are_deterministic_algorithms_enabled(),
+        torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"),
         knobs.runtime.debug,
     )

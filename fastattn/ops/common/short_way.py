@@ -1,0 +1,264 @@
+"""The short way of a call that nothing traces or transforms: from the public function to the kernels at once.
+
+The long way checks every argument, chooses a backend, enters an operator through torch's dispatcher and binds it to
+autograd; for a call of a few hundred rows this takes several times longer than its kernels. All that it finds out
+follows from the call's signature. So the third call of a signature that the kernels run, and every later one, takes the
+short way: the whole call, its checks included, has been written down as a plan (``fastattn_kernels.common.plans``) that
+allocates, launches and returns. Where gradients are wanted one Function of autograd stands around the plan, whose
+backward is a plan as well.
+
+Whatever looks at a call takes the long way, and every call where it might: torch.compile, ``torch.jit.trace``,
+``torch.func``, forward mode, modes of dispatch, and tensors of other classes. So does a backward that is itself
+differentiated.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fastattn.ops.common import backends
+from fastattn.ops.common.tracing import is_functorch_active
+
+MOST_ENTRIES = 1024  # signatures of one function; beyond, the oldest is forgotten
+_PLAIN = (Tensor, Parameter)
+
+
+def is_looked_at() -> bool:
+    """Whether something traces, transforms or watches what is called now."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or is_functorch_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _key_of(value: Any) -> Hashable:
+    """What of an argument decides what a call does: of a tensor all but its numbers and its address."""
+    if type(value) in _PLAIN:
+        # Triton compiles another kernel for addresses that are no multiples of 16
+        return value.shape, value.stride(), value.dtype, value.device, value.data_ptr() & 15 == 0, value.requires_grad
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        raise TypeError(f"a tensor of the class {type(value).__name__} takes the long way")
+    if isinstance(value, tuple):
+        return tuple(map(_key_of, value))
+    return type(value), value  # 1, 1.0 and True are equal and have one hash
+
+
+def _settings() -> Hashable:
+    """What of the process's state decides which kernels run."""
+    return (
+        backends.kernel_choice(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cuda.matmul.fp32_precision,
+    )
+
+
+class Saved(NamedTuple):
+    """What a forward by the short way makes.
+
+    Attributes:
+        results: what the public function returns, in order.
+        kept: tensors that the backward reads beside the call's arguments.
+    """
+
+    results: tuple[Tensor, ...]
+    kept: tuple[Tensor, ...]
+
+
+class ShortWay:
+    """The calls of one public function by their signatures.
+
+    Args:
+        implementation: imports the module of the kernels' side, which has
+
+            * ``short_forward(arguments, training) -> Saved``: the call, from the arguments as the user gave them;
+            * ``short_backward(arguments, kept, gradients, needs)``: a gradient for each tensor among the arguments,
+              None where ``needs`` has False;
+            * ``short_backward_by_operators``: the same, differentiable.
+        arguments: NamedTuple type of the arguments of the public function.
+    """
+
+    def __init__(self, implementation: Callable[[], ModuleType], arguments: Any) -> None:
+        self._implementation, self._arguments = implementation, arguments
+        self._entries: dict[Hashable, _Entry] = {}
+        self._seen: set[Hashable] = set()
+        self._lock = threading.Lock()
+
+    def clear(self) -> None:
+        """Forget all signatures."""
+        with self._lock:
+            self._entries.clear()
+            self._seen.clear()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def key(self, device_of: Any, arguments: tuple[Any, ...]) -> Hashable | None:
+        """The signature of a call; None where it has to take the long way."""
+        if is_looked_at() or type(device_of) not in _PLAIN:
+            return None
+        kind = device_of.device.type
+        if kind not in backends.DEVICES or torch.is_autocast_enabled(kind):
+            return None
+        try:
+            of_arguments = tuple([_key_of(value) for value in arguments])
+            hash(of_arguments)
+        except (TypeError, RuntimeError, AttributeError):  # whatever is wrong with them, the long way says it
+            return None
+        return (
+            of_arguments,
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            backends.default_backend.value,
+            _settings(),
+        )
+
+    def find(self, key: Hashable, arguments: tuple[Any, ...]) -> _Entry | None:
+        """The entry of a signature; at its second call by the kernels the entry is made."""
+        entry = self._entries.get(key)
+        if entry is not None:
+            return entry if entry.may_run() else None
+        if key not in self._seen:
+            return None
+        entry = _Entry(self._implementation(), self._arguments(*arguments))
+        with self._lock:
+            self._seen.discard(key)
+            while len(self._entries) >= MOST_ENTRIES:
+                del self._entries[next(iter(self._entries))]
+            self._entries[key] = entry
+        return entry
+
+    def remember(self, key: Hashable) -> None:
+        """Note that the kernels have run a call of this signature by the long way."""
+        with self._lock:
+            if len(self._seen) >= MOST_ENTRIES:
+                self._seen.clear()
+            self._seen.add(key)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in a value and in the tuples in it, in their order."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [found for each in value for found in tensors_in(each)] if isinstance(value, tuple) else []
+
+
+def _with_tensors(value: Any, tensors: Any) -> Any:
+    """``value`` with the next of ``tensors``, an iterator, in the place of each tensor."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if isinstance(value, tuple):
+        parts = [_with_tensors(each, tensors) for each in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+class _NoTensor(Tensor):
+    """Stands for a tensor in a template of arguments, so that the template holds none."""
+
+
+class _Entry:
+    """One signature: the plans of its forward and of its backwards."""
+
+    def __init__(self, implementation: ModuleType, arguments: Any) -> None:
+        from fastattn_kernels.common import plans  # imports triton
+
+        self.implementation = implementation
+        tensors = tensors_in(arguments)
+        self.training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        self.template = _with_tensors(arguments, iter([_NoTensor() for _ in tensors]))
+        self.needs = tuple(t.requires_grad for t in tensors)
+        self.results = 0
+        self._plans = plans
+        self._forward: Any = None
+        self._backwards: dict[Hashable, Any] = {}
+
+    def may_run(self) -> bool:
+        """Whether launches may go by a plan now: not while a profiler listens to Triton's."""
+        return not self._plans.is_listened_to()
+
+    def arguments(self, tensors: Sequence[Tensor]) -> Any:
+        """The arguments of the public function, with these tensors."""
+        return _with_tensors(self.template, iter(tensors))
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        """What the public function returns."""
+        if self.training:
+            return ShortFunction.apply(self, *tensors)
+        results = self.forward(tensors).results
+        return results[0] if len(results) == 1 else results
+
+    def forward(self, tensors: Sequence[Tensor]) -> Saved:
+        """The results, and what the backward reads."""
+        if self._forward is not None:
+            return self._forward(*tensors)
+        with torch.no_grad():
+            made, plan = self._plans.record(
+                lambda tensors: tuple(self.implementation.short_forward(self.arguments(tensors), self.training)),
+                (tuple(tensors),),
+            )
+        saved = Saved(*made)
+        if plan is None:
+            return saved
+        run = plan.run
+        self._forward = lambda *tensors: Saved(*run(*tensors))
+        return saved
+
+    def backward(
+        self, tensors: Sequence[Tensor], kept: Sequence[Tensor], gradients: tuple[Any, ...], needs: tuple[bool, ...]
+    ) -> Any:
+        """A gradient for each tensor."""
+        if torch.is_grad_enabled() or is_looked_at() or not self.may_run():
+            return self.implementation.short_backward_by_operators(
+                self.arguments(tensors), tuple(kept), gradients, needs
+            )
+        key = needs, tuple([_key_of(value) for value in gradients]), _settings()
+        run = self._backwards.get(key)
+        given = tensors_in(gradients)
+        if run is not None:
+            return run(*tensors, *kept, *given)
+        template = _with_tensors(gradients, iter([_NoTensor() for _ in given]))
+        made, plan = self._plans.record(
+            lambda tensors, kept, given: tuple(
+                self.implementation.short_backward(
+                    self.arguments(tensors), kept, _with_tensors(template, iter(given)), needs
+                )
+            ),
+            (tuple(tensors), tuple(kept), tuple(given)),
+        )
+        if plan is not None and len(self._backwards) < MOST_ENTRIES:
+            self._backwards[key] = plan.run
+        return made
+
+
+class ShortFunction(torch.autograd.Function):
+    """A call by its plans. It has no ``setup_context``, for whose sake torch would look at the signature of
+    ``forward`` in every call, and no rules for transforms: under those a call takes the long way."""
+
+    @staticmethod
+    def forward(ctx: Any, entry: _Entry, *tensors: Tensor) -> Any:
+        """The results of the public function."""
+        saved = entry.forward(tensors)
+        ctx.entry = entry
+        ctx.count = len(tensors)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *saved.kept)
+        return saved.results[0] if len(saved.results) == 1 else saved.results
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        """The gradients of the tensors."""
+        saved = ctx.saved_tensors  # read once: checkpointing unpacks what was saved a single time
+        tensors, kept = saved[: ctx.count], saved[ctx.count :]
+        return None, *ctx.entry.backward(tensors, kept, gradients, ctx.needs_input_grad[1:])
