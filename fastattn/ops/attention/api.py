@@ -12,7 +12,7 @@ from fastattn.ops.attention import on_torch, on_triton
 from fastattn.ops.attention.call import make_call
 from fastattn.ops.attention.contract import Alignment, Arguments, AttentionCall
 from fastattn.ops.common import backends
-from fastattn.ops.common.short_way import ShortWay, tensors_in
+from fastattn.ops.common.short_way import ShortWay
 from fastattn.ops.common.tracing import is_symbolically_traced, recorded
 
 
@@ -107,13 +107,13 @@ def attention(
         ValueError: shapes, devices or numbers do not fit; the message shows them.
         NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
     """
-    arguments = (
-        query, key, value, attn_mask, key_padding_mask, is_causal, causal_alignment, window, prefix, document_ids,
-        alibi_slopes, softcap, sinks, scale, dropout_p, need_weights, average_attn_weights, return_lse, backend,
+    values = query, key, value, attn_mask, key_padding_mask, window, prefix, document_ids, alibi_slopes, sinks
+    numbers = (
+        is_causal, causal_alignment, softcap, scale, dropout_p, need_weights, average_attn_weights, return_lse, backend
     )  # fmt: skip
-    signature = _SHORT.key(query, arguments)
-    if signature is not None and (entry := _SHORT.find(signature, arguments)) is not None:
-        return entry(*tensors_in(arguments))
+    signature = _SHORT.key(values, numbers)
+    if signature is not None and (entry := _SHORT.find(signature, values + numbers)) is not None:
+        return entry(values)
     words = {
         "attn_mask": attn_mask,
         "key_padding_mask": key_padding_mask,

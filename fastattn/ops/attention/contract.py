@@ -14,21 +14,21 @@ Weights = Literal["none", "average", "heads"]
 
 
 class Arguments(NamedTuple):
-    """The arguments of :func:`fastattn.attention`, as the user gave them."""
+    """The arguments of :func:`fastattn.attention`, as the user gave them: first those that may hold tensors."""
 
     query: Any
     key: Any
     value: Any
     attn_mask: Any
     key_padding_mask: Any
-    is_causal: Any
-    causal_alignment: Any
     window: Any
     prefix: Any
     document_ids: Any
     alibi_slopes: Any
-    softcap: Any
     sinks: Any
+    is_causal: Any
+    causal_alignment: Any
+    softcap: Any
     scale: Any
     dropout_p: Any
     need_weights: Any

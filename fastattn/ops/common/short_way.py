@@ -14,6 +14,7 @@ differentiated.
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from types import ModuleType
@@ -55,12 +56,12 @@ def _key_of(value: Any) -> Hashable:
     return type(value), value  # 1, 1.0 and True are equal and have one hash
 
 
-def _settings() -> Hashable:
-    """What of the process's state decides which kernels run."""
+def _settings(dtype: torch.dtype) -> Hashable:
+    """What of the process's state decides which kernels run on tensors of this dtype."""
     return (
         backends.kernel_choice(),
         torch.are_deterministic_algorithms_enabled(),
-        torch.backends.cuda.matmul.fp32_precision,
+        torch.backends.cuda.matmul.fp32_precision if dtype == torch.float32 else None,
     )
 
 
@@ -104,25 +105,34 @@ class ShortWay:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def key(self, device_of: Any, arguments: tuple[Any, ...]) -> Hashable | None:
-        """The signature of a call; None where it has to take the long way."""
-        if is_looked_at() or type(device_of) not in _PLAIN:
+    def key(self, values: tuple[Any, ...], words: tuple[Any, ...]) -> Hashable | None:
+        """The signature of a call; None where it has to take the long way.
+
+        Args:
+            values: the arguments that may be tensors, or hold some, one that always is ahead.
+            words: the others.
+        """
+        first = values[0]
+        if is_looked_at() or type(first) not in _PLAIN:
             return None
-        kind = device_of.device.type
+        kind = first.device.type
         if kind not in backends.DEVICES or torch.is_autocast_enabled(kind):
             return None
         try:
-            of_arguments = tuple([_key_of(value) for value in arguments])
-            hash(of_arguments)
+            of_values = tuple([None if value is None else _key_of(value) for value in values])
+            key = (
+                of_values,
+                words,
+                tuple(map(type, words)),  # 1, 1.0 and True are equal and have one hash
+                torch.is_grad_enabled(),
+                torch.is_inference_mode_enabled(),
+                backends.default_backend.value,
+                _settings(first.dtype),
+            )
+            hash(key)
         except (TypeError, RuntimeError, AttributeError):  # whatever is wrong with them, the long way says it
             return None
-        return (
-            of_arguments,
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-            backends.default_backend.value,
-            _settings(),
-        )
+        return key
 
     def find(self, key: Hashable, arguments: tuple[Any, ...]) -> _Entry | None:
         """The entry of a signature; at its second call by the kernels the entry is made."""
@@ -176,6 +186,11 @@ class _Entry:
 
         self.implementation = implementation
         tensors = tensors_in(arguments)
+        positions = [i for i, value in enumerate(arguments) if isinstance(value, Tensor)]
+        # picks the tensors out of a call's arguments: at once, if none of them is in a tuple
+        self.pick: Callable[[Any], Sequence[Tensor]] = tensors_in
+        if 1 < len(positions) == len(tensors):
+            self.pick = operator.itemgetter(*positions)
         self.training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         self.template = _with_tensors(arguments, iter([_NoTensor() for _ in tensors]))
         self.needs = tuple(t.requires_grad for t in tensors)
@@ -192,8 +207,9 @@ class _Entry:
         """The arguments of the public function, with these tensors."""
         return _with_tensors(self.template, iter(tensors))
 
-    def __call__(self, *tensors: Tensor) -> Any:
+    def __call__(self, arguments: tuple[Any, ...]) -> Any:
         """What the public function returns."""
+        tensors = self.pick(arguments)
         if self.training:
             return ShortFunction.apply(self, *tensors)
         results = self.forward(tensors).results
@@ -223,7 +239,7 @@ class _Entry:
             return self.implementation.short_backward_by_operators(
                 self.arguments(tensors), tuple(kept), gradients, needs
             )
-        key = needs, tuple([_key_of(value) for value in gradients]), _settings()
+        key = needs, tuple([_key_of(value) for value in gradients]), _settings(tensors[0].dtype)
         run = self._backwards.get(key)
         given = tensors_in(gradients)
         if run is not None:

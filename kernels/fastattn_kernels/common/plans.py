@@ -117,6 +117,7 @@ class Recording(TorchDispatchMode):
 
     Attributes:
         steps: what was done, in order.
+        inputs: the tensors of the call that is written down.
         flaw: None, or why that cannot be done again for other tensors.
         views: the tensors that lie in the memory of others, by number.
     """
@@ -129,7 +130,8 @@ class Recording(TorchDispatchMode):
         self._made = 0
         self._numbers: dict[int, int] = {}
         self.views: dict[int, _View] = {}
-        for tensor in inputs:
+        self.inputs = tuple(inputs)
+        for tensor in self.inputs:
             self._add(tensor)
 
     def _add(self, tensor: Tensor) -> int:
@@ -190,6 +192,14 @@ class Recording(TorchDispatchMode):
         self.steps.append(
             _Launched(kernel, compiled, tuple(map(int, grid)), device_of.device, in_order, dict(constants))
         )
+
+
+def _is_like(made: _Made, tensor: Tensor) -> bool:
+    """Whether ``torch.empty_like`` of a tensor makes what was made."""
+    found = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    return (made.shape, made.stride, made.dtype, made.device) == found and torch.empty_like(
+        tensor
+    ).stride() == made.stride
 
 
 def _only_allocates(operator: Any) -> bool:
@@ -258,7 +268,8 @@ class _Writer:
     def __init__(self, recording: Recording, inputs: int, results: Any, direct: bool) -> None:
         self.recording, self.inputs, self.results, self.direct = recording, inputs, results, direct
         self.by_address = direct and HAND_OVER_ADDRESSES
-        self.names: dict[str, Any] = {"empty": torch.empty, "empty_strided": torch.empty_strided, "At": _At}
+        self.names: dict[str, Any] = {"At": _At}
+        self.names |= {function.__name__: function for function in (torch.empty, torch.empty_strided, torch.empty_like)}
         self.needed: set[int] = set()
         self.last_used: list[int] = []  # by the line that is being written; the lines behind it do without them
         self.launches = 0
@@ -313,6 +324,9 @@ class _Writer:
         if isinstance(step, _Made):
             if step.made not in self.needed:
                 return ""
+            like = next((i for i, tensor in enumerate(self.recording.inputs) if _is_like(step, tensor)), None)
+            if like is not None:  # twice as fast
+                return f"t{step.made} = empty_like({self.tensor(like)})"
             where = f"dtype={self.name(step.dtype)}, device={self.name(step.device)}"
             if step.stride == torch._prims_common.make_contiguous_strides_for(step.shape):
                 return f"t{step.made} = empty({step.shape!r}, {where})"
