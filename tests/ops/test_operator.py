@@ -79,7 +79,7 @@ def empty_results(inputs, options):
 
 def empty_gradients(inputs, needs):
     bias = torch.empty_like(inputs.bias) if needs.needs_d_bias else inputs.query.new_empty(0)
-    return InputGradients(*(torch.empty_like(t) for t in (inputs.query, inputs.key, inputs.value)), bias)
+    return InputGradients(*(torch.empty_like(t) for t in (inputs.query, inputs.key, inputs.value)), d_bias=bias)
 
 
 def blocked(inputs, options):
