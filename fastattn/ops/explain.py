@@ -8,18 +8,18 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastattn.ops.additive_attention import call as additive_call
-from fastattn.ops.additive_attention import on_torch as additive_torch
-from fastattn.ops.additive_attention import on_triton as additive_triton
+from fastattn.ops.additive_attention import call as additive_attention_call
+from fastattn.ops.additive_attention import on_torch as additive_attention_torch
+from fastattn.ops.additive_attention import on_triton as additive_attention_triton
 from fastattn.ops.additive_attention.api import additive_attention
 from fastattn.ops.attention import call as attention_call
 from fastattn.ops.attention import on_torch as attention_torch
 from fastattn.ops.attention import on_triton as attention_triton
 from fastattn.ops.attention.api import attention
 from fastattn.ops.common import backends
-from fastattn.ops.residual_norm import call as norm_call
-from fastattn.ops.residual_norm import on_torch as norm_torch
-from fastattn.ops.residual_norm import on_triton as norm_triton
+from fastattn.ops.residual_norm import call as residual_norm_call
+from fastattn.ops.residual_norm import on_torch as residual_norm_torch
+from fastattn.ops.residual_norm import on_triton as residual_norm_triton
 from fastattn.ops.residual_norm.api import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 
@@ -32,26 +32,26 @@ class _Explained(NamedTuple):
     more: dict[str, Any]  # arguments of make_call that the function's name stands for
 
 
-def _additive_call(average_attn_weights: bool, **arguments: Any) -> Any:
-    return additive_call.make_call(**arguments)
+def _of_additive_attention(average_attn_weights: bool, **arguments: Any) -> Any:
+    return additive_attention_call.make_call(**arguments)
 
 
-def _norm_call_of_input(input: Tensor, **arguments: Any) -> Any:
+def _of_input(input: Tensor, **arguments: Any) -> Any:
     given: dict[str, Any] = {"residual": None, "bias": None, **arguments}
-    return norm_call.make_call(input, **given)
+    return residual_norm_call.make_call(input, **given)
 
 
 def _norm(make_call: Callable[..., Any], kind: str) -> _Explained:
-    return _Explained(make_call, norm_triton, norm_torch, {"kind": kind})
+    return _Explained(make_call, residual_norm_triton, residual_norm_torch, {"kind": kind})
 
 
 _FUNCTIONS: dict[Callable[..., Any], _Explained] = {
     attention: _Explained(attention_call.make_call, attention_triton, attention_torch, {}),
-    additive_attention: _Explained(_additive_call, additive_triton, additive_torch, {}),
-    add_layer_norm: _norm(norm_call.make_call, "layer"),
-    add_rms_norm: _norm(norm_call.make_call, "rms"),
-    layer_norm: _norm(_norm_call_of_input, "layer"),
-    rms_norm: _norm(_norm_call_of_input, "rms"),
+    additive_attention: _Explained(_of_additive_attention, additive_attention_triton, additive_attention_torch, {}),
+    add_layer_norm: _norm(residual_norm_call.make_call, "layer"),
+    add_rms_norm: _norm(residual_norm_call.make_call, "rms"),
+    layer_norm: _norm(_of_input, "layer"),
+    rms_norm: _norm(_of_input, "rms"),
 }
 
 

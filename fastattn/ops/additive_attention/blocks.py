@@ -30,7 +30,16 @@ from fastattn.reference.attention import NEGATIVE_INFINITY
 # 1.15 times as long); a GPU wants enough of them to be busy.
 BLOCK_ELEMENTS, BLOCK_ELEMENTS_ON_GPU = 1 << 18, 1 << 24
 
-INPUT_AXES: tuple[Axes, ...] = (OF_ROWS, OF_KEYS, OF_KEYS, (None,), SCORES, SCORES, ("batch", "keys"))
+_AXES_BY_NAME: dict[str, Axes] = {
+    "query": OF_ROWS,
+    "key": OF_KEYS,
+    "value": OF_KEYS,
+    "weight": (None,),
+    "bias": SCORES,
+    "mask": SCORES,
+    "key_padding_mask": ("batch", "keys"),
+}
+INPUT_AXES = tuple(_AXES_BY_NAME[name] for name in Inputs._fields)
 
 
 # -------------------------------------------------------------------------------------------------- cutting into blocks
@@ -151,7 +160,8 @@ def _backward(gradients: OutputGradients, needs: Needs, inputs: Inputs, options:
     d_output, d_weights = gradients
     dtype = statistics_dtype(inputs.query.dtype)
     heads = inputs.query.shape[1]
-    d_query, d_key, d_value = (torch.zeros_like(t, dtype=dtype) for t in inputs[:3])
+    tensors = (inputs.query, inputs.key, inputs.value)
+    d_query, d_key, d_value = (torch.zeros_like(t, dtype=dtype) for t in tensors)
     d_weight = inputs.weight.new_zeros((heads, inputs.weight.shape[1]), dtype=dtype)
     d_bias = None
     if needs.needs_d_bias and inputs.bias is not None:

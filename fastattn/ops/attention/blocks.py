@@ -391,7 +391,7 @@ def _backward(
     query, sinks, statistics = inputs.query, inputs.sinks, statistics_dtype(inputs.query.dtype)
     compute, heads, kv_heads = _compute_dtype(inputs), query.shape[1], inputs.key.shape[1]
     hides, looks, keep_scale = _hides(inputs, options), query.device.type == "cpu", _keep_scale(options)
-    d_query, d_key, d_value = (empty_in_order_of(t, tuple(t.shape)) for t in inputs[:3])
+    d_query, d_key, d_value = (empty_in_order_of(t, tuple(t.shape)) for t in (query, inputs.key, inputs.value))
     if hides or not (d_query.numel() and d_key.numel()):
         d_query.zero_(), d_key.zero_(), d_value.zero_()
     d_bias = _zeros_like(inputs.bias, needs.needs_d_bias, statistics)

@@ -266,7 +266,6 @@ def _holds_garbage(d_inputs: tuple[Tensor | None, ...]) -> bool:
     try:
         norms = torch._foreach_norm(present, 2, dtype=statistics_dtype(present[0].dtype))
         return not math.isfinite(sum(norm.item() for norm in norms))
-    except (
-        RuntimeError
-    ):  # torch.autograd.functional.jacobian(vectorize=True) batches gradients: values are not readable
+    except RuntimeError:
+        # torch.autograd.functional.jacobian(vectorize=True) batches the gradients, whose values cannot be read
         return False

@@ -31,6 +31,7 @@ def takes(call: AttentionCall) -> bool:
     A bias or mask that differs between heads leaves too few keys out for tiles to be faster: such a call is taken only
     if the mask that torch's kernel would need is too large.
     """
+    differentiable = (call.query, call.key, call.value, call.bias)
     beyond = (call.alibi_slopes, call.sinks, call.softcap)
     hides = (call.mask, call.key_padding_mask, call.query_documents, call.lower, call.prefix)
     by_head = call.bias is not None or (call.mask is not None and call.mask.shape[1] != 1)
@@ -43,7 +44,7 @@ def takes(call: AttentionCall) -> bool:
         and call.query.shape[2] >= 2 * ROWS
         and call.query.numel() > 0
         and call.key.numel() > 0
-        and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*call[:3], call.bias)))
+        and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable))
         and (call.bias is None or not sdpa.needs_care(call.bias, call.query))
         and (not by_head or sdpa.merged_elements(call) > sdpa.MOST_MERGED)
     )

@@ -152,7 +152,9 @@ class ResidualNorm(OperatorFunction):
     def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         tensors, ctx.options = FORWARD.split(inputs)
         results, wanted = Results(*output), FORWARD.split(ctx.needs_input_grad).inputs
-        ctx.dtypes = [None if t is None else t.dtype for t in _differentiable(tensors)]
+        ctx.dtypes = {
+            name: None if t is None else t.dtype for name, t in zip(_DIFFERENTIABLE, _differentiable(tensors))
+        }
         # r is differentiable even where it is not returned: the second derivative goes through it.
         stored = is_stored(tensors, ctx.options)
         ctx.mark_non_differentiable(*(() if stored else (results.total,)), results.statistics)
@@ -177,19 +179,16 @@ class ResidualNorm(OperatorFunction):
             d_output = kept.total.new_zeros(kept.total.shape, dtype=ctx.options.out_dtype)
         if d_total is not None and d_total.shape != kept.total.shape:
             d_total = None  # that of a placeholder
-        wanted = [
-            needed and dtype is not None
-            for needed, dtype in zip(_differentiable(FORWARD.split(ctx.needs_input_grad).inputs), ctx.dtypes)
-        ]
-        needs = Needs(*wanted, x_dtype=ctx.dtypes[0], vectors_dtype=_vectors_dtype(wanted, ctx.dtypes))
+        needed, dtypes = FORWARD.split(ctx.needs_input_grad).inputs, ctx.dtypes
+        wanted = {name: getattr(needed, name) and dtype is not None for name, dtype in dtypes.items()}
+        needs = Needs(*wanted.values(), x_dtype=dtypes["x"], vectors_dtype=_vectors_dtype(wanted, dtypes))
         gradients = InputGradients(
             *ResidualNormBackward.apply(*OutputGradients(d_output, d_total), *kept, *needs, *ctx.options)
         )
         if shares_gradient(kept, needs):
             gradients = gradients._replace(d_residual=gradients.d_x)
-        return FORWARD.join(
-            inputs=[g.to(dtype) if is_wanted else None for g, is_wanted, dtype in zip(gradients, wanted, ctx.dtypes)]
-        )
+        columns = zip(gradients, wanted.values(), dtypes.values())
+        return FORWARD.join(inputs=[g.to(dtype) if is_wanted else None for g, is_wanted, dtype in columns])
 
     @classmethod
     def jvp(cls, ctx: Any, *grad_inputs: Any) -> Any:
@@ -215,10 +214,9 @@ class ResidualNorm(OperatorFunction):
         return tuple(results), out_dims
 
 
-def _vectors_dtype(wanted: list[bool], dtypes: list[torch.dtype | None]) -> torch.dtype:
+def _vectors_dtype(wanted: dict[str, bool], dtypes: dict[str, torch.dtype]) -> torch.dtype:
     """The dtype in which the gradients of the vectors are asked for: the one they share, else float32."""
-    by_name = {name: dtype for name, is_wanted, dtype in zip(_DIFFERENTIABLE, wanted, dtypes) if is_wanted}
-    found = {dtype for name in ("weight", "bias", "x_bias") if (dtype := by_name.get(name)) is not None}
+    found = {dtypes[name] for name in ("weight", "bias", "x_bias") if wanted[name]}
     return found.pop() if len(found) == 1 else torch.float32
 
 
@@ -251,7 +249,7 @@ class Variables(NamedTuple):
     @classmethod
     def among(cls, gradients: Any, kept: Any) -> Variables:
         """What these groups of the backward's arguments have for the variables."""
-        return cls(*gradients, *(getattr(kept, name) for name in cls._fields[len(gradients) :]))
+        return cls(*(getattr(gradients if name in gradients._fields else kept, name) for name in cls._fields))
 
 
 def dropout_factor(dropout_state: Tensor, like: Tensor, dropout_p: float) -> Tensor:
