@@ -180,7 +180,7 @@ import sys, time
 from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 from benchmarks.jobs import Job, carry_out, new_document, resumed
-from test_run import FACTS, SETTINGS, job, row
+from test_jobs import FACTS, SETTINGS, job, row
 
 def sleeps(document, hung, tell):
     if {part!r} in hung:

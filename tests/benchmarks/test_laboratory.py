@@ -1,4 +1,4 @@
-"""The static laboratory: machine code whose answers are known, the models' arithmetic, the page and its guard."""
+"""The laboratory: machine code whose answers are known, the models' arithmetic, the page and its guard."""
 
 import copy
 import re
@@ -342,7 +342,7 @@ def compiled(monkeypatch, tmp_path):
     return jobs
 
 
-def test_static_compiles_and_prints_what_is_asked_for(compiled, capsys):
+def test_laboratory_compiles_and_prints_what_is_asked_for(compiled, capsys):
     assert command_line.main(["laboratory", "--target", "cuda:90", "--only", "bf16 D128 plain"]) == 0
     assert [(target, [case["name"] for case in of]) for target, of in compiled] == [
         ("cuda:90", ["attention bf16 D128 plain"]),
@@ -351,7 +351,7 @@ def test_static_compiles_and_prints_what_is_asked_for(compiled, capsys):
     assert "HGMMA 32" in capsys.readouterr().out
 
 
-def test_static_takes_a_kernels_name_for_that_of_a_case(compiled, capsys):
+def test_laboratory_takes_a_kernels_name_for_that_of_a_case(compiled, capsys):
     assert command_line.main(["laboratory", "--only", "fwd careful"]) == 0
     assert {target for target, _ in compiled} == set(cases.TARGETS)
     printed = capsys.readouterr().out
@@ -360,20 +360,20 @@ def test_static_takes_a_kernels_name_for_that_of_a_case(compiled, capsys):
 
 
 @pytest.mark.usefixtures("compiled")
-def test_static_says_that_nothing_has_the_name(capsys):
+def test_laboratory_says_that_nothing_has_the_name(capsys):
     assert command_line.main(["laboratory", "--only", "nothing-like-it"]) == 2
     assert "nothing-like-it" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("compiled")
-def test_static_writes_page_and_json(tmp_path):
+def test_laboratory_writes_page_and_json(tmp_path):
     assert command_line.main(["laboratory", "--write", "--json", str(tmp_path / "rows.json")]) == 0
     assert len(table.read(tmp_path / "page.md").rows) == 2
     assert (tmp_path / "rows.json").read_text().startswith("[")
 
 
 @pytest.mark.usefixtures("compiled")
-def test_static_writes_no_page_where_a_case_does_not_compile(monkeypatch, capsys):
+def test_laboratory_writes_no_page_where_a_case_does_not_compile(monkeypatch, capsys):
     monkeypatch.setattr(laboratory, "compile_all", lambda *_: ([ROW], ["norm N64 does not compile: why"]))
     assert command_line.main(["laboratory", "--write"]) == 1
     assert "norm N64 does not compile" in capsys.readouterr().err
@@ -381,7 +381,7 @@ def test_static_writes_no_page_where_a_case_does_not_compile(monkeypatch, capsys
 
 
 @pytest.mark.usefixtures("compiled")
-def test_static_writes_no_page_of_a_part(capsys):
+def test_laboratory_writes_no_page_of_a_part(capsys):
     with pytest.raises(SystemExit):
         command_line.main(["laboratory", "--write", "--only", "norm"])
     assert "--write" in capsys.readouterr().err

@@ -65,14 +65,14 @@ def compiled(monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("compiled")
-def test_static_compiles_with_other_tritons_and_writes_both_pages(capsys):
+def test_laboratory_compiles_with_other_tritons_and_writes_both_pages(capsys):
     assert command_line.main(["laboratory", "--write", "--with", "/older/python"]) == 0
     assert "240 / 104" in capsys.readouterr().out
     assert "240 / 104" in pairs.PATH.read_text()
     assert table.read(table.PATH).triton == "3.7.1"
 
 
-def test_static_fails_where_another_triton_does_not_compile(compiled, capsys):
+def test_laboratory_fails_where_another_triton_does_not_compile(compiled, capsys):
     compiled["/older/python"] = (OLDER[:1], ["attention D128 for cuda:90 does not compile: why"])
     assert command_line.main(["laboratory", "--write", "--with", "/older/python"]) == 1
     said = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The static laboratory as the tests use it: compile for GPUs that are not here, and hold kernels to their rows."""
+"""The laboratory as the tests use it: compile for GPUs that are not here, and hold kernels to their rows."""
 
 from __future__ import annotations
 
