@@ -1,7 +1,7 @@
 """Block sizes, warps and stages for the kernels of additive attention, and the heuristics that choose them.
 
 Nothing here has been timed on a GPU yet. What bounds the kernels is the rate of hyperbolic tangents, 16 a clock and
-multiprocessor: a tile wants some 16 to 32 of them a thread, independent of one another, and several warps beside it.
+multiprocessor. To keep that busy, a thread needs 16 to 32 independent ones of a tile, beside several other warps.
 """
 
 import dataclasses
@@ -44,8 +44,8 @@ class AdditiveBackwardConfig:
 _C = Config
 # The interpreter has no registers; its tiles are unequal, so that short sequences exercise every range.
 _INTERPRETED = _C(64, 32, 4, 1)
-# Columns of a tile of values -> the forward's tile where every key is seen or all up to a diagonal, and where not. Each
-# divides its tangents among its warps; at fewer than 64 keys, or 64 rows for 8 warps, two warps would do the same ones.
+# Columns of a tile of values -> the forward's tile for a plain load, and for the others. The warps of each divide its
+# tangents among themselves; at fewer than 64 keys, or 64 rows for 8 warps, two warps would compute the same ones.
 _HALF = {
     64: (_C(64, 64, 4, 1), _C(32, 64, 8, 1)),
     128: (_C(64, 64, 4, 1), _C(32, 64, 8, 1)),
@@ -57,7 +57,8 @@ _FLOAT = {64: _C(32, 32, 8, 1), 128: _C(16, 32, 4, 1), 256: _C(16, 16, 4, 1), 51
 
 
 def has_hardware_tanh(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether tanh may be one instruction. Its relative error, 2^-11, is that of a float16, half of a bfloat16's."""
+    """Whether tanh may be one instruction: its relative error is 2^-11, as that of rounding to float16 is; of rounding
+    to bfloat16 it is 2^-8."""
     target = target_of(device)
     return dtype != torch.float32 and target.backend == "cuda" and int(target.arch) >= 75
 
@@ -70,7 +71,7 @@ def additive_forward_config(device: torch.device, dtype: torch.dtype, value_dim:
     if dtype == torch.float32:
         return _FLOAT[block]
     tile = _HALF[block][load != "plain"]
-    # a warp of AMD's has 64 threads
+    # a warp has 64 threads on AMD
     return tile._replace(num_warps=4) if target_of(device).backend == "hip" else tile
 
 
@@ -78,15 +79,18 @@ def additive_pairs_config(device: torch.device, dtype: torch.dtype, value_dim: i
     """The tile of the kernel that writes weights or dS."""
     if target_of(device).backend == "interpreter":
         return _INTERPRETED
-    if dtype == torch.float32:  # whole rows of dO and V in every thread
+    if dtype == torch.float32:  # multiply-adds want whole rows of dO and V in every thread
         return _C(32, 32, 8, 1) if value_dim <= 256 else _C(16, 16, 4, 1)
     return _C(16, 64, 4, 1)
 
 
 def additive_backward_config(device: torch.device, dtype: torch.dtype, value_dim: int) -> AdditiveBackwardConfig:
-    """The backward's tiles. Eight columns a program read each element of dS once for eight tangents, half a byte for
-    each, of which an L2 cache gives a multiprocessor some 24 a clock; sums of them for a tile of 32 x 32, and as many
-    for the weight, fill 128 of a thread's registers."""
+    """The backward's tiles.
+
+    With eight columns, a program reads each element of dS once for eight tangents: half a byte a tangent, so 8 bytes a
+    clock, where the L2 cache gives a multiprocessor some 24. Eight columns' sums for a tile of 32 x 32, and as many for
+    the weight's gradient, take 128 of a thread's registers.
+    """
     if target_of(device).backend == "interpreter":
         return AdditiveBackwardConfig(_INTERPRETED, ColumnsConfig(64, 32, 4, 4), ColumnsConfig(32, 64, 8, 4))
     columns = ColumnsConfig(32, 32, 8, 4)

@@ -30,8 +30,8 @@ def _additive_pairs_kernel(
     VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, HARDWARE_TANH: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one head's weights (unless None) and of dS (unless None), of which so many rows and columns are
-    written, zero past the last query and key."""
+    """One tile of one head's weights (unless None) and of dS (unless None). Of both ``rows_written`` rows and
+    ``cols_written`` columns are written, zero past the last query and key."""
     tiles_m = tl.cdiv(rows_written, BLOCK_M)
     tiles_n = tl.cdiv(cols_written, BLOCK_N)
     pid = tl.program_id(0)

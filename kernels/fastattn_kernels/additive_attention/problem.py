@@ -29,7 +29,7 @@ class Vector(NamedTuple):
 
 
 def padded(length: int) -> int:
-    """The length of a column that holds so many elements."""
+    """The length of a column that holds ``length`` elements."""
     return -(-length // PADDING) * PADDING
 
 

@@ -79,7 +79,7 @@ def gluon_kernels(direction: Direction) -> GluonKernels | str:
 
 
 def _kind(direction: Direction, problem: Problem, deterministic: bool) -> tuple[object, ...]:
-    """What tells apart the kernels that one problem and another need, as far as compiling may fail."""
+    """What the kernels of a problem depend on: two problems of one kind compile both, or neither does."""
     present = tuple(value is None for value in (*problem.rules(), problem.lower, problem.upper, problem.sinks))
     bias = problem.bias
     of_bias = None if bias is None else (bias.dtype, is_of_keys(bias))
@@ -220,7 +220,7 @@ def _compiles(
     return True
 
 
-# What MLIR's passes and LLVM's translation say, in a RuntimeError.
+# Words of the RuntimeErrors that MLIR's passes and LLVM's translation raise.
 _OF_THE_COMPILER = ("PassManager", "failed to translate")
 
 

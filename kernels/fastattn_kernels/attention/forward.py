@@ -43,8 +43,9 @@ class _Call(NamedTuple):
 
 @triton.jit
 def _pointers(matrix, rows, cols):
-    """Pointers to ``rows`` and ``cols`` of a matrix. The rows' offsets change with the tile, so that none are kept from
-    tile to tile: those of ``tile_pointers`` take 32 registers at a head size of 128, which the pipelined loop lacks."""
+    """Pointers to ``rows`` and ``cols`` of a matrix. The rows' offsets are worked out anew for each tile, so that none
+    are kept from tile to tile: ``tile_pointers`` keeps them in 32 registers at a head size of 128, which the pipelined
+    loop does not have."""
     return matrix.ptr + rows.to(tl.int64) * matrix.stride_row + cols.to(tl.int64) * matrix.stride_col
 
 

@@ -45,7 +45,7 @@ def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 
 @functools.lru_cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs of a kernel run at once, at least; a guess where the device does not tell."""
+    """How many programs of a kernel run at once, at least: a guess where torch cannot ask the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 4 if interpreting() else 64

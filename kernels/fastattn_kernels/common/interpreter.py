@@ -1,11 +1,12 @@
 """Repairs to Triton's interpreter (3.6 to 3.9), without which ``TRITON_INTERPRET=1`` gives wrong numbers in bfloat16.
 
-The interpreter keeps bfloat16 as 16-bit integers and computes on those: products and sums of bfloat16 tiles are
-garbage, float32 is truncated to bfloat16 instead of rounded, and subnormal bfloat16 becomes another float32. What a
-comparison of integers gives is called an integer, and becomes one where it is broadcast: 3.9 refuses that as a mask.
-3.6.0 with NumPy 2.4 also fails on run-time loop bounds. And the interpreter rebinds Triton's whole language at every
-call of a device function, which takes half of the time: once a launch is enough.
-Installed once, only while interpreting; compiled kernels never come here.
+Five things are repaired. The interpreter keeps bfloat16 as 16-bit integers and computes on those: products and sums of
+bfloat16 tiles are garbage, float32 is truncated to bfloat16 instead of rounded, and subnormal bfloat16 becomes another
+float32. The result of comparing integers is typed as an integer, and turned into one where it is broadcast, which 3.9
+refuses as a mask. 3.6.0 with NumPy 2.4 fails on run-time loop bounds. And the interpreter rebinds Triton's whole
+language at every call of a device function, which takes half of the time: once a launch is enough.
+
+The repairs are installed once, and only while interpreting: compiled kernels do not depend on them.
 """
 
 from typing import Any
@@ -86,7 +87,7 @@ def _repair_patch(patch_lang: Any) -> Any:
     def repaired(fn: Any) -> Any:
         modules = frozenset(id(value) for value in fn.__globals__.values() if value is tl or value is tl.core)
         if modules in bound:
-            return None  # a device function, whose caller leaves the result alone
+            return None  # a device function: its caller does not use the result
         scope = patch_lang(fn)
         if hasattr(scope, "restore"):
             bound.add(modules)

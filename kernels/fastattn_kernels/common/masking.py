@@ -11,7 +11,8 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 INFINITY = tl.constexpr(float("inf"))
-# A finite bias below this is -inf in base 2; it stays finite, because a row that sees only such keys is not empty.
+# A finite bias below this would be -inf in base 2. It is set to this instead: -inf would hide the key, and a row whose
+# every key has such a bias (finfo.min, as padding is often written) would see nothing.
 LOWEST_BIAS = tl.constexpr(-3.0e38)
 
 
@@ -67,7 +68,7 @@ def distance(rows, cols, shift):
 
 @triton.jit
 def tanh(x):
-    """``tanh`` to float32's precision on every target: the exponential's form cancels near 0, where a series serves."""
+    """``tanh`` to float32's precision on every target; near 0, where the exponential's form cancels, by a series."""
     squared = x * x
     # fitted to (tanh(x) / x - 1) / x^2 on |x| < 0.65: relative error 7e-9 of the whole
     series = -0.00551516 * squared + 0.02046942

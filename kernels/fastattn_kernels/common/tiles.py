@@ -93,8 +93,8 @@ def load_statistics(statistics_ptr, row, seqlen_q):
     """``(maximum, 1 / sum)`` of rows: ``exp2(score - maximum) / sum`` is the probability. Past the end the maximum is
     +inf, so that the probability is 0 whatever the score is.
 
-    Two numbers and not the LSE, their union: rounded to float32 it costs the probabilities its own magnitude in ulps,
-    and where a bias is finfo.min it loses the sum altogether.
+    Two numbers and not the LSE, ``maximum + log2(sum)``: its rounding to float32 gives the probabilities a relative
+    error as large as an ulp of the LSE itself, and where a bias is finfo.min the sum is lost in it altogether.
     """
     row_max = tl.load(statistics_ptr + row, mask=row < seqlen_q, other=INFINITY)
     inverse_sum = tl.load(statistics_ptr + seqlen_q + row, mask=row < seqlen_q, other=0.0)

@@ -25,7 +25,7 @@ def _load_normal(total, statistics_ptr, rows, cols, row_count, size, row_axes, I
     exists = rows < row_count
     tile = load_rows(total, rows, cols, row_axes, exists & (cols < size), EVICTION)
     rstd = tl.load(statistics_ptr + rows, mask=exists, other=0.0)
-    if not IS_RMS:  # in this order: the pivot is near, so that the first difference is exact
+    if not IS_RMS:  # the pivot first: it is so near the elements that this difference is exact
         tile -= tl.load(statistics_ptr + row_count + rows, mask=exists, other=0.0)
         tile -= tl.load(statistics_ptr + row_count + (row_count + rows), mask=exists, other=0.0)
     return tile * rstd, rstd
@@ -101,7 +101,7 @@ def _residual_norm_bwd_kernel(
         if means_ptr is not None:
             mean_gn = tl.load(means_ptr + rows, mask=rows < row_count, other=0.0)
             mean_g = tl.load(means_ptr + row_count + rows, mask=rows < row_count, other=0.0)
-        elif not WHOLE:  # before the own columns are in registers; they come from the cache when they are read again
+        elif not WHOLE:  # before this program's own columns fill registers; these are read again from the cache
             mean_g, mean_gn = _means_over_blocks(
                 d_output, total, weight_ptr, statistics_ptr, rows, row_count, size, row_axes,
                 IS_RMS, UNIT_OFFSET, BLOCK_M, BLOCK_N,
@@ -124,7 +124,7 @@ def _residual_norm_bwd_kernel(
             gradient += load_rows(d_new_residual, rows, cols, row_axes, inside, "evict_first")
         if d_residual is not None:
             store_rows(d_residual, rows, cols, row_axes, inside, gradient)
-        # from here on the gradient of x, where it is another
+        # from here on the gradient of x, which differs where x is dropped or scaled
         if dropout is not None:
             gradient *= row_dropout_factor(rows, start, dropout, BLOCK_M, BLOCK_N)
         if d_row_scale_ptr is not None:
@@ -208,7 +208,7 @@ def launch_residual_norm_bwd(
         return [total.new_zeros(size, dtype=vectors_dtype) for _ in range(wanted)], scale
     d_out, d_new, sums, branch, row_scale, d_res, d_branch = rows.arguments()
     is_heavy = problem.is_heavy or (d_residual is not None and d_x is not None)
-    is_heavy |= total.dtype == torch.float32 and len(rows.axes) > 1  # the indices of rows are the last straw there
+    is_heavy |= total.dtype == torch.float32 and len(rows.axes) > 1  # with the indices of rows, float32 would spill
     config = config or norm_backward_config(size, rows.count, total.device, is_heavy)
     tile = config.tile
     float32 = {"dtype": torch.float32, "device": total.device}

@@ -20,11 +20,11 @@ _LOOPED_BLOCK = {False: 8192, True: 4096}
 # on NVIDIA's others than sm_90, in float32, already at this. Wider rows are split among programs, each with the
 # gradients of its own columns.
 _WHOLE_ROW_BACKWARD = {False: 8192, True: 4096}
-# Of a row that is split in two each program reads both halves for the row's sums: the other's half comes from the L2
-# cache. From three parts on that is more traffic than a kernel of its own for the sums.
+# Where a row is split in two, each of its two programs reads both halves for the row's sums, the other's half from the
+# L2 cache. From three parts on, that is more traffic than a kernel of its own for the sums.
 _SPLITS_THAT_LOOP = 2
-# Where the shared memory holds two tiles, the next row's is on its way while one is computed with (3 stages; with 2 it
-# is asked for when that is done).
+# Targets whose shared memory holds two tiles: the next row's tile is loaded while one is computed with (3 stages; with
+# 2 it is loaded afterwards).
 _ROOMY = [("cuda", 90), ("cuda", 100)]
 _INTERPRETED_ROW = 1024
 
@@ -40,12 +40,13 @@ class NormBackwardConfig(NamedTuple):
 
 
 def _rows_of_tile(size: int, elements: int) -> int:
-    """How many rows make a tile of about so many elements; however many there are, so that none compiles again."""
+    """How many rows make a tile of about ``elements`` elements. It does not depend on how many rows there are: another
+    number of rows compiles nothing again."""
     return int(max(1, elements // next_power_of_2(max(size, 16))))
 
 
 def _warps(elements: int, each: int, device: torch.device) -> int:
-    """Warps for a tile, at so many elements a thread."""
+    """Warps for a tile of ``elements`` elements, of which a thread has ``each``."""
     threads = 64 if target_of(device).backend == "hip" else 32
     return max(1, min(elements // (threads * each), 1024 // threads, 16))
 
@@ -78,13 +79,13 @@ def norm_backward_config(size: int, rows: int, device: torch.device, is_heavy: b
             block_n //= 2
         block_m = _rows_of_tile(block_n, 1024)
         # 16 elements a thread, of up to six tiles: what was read, the two or three sums, and what is written. Half as
-        # many where a tile has many rows, which have numbers of their own, or where rows are not aligned: then every
-        # element has a pointer.
+        # many where a tile has many rows, each of which has statistics in registers, or where rows are not aligned:
+        # then every element has a pointer.
         warps = _warps(block_m * block_n, 8 if block_m > 4 or size % 16 else 16, device)
         tile = Config(block_m, block_n, warps, 3 if target in _ROOMY else 2)
-        # All programs have to run at once, or the last wait for the first. 512 threads of up to 128 registers fill a
-        # multiprocessor, half as many if heavy. In flight are 6 bytes for each of their 8192 elements, more than the
-        # 25 KiB that 4.8 TB/s times 700 ns want of each of 132 multiprocessors.
+        # All programs have to run at once, or the last would start when the first end. 512 threads of up to 128
+        # registers fill a multiprocessor, half as many if heavy. They have 6 bytes in flight for each of their 8192
+        # elements: more than the 25 KiB of each of 132 multiprocessors that keep 4.8 TB/s busy over 700 ns.
         per_multiprocessor = max(1, (256 if is_heavy else 512) // (32 * tile.num_warps))
     splits = -(-size // tile.block_n)
     tiles = -(-rows // tile.block_m)

@@ -41,18 +41,18 @@ def _merged_statistics(pivot, shift, squares, tile, start, size, BLOCK_N: tl.con
     """Statistics of rows ``[M, 1]`` up to column ``start``, with those of the tile from there on merged in (Chan,
     Golub, LeVeque 1979): the mean is ``pivot + shift``, ``squares`` the sum of squared distances from it.
 
-    A row a thousand deviations away from zero has a mean whose last bit is a good part of a deviation's digits. So the
-    pivot is as good a mean as float32 holds, and the shift, what it misses, has digits of its own. The tile, which is
-    zero outside, takes two passes over registers: ``E[x^2] - E[x]^2`` would lose everything there.
+    Where a row lies a thousand deviations away from zero, the rounding of its mean to float32 is an error of many ulps
+    of a deviation. So the mean is two numbers: the pivot, as near as float32 comes, and the shift, what is missing. The
+    tile, which is zero outside, takes two passes over registers: ``E[x^2] - E[x]^2`` would cancel all digits there.
     """
     if IS_RMS:
         squares += tl.sum(tile * tile, 1)[:, None]
     else:
         here = tl.minimum(size - start, BLOCK_N)
-        # Near float32's end the sum of a row overflows, and so does a distance from the mean, and inf * 0 is NaN. So
-        # the sum is of smaller numbers (in wide tiles only where it overflowed, as the products of all elements take 19
-        # registers there, while in narrow ones the branch takes 8); and beyond 2^100, where distances are 0 or their
-        # squares inf, distances are from 0.
+        # Near the largest float32 the sum of a row overflows, and so does a distance from the mean, and inf * 0 is NaN.
+        # So the elements are scaled down before they are summed; in wide tiles only where the sum overflowed, since the
+        # scaled elements take 19 registers there, while in narrow tiles a branch would take 8. Beyond 2^100, where a
+        # distance from the mean is 0 or its square inf, distances are taken from 0.
         if BLOCK_N < 4096:
             middle = tl.sum(tile * 2.0**-20, 1)[:, None] * (2.0**20 / here)
         else:
@@ -67,8 +67,8 @@ def _merged_statistics(pivot, shift, squares, tile, start, size, BLOCK_N: tl.con
         pivot = tl.where(start == 0, middle, pivot)
         share = here / (start + here).to(tl.float32)
         step = (middle - pivot) + missed - shift
-        # Variances beyond float32 are inf, and in no row NaN: not inf - inf here, nor 0 * inf, which the square of the
-        # step would make of the first block's start.
+        # Variances beyond float32 become inf, never NaN: neither by inf - inf, here, nor by 0 * inf, as the square of
+        # the step times the first block's start of 0 would be.
         scattered = tl.sum(distance * distance, 1)[:, None]
         squares += tl.where(scattered < float("inf"), scattered - here * missed * missed, scattered)
         squares += step * (start * share) * step
@@ -78,8 +78,8 @@ def _merged_statistics(pivot, shift, squares, tile, start, size, BLOCK_N: tl.con
 
 @triton.jit
 def _inverse_root(variance):
-    """``1 / sqrt(variance)``, by a step of Newton's behind the approximate one, whose error would scale whole rows. The
-    exact instructions are calls, around which registers spill."""
+    """``1 / sqrt(variance)``: the approximate instruction, whose error would scale whole rows, and a step of Newton's.
+    The exact square root is a function call, around which registers spill."""
     approximate = tl.rsqrt(variance)
     refined = approximate * (1.5 - 0.5 * variance * approximate * approximate)
     return tl.where((approximate > 0.0) & (approximate < float("inf")), refined, approximate)
@@ -154,7 +154,7 @@ def _residual_norm_fwd_kernel(
             tl.debug_barrier()  # what is read now was stored by other threads of this program
         for start in tl.range(0, size, BLOCK_N):
             cols = start + lanes
-            if new_residual is not None:  # one tensor to read again, and not two
+            if new_residual is not None:  # one tensor to read again, where x and the residual are two
                 inside = (rows < row_count) & (cols < size)
                 tile = load_rows(new_residual, rows, cols, row_axes, inside, "evict_first")
             else:

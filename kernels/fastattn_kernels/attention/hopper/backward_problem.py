@@ -1,4 +1,4 @@
-"""What the backward kernels on Hopper are told of a call, beside descriptors of whole heads."""
+"""The arguments of the backward kernels on Hopper, beside descriptors of whole heads."""
 
 import contextlib
 from collections.abc import Generator

@@ -40,7 +40,8 @@ def _row_numbers_kernel(
 def row_numbers(statistics: Tensor, delta: Tensor, has_bias: bool) -> Tensor:
     """float32 ``[2, B, H, L padded]``: LSE in base 2 and delta; with a bias ``[3, ...]``: pivot, delta and inverse sum.
 
-    Copied, because TMA reads from multiples of 16 bytes alone, which rows of any length do not keep to.
+    Copied and padded, because TMA reads only from addresses that are multiples of 16 bytes: unpadded, heads whose
+    length is no multiple of four would begin elsewhere.
     """
     batch, heads, seqlen_q = delta.shape
     padded = int(triton.cdiv(seqlen_q, PADDED_TO)) * PADDED_TO

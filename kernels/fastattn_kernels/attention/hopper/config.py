@@ -59,10 +59,10 @@ def is_of_keys(bias: Tensor) -> bool:
 def forward_config(problem: Problem) -> ForwardConfig:
     """The forward's tile, and how tiles are shared out.
 
-    Simulated in ``benchmarks/laboratory/schedule.py``, over masks and lengths from 512 to 16384: where something
-    hides keys, tiles of rows differ, and the counter wins by 1.00 to 1.27 under causality (D128, L = 8192: 0.979 of the
-    time in products, 0.784 without it); it loses up to 5 % in windows of some microseconds, for its launch. Where
-    nothing hides keys it has nothing to win.
+    By the simulation in ``benchmarks/laboratory/schedule.py``, over masks and lengths from 512 to 16384: where something
+    hides keys, some tiles of rows take longer than others, and the counter makes causal attention 1.00 to 1.27 times as
+    fast (D128, L = 8192: 0.979 of the time in products, 0.784 without it). In windows, which take a few microseconds,
+    its launch costs up to 5 %. Where nothing hides keys all tiles take as long, and it would win nothing.
     """
     hides = bool(problem.masks) or problem.lower is not None or problem.upper is not None
     return dataclasses.replace(_forward_tile(problem), schedule="dynamic" if hides else "static")
@@ -109,8 +109,8 @@ class BackwardConfig:
 def backward_config(problem: Problem, deterministic: bool = True) -> BackwardConfig:
     """The tiles that compile without spills and fit in shared memory.
 
-    But for a mask beside a 16-bit bias or a softcap at head size 128: there the loop over tiles seen in part reloads 4
-    bytes a step.
+    One exception spills: with a mask beside a 16-bit bias or a softcap at head size 128, the loop over tiles seen in
+    part reloads 4 bytes a step.
     """
     block = head_block(problem.query.shape[3], problem.value.shape[3])
     bias = problem.bias
@@ -122,7 +122,7 @@ def backward_config(problem: Problem, deterministic: bool = True) -> BackwardCon
         crowded = hides and (tile_of_bias or problem.prefix is not None)
         return BackwardConfig(64 if tile_of_bias else 128, 64 if crowded else 128, one_pass=one_pass)
     wide_bias = bias is not None and tile_of_bias and bias.element_size() > 2
-    # the accumulators leave the one-pass form few registers for what else a tile may carry
+    # beside its accumulators, the one-pass form has few registers left for what else a tile may carry
     beside_mask = (bias, problem.key_padding_mask, problem.query_documents, problem.prefix, problem.lower)
     masked_twice = problem.mask is not None and any(rule is not None for rule in beside_mask)
     crowded = problem.softcap is not None or masked_twice

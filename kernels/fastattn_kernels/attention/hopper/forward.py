@@ -163,7 +163,7 @@ def _producer(
             else:
                 mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
             tma_load(k_desc, [batch, kv_head, row, 0], k_full.index(slot), k_s.index(slot))
-            if position == 0:  # after K: the last tile's queries, or the output in their place, may still be in use
+            if position == 0:  # after K: the last tile's queries, or its output in their place, may still be in use
                 for consumer in gl.static_range(CONSUMERS):
                     mbarrier.wait(q_empty.index(consumer), (rounds & 1) ^ 1)
                     mbarrier.expect(q_full.index(consumer), q_desc.block_type.nbytes)
@@ -367,7 +367,7 @@ def _consumer(
 
 @gluon.jit
 def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    """COUNT barriers that wait for so many arrivals each."""
+    """COUNT barriers, a phase of each of which ends with ARRIVALS arrivals."""
     barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
         mbarrier.init(barriers.index(i), count=ARRIVALS)
@@ -402,7 +402,7 @@ def _attention_fwd_kernel(
     v_empty = _barriers(STAGES, CONSUMERS)
     if PING_PONG:
         turns = _barriers(CONSUMERS, 1)
-    else:  # memory of barriers that nobody uses would be given to others
+    else:  # not allocated: the compiler would share the memory of barriers that are not used with other buffers
         turns: gl.constexpr = None
     if counter_ptr is not None:
         box = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))

@@ -24,11 +24,11 @@ HALF_LOG2_E = gl.constexpr(0.5 * 1.4426950408889634)
 
 @gluon.jit
 def tanh(x, dtype: gl.constexpr):
-    """``tanh`` as exact as inputs of ``dtype`` deserve.
+    """``tanh`` as exact as the results need for inputs of ``dtype``: the hardware's for bfloat16, an accurate one else.
 
     The hardware's has 11 bits and a tenth of the instructions, and makes the loop 1.6 times as fast (modelled). At a
-    softcap of 50 and large scores its error is then a ninth of eager bfloat16's, which rounds scores to 8 bits;
-    but it would be that of eager float16, ten times what it is with an exact one.
+    softcap of 50 and large scores, the results' error with it is a ninth of eager bfloat16's, which rounds scores to 8
+    bits. In float16 it would be as large as eager's, ten times as large as with an accurate ``tanh``.
     """
     if dtype == gl.bfloat16:
         y = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)

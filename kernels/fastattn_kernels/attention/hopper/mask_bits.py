@@ -1,9 +1,9 @@
 """Boolean masks as bits, in the order in which the threads of a warpgroup hold a tile of scores.
 
 In the accumulator of a wgmma a thread holds, of each of its rows and of every 64 keys, the 16 keys ``8 i + 2 q + e``:
-``q`` is its place among the four threads of the row, ``i`` < 8, ``e`` < 2. Their bits, ``2 i + e``, are one int16. So a
-thread loads two words a row for 128 keys, where it would load 32 bytes, from memory that is an eighth; no shuffle, and
-no shift by a number unknown at compile time.
+``q`` is its place among the four threads of the row, ``i`` < 8, ``e`` < 2. Their bits, ``2 i + e``, are one int16. For
+128 keys of a row a thread then loads two words, not 32 bytes; the mask takes an eighth of the memory; and unpacking
+takes no shuffle, and no shift by a number that is unknown at compile time.
 """
 
 import torch

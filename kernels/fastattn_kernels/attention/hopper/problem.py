@@ -1,4 +1,4 @@
-"""What the Hopper kernels are told of a call: descriptors of its tensors, packed masks; and which calls they refuse."""
+"""The arguments of the Hopper kernels: descriptors of a call's tensors, packed masks; and which calls they refuse."""
 
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from fastattn_kernels.common.arguments import (
 )
 from fastattn_kernels.common.problem import Problem
 
-# What TMA wants strides and addresses to be multiples of.
+# Bytes of which strides and addresses have to be multiples for TMA.
 _ALIGNMENT = 16
 LARGEST_HEAD = 256
 

@@ -26,7 +26,7 @@ visited_tile = shared(_visits.visited_tile)
 
 
 class Schedule(NamedTuple):
-    """How a forward's tiles of rows are numbered: tiles of a head, of all heads, and what :func:`row_tile_at` wants."""
+    """How a forward's tiles of rows are numbered: tiles of a head, of all heads, and what :func:`row_tile_at` takes."""
 
     tiles_m: Any
     tiles: Any
