@@ -14,9 +14,10 @@ differentiated.
 
 from __future__ import annotations
 
+import itertools
 import operator
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -65,16 +66,20 @@ def _settings(dtype: torch.dtype) -> Hashable:
     )
 
 
-class Saved(NamedTuple):
+class Made(NamedTuple):
     """What a forward by the short way makes.
 
     Attributes:
         results: what the public function returns, in order.
-        kept: tensors that the backward reads beside the call's arguments.
+        hidden: results that it does not return, but that derivatives beyond the first flow through.
+        kept: what the backward reads: of these, and of the call's own tensors.
+        context: what else the backward has to know; it holds no tensor, and is that of every call of the signature.
     """
 
     results: tuple[Tensor, ...]
+    hidden: tuple[Tensor, ...]
     kept: tuple[Tensor, ...]
+    context: Any
 
 
 class ShortWay:
@@ -83,9 +88,9 @@ class ShortWay:
     Args:
         implementation: imports the module of the kernels' side, which has
 
-            * ``short_forward(arguments, training) -> Saved``: the call, from the arguments as the user gave them;
-            * ``short_backward(arguments, kept, gradients, needs)``: a gradient for each tensor among the arguments,
-              None where ``needs`` has False;
+            * ``short_forward(arguments, training) -> Made``: the call, from the arguments as the user gave them;
+            * ``short_backward(context, kept, gradients, needs)``: a gradient for each tensor among the arguments, None
+              where ``needs`` has False, of the gradients of the results and of those that are hidden;
             * ``short_backward_by_operators``: the same, differentiable.
         arguments: NamedTuple type of the arguments of the public function.
     """
@@ -164,18 +169,26 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [found for each in value for found in tensors_in(each)] if isinstance(value, tuple) else []
 
 
-def _with_tensors(value: Any, tensors: Any) -> Any:
-    """``value`` with the next of ``tensors``, an iterator, in the place of each tensor."""
-    if isinstance(value, Tensor):
+class _Gap:
+    """The place of a tensor in a template, which so holds none."""
+
+
+_GAP = _Gap()
+
+
+def without_tensors(value: Any) -> Any:
+    """A template: ``value`` with a gap in the place of each tensor."""
+    return with_tensors(value, itertools.repeat(_GAP))
+
+
+def with_tensors(value: Any, tensors: Iterator[Any]) -> Any:
+    """``value`` with the next of ``tensors`` in the place of each tensor, and in each gap."""
+    if isinstance(value, (Tensor, _Gap)):
         return next(tensors)
     if isinstance(value, tuple):
-        parts = [_with_tensors(each, tensors) for each in value]
+        parts = [with_tensors(each, tensors) for each in value]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     return value
-
-
-class _NoTensor(Tensor):
-    """Stands for a tensor in a template of arguments, so that the template holds none."""
 
 
 class _Entry:
@@ -192,12 +205,12 @@ class _Entry:
         if 1 < len(positions) == len(tensors):
             self.pick = operator.itemgetter(*positions)
         self.training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        self.template = _with_tensors(arguments, iter([_NoTensor() for _ in tensors]))
-        self.needs = tuple(t.requires_grad for t in tensors)
-        self.results = 0
+        self.template = without_tensors(arguments)
+        self.results = 1
         self._plans = plans
-        self._forward: Any = None
-        self._backwards: dict[Hashable, Any] = {}
+        self._forward: Callable[..., Any] | None = None
+        self._context: Any = None
+        self._backwards: dict[Hashable, Callable[..., Any]] = {}
 
     def may_run(self) -> bool:
         """Whether launches may go by a plan now: not while a profiler listens to Triton's."""
@@ -205,54 +218,56 @@ class _Entry:
 
     def arguments(self, tensors: Sequence[Tensor]) -> Any:
         """The arguments of the public function, with these tensors."""
-        return _with_tensors(self.template, iter(tensors))
+        return with_tensors(self.template, iter(tensors))
 
     def __call__(self, arguments: tuple[Any, ...]) -> Any:
         """What the public function returns."""
         tensors = self.pick(arguments)
-        if self.training:
-            return ShortFunction.apply(self, *tensors)
-        results = self.forward(tensors).results
+        if not self.training:
+            results = self.forward(tensors).results
+        else:
+            made = ShortFunction.apply(self, *tensors)
+            results = made[: self.results]
         return results[0] if len(results) == 1 else results
 
-    def forward(self, tensors: Sequence[Tensor]) -> Saved:
-        """The results, and what the backward reads."""
+    def forward(self, tensors: Sequence[Tensor]) -> Made:
+        """What the call makes."""
         if self._forward is not None:
-            return self._forward(*tensors)
+            results, hidden, kept = self._forward(*tensors)
+            return Made(results, hidden, kept, self._context)
+        context = None
+
+        def write_down(tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], ...]:
+            nonlocal context
+            *made, context = self.implementation.short_forward(self.arguments(tensors), self.training)
+            return tuple(made)
+
         with torch.no_grad():
-            made, plan = self._plans.record(
-                lambda tensors: tuple(self.implementation.short_forward(self.arguments(tensors), self.training)),
-                (tuple(tensors),),
-            )
-        saved = Saved(*made)
-        if plan is None:
-            return saved
-        run = plan.run
-        self._forward = lambda *tensors: Saved(*run(*tensors))
-        return saved
+            made, plan = self._plans.record(write_down, (tuple(tensors),))
+        self.results = len(made[0])
+        if plan is not None:
+            self._context, self._forward = context, plan.run
+        results, hidden, kept = made
+        return Made(results, hidden, kept, context)
 
     def backward(
-        self, tensors: Sequence[Tensor], kept: Sequence[Tensor], gradients: tuple[Any, ...], needs: tuple[bool, ...]
-    ) -> Any:
+        self, context: Any, kept: Sequence[Tensor], gradients: tuple[Any, ...], needs: tuple[bool, ...]
+    ) -> Sequence[Tensor | None]:
         """A gradient for each tensor."""
         if torch.is_grad_enabled() or is_looked_at() or not self.may_run():
-            return self.implementation.short_backward_by_operators(
-                self.arguments(tensors), tuple(kept), gradients, needs
-            )
-        key = needs, tuple([_key_of(value) for value in gradients]), _settings(tensors[0].dtype)
+            return self.implementation.short_backward_by_operators(context, tuple(kept), gradients, needs)
+        key = needs, tuple([_key_of(value) for value in gradients]), _settings(kept[0].dtype)
         run = self._backwards.get(key)
         given = tensors_in(gradients)
         if run is not None:
-            return run(*tensors, *kept, *given)
-        template = _with_tensors(gradients, iter([_NoTensor() for _ in given]))
-        made, plan = self._plans.record(
-            lambda tensors, kept, given: tuple(
-                self.implementation.short_backward(
-                    self.arguments(tensors), kept, _with_tensors(template, iter(given)), needs
-                )
-            ),
-            (tuple(tensors), tuple(kept), tuple(given)),
-        )
+            return run(*kept, *given)
+        template = without_tensors(gradients)
+
+        def write_down(kept: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+            gradients = with_tensors(template, iter(given))
+            return tuple(self.implementation.short_backward(context, kept, gradients, needs))
+
+        made, plan = self._plans.record(write_down, (tuple(kept), tuple(given)))
         if plan is not None and len(self._backwards) < MOST_ENTRIES:
             self._backwards[key] = plan.run
         return made
@@ -263,18 +278,17 @@ class ShortFunction(torch.autograd.Function):
     ``forward`` in every call, and no rules for transforms: under those a call takes the long way."""
 
     @staticmethod
-    def forward(ctx: Any, entry: _Entry, *tensors: Tensor) -> Any:
-        """The results of the public function."""
-        saved = entry.forward(tensors)
-        ctx.entry = entry
-        ctx.count = len(tensors)
+    def forward(ctx: Any, entry: _Entry, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The results of the public function, then those that are hidden."""
+        made = entry.forward(tensors)
+        ctx.entry, ctx.context = entry, made.context
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *saved.kept)
-        return saved.results[0] if len(saved.results) == 1 else saved.results
+        ctx.save_for_backward(*made.kept)
+        return made.results + made.hidden
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         """The gradients of the tensors."""
-        saved = ctx.saved_tensors  # read once: checkpointing unpacks what was saved a single time
-        tensors, kept = saved[: ctx.count], saved[ctx.count :]
-        return None, *ctx.entry.backward(tensors, kept, gradients, ctx.needs_input_grad[1:])
+        # saved tensors are read once: checkpointing unpacks what was saved a single time
+        found = ctx.entry.backward(ctx.context, ctx.saved_tensors, gradients, ctx.needs_input_grad[1:])
+        return None, *found

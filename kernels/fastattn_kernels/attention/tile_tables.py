@@ -17,8 +17,8 @@ Kernel = Literal["forward", "dkdv", "dq", "one_pass", "bias", "weights"]
 HALF: dict[str, dict[Kernel, dict[int, tuple[Config, ...]]]] = {
     "sm_90": {
         # 8 warps: with 4, ptxas serialises wgmma (C7511). Pipelined: all 66 exponentials of a thread are issued beside
-        # wgmma, else none of them. By the model of benchmarks/static a tile that is seen whole then takes 2220 cycles
-        # instead of 3104 (128 columns), and 1260 instead of 2080 (64 columns).
+        # wgmma, else none of them. By the model of benchmarks/laboratory a tile that is seen whole then takes 2220
+        # cycles instead of 3104 (128 columns), and 1260 instead of 2080 (64 columns).
         "forward": {
             64: (C(128, 128, 8, 3, True), C(128, 128, 8, 2), C(128, 64, 8, 3)),
             128: (C(128, 128, 8, 2, True), C(128, 64, 8, 3)),

@@ -1,7 +1,8 @@
 """How the Hopper kernels are launched, and the heuristics that choose it.
 
 Nothing here has been timed on a GPU yet. The tiles are those that compile without spills and fit in the shared memory
-of a thread block; among them, the forward's are fastest by a model of the loop's instructions (``benchmarks/static``).
+of a thread block; among them, the forward's are fastest by a model of the loop's instructions
+(``benchmarks/laboratory``).
 """
 
 import dataclasses
@@ -59,10 +60,10 @@ def is_of_keys(bias: Tensor) -> bool:
 def forward_config(problem: Problem) -> ForwardConfig:
     """The forward's tile, and how tiles are shared out.
 
-    By the simulation in ``benchmarks/laboratory/schedule.py``, over masks and lengths from 512 to 16384: where something
-    hides keys, some tiles of rows take longer than others, and the counter makes causal attention 1.00 to 1.27 times as
-    fast (D128, L = 8192: 0.979 of the time in products, 0.784 without it). In windows, which take a few microseconds,
-    its launch costs up to 5 %. Where nothing hides keys all tiles take as long, and it would win nothing.
+    By the simulation in ``benchmarks/laboratory/schedule.py``, over masks and lengths from 512 to 16384: where
+    something hides keys, some tiles of rows take longer than others, and the counter makes causal attention 1.00 to
+    1.27 times as fast (D128, L = 8192: 0.979 of the time in products, 0.784 without it). In windows, which take a few
+    microseconds, its launch costs up to 5 %. Where nothing hides keys all tiles take as long, and it would win nothing.
     """
     hides = bool(problem.masks) or problem.lower is not None or problem.upper is not None
     return dataclasses.replace(_forward_tile(problem), schedule="dynamic" if hides else "static")
