@@ -147,6 +147,18 @@ def test_plan_gives_workspaces_back_behind_their_last_use():
     assert plan.source.count("del ") == 2, plan.source
 
 
+def test_plan_of_a_function_within_a_planned_one_holds_its_launches(function):
+    """The inner function's own plan would launch without the recording of the outer one."""
+    for seed in range(3):
+        check(function, draw(seed=seed), None, 2.0)
+    outer = planned(lambda inputs, scale: function(inputs, scale))
+    for seed in range(3):
+        out, _ = outer(Inputs(draw(seed=seed), None), 2.0)
+        torch.testing.assert_close(out, 6.0 * draw(seed=seed))
+    (plan,) = plans_of(outer)
+    assert plan.launches == 2
+
+
 def test_call_that_looks_at_numbers_has_no_plan():
     def by_number(x):
         return x + 1 if float(x[0]) > 0 else x - 1

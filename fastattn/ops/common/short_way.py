@@ -30,6 +30,7 @@ from fastattn.ops.common.tracing import is_functorch_active
 
 MOST_ENTRIES = 1024  # signatures of one function; beyond, the oldest is forgotten
 _PLAIN = (Tensor, Parameter)
+_WORDS = {bool, int, float, str, tuple, torch.Size, torch.dtype, type(None)}  # arguments that say all by their value
 
 
 def is_looked_at() -> bool:
@@ -124,11 +125,14 @@ class ShortWay:
         if kind not in backends.DEVICES or torch.is_autocast_enabled(kind):
             return None
         try:
+            types = tuple(map(type, words))
+            if not _WORDS.issuperset(types):
+                return None
             of_values = tuple([None if value is None else _key_of(value) for value in values])
             key = (
                 of_values,
                 words,
-                tuple(map(type, words)),  # 1, 1.0 and True are equal and have one hash
+                types,  # 1, 1.0 and True are equal and have one hash
                 torch.is_grad_enabled(),
                 torch.is_inference_mode_enabled(),
                 backends.default_backend.value,
@@ -207,14 +211,15 @@ class _Entry:
         self.training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         self.template = without_tensors(arguments)
         self.results = 1
+        self.has_plan = True  # until it turns out that the call cannot be written down
         self._plans = plans
         self._forward: Callable[..., Any] | None = None
         self._context: Any = None
         self._backwards: dict[Hashable, Callable[..., Any]] = {}
 
     def may_run(self) -> bool:
-        """Whether launches may go by a plan now: not while a profiler listens to Triton's."""
-        return not self._plans.is_listened_to()
+        """Whether a call may go by a plan now: there is one, and no profiler listens to Triton's launches."""
+        return self.has_plan and not self._plans.is_listened_to()
 
     def arguments(self, tensors: Sequence[Tensor]) -> Any:
         """The arguments of the public function, with these tensors."""
@@ -245,7 +250,9 @@ class _Entry:
         with torch.no_grad():
             made, plan = self._plans.record(write_down, (tuple(tensors),))
         self.results = len(made[0])
-        if plan is not None:
+        if plan is None:
+            self.has_plan = False
+        else:
             self._context, self._forward = context, plan.run
         results, hidden, kept = made
         return Made(results, hidden, kept, context)
@@ -254,7 +261,7 @@ class _Entry:
         self, context: Any, kept: Sequence[Tensor], gradients: tuple[Any, ...], needs: tuple[bool, ...]
     ) -> Sequence[Tensor | None]:
         """A gradient for each tensor."""
-        if torch.is_grad_enabled() or is_looked_at() or not self.may_run():
+        if torch.is_grad_enabled() or is_looked_at() or self._plans.is_listened_to():
             return self.implementation.short_backward_by_operators(context, tuple(kept), gradients, needs)
         key = needs, tuple([_key_of(value) for value in gradients]), _settings(kept[0].dtype)
         run = self._backwards.get(key)

@@ -3,36 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from fastattn.ops.common import backends
+from fastattn.ops.common.short_way import ShortWay
 from fastattn.ops.common.tracing import is_symbolically_traced, recorded
 from fastattn.ops.residual_norm import on_torch, on_triton
 from fastattn.ops.residual_norm.call import make_call
-from fastattn.ops.residual_norm.contract import ResidualNormCall
+from fastattn.ops.residual_norm.contract import Arguments
 from fastattn.ops.residual_norm.layout import in_channels_last
 
 
-def _run(call: ResidualNormCall, backend: backends.Backend | None) -> tuple[Tensor, Tensor]:
-    """``(output, new residual)`` of a call on the backend that is chosen."""
-    if backends.choose(call, backend, on_triton.refusals) == "triton":
-        return on_triton.run(call)
-    return on_torch.run(call)
+def _short() -> ModuleType:
+    from fastattn.ops.residual_norm import short  # imports triton
+
+    return short
 
 
-def _fused(
-    call: ResidualNormCall, x: Tensor, residual: Tensor | None, backend: backends.Backend | None
-) -> Tensor | tuple[Tensor, Tensor]:
-    """What a public function returns of the call that it made of ``x`` and ``residual``, in their shape."""
-    shape = _sum_shape(x, residual)
-    output, total = _run(call, backend)
+_SHORT = ShortWay(_short, Arguments)
+
+
+def _norm(arguments: Arguments) -> Tensor | tuple[Tensor, Tensor]:
+    """What a public function returns for its arguments, on the backend that is chosen."""
+    values, words = arguments[:6], arguments[6:]
+    signature = None
+    if _may_be_short(arguments):
+        signature = _SHORT.key(values, words)
+        if signature is not None and (entry := _SHORT.find(signature, arguments)) is not None:
+            return entry(values)
+    *rest, backend = arguments
+    call = make_call(**dict(zip(Arguments._fields, rest)))
+    chosen = backends.choose(call, backend, on_triton.refusals)
+    output, total = on_triton.run(call) if chosen == "triton" else on_torch.run(call)
+    if signature is not None and chosen == "triton":
+        _SHORT.remember(signature)
+    shape = _sum_shape(arguments.x, arguments.residual)
     output = _as(output, shape)
     if call.kind == "rms":
-        output = in_channels_last(output, x, residual)
+        output = in_channels_last(output, arguments.x, arguments.residual)
     return (output, _as(total, shape)) if call.return_residual else output
+
+
+# Unit offset, dropout, rounding, two dtypes and what is returned, of a norm alone.
+_DEFAULTS = (False, 0.0, True, None, None, False)
+
+
+def _alone(arguments: Arguments) -> Tensor:
+    output = _norm(arguments)
+    assert isinstance(output, Tensor)
+    return output
+
+
+def _may_be_short(arguments: Arguments) -> bool:
+    """Whether a call may take the short way as far as its arguments go: nothing is broadcast to ``x`` but a row scale,
+    the sum is kept as it is returned, and ``x`` itself is not returned as the sum."""
+    x, residual = arguments.x, arguments.residual
+    adds = residual is not None
+    return (
+        arguments.round_residual is True
+        and (adds or not arguments.return_residual)
+        and not (adds and isinstance(x, Tensor) and isinstance(residual, Tensor) and x.shape != residual.shape)
+    )
 
 
 def _as(tensor: Tensor, shape: torch.Size) -> Tensor:
@@ -106,24 +141,25 @@ def add_layer_norm(
             unit_offset=unit_offset, dropout_p=dropout_p, round_residual=round_residual, out_dtype=out_dtype,
             residual_dtype=residual_dtype, return_residual=return_residual, backend=backend,
         )  # fmt: skip
-    call = make_call(
+    arguments = Arguments(
         x,
         residual,
         weight,
         bias,
-        kind="layer",
-        eps=eps,
-        normalized_shape=normalized_shape,
-        x_bias=x_bias,
-        row_scale=row_scale,
-        unit_offset=unit_offset,
-        dropout_p=dropout_p,
-        round_residual=round_residual,
-        out_dtype=out_dtype,
-        residual_dtype=residual_dtype,
-        return_residual=return_residual,
-    )
-    return _fused(call, x, residual, backend)
+        x_bias,
+        row_scale,
+        "layer",
+        eps,
+        normalized_shape,
+        unit_offset,
+        dropout_p,
+        round_residual,
+        out_dtype,
+        residual_dtype,
+        return_residual,
+        backend,
+    )  # fmt: skip
+    return _norm(arguments)
 
 
 def add_rms_norm(
@@ -178,24 +214,25 @@ def add_rms_norm(
             unit_offset=unit_offset, dropout_p=dropout_p, round_residual=round_residual, out_dtype=out_dtype,
             residual_dtype=residual_dtype, return_residual=return_residual, backend=backend,
         )  # fmt: skip
-    call = make_call(
+    arguments = Arguments(
         x,
         residual,
         weight,
         bias,
-        kind="rms",
-        eps=eps,
-        normalized_shape=normalized_shape,
-        x_bias=x_bias,
-        row_scale=row_scale,
-        unit_offset=unit_offset,
-        dropout_p=dropout_p,
-        round_residual=round_residual,
-        out_dtype=out_dtype,
-        residual_dtype=residual_dtype,
-        return_residual=return_residual,
-    )
-    return _fused(call, x, residual, backend)
+        x_bias,
+        row_scale,
+        "rms",
+        eps,
+        normalized_shape,
+        unit_offset,
+        dropout_p,
+        round_residual,
+        out_dtype,
+        residual_dtype,
+        return_residual,
+        backend,
+    )  # fmt: skip
+    return _norm(arguments)
 
 
 def layer_norm(
@@ -225,8 +262,7 @@ def layer_norm(
     """
     if has_torch_function_variadic(input, weight, bias) and is_symbolically_traced(input, weight, bias):
         return recorded(layer_norm, input, normalized_shape, weight, bias, eps, backend=backend)
-    call = make_call(input, None, weight, bias, kind="layer", eps=eps, normalized_shape=normalized_shape)
-    return _as(_run(call, backend)[0], input.shape)
+    return _alone(Arguments(input, None, weight, bias, None, None, "layer", eps, normalized_shape, *_DEFAULTS, backend))
 
 
 def rms_norm(
@@ -254,5 +290,4 @@ def rms_norm(
     """
     if has_torch_function_variadic(input, weight) and is_symbolically_traced(input, weight):
         return recorded(rms_norm, input, normalized_shape, weight, eps, backend=backend)
-    call = make_call(input, None, weight, None, kind="rms", eps=eps, normalized_shape=normalized_shape)
-    return in_channels_last(_as(_run(call, backend)[0], input.shape), input, None)
+    return _alone(Arguments(input, None, weight, None, None, None, "rms", eps, normalized_shape, *_DEFAULTS, backend))

@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastattn.reference.residual_norm import Kind
+
+
+class Arguments(NamedTuple):
+    """The arguments of the public functions, as the user gave them: first those that may be tensors."""
+
+    x: Any
+    residual: Any
+    weight: Any
+    bias: Any
+    x_bias: Any
+    row_scale: Any
+    kind: Any
+    eps: Any
+    normalized_shape: Any
+    unit_offset: Any
+    dropout_p: Any
+    round_residual: Any
+    out_dtype: Any
+    residual_dtype: Any
+    return_residual: Any
+    backend: Any
 
 
 class ResidualNormCall(NamedTuple):

@@ -43,8 +43,12 @@ def run(call: ResidualNormCall) -> tuple[Tensor, Tensor]:
         # The backward needs the sum as it was normalised, unrounded: it is kept in float32, and rounded to be returned.
         output, total = run(call._replace(residual_dtype=torch.float32))
         return output, total.to(call.residual_dtype) if call.return_residual else total
-    seed = None
-    if call.dropout_p > 0.0:
-        # On the device, from torch's own generator: torch.manual_seed rules it and CUDA graphs may capture it.
-        seed = torch.randint(0, 2**31 - 1, (2,), dtype=torch.int64, device=call.x.device)
-    return operator.apply(call, seed)
+    return operator.apply(call, draw_seed(call))
+
+
+def draw_seed(call: ResidualNormCall) -> Tensor | None:
+    """The seed and offset of a call's dropout; None without dropout."""
+    if call.dropout_p == 0.0:
+        return None
+    # On the device, from torch's own generator: torch.manual_seed rules it and CUDA graphs may capture it.
+    return torch.randint(0, 2**31 - 1, (2,), dtype=torch.int64, device=call.x.device)

@@ -7,7 +7,7 @@ that was returned. Derivatives beyond the first are ``torch.func`` over the form
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -181,7 +181,11 @@ class ResidualNorm(OperatorFunction):
             d_total = None  # that of a placeholder
         needed, dtypes = FORWARD.split(ctx.needs_input_grad).inputs, ctx.dtypes
         wanted = {name: getattr(needed, name) and dtype is not None for name, dtype in dtypes.items()}
-        needs = Needs(*wanted.values(), x_dtype=dtypes["x"], vectors_dtype=_vectors_dtype(wanted, dtypes))
+        needs = Needs(
+            *wanted.values(),
+            x_dtype=dtypes["x"],
+            vectors_dtype=vectors_dtype([name for name in wanted if wanted[name]], dtypes),
+        )
         gradients = InputGradients(
             *ResidualNormBackward.apply(*OutputGradients(d_output, d_total), *kept, *needs, *ctx.options)
         )
@@ -214,9 +218,9 @@ class ResidualNorm(OperatorFunction):
         return tuple(results), out_dims
 
 
-def _vectors_dtype(wanted: dict[str, bool], dtypes: dict[str, torch.dtype]) -> torch.dtype:
+def vectors_dtype(wanted: Collection[str], dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
     """The dtype in which the gradients of the vectors are asked for: the one they share, else float32."""
-    found = {dtypes[name] for name in ("weight", "bias", "x_bias") if wanted[name]}
+    found = {dtypes[name] for name in ("weight", "bias", "x_bias") if name in wanted}
     return found.pop() if len(found) == 1 else torch.float32
 
 
@@ -338,8 +342,10 @@ def apply(call: ResidualNormCall, dropout_state: Tensor | None) -> tuple[Tensor,
     return results.output, call.x if call.is_plain else results.total
 
 
-def operands(call: ResidualNormCall, dropout_state: Tensor | None) -> tuple[Inputs, Options]:
-    """A call in the form that the operators take."""
+def operands(
+    call: ResidualNormCall, dropout_state: Tensor | None, *, keeps: bool | None = None
+) -> tuple[Inputs, Options]:
+    """A call in the form that the operators take; by default it keeps what a backward reads if one may come."""
     inputs = Inputs(*_differentiable(call), dropout_state=dropout_state)
     differentiates = torch.is_grad_enabled() and (
         # a tensor that torch.func differentiates need not have requires_grad
@@ -353,6 +359,6 @@ def operands(call: ResidualNormCall, dropout_state: Tensor | None) -> tuple[Inpu
         call.out_dtype,
         call.residual_dtype,
         returns_residual=call.return_residual,
-        keeps=differentiates,
+        keeps=differentiates if keeps is None else keeps,
     )
     return inputs, options

@@ -27,6 +27,7 @@ import torch
 import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton import knobs
 
 from fastattn_kernels.common import launch
@@ -160,7 +161,8 @@ class Recording(TorchDispatchMode):
         result = func(*args, **kwargs)
         results = result if isinstance(result, (tuple, list)) else (result,)
         if not all(isinstance(each, Tensor) for each in results):
-            self.flaw = self.flaw or f"{func} looks at the numbers of a tensor"
+            if any(isinstance(each, Tensor) for each in tree_leaves((args, kwargs))):
+                self.flaw = self.flaw or f"{func} looks at the numbers of a tensor"
             return result
         before = [self._numbers.get(id(each)) for each in results]
         if func is torch.ops.aten.detach.default and (number := self._numbers.get(id(args[0]))) is not None:
@@ -426,10 +428,12 @@ class Plans:
 
     def __call__(self, key: Hashable, arguments: tuple[Any, ...], tensors: Sequence[Tensor]) -> Any:
         """``function(*arguments)``, whose tensors are these, in their order; by its plan, if there is one."""
+        if launch.this_thread.recorder is not None:  # what is written down are the launches, and not a plan of them
+            return self.function(*arguments)
         plan = self.find(key)
         if plan is not None:
             return plan.run(*tensors)
-        if key in self._plans or launch.this_thread.recorder is not None or not ENABLED:
+        if key in self._plans or not ENABLED:
             return self.function(*arguments)
         if key not in self._seen:
             self._remember(key)
