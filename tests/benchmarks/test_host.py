@@ -79,6 +79,13 @@ def test_run_without_a_compiler_says_so_and_goes_on(tmp_path, monkeypatch):
     assert said == "there is no C compiler no-such-compiler, which triton needs"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a CUDA device")
+def test_device_that_is_not_there_is_an_error(capsys):
+    assert command_line.main(["host", "--device", "cuda"]) == 2
+    assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+@needs_compiler
 def test_unknown_case_is_an_error(capsys):
     assert command_line.main(["host", "--only", "nothing-like-it"]) == 2
     assert "nothing-like-it" in capsys.readouterr().err
