@@ -7,7 +7,9 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks.host.run_cases import QUICK_SECONDS, names, run_cases
+import torch
+
+from benchmarks.host.run_cases import QUICK_SECONDS, missing, names, run_cases
 from benchmarks.reporting.host import host_table
 from benchmarks.reporting.text import show
 
@@ -33,8 +35,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str]) -> int:
-    """The command line. Its exit status is 1 where a case fails, 2 where there is no such case."""
+    """The command line. Its exit status is 1 where a case fails, 2 where there is no such case, or no such device."""
     options = _parser().parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("--device cuda: torch sees no CUDA device", file=sys.stderr)
+        return 2
+    if options.device == "cpu" and (reason := missing()) is not None:
+        print(reason, file=sys.stderr)
+        return 2
     chosen = names(options.only, quick=options.quick)
     if not chosen:
         print(f"no case contains {options.only!r}: there are {', '.join(names())}", file=sys.stderr)

@@ -18,6 +18,7 @@ from benchmarks.measure.timing import without_collection
 
 _BATCH_SECONDS = 2e-3  # of steps between two looks at the clock: less than what a scheduler gives a process
 _LEAST_ROUNDS = 7
+WARM_UP = 5  # calls behind the first, in which caches of every kind may fill
 
 Row = dict[str, Any]
 
@@ -68,6 +69,8 @@ def measure(case: HostCase, device: str, seconds: float, counter: Counter | None
         ours()
         first = time.perf_counter() - begun
         row: Row = {"case": case.name, "against": case.against, "first_s": first, "error": None}
+        for _ in range(WARM_UP):
+            ours()
         if counter is not None:
             counter.reset()
             ours()

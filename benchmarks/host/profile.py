@@ -11,7 +11,7 @@ import torch
 import fastattn
 from benchmarks.host.cases import HostCase, Step
 from benchmarks.host.driver import Counter
-from benchmarks.host.measure import place_of
+from benchmarks.host.measure import WARM_UP, place_of
 
 _PROFILED_STEPS = 200
 
@@ -20,7 +20,8 @@ def profile(case: HostCase, device: str, counter: Counter | None, most: int = 45
     """Where the time of a call goes: by Python's functions, torch's operators, and its launches."""
     with fastattn.use_kernels(case.kernels):
         step = case.ours(place_of(device, "full"))
-        step()
+        for _ in range(WARM_UP):
+            step()
         lines = [case.name]
         if counter is not None:
             counter.reset()

@@ -12,13 +12,13 @@ from benchmarks.reporting.text import Table, as_markdown, number, ratio, table_o
 _NOTES = (
     "host, peer: median and [least] of many batches, microseconds of one thread",
     "one row: the peer on tensors of one row, where nothing is left to compute",
-    "kernels: compiled for one call; first call: with an empty cache of kernels",
+    "kernels: the compiled ones among the launches, all of which the first call compiles if no cache has them",
     "Python: calls of functions in a call, those out of Python into C among them",
 )
 
 
 def host_table(rows: Iterable[dict[str, Any]]) -> Table:
-    """A line a call; a case that failed has its error's place in stderr, and none here."""
+    """A line a call; what failed has none."""
     lines = [
         (
             row["case"],

@@ -60,6 +60,32 @@ def test_profile_names_functions_operators_and_launches(capfd):
     assert "aten::empty" in text
 
 
+@needs_compiler
+def test_run_has_them_in_its_document_and_report(tmp_path, monkeypatch, rows):
+    monkeypatch.setattr(run_cases, "run_cases", lambda names, **_: list(rows.values()))
+    arguments = ["--quick", "--only", "host", "--out", str(tmp_path)]
+    assert command_line.main(arguments) == 0
+    assert [row["case"] for row in json.loads((tmp_path / "run.json").read_text())["host"]] == list(rows)
+    assert "## Host: what a call costs before its kernel runs" in (tmp_path / "report.md").read_text()
+    monkeypatch.setattr(run_cases, "run_cases", lambda names, **_: [{"case": "one", "error": "why"}])
+    assert command_line.main(arguments) == 1
+    assert json.loads((tmp_path / "run.json").read_text())["failed"] == {"host": "RuntimeError: one: why"}
+
+
+def test_run_without_a_compiler_says_so_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert command_line.main(["--quick", "--only", "host", "--out", str(tmp_path)]) == 0
+    said = json.loads((tmp_path / "run.json").read_text())["environment"]["host"]
+    assert said == "there is no C compiler no-such-compiler, which triton needs"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a CUDA device")
+def test_device_that_is_not_there_is_an_error(capsys):
+    assert command_line.main(["host", "--device", "cuda"]) == 2
+    assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+@needs_compiler
 def test_unknown_case_is_an_error(capsys):
     assert command_line.main(["host", "--only", "nothing-like-it"]) == 2
     assert "nothing-like-it" in capsys.readouterr().err
