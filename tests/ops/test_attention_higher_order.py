@@ -363,3 +363,16 @@ def test_gradients_taken_inside_a_checkpoint_are_differentiable(backend, device)
     expected = second(first(*leaves))
     for found, truth in zip(second(checkpoint(first, *leaves, use_reentrant=False)), expected):
         assert torch.equal(found, truth)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 2, 0, 4)], ids=["no_batch", "no_rows"])
+def test_tangents_of_empty_results_have_their_dtypes(shape, backend, device):
+    """There was no block to take the dtype from, and tangents of 16-bit results were float32."""
+    query = torch.zeros(shape, dtype=torch.bfloat16, device=device)
+
+    def function(query):
+        return attend(query, query, query, need_weights=True, return_lse=True, backend=backend)
+
+    tangents = jvp(function, (query,), (query,))[1]
+    assert [t.dtype for t in tangents] == [t.dtype for t in function(query)]
+    assert [t.dtype for t in tangents] == [torch.bfloat16, torch.bfloat16, torch.float32]

@@ -125,11 +125,11 @@ OPERATOR = RowOperator(
 
 
 class MixBackward(BackwardFunction):
-    of, operator = OPERATOR, OPERATOR.backward
+    pair, operator = OPERATOR, OPERATOR.backward
 
 
 class Mix(ForwardFunction):
-    of, operator, gradient = OPERATOR, OPERATOR.forward, MixBackward
+    pair, operator, backward_function = OPERATOR, OPERATOR.forward, MixBackward
 
 
 def mixed(query, key, value, bias=None, scale=0.5, needs_scores=True) -> Any:

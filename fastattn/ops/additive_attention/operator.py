@@ -112,13 +112,13 @@ ADDITIVE_ATTENTION = RowOperator(
 class AdditiveAttentionBackward(BackwardFunction):
     """The gradients of :class:`AdditiveAttention`."""
 
-    of, operator = ADDITIVE_ATTENTION, ADDITIVE_ATTENTION.backward
+    pair, operator = ADDITIVE_ATTENTION, ADDITIVE_ATTENTION.backward
 
 
 class AdditiveAttention(ForwardFunction):
     """``(output, weights, statistics)`` of one call; ``weights`` is empty where none are asked for."""
 
-    of, operator, gradient = ADDITIVE_ATTENTION, ADDITIVE_ATTENTION.forward, AdditiveAttentionBackward
+    pair, operator, backward_function = ADDITIVE_ATTENTION, ADDITIVE_ATTENTION.forward, AdditiveAttentionBackward
 
 
 def apply(call: AdditiveAttentionCall, backend: str) -> tuple[Tensor, Tensor | None]:

@@ -166,7 +166,7 @@ ATTENTION = RowOperator(
 class AttentionBackward(BackwardFunction):
     """The gradients of :class:`Attention`."""
 
-    of, operator = ATTENTION, ATTENTION.backward
+    pair, operator = ATTENTION, ATTENTION.backward
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -185,7 +185,7 @@ class AttentionBackward(BackwardFunction):
         )
         gradients, kept, tensors = take(folded, OutputGradients, Kept, Inputs)
         results = cls.apply(*gradients, *kept, *needs, *tensors, *arguments.options)
-        out_dims = tuple(0 if computed else None for computed in cls.of.computed(needs))
+        out_dims = tuple(0 if computed else None for computed in cls.pair.computed(needs))
         found = InputGradients(*_unfolded(samples, results, out_dims))
         for name in alone:
             tensor, dim = getattr(inputs, name), getattr(dims.inputs, name)
@@ -198,7 +198,7 @@ class AttentionBackward(BackwardFunction):
 class Attention(ForwardFunction):
     """``(output, lse, weights, statistics)`` of one call; ``weights`` is empty where none are asked for."""
 
-    of, operator, gradient = ATTENTION, ATTENTION.forward, AttentionBackward
+    pair, operator, backward_function = ATTENTION, ATTENTION.forward, AttentionBackward
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:

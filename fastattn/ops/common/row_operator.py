@@ -139,77 +139,77 @@ class BackwardFunction(OperatorFunction):
     """The input gradients of a call. Their own gradients come from the formula, which differentiates the results that
     were kept as functions of the inputs: so kept results get no gradient."""
 
-    of: ClassVar[RowOperator]
+    pair: ClassVar[RowOperator]
 
     @classmethod
     def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         arguments = cls.operator.split(inputs)
         ctx.needs, ctx.options = arguments.needs, arguments.options
-        computed = cls.of.computed(arguments.needs)
+        computed = cls.pair.computed(arguments.needs)
         ctx.mark_non_differentiable(*(t for t, is_computed in zip(output, computed) if not is_computed))
         ctx.save_for_backward(*arguments.gradients, *arguments.inputs)
         ctx.save_for_forward(*arguments.gradients, *arguments.inputs)
 
     @classmethod
     def backward(cls, ctx: Any, *grads: Any) -> Any:
-        gradients, inputs = take(ctx.saved_tensors, cls.of.output_gradients, cls.of.inputs)
-        cotangents = [g if computed else None for g, computed in zip(grads, cls.of.computed(ctx.needs))]
+        gradients, inputs = take(ctx.saved_tensors, cls.pair.output_gradients, cls.pair.inputs)
+        cotangents = [g if computed else None for g, computed in zip(grads, cls.pair.computed(ctx.needs))]
         needed = cls.operator.split(ctx.needs_input_grad)
-        wanted = (*needed.gradients, *cls.of.differentiable(needed.inputs))
-        found = derivatives.backward_vjp(cls.of.blocked(inputs, ctx.options), gradients, cotangents, wanted)
+        wanted = (*needed.gradients, *cls.pair.differentiable(needed.inputs))
+        found = derivatives.backward_vjp(cls.pair.blocked(inputs, ctx.options), gradients, cotangents, wanted)
         return cls.operator.join(gradients=found[: len(gradients)], inputs=found[len(gradients) :])
 
     @classmethod
     def jvp(cls, ctx: Any, *grad_inputs: Any) -> Any:
-        gradients, inputs = take(ctx.saved_tensors, cls.of.output_gradients, cls.of.inputs)
+        gradients, inputs = take(ctx.saved_tensors, cls.pair.output_gradients, cls.pair.inputs)
         given = cls.operator.split(grad_inputs)
-        tangents = (*given.gradients, *cls.of.differentiable(given.inputs))
-        found = derivatives.backward_jvp(cls.of.blocked(inputs, ctx.options), gradients, tangents)
-        return tuple(t if computed else None for t, computed in zip(found, cls.of.computed(ctx.needs)))
+        tangents = (*given.gradients, *cls.pair.differentiable(given.inputs))
+        found = derivatives.backward_jvp(cls.pair.blocked(inputs, ctx.options), gradients, tangents)
+        return tuple(t if computed else None for t, computed in zip(found, cls.pair.computed(ctx.needs)))
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        computed = cls.of.computed(cls.operator.split(args).needs)
+        computed = cls.pair.computed(cls.operator.split(args).needs)
         return looped(cls, info, in_dims, args, [0 if is_computed else None for is_computed in computed])
 
 
 class ForwardFunction(OperatorFunction):
     """The results of a call."""
 
-    of: ClassVar[RowOperator]
-    gradient: ClassVar[type[BackwardFunction]]
+    pair: ClassVar[RowOperator]
+    backward_function: ClassVar[type[BackwardFunction]]
 
     @classmethod
     def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         tensors, ctx.options = cls.operator.split(inputs)
-        results = cls.of.results(*output)
-        flags = cls.of.has_gradient(ctx.options)
+        results = cls.pair.results(*output)
+        flags = cls.pair.has_gradient(ctx.options)
         ctx.mark_non_differentiable(*(t for t, has_gradient in zip(results, flags) if not has_gradient))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *(getattr(results, name) for name in cls.of.kept._fields))
+        ctx.save_for_backward(*tensors, *(getattr(results, name) for name in cls.pair.kept._fields))
         ctx.save_for_forward(*tensors)
 
     @classmethod
     def backward(cls, ctx: Any, *grads: Any) -> Any:
         # read once: checkpointing unpacks what was saved a single time
-        inputs, kept = take(ctx.saved_tensors, cls.of.inputs, cls.of.kept)
-        gradients = cls.of.gradients_of(grads, kept, ctx.options)
-        needs = cls.of.needs_of(inputs, cls.operator.split(ctx.needs_input_grad).inputs)
-        found = cls.gradient.apply(*gradients, *kept, *needs, *inputs, *ctx.options)
+        inputs, kept = take(ctx.saved_tensors, cls.pair.inputs, cls.pair.kept)
+        gradients = cls.pair.gradients_of(grads, kept, ctx.options)
+        needs = cls.pair.needs_of(inputs, cls.operator.split(ctx.needs_input_grad).inputs)
+        found = cls.backward_function.apply(*gradients, *kept, *needs, *inputs, *ctx.options)
         return cls.operator.join(
-            inputs=[g if is_computed else None for g, is_computed in zip(found, cls.of.computed(needs))]
+            inputs=[g if is_computed else None for g, is_computed in zip(found, cls.pair.computed(needs))]
         )
 
     @classmethod
     def jvp(cls, ctx: Any, *grad_inputs: Any) -> Any:
-        (inputs,) = take(ctx.saved_tensors, cls.of.inputs)
-        tangents = cls.of.differentiable(cls.operator.split(grad_inputs).inputs)
-        found = iter(derivatives.forward_jvp(cls.of.blocked(inputs, ctx.options), tangents))
-        by_name = {field.removeprefix("d_"): next(found) for field in cls.of.output_gradients._fields}
-        flags = cls.of.has_gradient(ctx.options)._asdict()
+        (inputs,) = take(ctx.saved_tensors, cls.pair.inputs)
+        tangents = cls.pair.differentiable(cls.operator.split(grad_inputs).inputs)
+        found = iter(derivatives.forward_jvp(cls.pair.blocked(inputs, ctx.options), tangents))
+        by_name = {field.removeprefix("d_"): next(found) for field in cls.pair.output_gradients._fields}
+        flags = cls.pair.has_gradient(ctx.options)._asdict()
         return tuple(by_name[name] if has_gradient else None for name, has_gradient in flags.items())
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        stored = cls.of.stored(cls.operator.split(args).options)
+        stored = cls.pair.stored(cls.operator.split(args).options)
         return looped(cls, info, in_dims, args, [0 if is_stored else None for is_stored in stored])

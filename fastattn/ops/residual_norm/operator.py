@@ -178,7 +178,7 @@ class ResidualNorm(OperatorFunction):
         if d_output is None:
             d_output = kept.total.new_zeros(kept.total.shape, dtype=ctx.options.out_dtype)
         if d_total is not None and d_total.shape != kept.total.shape:
-            d_total = None  # that of a placeholder
+            d_total = None  # the gradient of an empty placeholder
         needed, dtypes = FORWARD.split(ctx.needs_input_grad).inputs, ctx.dtypes
         wanted = {name: getattr(needed, name) and dtype is not None for name, dtype in dtypes.items()}
         needs = Needs(
@@ -257,7 +257,9 @@ class Variables(NamedTuple):
 
 
 def dropout_factor(dropout_state: Tensor, like: Tensor, dropout_p: float) -> Tensor:
-    """What a call multiplies ``like`` by under this state, float32: what it makes of ones, under any transform."""
+    """The factor that dropout applies to each element of ``like`` under this state, float32.
+
+    It is what a call without a norm's other terms makes of ones, and works under any transform."""
     ones = torch.ones(like.shape, dtype=torch.float32, device=like.device)
     inputs = Inputs(ones, None, None, None, None, None, dropout_state)
     options = Options("rms", 1.0, False, dropout_p, torch.float32, torch.float32, returns_residual=True, keeps=False)
@@ -275,7 +277,7 @@ def _formula(inputs: Inputs, options: Options) -> Callable[..., tuple[Tensor, Te
     def function(
         x: Tensor, residual: Any, weight: Any, bias: Any, x_bias: Any, row_scale: Any
     ) -> tuple[Tensor, Tensor]:
-        if factor is not None:  # as a part of the row scale, element by element
+        if factor is not None:  # dropout scales single elements as the row scale does rows
             x = x + x_bias if x_bias is not None else x
             x, x_bias = x * factor, None
         result = reference(
@@ -297,15 +299,16 @@ def _formula(inputs: Inputs, options: Options) -> Callable[..., tuple[Tensor, Te
 
 
 def _first_order(kept: Kept, needs: Needs, options: Options) -> Callable[..., tuple[Tensor, ...]]:
-    """What ``add_norm_backward`` computes, those results that are not empty, as a differentiable function of the
-    gradients and of what was saved but the statistics, which are made anew of the sum."""
+    """The results of ``add_norm_backward`` that are not empty, as a differentiable function of the :class:`Variables`.
+
+    The statistics are no variable: they are computed again from the sum."""
     factor = _factor(kept.dropout_state, kept.total, options)
     computed = computed_gradients(kept, needs)
 
     def function(
         d_output: Tensor, d_total: Any, total: Tensor, x: Any, weight: Any, x_bias: Any, row_scale: Any
     ) -> tuple[Tensor, ...]:
-        # written out, and not the reference's vjp: one transform inside another does not bear a vmap around both
+        # Written out, and not the reference's vjp: vmap fails around a transform that is nested in another.
         total, of_bias = total.to(torch.float32), d_output.to(torch.float32)
         if options.kind == "layer":
             total = total - total.mean(dim=-1, keepdim=True)
