@@ -9,12 +9,31 @@ from fastattn.ops.additive_attention import on_torch, on_triton
 from fastattn.ops.additive_attention.call import make_call
 from fastattn.ops.additive_attention.contract import AdditiveAttentionCall
 from fastattn.ops.common import backends
+from fastattn.ops.common.row_short_way import RowShortWay
+from fastattn.ops.common.short_way import ShortWay
 from fastattn.ops.common.tracing import is_symbolically_traced, recorded
+
+
+def _short() -> RowShortWay:
+    from fastattn.ops.additive_attention import short  # imports triton
+
+    return short.OF_CALL
+
+
+_CALLS = ShortWay(_short, AdditiveAttentionCall)
+_TENSORS = AdditiveAttentionCall._fields.index("upper")  # so many fields of a call are tensors, the first of them
 
 
 def _run(call: AdditiveAttentionCall, backend: backends.Backend | None) -> tuple[Tensor, Tensor | None]:
     """``(output, weights or None)`` of a call on the backend that is chosen."""
+    values = call[:_TENSORS]
+    signature = _CALLS.key(values, (*call[_TENSORS:], backend))
+    if signature is not None and (entry := _CALLS.find(signature, call)) is not None:
+        found = entry(values)
+        return found if isinstance(found, tuple) else (found, None)
     if backends.choose(call, backend, on_triton.refusals) == "triton":
+        if signature is not None:
+            _CALLS.remember(signature)
         return on_triton.run(call)
     return on_torch.run(call)
 

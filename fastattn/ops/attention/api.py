@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
@@ -12,26 +10,45 @@ from fastattn.ops.attention import on_torch, on_triton
 from fastattn.ops.attention.call import make_call
 from fastattn.ops.attention.contract import Alignment, Arguments, AttentionCall
 from fastattn.ops.common import backends
+from fastattn.ops.common.row_short_way import RowShortWay
 from fastattn.ops.common.short_way import ShortWay
 from fastattn.ops.common.tracing import is_symbolically_traced, recorded
 
 
-def _short() -> ModuleType:
+def _short_of_arguments() -> RowShortWay:
     from fastattn.ops.attention import short  # imports triton
 
-    return short
+    return short.OF_ARGUMENTS
 
 
-_SHORT = ShortWay(_short, Arguments)
+def _short_of_call() -> RowShortWay:
+    from fastattn.ops.attention import short  # imports triton
+
+    return short.OF_CALL
+
+
+_ARGUMENTS = ShortWay(_short_of_arguments, Arguments)
+_CALLS = ShortWay(_short_of_call, AttentionCall)
+_TENSORS = AttentionCall._fields.index("lower")  # so many fields of a call are tensors, the first of them
 
 
 def run(call: AttentionCall, backend: backends.Backend | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(output, weights or None, lse or None)`` of a validated call on the backend that ``backends.choose`` names."""
-    return _run(call, backends.choose(call, backend, on_triton.refusals))
+    values = call[:_TENSORS]
+    signature = _CALLS.key(values, (*call[_TENSORS:], backend))
+    if signature is not None and (entry := _CALLS.find(signature, call)) is not None:
+        found = entry(values)
+        output, *rest = found if isinstance(found, tuple) else (found,)
+        weights = rest.pop(0) if call.weights != "none" else None
+        return output, weights, rest.pop() if call.return_lse else None
+    chosen = backends.choose(call, backend, on_triton.refusals)
+    if signature is not None and chosen == "triton":
+        _CALLS.remember(signature)
+    return _run(call, chosen)
 
 
 def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``(output, weights or None, lse or None)`` of a validated call on a backend."""
+    """:func:`run` on this backend."""
     # A branch and not a table of modules: torch.compile follows it without guarding on module attributes.
     if backend == "triton":
         return on_triton.run(call)
@@ -111,8 +128,8 @@ def attention(
     numbers = (
         is_causal, causal_alignment, softcap, scale, dropout_p, need_weights, average_attn_weights, return_lse, backend
     )  # fmt: skip
-    signature = _SHORT.key(values, numbers)
-    if signature is not None and (entry := _SHORT.find(signature, values + numbers)) is not None:
+    signature = _ARGUMENTS.key(values, numbers)
+    if signature is not None and (entry := _ARGUMENTS.find(signature, values + numbers)) is not None:
         return entry(values)
     words = {
         "attn_mask": attn_mask,
@@ -137,7 +154,7 @@ def attention(
     chosen = backends.choose(call, backend, on_triton.refusals)
     output, weights, lse = _run(call, chosen)
     if signature is not None and chosen == "triton":
-        _SHORT.remember(signature)
+        _ARGUMENTS.remember(signature)
     if weights is None and lse is None:
         return output
     return tuple(t for t in (output, weights, lse) if t is not None)

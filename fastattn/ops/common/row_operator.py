@@ -98,7 +98,7 @@ class RowOperator:
         names = [field.removeprefix("d_") for field in self.input_gradients._fields]
         self._differentiable = len(names)
         assert tuple(names) == self.inputs._fields[: len(names)], "the differentiable inputs come first"
-        self._optional = [name for name in names if f"needs_d_{name}" in self.needs._fields]
+        self.optional = [name for name in names if f"needs_d_{name}" in self.needs._fields]
         self._with_gradient = [field.removeprefix("d_") for field in self.output_gradients._fields]
 
     def _run_backward(self, gradients: Any, kept: Any, needs: Any, inputs: Any, options: Any) -> Any:
@@ -110,7 +110,7 @@ class RowOperator:
 
     def needs_of(self, inputs: Any, wanted: Any) -> Any:
         """What the backward is to compute, from the inputs and from whether autograd wants a gradient of each."""
-        return self.ask(*(getattr(inputs, name) is not None and getattr(wanted, name) for name in self._optional))
+        return self.ask(*(getattr(inputs, name) is not None and getattr(wanted, name) for name in self.optional))
 
     def computed(self, needs: Any) -> list[bool]:
         """For each input gradient, whether it is more than an empty placeholder."""

@@ -18,7 +18,6 @@ import itertools
 import operator
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -87,7 +86,7 @@ class ShortWay:
     """The calls of one public function by their signatures.
 
     Args:
-        implementation: imports the module of the kernels' side, which has
+        implementation: imports the kernels' side, which has
 
             * ``short_forward(arguments, training) -> Made``: the call, from the arguments as the user gave them;
             * ``short_backward(context, kept, gradients, needs)``: a gradient for each tensor among the arguments, None
@@ -96,7 +95,7 @@ class ShortWay:
         arguments: NamedTuple type of the arguments of the public function.
     """
 
-    def __init__(self, implementation: Callable[[], ModuleType], arguments: Any) -> None:
+    def __init__(self, implementation: Callable[[], Any], arguments: Any) -> None:
         self._implementation, self._arguments = implementation, arguments
         self._entries: dict[Hashable, _Entry] = {}
         self._seen: set[Hashable] = set()
@@ -198,7 +197,7 @@ def with_tensors(value: Any, tensors: Iterator[Any]) -> Any:
 class _Entry:
     """One signature: the plans of its forward and of its backwards."""
 
-    def __init__(self, implementation: ModuleType, arguments: Any) -> None:
+    def __init__(self, implementation: Any, arguments: Any) -> None:
         from fastattn_kernels.common import plans  # imports triton
 
         self.implementation = implementation
