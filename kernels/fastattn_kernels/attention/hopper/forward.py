@@ -192,9 +192,9 @@ def _attend_keys(
     """The tiles of keys from ``begin`` to ``end`` among those seen whole or, if PARTIAL, in part. ``pairs`` are the
     probabilities of tile ``count``, whose values are still to be weighted; ``last`` is the number of the last tile of
     keys of this tile of rows."""
-    _, k_s, v_s, b_s = buffers
-    _, k_full, v_full = full
-    _, k_empty, v_empty = empty
+    k_s, v_s, b_s = buffers.key, buffers.value, buffers.bias
+    k_full, v_full = full.key, full.value
+    k_empty, v_empty = empty.key, empty.value
     STAGES: gl.constexpr = k_s.type.shape[0]
     BLOCK_N: gl.constexpr = k_s.type.shape[3]
     BLOCK_D: gl.constexpr = k_s.type.shape[4]
