@@ -47,7 +47,7 @@ from fastattn_kernels.attention.hopper.problem import (
     bias_for_tma,
     bias_of_keys,
     descriptor,
-    element_rules,
+    packed_rules,
     head_descriptor,
 )
 from fastattn_kernels.attention.hopper.schedule import (
@@ -477,7 +477,7 @@ def launch_attention_fwd(
         _attention_fwd_kernel[(programs,)](
             head_descriptor(query, CONSUMER_ROWS, problem), head_descriptor(key, config.block_n, problem),
             head_descriptor(value, config.block_n, problem), b_desc, head_descriptor(output, CONSUMER_ROWS, problem),
-            lse, statistics, marks, row_bias, bias_axes, element_rules(problem), strided(PerHead, problem.sinks),
+            lse, statistics, marks, row_bias, bias_axes, packed_rules(problem), strided(PerHead, problem.sinks),
             *list_arguments(lists), *problem.sizes(), problem.scale,
             tiles_m, tiles, heads_abreast, -(batch * heads) % heads_abreast, counter,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=head_block(query.shape[3], value.shape[3]),
