@@ -187,7 +187,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "diagonal of the backward shifted by one": Fault(
         "gluon_pair", "common/masking.py",
-        "seen = seen & (cols <= rows + upper)", "seen = seen & (cols < rows + upper)",
+        "seen = seen & (cols <= rows + sizes.upper)", "seen = seen & (cols < rows + sizes.upper)",
         (WRONG,), quick=False,
     ),
     # ------------------------------------------------------------------------------------------------------- Gluon's dQ
@@ -224,13 +224,13 @@ FAULTS: dict[str, Fault] = {
     ),
     "mask shifted by one": Fault(
         "plain_attention", "common/masking.py",
-        "seen = seen & (cols <= rows + upper)", "seen = seen & (cols < rows + upper)",
+        "seen = seen & (cols <= rows + sizes.upper)", "seen = seen & (cols < rows + sizes.upper)",
         (WRONG,),
     ),
     "dQ added without an atomic": Fault(
         "plain_one_pass", "attention/backward.py",
-        '    tl.atomic_add(ptrs, dq, mask=(row < seqlen_q)[:, None] & (col < HEAD_DIM), sem="relaxed")\n',
-        "    inside = (row < seqlen_q)[:, None] & (col < HEAD_DIM)\n"
+        '    tl.atomic_add(ptrs, dq, mask=(row < seqlen_q)[:, None] & (col < blocks.HEAD_DIM), sem="relaxed")\n',
+        "    inside = (row < seqlen_q)[:, None] & (col < blocks.HEAD_DIM)\n"
         "    tl.store(ptrs, tl.load(ptrs, mask=inside, other=0.0) + dq, mask=inside)\n", ("race",),
     ),
     "last tiles looked at by no careful program": Fault(

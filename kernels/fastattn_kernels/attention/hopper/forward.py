@@ -47,8 +47,8 @@ from fastattn_kernels.attention.hopper.problem import (
     bias_for_tma,
     bias_of_keys,
     descriptor,
-    element_rules,
     head_descriptor,
+    packed_rules,
 )
 from fastattn_kernels.attention.hopper.schedule import (
     Schedule,
@@ -193,9 +193,9 @@ def _attend_keys(
     """The tiles of keys from ``begin`` to ``end`` among those seen whole or, if PARTIAL, in part. ``pairs`` are the
     probabilities of tile ``count``, whose values are still to be weighted; ``last`` is the number of the last tile of
     keys of this tile of rows."""
-    _, k_s, v_s, b_s = buffers
-    _, k_full, v_full = full
-    _, k_empty, v_empty = empty
+    k_s, v_s, b_s = buffers.key, buffers.value, buffers.bias
+    k_full, v_full = full.key, full.value
+    k_empty, v_empty = empty.key, empty.value
     STAGES: gl.constexpr = k_s.type.shape[0]
     BLOCK_N: gl.constexpr = k_s.type.shape[3]
     BLOCK_D: gl.constexpr = k_s.type.shape[4]
@@ -478,7 +478,7 @@ def launch_attention_fwd(
         _attention_fwd_kernel, (programs,), query,
         head_descriptor(query, CONSUMER_ROWS, problem), head_descriptor(key, config.block_n, problem),
         head_descriptor(value, config.block_n, problem), b_desc, head_descriptor(output, CONSUMER_ROWS, problem),
-        lse, statistics, marks, row_bias, bias_axes, element_rules(problem), strided(PerHead, problem.sinks),
+        lse, statistics, marks, row_bias, bias_axes, packed_rules(problem), strided(PerHead, problem.sinks),
         *list_arguments(lists), *problem.sizes(), problem.scale,
         tiles_m, tiles, heads_abreast, -(batch * heads) % heads_abreast, counter,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=head_block(query.shape[3], value.shape[3]),

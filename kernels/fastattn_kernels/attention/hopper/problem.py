@@ -136,7 +136,7 @@ def packed(words: Tensor, *, broadcasts: bool = False) -> PackedMask:
     return PackedMask(*pointer_and_strides(words)[:4], 0 if broadcasts else 1)
 
 
-def element_rules(problem: Problem) -> Rules:
+def packed_rules(problem: Problem) -> Rules:
     """The kernel argument ``rules`` of the forward: masks and padding as packed bits, without what is added."""
     mask, padding = problem.mask, problem.key_padding_mask
     seqlen_k = problem.key.shape[2]
