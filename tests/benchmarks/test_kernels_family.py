@@ -72,11 +72,11 @@ def test_every_head_size_has_configurations_beside_the_packages_own(head_dim, ba
 
 def test_table_of_the_package_is_among_the_plain_configurations():
     """Without a mask: else a sweep would say nothing of the package's own choice."""
-    config = pytest.importorskip("fastattn_kernels.attention.config", reason="triton is not installed")
+    tables = pytest.importorskip("fastattn_kernels.attention.tile_tables", reason="triton is not installed")
     parts: tuple[configurations.Part, ...] = ("forward", "dkdv", "dq", "one-pass")
     for part in parts:
         for head_dim, swept in configurations._CONFIGURATIONS["triton", part].items():
-            *tile, pipelined = config._HALF["sm_90"][part.replace("-", "_")][head_dim][0]
+            *tile, pipelined = tables.HALF["sm_90"][part.replace("-", "_")][head_dim][0]
             assert ((*tile, 1) if pipelined else tuple(tile)) in swept, (part, head_dim)
 
 

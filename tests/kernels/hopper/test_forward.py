@@ -346,7 +346,7 @@ REFUSED: dict[str, Any] = {
     "dtype": lambda p: {name: getattr(p, name).float() for name in ("query", "key", "value")},
     "head_dim": lambda p: {name: getattr(p, name).repeat(1, 1, 1, 5) for name in ("query", "key", "value")},
     "dropout_p": lambda p: {"seed": torch.zeros(2, dtype=torch.int64), "dropout_p": 0.1},
-    "alibi_slopes": lambda p: {"slopes": torch.zeros(1, H)},
+    "alibi_slopes": lambda p: {"alibi_slopes": torch.zeros(1, H)},
     "scale": lambda p: {"scale": -1.0},
     "seqlen_q": lambda p: {"key": p.key[:, :, :0], "value": p.value[:, :, :0]},
     "bias": lambda p: {"bias": torch.zeros(1, 1, L, 1)},
