@@ -56,7 +56,7 @@ def keyed(rows: Iterable[Row]) -> Iterator[tuple[Key, Row]]:
     launches: collections.Counter[Key] = collections.Counter()
     for row in rows:
         name = row["kernel"].strip("_").removesuffix("_kernel")
-        kernel = "hopper " * row["for_hopper"] + name + " careful" * bool(row["careful"])
+        kernel = "hopper " * row["for_hopper"] + name.removesuffix("_careful") + " careful" * bool(row["careful"])
         key = Key(row["target"], row["case"].get("name", ""), kernel)
         launches[key] += 1
         yield (key._replace(kernel=f"{kernel} {launches[key]}") if launches[key] > 1 else key), row

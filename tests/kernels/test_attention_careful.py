@@ -1,4 +1,5 @@
-"""The careful launch: a forward marks rows that are not finite, and only tiles with such rows are computed again."""
+"""Careful tiles: what of a forward's output is not finite is computed again, by the kernel itself in plain Triton, and
+in Gluon by a launch of its own, which finds the rows by their marks."""
 
 import math
 from typing import Any
@@ -14,7 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from fastattn.reference import attention as reference
 from fastattn.testing import attention_inputs
 from fastattn_kernels.attention import forward
-from fastattn_kernels.attention.config import careful_config
+from fastattn_kernels.attention.config import again_options, careful_config
 from fastattn_kernels.attention.hopper import forward as hopper
 from fastattn_kernels.common import marks as _marks
 from fastattn_kernels.common.config import Config
@@ -58,29 +59,29 @@ def launch(request):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Every launch of the plain forward: whether it was careful."""
+    """Every launch of a forward: the kernel, and how many programs it has."""
     seen = []
-    original = forward.launch_tiles
+    for module in (forward, hopper):
+        original = module.launch
 
-    def noted(*arguments, careful):
-        seen.append(careful)
-        original(*arguments, careful=careful)
+        def noted(kernel, grid, *arguments, original=original, **constants):
+            seen.append((kernel, grid))
+            original(kernel, grid, *arguments, **constants)
 
-    monkeypatch.setattr(forward, "launch_tiles", noted)
+        monkeypatch.setattr(module, "launch", noted)
     return seen
 
 
-def test_forward_marks_the_rows_that_are_not_finite(launch, device, monkeypatch):
+@pytest.mark.machine
+@pytest.mark.skipif(not machines.RUNS_GLUON, reason=machines.NO_GLUON)
+def test_forward_in_gluon_marks_the_rows_that_are_not_finite(device, monkeypatch):
     """All of them, and no other; what it finds in the marks' memory does not matter."""
     found = []
-    for module in (forward, hopper):
-        monkeypatch.setattr(module, "launch_careful_fwd", lambda *arguments: found.append(arguments[-1]))
-        monkeypatch.setattr(
-            module, "empty_marks", lambda *_: torch.full((B, H, L), 77, dtype=torch.int8, device=device)
-        )
+    monkeypatch.setattr(hopper, "launch_careful_fwd", lambda *arguments: found.append(arguments[-1]))
+    monkeypatch.setattr(hopper, "empty_marks", lambda *_: torch.full((B, H, L), 77, dtype=torch.int8, device=device))
     problem = problem_with_nan(device)
     out, lse, statistics = results_of(problem)
-    launch(problem, out, lse, statistics)
+    launch_hopper(problem, out, lse, statistics)
     (marks,) = found
     expected = ~out.isfinite().all(3)
     assert expected[1].any() and not expected[0].any()
@@ -142,30 +143,43 @@ def test_careful_launch_finds_a_mark_wherever_it_is_in_a_long_share(marked, devi
     assert lse[..., marked] != 7.0
 
 
-def test_forward_is_followed_by_one_careful_launch_where_it_hides(launch, launches, device):
-    launch(problem_with_nan(device), *results_of(problem_with_nan(device)))
-    assert launches.count(True) == 1
+CAREFUL = forward._attention_fwd_careful_kernel
+
+
+def test_forward_in_plain_triton_is_one_launch(launches, device):
+    """What is not finite is computed again within it."""
+    launch_plain(problem_with_nan(device), *results_of(problem_with_nan(device)))
+    assert launches == [(forward._attention_fwd_kernel, (B * H * 3,))]
+
+
+@pytest.mark.machine
+@pytest.mark.skipif(not machines.RUNS_GLUON, reason=machines.NO_GLUON)
+def test_forward_in_gluon_is_followed_by_one_careful_launch_where_it_hides(launches, device):
+    launch_hopper(problem_with_nan(device), *results_of(problem_with_nan(device)))
+    assert [kernel for kernel, _ in launches].count(CAREFUL) == 1
+    assert launches[-1][0] is CAREFUL
 
 
 def test_forward_that_hides_nothing_is_one_launch(launch, launches, device):
     problem = problem_with_nan(device, hides=False)
     launch(problem, *results_of(problem))
     assert _marks.empty_marks(problem, problem.query) is None
-    assert True not in launches
+    assert len(launches) == 1
+    assert launches[0][0] is not CAREFUL
 
 
-def test_careful_launch_has_few_programs(device, monkeypatch):
+@pytest.mark.parametrize("hides", [False, True])
+def test_forward_in_plain_triton_has_careful_loops_only_where_it_hides(hides, device):
+    problem = problem_with_nan(device, hides=hides)
+    options = again_options(problem, Config(64, 16, 4, 1))
+    assert options == ({"AGAIN_M": 32, "AGAIN_N": 16} if hides else {"AGAIN_M": 0, "AGAIN_N": 0})
+
+
+def test_careful_launch_has_few_programs(launches, device, monkeypatch):
     """Thousands of programs that only look would take tens of microseconds to come and go."""
-    grids = []
-    kernel = forward._attention_fwd_kernel
-
-    class Noting:
-        def __getitem__(self, grid):
-            grids.append(grid)
-            return kernel[grid]
-
-    monkeypatch.setattr(forward, "_attention_fwd_kernel", Noting())
     monkeypatch.setattr(_marks, "multiprocessors", lambda _: 2)
     problem = problem_with_nan(device)
-    launch_plain(problem, *results_of(problem))
-    assert grids == [(B * H * 3,), (2 * _marks._CAREFUL_PROGRAMS,)]
+    marks = torch.zeros(B, H, L, dtype=torch.int8, device=device)
+    out, lse, statistics = results_of(problem)
+    forward.launch_careful_fwd(problem, out, lse, statistics, marks)
+    assert launches == [(CAREFUL, (2 * _marks._CAREFUL_PROGRAMS,))]

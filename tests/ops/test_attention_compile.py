@@ -13,6 +13,7 @@ from fastattn.ops.attention import operator
 from fastattn.ops.attention.call import make_call
 from fastattn.testing import attention_inputs, attention_mask, key_padding_mask, random_tensor
 from fastattn_kernels.attention import backward
+from fastattn_kernels.common.arguments import WeightsShare
 from tests.ops.attention_cases import attend, dropout_state
 
 B, H, L, S, D = 2, 2, 5, 7, 8
@@ -201,15 +202,17 @@ class Returning(torch.nn.Module):
 def backward_passes(monkeypatch):
     """Of each launch of the plain backward: had it a gradient of weights, anything to do, and was it careful?"""
     found = []
-    launch = backward.launch_passes
+    launch = backward.launch
+    careful = {backward._attention_bwd_dkdv_kernel: False, backward._attention_bwd_careful_kernel: True}
 
-    def noting(problem, d_out, statistics, delta, d_weights, *rest, careful):
-        only_if = rest[-1]
-        is_on = only_if is None or bool(only_if[0]) == bool(only_if[1])
-        found.append((d_weights is not None, is_on, careful))
-        launch(problem, d_out, statistics, delta, d_weights, *rest, careful=careful)
+    def noting(kernel, grid, on, *arguments, only_if, **constants):
+        if kernel in careful:  # the pass of dQ, ahead of them, has the arguments of that of dK and dV
+            d_weights = next((each for each in arguments if isinstance(each, WeightsShare)), None)
+            is_on = only_if is None or bool(only_if.flag_ptr) == bool(only_if.expected)
+            found.append((d_weights is not None, is_on, careful[kernel]))
+        launch(kernel, grid, on, *arguments, only_if=only_if, **constants)
 
-    monkeypatch.setattr(backward, "launch_passes", noting)
+    monkeypatch.setattr(backward, "launch", noting)
     return found
 
 

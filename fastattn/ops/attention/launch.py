@@ -26,7 +26,7 @@ from fastattn_kernels.attention.weights import (
     launch_attention_weights_delta,
     launch_dropout_keep,
 )
-from fastattn_kernels.common.delta import launch_delta
+from fastattn_kernels.common.delta import Delta
 from fastattn_kernels.common.gradients import Gradients, WeightsGradient
 from fastattn_kernels.common.plans import planned
 from fastattn_kernels.common.problem import Problem
@@ -95,28 +95,30 @@ def _backward(
     statistics = kept.statistics.contiguous()
     problem = _problem(inputs, options)
     d_output = gradients.d_output
-    delta = launch_delta(kept.output, d_output, gradients.d_lse)
+    delta = Delta(kept.output, d_output, gradients.d_lse)
     d_weights = None
     if gradients.d_weights is not None:
         used = gradients.d_weights.any() if needs.d_weights_may_be_zeros else None  # stays on the device
         d_weights = WeightsGradient(gradients.d_weights, inputs.query.shape[1], used)
-        launch_attention_weights_delta(problem, statistics, d_weights, delta)
+        launch_attention_weights_delta(problem, statistics, d_weights, delta.tensor)
     d_query, d_key, d_value = (empty_in_order_of(t, tuple(t.shape)) for t in (inputs.query, inputs.key, inputs.value))
     d_bias, d_alibi_slopes, d_sinks = (d_output.new_empty(0) for _ in range(3))
-    of_rows = torch.zeros_like(delta) if needs.needs_d_alibi_slopes else None
+    of_rows = None
+    if needs.needs_d_alibi_slopes:
+        of_rows = torch.zeros(d_output.shape[:3], dtype=torch.float32, device=d_output.device)
     choice.launch_attention_bwd(
         problem, d_output, statistics, delta, d_weights, Gradients(d_query, d_key, d_value, of_rows),
         tile_map_for(problem), *kernels,
     )  # fmt: skip
     if needs.needs_d_bias:
-        d_bias = launch_attention_bias_bwd(problem, d_output, statistics, delta, d_weights)
+        d_bias = launch_attention_bias_bwd(problem, d_output, statistics, delta.tensor, d_weights)
     if of_rows is not None and inputs.alibi_slopes is not None:
         d_alibi_slopes = of_rows.sum(2).sum_to_size(inputs.alibi_slopes.shape).to(inputs.alibi_slopes.dtype)
     if needs.needs_d_sinks and inputs.sinks is not None:
         # A sink has no value, so dP of its pair is zero, and of its dS = P (dP - delta) only -P delta is left.
         row_max, inverse_sum = statistics.unbind(2)
         of_sinks = torch.exp2(inputs.sinks[:, :, None].float() * math.log2(math.e) - row_max) * inverse_sum
-        d_sinks = -(of_sinks * delta).sum(2).sum_to_size(inputs.sinks.shape).to(inputs.sinks.dtype)
+        d_sinks = -(of_sinks * delta.tensor).sum(2).sum_to_size(inputs.sinks.shape).to(inputs.sinks.dtype)
     return InputGradients(d_query, d_key, d_value, d_bias, d_alibi_slopes, d_sinks)
 
 

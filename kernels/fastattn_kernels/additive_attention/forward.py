@@ -19,7 +19,7 @@ from fastattn_kernels.additive_attention.problem import AdditiveProblem, Vector,
 from fastattn_kernels.common.arguments import RUN_TIME, At, Heads, Rules, Sizes, TileLists, strided
 from fastattn_kernels.common.config import Config, dot_precision, head_block
 from fastattn_kernels.common.launch import launch
-from fastattn_kernels.common.marks import empty_marks, is_marked, programs, rows_not_finite, tiles_to_look_at
+from fastattn_kernels.common.marks import empty_marks, few_programs, is_marked, rows_not_finite, tiles_to_look_at
 from fastattn_kernels.common.masking import INFINITY, LOG2_E, masked_scores, tanh
 from fastattn_kernels.common.tile_map import TileMap, list_arguments
 from fastattn_kernels.common.tiles import head_of, load_tile, softmax_step, store_statistics, store_tile, weighted_sum
@@ -205,7 +205,7 @@ def launch_additive_fwd(
         lists = tile_map.of_rows(tile) if tile_map is not None and not careful else None
         tiles = int(triton.cdiv(seqlen_q, tile.block_m)) * batch * heads
         launch(
-            _additive_fwd_kernel, (programs(tiles, query.device, careful),), query,
+            _additive_fwd_kernel, (few_programs(tiles, query.device) if careful else tiles,), query,
             *scored, strided(Heads, value), strided(Heads, output), statistics, marks, problem.rules(),
             *list_arguments(lists), *problem.sizes(), size, tiles,
             VALUE_DIM=value_dim, BLOCK_DV=head_block(value_dim), PRECISION=dot_precision(query.dtype),

@@ -10,16 +10,28 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn_kernels.attention.config import BackwardConfig, backward_config, careful_config
-from fastattn_kernels.common.arguments import RUN_TIME, At, Blocks, Heads, OnlyIf, Rules, Sizes, TileLists, strided
+from fastattn_kernels.common.arguments import (
+    RUN_TIME,
+    At,
+    Blocks,
+    Heads,
+    OnlyIf,
+    PerRow,
+    Rules,
+    Sizes,
+    TileLists,
+    strided,
+)
 from fastattn_kernels.common.config import Config, dot_precision, head_block
+from fastattn_kernels.common.delta import Delta, delta_of_rows, tensor_of
 from fastattn_kernels.common.dropout import dropout_factor
 from fastattn_kernels.common.gradients import Gradients, WeightsGradient, weights_argument
 from fastattn_kernels.common.launch import launch
 from fastattn_kernels.common.marks import (
     GradientMarks,
     empty_gradient_marks,
+    few_programs,
     is_marked,
-    programs,
     rows_not_finite,
     tiles_to_look_at,
 )
@@ -167,15 +179,14 @@ def _grad_of_tile_of_keys(batch_head, col_tile, call, d_key, d_value, marks_ptr,
         tl.store(marks_ptr + batch_head.to(tl.int64) * seqlen_k + col, marks, mask=col < seqlen_k)
 
 
-@triton.jit(do_not_specialize=[*RUN_TIME, "tiles"])
+@triton.jit(do_not_specialize=RUN_TIME)
 def _attention_bwd_dkdv_kernel(
     query, key, value, d_output, statistics_ptr, delta_ptr, d_key, d_value, marks_ptr, rules, dropout, d_weights,
-    tile_lists, lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale, tiles,
+    tile_lists, lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
-    dq_sums_ptr=None, only_if=None,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, dq_sums_ptr=None, only_if=None,
 ):  # fmt: skip
-    """dK and dV of one of ``tiles`` tiles of keys. CAREFUL: of those of the program's share that hold a marked key.
+    """dK and dV of one tile of keys.
 
     With ``dq_sums_ptr``, to zeros ``[B, H, L, D]``, it is the whole backward in one pass; see ``backward_one_pass``.
     """
@@ -188,21 +199,12 @@ def _attention_bwd_dkdv_kernel(
         query, key, value, d_output, statistics_ptr, delta_ptr, rules, dropout, d_weights, lists, sizes, heads, group,
         scale,
     )  # fmt: skip
+    # under a diagonal the first keys are seen most: longest first
     tiles_n = tl.cdiv(seqlen_k, BLOCK_N)
-    if CAREFUL:
-        first, last = tiles_to_look_at(marks_ptr, tiles, seqlen_k, BLOCK_N)
-        for tile in tl.range(first, last):
-            if is_marked(marks_ptr, tile, seqlen_k, BLOCK_N):
-                _grad_of_tile_of_keys(
-                    tile // tiles_n, tile % tiles_n, call, d_key, d_value, None, dq_sums_ptr,
-                    Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, CAREFUL),
-                )  # fmt: skip
-    else:
-        # under a diagonal the first keys are seen most: longest first
-        _grad_of_tile_of_keys(
-            tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n, call, d_key, d_value, marks_ptr, dq_sums_ptr,
-            Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, CAREFUL),
-        )  # fmt: skip
+    _grad_of_tile_of_keys(
+        tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n, call, d_key, d_value, marks_ptr, dq_sums_ptr,
+        Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, False),
+    )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------- dQ
@@ -246,8 +248,9 @@ def _grad_of_queries(
 
 
 @triton.jit
-def _grad_of_tile_of_queries(batch_head, row_tile, call, d_query, d_alibi_slopes_ptr, marks_ptr, blocks):
-    """dQ of one tile of rows, from all keys that it sees; its rows are marked unless ``marks_ptr`` is None."""
+def _grad_of_tile_of_queries(batch_head, row_tile, call, output, d_lse, d_query, d_alibi_slopes_ptr, marks_ptr, blocks):
+    """dQ of one tile of rows, from all keys that it sees; its rows are marked unless ``marks_ptr`` is None. Their delta
+    is computed and stored unless ``output`` is None: then it is there."""
     sizes = call.sizes
     seqlen_q, seqlen_k = sizes.seqlen_q, sizes.seqlen_k
     row_start = row_tile * blocks.M
@@ -261,7 +264,13 @@ def _grad_of_tile_of_queries(batch_head, row_tile, call, d_query, d_alibi_slopes
     do = load_tile(d_output, row_start, seqlen_q, blocks.M, blocks.DV, blocks.VALUE_DIM, True)
     rows_of = batch_head.to(tl.int64) * seqlen_q
     row_max, inverse_sum = load_statistics(call.statistics_ptr + 2 * rows_of, row, seqlen_q)
-    delta = tl.load(call.delta_ptr + rows_of + row, mask=row < seqlen_q, other=0.0)
+    if output is not None:
+        rows_of_output = head_of(output, batch, head)
+        o = load_tile(rows_of_output, row_start, seqlen_q, blocks.M, blocks.DV, blocks.VALUE_DIM, True)
+        delta = delta_of_rows(o, do, d_lse, batch, head, row, seqlen_q)
+        tl.store(call.delta_ptr + rows_of + row, delta, mask=row < seqlen_q)
+    else:
+        delta = tl.load(call.delta_ptr + rows_of + row, mask=row < seqlen_q, other=0.0)
 
     dq = tl.zeros([blocks.M, blocks.D], tl.float32)
     d_slope = tl.zeros([blocks.M], tl.float32)
@@ -287,16 +296,15 @@ def _grad_of_tile_of_queries(batch_head, row_tile, call, d_query, d_alibi_slopes
         tl.store(d_alibi_slopes_ptr + rows_of + row, d_slope, mask=row < seqlen_q)
 
 
-@triton.jit(do_not_specialize=[*RUN_TIME, "tiles"])
+@triton.jit(do_not_specialize=RUN_TIME)
 def _attention_bwd_dq_kernel(
-    query, key, value, d_output, statistics_ptr, delta_ptr, d_query, d_alibi_slopes_ptr, marks_ptr, rules, dropout,
-    d_weights, tile_lists, lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k, lower, upper, shift,
-    scale, tiles,
+    query, key, value, d_output, statistics_ptr, delta_ptr, output, d_lse, d_query, d_alibi_slopes_ptr, marks_ptr,
+    rules, dropout, d_weights, tile_lists, lists_per_batch, lists_per_head,
+    heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
-    only_if=None,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, only_if=None,
 ):  # fmt: skip
-    """dQ of one of ``tiles`` tiles of rows. CAREFUL: of those of the program's share that hold a marked row."""
+    """dQ of one tile of rows, and their delta unless ``output`` is None."""
     if only_if is not None:
         if is_off(only_if):
             return
@@ -306,21 +314,54 @@ def _attention_bwd_dq_kernel(
         query, key, value, d_output, statistics_ptr, delta_ptr, rules, dropout, d_weights, lists, sizes, heads, group,
         scale,
     )  # fmt: skip
+    # longest first, as in the forward
     tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
-    if CAREFUL:
-        first, last = tiles_to_look_at(marks_ptr, tiles, seqlen_q, BLOCK_M)
-        for tile in tl.range(first, last):
-            if is_marked(marks_ptr, tile, seqlen_q, BLOCK_M):
-                _grad_of_tile_of_queries(
-                    tile // tiles_m, tile % tiles_m, call, d_query, d_alibi_slopes_ptr, None,
-                    Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, CAREFUL),
-                )  # fmt: skip
-    else:
-        # longest first, as in the forward
-        _grad_of_tile_of_queries(
-            tl.program_id(0) // tiles_m, tiles_m - 1 - tl.program_id(0) % tiles_m, call, d_query, d_alibi_slopes_ptr,
-            marks_ptr, Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, CAREFUL),
-        )  # fmt: skip
+    _grad_of_tile_of_queries(
+        tl.program_id(0) // tiles_m, tiles_m - 1 - tl.program_id(0) % tiles_m, call, output, d_lse, d_query,
+        d_alibi_slopes_ptr, marks_ptr,
+        Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, False),
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ careful passes
+
+
+@triton.jit(do_not_specialize=[*RUN_TIME, "row_tiles", "key_tiles"])
+def _attention_bwd_careful_kernel(
+    query, key, value, d_output, statistics_ptr, delta_ptr, d_query, d_key, d_value, d_alibi_slopes_ptr,
+    marks_of_rows_ptr, marks_of_keys_ptr, rules, dropout, d_weights,
+    heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale, row_tiles, key_tiles,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr, only_if=None,
+):  # fmt: skip
+    """dQ of the tiles of rows, then dK and dV of the tiles of keys, of the program's share that hold a mark.
+
+    Careful loops in the kernels of the gradients themselves, as the forward has them, made the loop of dK and dV 12 %
+    longer at head size 128 (600 instructions instead of 534 on sm_90), and spilled 48 to 88 bytes.
+    """
+    if only_if is not None:
+        if is_off(only_if):
+            return
+    call = _Call(
+        query, key, value, d_output, statistics_ptr, delta_ptr, rules, dropout, d_weights, TileLists(None, 0, 0),
+        Sizes(seqlen_q, seqlen_k, lower, upper, shift), heads, group, scale,
+    )  # fmt: skip
+    tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
+    first, last = tiles_to_look_at(marks_of_rows_ptr, row_tiles, seqlen_q, BLOCK_M)
+    for tile in tl.range(first, last):
+        if is_marked(marks_of_rows_ptr, tile, seqlen_q, BLOCK_M):
+            _grad_of_tile_of_queries(
+                tile // tiles_m, tile % tiles_m, call, None, None, d_query, d_alibi_slopes_ptr, None,
+                Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, CAREFUL),
+            )  # fmt: skip
+    tiles_n = tl.cdiv(seqlen_k, BLOCK_N)
+    first, last = tiles_to_look_at(marks_of_keys_ptr, key_tiles, seqlen_k, BLOCK_N)
+    for tile in tl.range(first, last):
+        if is_marked(marks_of_keys_ptr, tile, seqlen_k, BLOCK_N):
+            _grad_of_tile_of_keys(
+                tile // tiles_n, tile % tiles_n, call, d_key, d_value, None, None,
+                Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, CAREFUL),
+            )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- launchers
@@ -330,20 +371,20 @@ def launch_attention_bwd(
     problem: Problem,
     d_output: Tensor,
     statistics: Tensor,
-    delta: Tensor,
+    delta: Tensor | Delta,
     d_weights: WeightsGradient | None,
     gradients: Gradients,
     tile_map: TileMap | None = None,
     config: BackwardConfig | None = None,
     only_if: OnlyIf | None = None,
 ) -> None:
-    """Write all gradients, in two passes and, where the problem hides keys, two careful ones.
+    """Write all gradients: dQ, then dK and dV, and, where the problem hides keys, what of them is not finite again.
 
     Args:
         problem: the call's inputs.
         d_output: ``[B, H, L, Dv]``, any strides.
         statistics: the forward's.
-        delta: ``[B, H, L]``, of ``launch_delta``; what the returned weights add to it is in it.
+        delta: ``[B, H, L]``, with what the returned weights add to it; or what it follows from, if they add nothing.
         d_weights: the gradient of the returned weights; None: zero.
         gradients: what is written.
         tile_map: of the problem; None: arithmetic says which tiles are visited.
@@ -354,10 +395,72 @@ def launch_attention_bwd(
     sizes = query.shape[3], problem.value.shape[3]
     config = config or backward_config(query.device, query.dtype, *sizes, problem.load(d_weights))
     marks = empty_gradient_marks(problem)
-    upstream = problem, d_output, statistics, delta, d_weights
-    launch_passes(*upstream, gradients, marks, tile_map, config, only_if, careful=False)
+    lists_of_rows, lists_of_keys = None, None
+    if tile_map is not None:
+        lists_of_rows, lists_of_keys = tile_map.of_rows_and_keys(config.dq, config.dkdv)
+    _launch_dq(problem, d_output, statistics, delta, d_weights, gradients, marks, lists_of_rows, config.dq, only_if)
+    upstream = problem, d_output, statistics, tensor_of(delta), d_weights
+    launch_dkdv(*upstream, gradients, marks.of_keys, lists_of_keys, config.dkdv, only_if)
     if problem.masks_pairs():
         launch_careful_bwd(*upstream, gradients, marks, only_if)
+
+
+def _launch_dq(
+    problem: Problem,
+    d_output: Tensor,
+    statistics: Tensor,
+    delta: Tensor | Delta,
+    d_weights: WeightsGradient | None,
+    gradients: Gradients,
+    marks: GradientMarks,
+    lists: Tensor | None,
+    config: Config,
+    only_if: OnlyIf | None,
+) -> None:
+    """Write dQ and its marks; and delta, if it is not there and the launch is sure to do something."""
+    query = problem.query
+    batch, heads, seqlen_q, _ = query.shape
+    if not gradients.d_query.numel():
+        return
+    output, d_lse = None, None
+    if isinstance(delta, Delta) and not delta.is_written and only_if is None:
+        output, d_lse, delta = delta.output, delta.d_lse, delta.unwritten()
+    launch(
+        _attention_bwd_dq_kernel, (int(triton.cdiv(seqlen_q, config.block_m)) * batch * heads,), query,
+        *_inputs(problem, d_output, statistics, tensor_of(delta)), strided(Heads, output), strided(PerRow, d_lse),
+        strided(Heads, gradients.d_query), gradients.d_alibi_slopes, marks.of_rows,
+        problem.rules(), problem.dropout(), weights_argument(d_weights), *list_arguments(lists), *problem.sizes(),
+        problem.scale, only_if=only_if, **_constants(problem, config),
+    )  # fmt: skip
+
+
+def launch_dkdv(
+    problem: Problem,
+    d_output: Tensor,
+    statistics: Tensor,
+    delta: Tensor,
+    d_weights: WeightsGradient | None,
+    gradients: Gradients,
+    marks_of_keys: Tensor | None,
+    lists: Tensor | None,
+    config: Config,
+    only_if: OnlyIf | None = None,
+    *,
+    dq_sums: Tensor | None = None,
+) -> None:
+    """Write dK, dV and the marks of their keys; and add dQ, without the scale, to ``dq_sums``, contiguous float32
+    ``[B, H, L, D]``, unless None."""
+    key = problem.key
+    if not gradients.d_key.numel() and not gradients.d_value.numel():
+        return
+    batch, kv_heads, seqlen_k, _ = key.shape
+    launch(
+        _attention_bwd_dkdv_kernel, (int(triton.cdiv(seqlen_k, config.block_n)) * batch * kv_heads,), key,
+        *_inputs(problem, d_output, statistics, delta), strided(Heads, gradients.d_key),
+        strided(Heads, gradients.d_value), marks_of_keys,
+        problem.rules(), problem.dropout(), weights_argument(d_weights), *list_arguments(lists), *problem.sizes(),
+        problem.scale, dq_sums_ptr=dq_sums, only_if=only_if, **_constants(problem, config),
+    )  # fmt: skip
 
 
 def launch_careful_bwd(
@@ -371,73 +474,22 @@ def launch_careful_bwd(
     only_if: OnlyIf | None = None,
 ) -> None:
     """Compute again, with ``0 * NaN = 0 * inf = 0``, the tiles of gradients of which a row is marked. This follows the
-    launch of any kernel, of this module or another, on a problem that masks pairs."""
-    smallest = careful_config(problem.query.dtype, problem.query.shape[3], problem.value.shape[3])
-    config = BackwardConfig(smallest, smallest)
-    upstream = problem, d_output, statistics, delta, d_weights
-    launch_passes(*upstream, gradients, marks, None, config, only_if, careful=True)
-
-
-def launch_passes(
-    problem: Problem,
-    d_output: Tensor,
-    statistics: Tensor,
-    delta: Tensor,
-    d_weights: WeightsGradient | None,
-    gradients: Gradients,
-    marks: GradientMarks,
-    tile_map: TileMap | None,
-    config: BackwardConfig,
-    only_if: OnlyIf | None,
-    *,
-    careful: bool,
-) -> None:
-    """One launch of each pass: to write all tiles of gradients and their marks, or, if ``careful``, those marked."""
-    upstream = problem, d_output, statistics, delta, d_weights
-    launch_dkdv(*upstream, gradients, marks.of_keys, tile_map, config.dkdv, only_if, careful=careful)
-    if gradients.d_query.numel():
-        query = problem.query
-        batch, heads, seqlen_q, _ = query.shape
-        tiles = int(triton.cdiv(seqlen_q, config.dq.block_m)) * batch * heads
+    launches of any kernels, of this module or another, on a problem that masks pairs."""
+    query, key = problem.query, problem.key
+    config = careful_config(query.dtype, query.shape[3], problem.value.shape[3])
+    row_tiles = int(triton.cdiv(query.shape[2], config.block_m)) * query.shape[0] * query.shape[1]
+    key_tiles = int(triton.cdiv(key.shape[2], config.block_n)) * key.shape[0] * key.shape[1]
+    row_tiles *= bool(gradients.d_query.numel())
+    key_tiles *= bool(gradients.d_key.numel() or gradients.d_value.numel())
+    if row_tiles or key_tiles:
         launch(
-            _attention_bwd_dq_kernel, (programs(tiles, query.device, careful),), query,
-            *_inputs(*upstream[:-1]), strided(Heads, gradients.d_query), gradients.d_alibi_slopes, marks.of_rows,
-            problem.rules(), problem.dropout(), weights_argument(d_weights),
-            *list_arguments(tile_map and tile_map.of_rows(config.dq)), *problem.sizes(), problem.scale, tiles,
-            CAREFUL=careful, only_if=only_if, **_constants(problem, config.dq),
+            _attention_bwd_careful_kernel, (few_programs(max(row_tiles, key_tiles), query.device),), query,
+            *_inputs(problem, d_output, statistics, delta), strided(Heads, gradients.d_query),
+            strided(Heads, gradients.d_key), strided(Heads, gradients.d_value), gradients.d_alibi_slopes,
+            marks.of_rows, marks.of_keys, problem.rules(), problem.dropout(), weights_argument(d_weights),
+            *problem.sizes(), problem.scale, row_tiles, key_tiles, CAREFUL=True, only_if=only_if,
+            **_constants(problem, config),
         )  # fmt: skip
-
-
-def launch_dkdv(
-    problem: Problem,
-    d_output: Tensor,
-    statistics: Tensor,
-    delta: Tensor,
-    d_weights: WeightsGradient | None,
-    gradients: Gradients,
-    marks_of_keys: Tensor | None,
-    tile_map: TileMap | None,
-    config: Config,
-    only_if: OnlyIf | None = None,
-    *,
-    careful: bool = False,
-    dq_sums: Tensor | None = None,
-) -> None:
-    """Write dK, dV and the marks of their keys; and add dQ, without the scale, to ``dq_sums``, contiguous float32
-    ``[B, H, L, D]``, unless None."""
-    key = problem.key
-    if not gradients.d_key.numel() and not gradients.d_value.numel():
-        return
-    batch, kv_heads, seqlen_k, _ = key.shape
-    tiles = int(triton.cdiv(seqlen_k, config.block_n)) * batch * kv_heads
-    launch(
-        _attention_bwd_dkdv_kernel, (programs(tiles, key.device, careful),), key,
-        *_inputs(problem, d_output, statistics, delta), strided(Heads, gradients.d_key),
-        strided(Heads, gradients.d_value), marks_of_keys,
-        problem.rules(), problem.dropout(), weights_argument(d_weights),
-        *list_arguments(tile_map and tile_map.of_keys(config)), *problem.sizes(), problem.scale, tiles,
-        CAREFUL=careful, dq_sums_ptr=dq_sums, only_if=only_if, **_constants(problem, config),
-    )  # fmt: skip
 
 
 def _inputs(problem: Problem, d_output: Tensor, statistics: Tensor, delta: Tensor) -> tuple[object, ...]:
@@ -447,7 +499,7 @@ def _inputs(problem: Problem, d_output: Tensor, statistics: Tensor, delta: Tenso
 
 
 def _constants(problem: Problem, config: Config) -> dict[str, Any]:
-    """The compile-time arguments of both kernels, but for CAREFUL."""
+    """The compile-time arguments that all kernels have."""
     head_dim, value_dim = problem.query.shape[3], problem.value.shape[3]
     return {
         "HEAD_DIM": head_dim,

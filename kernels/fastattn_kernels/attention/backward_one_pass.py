@@ -14,6 +14,7 @@ from fastattn_kernels.attention.backward import launch_careful_bwd, launch_dkdv
 from fastattn_kernels.attention.config import one_pass_config
 from fastattn_kernels.common.arguments import Heads, strided
 from fastattn_kernels.common.config import Config, head_block
+from fastattn_kernels.common.delta import Delta, tensor_of
 from fastattn_kernels.common.gradients import Gradients, WeightsGradient
 from fastattn_kernels.common.launch import launch
 from fastattn_kernels.common.marks import empty_gradient_marks, rows_not_finite
@@ -68,7 +69,7 @@ def launch_attention_bwd_one_pass(
     problem: Problem,
     d_output: Tensor,
     statistics: Tensor,
-    delta: Tensor,
+    delta: Tensor | Delta,
     d_weights: WeightsGradient | None,
     gradients: Gradients,
     tile_map: TileMap | None = None,
@@ -82,8 +83,9 @@ def launch_attention_bwd_one_pass(
     config = config or one_pass_config(query.device, query.dtype, head_dim, value_dim, problem.load(d_weights))
     sums = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
     marks = empty_gradient_marks(problem)
-    upstream = problem, d_output, statistics, delta, d_weights
-    launch_dkdv(*upstream, gradients, marks.of_keys, tile_map, config, dq_sums=sums)
+    upstream = problem, d_output, statistics, tensor_of(delta), d_weights
+    lists = None if tile_map is None else tile_map.of_keys(config)
+    launch_dkdv(*upstream, gradients, marks.of_keys, lists, config, dq_sums=sums)
     if d_query.numel():
         launch(
             _finish_dq_kernel, (triton.cdiv(seqlen_q, _FINISHED_ROWS) * batch * heads,), query,

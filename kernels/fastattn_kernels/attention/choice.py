@@ -17,6 +17,7 @@ from fastattn_kernels.attention import backward, forward
 from fastattn_kernels.attention.backward_one_pass import launch_attention_bwd_one_pass, one_pass_refusals
 from fastattn_kernels.attention.hopper.config import is_of_keys
 from fastattn_kernels.common.arguments import OnlyIf
+from fastattn_kernels.common.delta import Delta, tensor_of
 from fastattn_kernels.common.device import Target, target_of
 from fastattn_kernels.common.gradients import Gradients, WeightsGradient
 from fastattn_kernels.common.problem import Problem
@@ -128,7 +129,7 @@ def launch_attention_bwd(
     problem: Problem,
     d_output: Tensor,
     statistics: Tensor,
-    delta: Tensor,
+    delta: Tensor | Delta,
     d_weights: WeightsGradient | None,
     gradients: Gradients,
     tile_map: TileMap | None = None,
@@ -154,6 +155,7 @@ def launch_attention_bwd(
     if d_weights is None or d_weights.used is None or kernels == "gluon":
         _launch_bwd(*saved, d_weights, gradients, tile_map, kernels, deterministic)
     else:
+        saved = problem, d_output, statistics, tensor_of(delta)
         unless_used = d_weights.only_if_used(False)
         _launch_bwd(*saved, None, gradients, tile_map, kernels, deterministic, unless_used)
         backward.launch_attention_bwd(*saved, d_weights, gradients, tile_map, only_if=d_weights.only_if_used())
@@ -163,7 +165,7 @@ def _launch_bwd(
     problem: Problem,
     d_output: Tensor,
     statistics: Tensor,
-    delta: Tensor,
+    delta: Tensor | Delta,
     d_weights: WeightsGradient | None,
     gradients: Gradients,
     tile_map: TileMap | None,
@@ -176,7 +178,8 @@ def _launch_bwd(
     saved = problem, d_output, statistics, delta
     gluon = _gluon("backward", kernels, problem, d_weights, deterministic)
     if gluon is not None:
-        launch = functools.partial(gluon.launch, *saved, gradients, tile_map, deterministic=deterministic)
+        computed = problem, d_output, statistics, tensor_of(delta)
+        launch = functools.partial(gluon.launch, *computed, gradients, tile_map, deterministic=deterministic)
         if _compiles("backward", kernels, problem, deterministic, launch):
             return
     needs_alibi_slopes = gradients.d_alibi_slopes is not None

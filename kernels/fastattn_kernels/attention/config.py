@@ -11,6 +11,7 @@ import torch
 from fastattn_kernels.attention.tile_tables import GFX9_FLOAT, HALF, IEEE, INTERPRETED, TF32, Kernel
 from fastattn_kernels.common.config import Config, Load, dot_precision, head_block
 from fastattn_kernels.common.device import Target, target_of
+from fastattn_kernels.common.problem import Problem
 
 # Tiles that fit on any target, for heads of at most 256 columns and for wider ones.
 _SMALL, _SMALLEST = Config(32, 32, 4, 1), Config(16, 16, 4, 1)
@@ -91,6 +92,18 @@ def weights_config(device: torch.device, dtype: torch.dtype, head_dim: int) -> C
 
 
 def careful_config(dtype: torch.dtype, head_dim: int, value_dim: int) -> Config:
-    """The tile of the careful pass, which runs only where NaN or inf came out: it may spill, but fits anywhere."""
+    """The tile of the careful loops, which run only where NaN or inf came out: they may spill, but fit anywhere."""
     wide = max(head_block(head_dim), head_block(value_dim)) > 256
     return _SMALLEST if wide or dtype == torch.float32 else _SMALL
+
+
+def again_options(problem: Problem, config: Config, careful: bool = False) -> dict[str, int]:
+    """The constants AGAIN_M and AGAIN_N of a launch: the careful tiles in a tile of ``config`` that came out with NaN
+    or inf; 0 where nothing is hidden, and so nothing can leak, and in a launch that is careful itself."""
+    if careful or not problem.masks_pairs():
+        return {"AGAIN_M": 0, "AGAIN_N": 0}
+    smallest = careful_config(problem.query.dtype, problem.query.shape[3], problem.value.shape[3])
+    return {
+        "AGAIN_M": min(config.block_m, smallest.block_m),
+        "AGAIN_N": min(config.block_n, smallest.block_n),
+    }

@@ -6,12 +6,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn_kernels.attention.config import careful_config, forward_config
+from fastattn_kernels.attention.config import again_options, careful_config, forward_config
 from fastattn_kernels.common.arguments import RUN_TIME, At, Blocks, Heads, PerHead, Rules, Sizes, TileLists, strided
 from fastattn_kernels.common.config import Config, dot_precision, head_block
 from fastattn_kernels.common.dropout import dropout_keep, dropout_scale
 from fastattn_kernels.common.launch import launch
-from fastattn_kernels.common.marks import empty_marks, is_marked, programs, rows_not_finite, tiles_to_look_at
+from fastattn_kernels.common.marks import few_programs, is_marked, rows_not_finite, tiles_to_look_at
 from fastattn_kernels.common.masking import INFINITY, LN_2, LOG2_E, capped, masked_scores
 from fastattn_kernels.common.problem import Problem
 from fastattn_kernels.common.tile_map import TileMap, list_arguments
@@ -140,8 +140,8 @@ def _attend_keys(
 
 
 @triton.jit
-def _attend_rows(batch_head, row_tile, call, marks_ptr, blocks, PIPELINED: tl.constexpr):
-    """One tile of queries of one head against all visible keys; its rows are marked unless ``marks_ptr`` is None."""
+def _attend_rows(batch_head, row_tile, call, blocks, PIPELINED: tl.constexpr):
+    """One tile of queries of one head against all visible keys; whether its output holds NaN or inf."""
     sizes, rules, dropout = call.sizes, call.rules, call.dropout
     seqlen_q, seqlen_k = sizes.seqlen_q, sizes.seqlen_k
     row_start = row_tile * blocks.M
@@ -195,67 +195,71 @@ def _attend_rows(batch_head, row_tile, call, marks_ptr, blocks, PIPELINED: tl.co
         store_tile(output, row_start, seqlen_q, o, blocks.M, blocks.DV, blocks.VALUE_DIM)
     pivot = tl.where(row_max == -INFINITY, 0.0, row_max)
     rows_of = batch_head.to(tl.int64) * seqlen_q
-    if marks_ptr is not None:
-        tl.store(marks_ptr + rows_of + row, rows_not_finite(o), mask=row < seqlen_q)
     tl.store(call.lse_ptr + rows_of + row, (pivot + tl.log2(row_sum)) * LN_2, mask=row < seqlen_q)
     store_statistics(call.statistics_ptr + 2 * rows_of, row, seqlen_q, pivot, inverse_sum)
+    return tl.max(rows_not_finite(o), 0) > 0
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def _attention_fwd_kernel(
+    query, key, value, output, lse_ptr, statistics_ptr, rules, sinks, dropout,
+    tile_lists, lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, AGAIN_M: tl.constexpr, AGAIN_N: tl.constexpr,
+    PIPELINED: tl.constexpr = False,  # pyrefly: ignore[bad-function-definition]
+):  # fmt: skip
+    """One tile of queries. If AGAIN_M is not 0, something is hidden, and a tile whose output is not finite is computed
+    again at once, carefully, in tiles of AGAIN_M by AGAIN_N.
+
+    The careful loops begin when nothing of the others is alive any more. With them, on sm_90 and for bfloat16, the
+    other loops are the same instructions at head sizes 64 and 128, and 24 bytes are spilled, outside of loops, where
+    all that can be asked for is.
+    """
+    sizes = Sizes(seqlen_q, seqlen_k, lower, upper, shift)
+    tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
+    # the last rows see the most keys under a diagonal: longest tiles first leave no long one for the end
+    batch_head, row_tile = tl.program_id(0) // tiles_m, tiles_m - 1 - tl.program_id(0) % tiles_m
+    is_suspect = _attend_rows(
+        batch_head, row_tile,
+        _Call(
+            query, key, value, output, lse_ptr, statistics_ptr, rules, sinks, dropout,
+            TileLists(tile_lists, lists_per_batch, lists_per_head), sizes, heads, group, scale,
+        ),
+        Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, False), PIPELINED,
+    )  # fmt: skip
+    if AGAIN_M > 0:
+        if is_suspect:
+            for part in tl.range(0, BLOCK_M // AGAIN_M):
+                _attend_rows(
+                    batch_head, row_tile * (BLOCK_M // AGAIN_M) + part,
+                    _Call(
+                        query, key, value, output, lse_ptr, statistics_ptr, rules, sinks, dropout,
+                        TileLists(None, 0, 0), sizes, heads, group, scale,  # the lists are of larger tiles
+                    ),
+                    Blocks(AGAIN_M, AGAIN_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, True), False,
+                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*RUN_TIME, "tiles"])
-def _attention_fwd_kernel(
+def _attention_fwd_careful_kernel(
     query, key, value, output, lse_ptr, statistics_ptr, marks_ptr, rules, sinks, dropout,
-    tile_lists, lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale, tiles,
+    heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale, tiles,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
-    PIPELINED: tl.constexpr = False,  # pyrefly: ignore[bad-function-definition]
 ):  # fmt: skip
-    """A program computes one of ``tiles`` tiles of queries. CAREFUL: it looks after its share of all tiles, and
-    computes those again that hold a marked row."""
-    lists = TileLists(tile_lists, lists_per_batch, lists_per_head)
-    sizes = Sizes(seqlen_q, seqlen_k, lower, upper, shift)
+    """Of ``tiles`` tiles of queries each program looks after its share, and computes those that hold a marked row."""
     call = _Call(
-        query, key, value, output, lse_ptr, statistics_ptr, rules, sinks, dropout, lists, sizes, heads, group, scale
-    )
-    tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
-    if CAREFUL:
-        first, last = tiles_to_look_at(marks_ptr, tiles, seqlen_q, BLOCK_M)
-        for tile in tl.range(first, last):
-            if is_marked(marks_ptr, tile, seqlen_q, BLOCK_M):
-                _attend_rows(
-                    tile // tiles_m, tile % tiles_m, call, None,
-                    Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, CAREFUL), PIPELINED,
-                )  # fmt: skip
-    else:
-        # the last rows see the most keys under a diagonal: longest tiles first leave no long one for the end
-        _attend_rows(
-            tl.program_id(0) // tiles_m, tiles_m - 1 - tl.program_id(0) % tiles_m, call, marks_ptr,
-            Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, CAREFUL), PIPELINED,
-        )  # fmt: skip
-
-
-def launch_tiles(
-    problem: Problem,
-    output: Tensor,
-    lse: Tensor,
-    statistics: Tensor,
-    marks: Tensor | None,
-    lists: Tensor | None,
-    config: Config,
-    careful: bool,
-) -> None:
-    """One launch, that writes all tiles and their marks or, if ``careful``, those with a marked row."""
-    query, value = problem.query, problem.value
-    batch, heads, seqlen_q, head_dim = query.shape
-    value_dim = value.shape[3]
-    tiles = int(triton.cdiv(seqlen_q, config.block_m)) * batch * heads
-    launch(
-        _attention_fwd_kernel, (programs(tiles, query.device, careful),), query,
-        strided(Heads, query), strided(Heads, problem.key), strided(Heads, value), strided(Heads, output), lse,
-        statistics, marks, problem.rules(), strided(PerHead, problem.sinks), problem.dropout(),
-        *list_arguments(lists), *problem.sizes(), problem.scale, tiles,
-        HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=head_block(head_dim), BLOCK_DV=head_block(value_dim),
-        PRECISION=dot_precision(query.dtype), CAREFUL=careful, **config.launch_options(),
+        query, key, value, output, lse_ptr, statistics_ptr, rules, sinks, dropout, TileLists(None, 0, 0),
+        Sizes(seqlen_q, seqlen_k, lower, upper, shift), heads, group, scale,
     )  # fmt: skip
+    tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
+    first, last = tiles_to_look_at(marks_ptr, tiles, seqlen_q, BLOCK_M)
+    for tile in tl.range(first, last):
+        if is_marked(marks_ptr, tile, seqlen_q, BLOCK_M):
+            _attend_rows(
+                tile // tiles_m, tile % tiles_m, call,
+                Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, CAREFUL), False,
+            )  # fmt: skip
 
 
 def launch_attention_fwd(
@@ -284,14 +288,40 @@ def launch_attention_fwd(
     if problem.scale < 0 or not whole:  # its sign moves into q, which the pipelined order leaves as it is loaded
         config = config._replace(pipelined=False)
     lists = None if tile_map is None else tile_map.of_rows(config)
-    marks = empty_marks(problem, output)
-    launch_tiles(problem, output, lse, statistics, marks, lists, config, careful=False)
-    if marks is not None:
-        launch_careful_fwd(problem, output, lse, statistics, marks)
+    tiles, tensors, constants = _of_launch(problem, output, lse, statistics, config)
+    launch(
+        _attention_fwd_kernel, (tiles,), query,
+        *tensors, problem.rules(), strided(PerHead, problem.sinks), problem.dropout(), *list_arguments(lists),
+        *problem.sizes(), problem.scale, **constants, **again_options(problem, config),
+    )  # fmt: skip
 
 
 def launch_careful_fwd(problem: Problem, output: Tensor, lse: Tensor, statistics: Tensor, marks: Tensor) -> None:
-    """Compute again, with ``0 * NaN = 0 * inf = 0``, the tiles with rows that the forward has marked. Where it has
-    marked none, this reads the marks and writes nothing."""
+    """Compute again, with ``0 * NaN = 0 * inf = 0``, the tiles with rows that a forward in Gluon has marked. Where it
+    has marked none, this reads the marks and writes nothing."""
     config = careful_config(problem.query.dtype, problem.query.shape[3], problem.value.shape[3])
-    launch_tiles(problem, output, lse, statistics, marks, None, config, careful=True)
+    tiles, tensors, constants = _of_launch(problem, output, lse, statistics, config)
+    launch(
+        _attention_fwd_careful_kernel, (few_programs(tiles, output.device),), output,
+        *tensors, marks, problem.rules(), strided(PerHead, problem.sinks), problem.dropout(), *problem.sizes(),
+        problem.scale, tiles, **constants, CAREFUL=True,
+    )  # fmt: skip
+
+
+def _of_launch(
+    problem: Problem, output: Tensor, lse: Tensor, statistics: Tensor, config: Config
+) -> tuple[int, tuple[object, ...], dict[str, Any]]:
+    """How many tiles of rows there are, the kernel arguments ``query`` to ``statistics_ptr``, and the constants."""
+    query, value = problem.query, problem.value
+    batch, heads, seqlen_q, head_dim = query.shape
+    tiles = int(triton.cdiv(seqlen_q, config.block_m)) * batch * heads
+    tensors = *(strided(Heads, each) for each in (query, problem.key, value, output)), lse, statistics
+    constants = {
+        "HEAD_DIM": head_dim,
+        "VALUE_DIM": value.shape[3],
+        "BLOCK_D": head_block(head_dim),
+        "BLOCK_DV": head_block(value.shape[3]),
+        "PRECISION": dot_precision(query.dtype),
+        **config.launch_options(),
+    }
+    return tiles, tensors, constants

@@ -82,6 +82,6 @@ def empty_gradient_marks(problem: Problem) -> GradientMarks:
     return GradientMarks(empty_marks(problem, problem.query), empty_marks(problem, problem.key))
 
 
-def programs(tiles: int, device: torch.device, careful: bool) -> int:
-    """The programs of a launch: one a tile, few if it is careful."""
-    return min(tiles, _CAREFUL_PROGRAMS * multiprocessors(device)) if careful else tiles
+def few_programs(tiles: int, device: torch.device) -> int:
+    """The programs of a careful launch that looks after so many tiles."""
+    return min(tiles, _CAREFUL_PROGRAMS * multiprocessors(device))

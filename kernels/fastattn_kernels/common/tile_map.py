@@ -18,7 +18,8 @@ from fastattn_kernels.common.masking import visible
 from fastattn_kernels.common.problem import Problem
 
 GRANULE = 64
-# A tile map costs two launches in each direction: with fewer granules than this it is quicker to visit them all.
+# A tile map costs two launches in the forward and one or two in the backward: with fewer granules than this it is
+# quicker to visit them all.
 FEWEST_GRANULES = 6
 # Entries of the map that the list kernel reads at once.
 _CHUNK = 64
@@ -42,14 +43,13 @@ def _tile_map_kernel(
     tl.store(map_ptr + pid, (some + every).to(tl.uint8))
 
 
-@triton.jit(do_not_specialize=["own_granules", "other_granules", "tiles_own", "tiles_other", "heads_per_list"])
-def _tile_lists_kernel(
-    lists_ptr, map_ptr, own_granules, other_granules, tiles_own, tiles_other, heads_per_list,
+@triton.jit
+def _write_list(
+    pid, lists_ptr, map_ptr, own_granules, other_granules, tiles_own, tiles_other, heads_per_list,
     OWN: tl.constexpr, OTHER: tl.constexpr, GRANULE: tl.constexpr, OWN_IS_ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The list of one tile of OWN rows (or keys): counts of the tiles of OTHER keys (or rows) that are seen whole and
     in part, by any head that shares the list; the first from the front, the second from the back."""
-    pid = tl.program_id(0).to(tl.int64)
     own = pid % tiles_own
     first_head = pid // tiles_own * heads_per_list  # of all batch entries'
     list_ptr = lists_ptr + pid * (2 + tiles_other)
@@ -87,6 +87,32 @@ def _tile_lists_kernel(
     tl.store(list_ptr + 1, partial)
 
 
+@triton.jit(
+    do_not_specialize=[
+        "granules_m", "granules_n", "row_lists", "rows_own", "rows_other", "keys_own", "keys_other", "heads_per_list"
+    ]
+)  # fmt: skip
+def _tile_lists_kernel(
+    map_ptr, granules_m, granules_n, rows_ptr, row_lists, rows_own, rows_other, keys_ptr, keys_own, keys_other,
+    heads_per_list, ROWS_M: tl.constexpr, ROWS_N: tl.constexpr, KEYS_M: tl.constexpr, KEYS_N: tl.constexpr,
+    GRANULE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One of ``row_lists`` lists for tiles of rows, or one of those for tiles of keys, which come behind."""
+    pid = tl.program_id(0).to(tl.int64)
+    if rows_ptr is not None:
+        if pid < row_lists:
+            _write_list(
+                pid, rows_ptr, map_ptr, granules_m, granules_n, rows_own, rows_other, 1, ROWS_M, ROWS_N, GRANULE, True,
+                CHUNK,
+            )  # fmt: skip
+    if keys_ptr is not None:
+        if pid >= row_lists:
+            _write_list(
+                pid - row_lists, keys_ptr, map_ptr, granules_n, granules_m, keys_own, keys_other, heads_per_list,
+                KEYS_N, KEYS_M, GRANULE, False, CHUNK,
+            )  # fmt: skip
+
+
 class TileMap:
     """The tile map of a problem's masks, and the lists that kernels loop over.
 
@@ -94,8 +120,11 @@ class TileMap:
         granules: uint8 ``[B | 1, H | 1, granules of rows, granules of keys]``: 0 none, 1 some, 2 all.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, granules: Tensor | None = None) -> None:
         self._problem = problem
+        if granules is not None:
+            self.granules = granules
+            return
         batch, heads, seqlen_q = problem.query.shape[:3]
         seqlen_k = problem.key.shape[2]
         prefix = [] if problem.prefix is None else [problem.prefix]
@@ -104,50 +133,66 @@ class TileMap:
         shape = (map_batch, map_heads, int(triton.cdiv(seqlen_q, GRANULE)), int(triton.cdiv(seqlen_k, GRANULE)))
         self.granules = torch.empty(shape, dtype=torch.uint8, device=problem.query.device)
         launch(
-            _tile_map_kernel,
-            (self.granules.numel(),),
-            problem.query,
-            self.granules,
-            problem.rules(),
-            *problem.sizes(),
-            map_heads,
-            GRANULE=GRANULE,
-        )
+            _tile_map_kernel, (self.granules.numel(),), problem.query,
+            self.granules, problem.rules(), *problem.sizes(), map_heads, GRANULE=GRANULE,
+        )  # fmt: skip
 
     def of_rows(self, config: Config) -> Tensor:
         """int32 ``[B | 1, H | 1, tiles of rows, 2 + tiles of keys]``: for every tile of rows the tiles of keys."""
-        lengths = self._problem.query.shape[2], self._problem.key.shape[2]
-        return self._lists(lengths, (config.block_m, config.block_n), own_is_rows=True, heads_per_list=1)
+        lists = self._empty(config, by_rows=True)
+        self._write(lists, config, None, None)
+        return lists
 
     def of_keys(self, config: Config) -> Tensor:
         """int32 ``[B | 1, Hk | 1, tiles of keys, 2 + tiles of rows]``: for every tile of keys the tiles of rows that
         see it, in any head of the group."""
-        lengths = self._problem.key.shape[2], self._problem.query.shape[2]
-        group = self._problem.query.shape[1] // self._problem.key.shape[1] if self.granules.shape[1] > 1 else 1
-        return self._lists(lengths, (config.block_n, config.block_m), own_is_rows=False, heads_per_list=group)
-
-    def _lists(
-        self, lengths: tuple[int, int], blocks: tuple[int, int], *, own_is_rows: bool, heads_per_list: int
-    ) -> Tensor:
-        batch, heads, granules_m, granules_n = self.granules.shape
-        tiles_own, tiles_other = (int(triton.cdiv(length, block)) for length, block in zip(lengths, blocks))
-        shape = (batch, heads // heads_per_list, tiles_own, 2 + tiles_other)
-        lists = torch.empty(shape, dtype=torch.int32, device=self.granules.device)
-        granules = (granules_m, granules_n) if own_is_rows else (granules_n, granules_m)
-        launch(
-            _tile_lists_kernel, (lists.numel() // lists.shape[3],), self.granules,
-            lists, self.granules, *granules, tiles_own, tiles_other, heads_per_list,
-            OWN=blocks[0], OTHER=blocks[1], GRANULE=GRANULE, OWN_IS_ROWS=own_is_rows, CHUNK=_CHUNK,
-        )  # fmt: skip
+        lists = self._empty(config, by_rows=False)
+        self._write(None, None, lists, config)
         return lists
 
+    def of_rows_and_keys(self, of_rows: Config, of_keys: Config) -> tuple[Tensor, Tensor]:
+        """:meth:`of_rows` and :meth:`of_keys`, in one launch."""
+        rows, keys = self._empty(of_rows, by_rows=True), self._empty(of_keys, by_rows=False)
+        self._write(rows, of_rows, keys, of_keys)
+        return rows, keys
 
-def tile_map_for(problem: Problem) -> TileMap | None:
-    """The tile map of a problem, or None where arithmetic alone says which tiles to visit, or where there are few."""
+    def _empty(self, config: Config, *, by_rows: bool) -> Tensor:
+        batch, heads = self.granules.shape[:2]
+        tiles_m = int(triton.cdiv(self._problem.query.shape[2], config.block_m))
+        tiles_n = int(triton.cdiv(self._problem.key.shape[2], config.block_n))
+        if by_rows:
+            shape = (batch, heads, tiles_m, 2 + tiles_n)
+        else:
+            shape = (batch, heads // self._heads_per_list(), tiles_n, 2 + tiles_m)
+        return torch.empty(shape, dtype=torch.int32, device=self.granules.device)
+
+    def _heads_per_list(self) -> int:
+        """How many heads of the map share a list for a tile of keys."""
+        return self._problem.query.shape[1] // self._problem.key.shape[1] if self.granules.shape[1] > 1 else 1
+
+    def _write(self, rows: Tensor | None, of_rows: Config | None, keys: Tensor | None, of_keys: Config | None) -> None:
+        counts = [0 if lists is None else lists.numel() // lists.shape[3] for lists in (rows, keys)]
+        tiles = [(0, 0) if lists is None else (lists.shape[2], lists.shape[3] - 2) for lists in (rows, keys)]
+        blocks = [(GRANULE, GRANULE) if c is None else (c.block_m, c.block_n) for c in (of_rows, of_keys)]
+        launch(
+            _tile_lists_kernel, (sum(counts),), self.granules,
+            self.granules, *self.granules.shape[2:], rows, counts[0], *tiles[0], keys, *tiles[1],
+            self._heads_per_list(), ROWS_M=blocks[0][0], ROWS_N=blocks[0][1], KEYS_M=blocks[1][0],
+            KEYS_N=blocks[1][1], GRANULE=GRANULE, CHUNK=_CHUNK,
+        )  # fmt: skip
+
+
+def tile_map_for(problem: Problem, granules: Tensor | None = None) -> TileMap | None:
+    """The tile map of a problem, or None where arithmetic alone says which tiles to visit, or where there are few.
+
+    Args:
+        problem: a call's inputs.
+        granules: of a map that was made of the same masks; None: they are read.
+    """
     seqlen_q, seqlen_k = problem.query.shape[2], problem.key.shape[2]
-    granules = triton.cdiv(seqlen_q, GRANULE) * triton.cdiv(seqlen_k, GRANULE)
-    worthwhile = problem.query.numel() > 0 and granules >= FEWEST_GRANULES
-    return TileMap(problem) if problem.masks and worthwhile else None
+    count = triton.cdiv(seqlen_q, GRANULE) * triton.cdiv(seqlen_k, GRANULE)
+    worthwhile = problem.query.numel() > 0 and count >= FEWEST_GRANULES
+    return TileMap(problem, granules) if problem.masks and worthwhile else None
 
 
 def list_arguments(lists: Tensor | None) -> tuple[Tensor | None, int, int]:
