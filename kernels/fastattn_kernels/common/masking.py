@@ -19,13 +19,8 @@ LOWEST_BIAS = tl.constexpr(-3.0e38)
 @triton.jit
 def pair_pointers(pairs, at, rows, cols):
     """Pointers to a tile of a tensor ``[B, H, L, S]``."""
-    offsets = (
-        at.batch * pairs.stride_b
-        + at.head * pairs.stride_h
-        + rows.to(tl.int64) * pairs.stride_m
-        + cols.to(tl.int64) * pairs.stride_n
-    )
-    return pairs.ptr + offsets
+    head_ptr = pairs.ptr + at.batch * pairs.stride_b + at.head * pairs.stride_h
+    return head_ptr + rows.to(tl.int64) * pairs.stride_m + cols.to(tl.int64) * pairs.stride_n
 
 
 @triton.jit
