@@ -47,8 +47,8 @@ from fastattn_kernels.attention.hopper.problem import (
     bias_for_tma,
     bias_of_keys,
     descriptor,
-    packed_rules,
     head_descriptor,
+    packed_rules,
 )
 from fastattn_kernels.attention.hopper.schedule import (
     Schedule,
