@@ -17,7 +17,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
 
 from fastattn.ops.common.flops import add_formula, make_countable
 from fastattn.ops.common.tracing import is_functorch_active
@@ -118,31 +117,46 @@ class Operator:
 class OperatorFunction(torch.autograd.Function):
     """A Function whose forward is an operator. Subclasses add the context, and the rules of the transforms.
 
-    The methods are class methods, so that one definition of the rules serves several operators.
+    The methods are class methods, so that one definition of the rules is shared by several operators.
 
-    One class serves eager mode, ``torch.func`` and torch.compile. Left to itself torch.compile traces a Function's
+    One class is for eager mode, ``torch.func`` and torch.compile. Left to itself torch.compile traces a Function's
     methods, and refuses a Function that has a ``jvp``; see :func:`apply` for how it is kept from doing so.
     """
 
     operator: ClassVar[Operator]
+    _untransformed: ClassVar[type[torch.autograd.Function]]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "operator" in vars(cls):
+            cls._untransformed = _untransformed(cls)
 
     @classmethod
     def apply(cls, *values: Any) -> Any:
         """The results of the operator, of its arguments one after the other, as a node of autograd's graph.
 
-        ``Function.apply`` binds the arguments to the signature of ``forward`` by ``inspect`` on every call, which takes
-        longer than a small kernel. There are no defaults to fill in here, so that step is left out where no transform
-        of ``torch.func`` is active.
+        ``torch.func`` needs a Function with a ``setup_context``. For such a Function torch binds the arguments to the
+        signature of ``forward`` by ``inspect`` on every call, which takes longer than a small kernel. Where no
+        transform is active, the form without it runs.
         """
-        if is_functorch_active():
-            return super().apply(*values)
-        # Tensors that left a transform are wrapped until here; torch's own apply unwraps them in the same place.
-        base: Any = super(torch.autograd.Function, cls)
-        return base.apply(*unwrap_dead_wrappers(values))
+        function: Any = cls if is_functorch_active() else cls._untransformed
+        return super(OperatorFunction, function).apply(*values)
 
     @classmethod
     def forward(cls, *values: Any) -> tuple[Tensor, ...]:
         return cls.operator(*values)
+
+
+def _untransformed(function: type[OperatorFunction]) -> type[torch.autograd.Function]:
+    """The same Function in the form whose ``forward`` is handed the context, and which has no ``setup_context``."""
+
+    def forward(ctx: Any, *values: Any) -> tuple[Tensor, ...]:
+        output = function.operator(*values)
+        function.setup_context(ctx, values, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "setup_context": staticmethod(torch.autograd.Function.setup_context)}
+    return type(function)(function.__name__, (function,), {**methods, "__module__": function.__module__})
 
 
 def apply(function: type[OperatorFunction], *groups: Sequence[Any]) -> Any:
