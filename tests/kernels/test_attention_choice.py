@@ -30,6 +30,7 @@ class Kernels:
         monkeypatch.setattr(attention, "target_of", lambda device: Target(*target))
         monkeypatch.setattr(attention, "gluon_kernels", lambda direction: gluon)
         monkeypatch.setattr(attention, "not_compiling", {})
+        monkeypatch.setattr(attention, "fewest_operations", 0)
         for of, name in ((attention.forward, "launch_attention_fwd"), (attention.backward, "launch_attention_bwd")):
             monkeypatch.setattr(of, name, lambda *a, **k: self.launched.append("plain"))
 
@@ -104,6 +105,17 @@ def test_a_kernel_that_does_not_compile_is_replaced_and_said_once(kernels, direc
     kernels.error = None
     assert kernels.run(direction=direction, softcap=3.0) == ["gluon"]
     assert kernels.run(direction=direction) == ["plain"]
+
+
+@BOTH
+def test_small_calls_run_in_plain_triton_unless_gluon_is_asked_for(kernels, direction, monkeypatch):
+    """Their launches take longer than their products: 2 x 4 x 4 x (16 + 16) x 2 are 2048 operations."""
+    monkeypatch.setattr(attention, "fewest_operations", 2049)
+    assert kernels.run(direction=direction) == ["plain"]
+    assert kernels.run("gluon", direction) == ["gluon"]
+    assert "the call is small: 2.05e-06 GFLOP" in attention.describe(problem())
+    monkeypatch.setattr(attention, "fewest_operations", 2048)
+    assert kernels.run(direction=direction) == ["gluon"]
 
 
 @BOTH

@@ -7,7 +7,8 @@ from fastattn.ops.additive_attention.operator import AdditiveAttentionBackward, 
 from fastattn.ops.common.row_short_way import RowShortWay
 
 OF_CALL = RowShortWay(
-    launch=launch,
+    forward=lambda inputs, options: (launch.forward(inputs, options), None),
+    backward=lambda *groups: launch.backward(*groups[:-1]),
     backward_function=AdditiveAttentionBackward,
     call_of=lambda call: call,
     seed_of=lambda call: None,

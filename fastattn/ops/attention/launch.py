@@ -67,29 +67,50 @@ def describe(inputs: Inputs, options: Options) -> str:
 
 def forward(inputs: Inputs, options: Options) -> Results:
     """The contract of ``fastattn::attention_forward``."""
+    results, _ = _forward(inputs, options, kernel_choice().kernels)
+    return results
+
+
+def forward_and_map(inputs: Inputs, options: Options) -> tuple[Results, Tensor | None]:
+    """:func:`forward`, and the granules of the tile map that it made, which :func:`backward` takes; None: it made
+    none."""
     return _forward(inputs, options, kernel_choice().kernels)
 
 
 @planned
-def _forward(inputs: Inputs, options: Options, kernels: Kernels) -> Results:
+def _forward(inputs: Inputs, options: Options, kernels: Kernels) -> tuple[Results, Tensor | None]:
     problem = _problem(inputs, options)
     results = output, lse, weights, statistics = empty_results(inputs, options)
-    choice.launch_attention_fwd(problem, output, lse, statistics, tile_map_for(problem), kernels)
+    tile_map = tile_map_for(problem)
+    choice.launch_attention_fwd(problem, output, lse, statistics, tile_map, kernels)
     if not inputs.query.shape[1]:
         weights.zero_()  # the average of no heads, for which the kernel would divide by zero
     elif options.weights != "none":
         launch_attention_weights(problem, statistics, weights, average=options.weights == "average")
-    return results
+    return results, None if tile_map is None else tile_map.granules
 
 
-def backward(gradients: OutputGradients, kept: Kept, needs: Needs, inputs: Inputs, options: Options) -> InputGradients:
-    """The contract of ``fastattn::attention_backward``."""
-    return _backward(gradients, kept, needs, inputs, options, kernel_choice())
+def backward(
+    gradients: OutputGradients,
+    kept: Kept,
+    needs: Needs,
+    inputs: Inputs,
+    options: Options,
+    granules: Tensor | None = None,
+) -> InputGradients:
+    """The contract of ``fastattn::attention_backward``; ``granules`` are those of :func:`forward_and_map`."""
+    return _backward(gradients, kept, needs, inputs, options, kernel_choice(), granules)
 
 
 @planned
 def _backward(
-    gradients: OutputGradients, kept: Kept, needs: Needs, inputs: Inputs, options: Options, kernels: KernelChoice
+    gradients: OutputGradients,
+    kept: Kept,
+    needs: Needs,
+    inputs: Inputs,
+    options: Options,
+    kernels: KernelChoice,
+    granules: Tensor | None,
 ) -> InputGradients:
     # vmap expands the statistics that its samples share, and the kernels read them without strides
     statistics = kept.statistics.contiguous()
@@ -108,7 +129,7 @@ def _backward(
         of_rows = torch.zeros(d_output.shape[:3], dtype=torch.float32, device=d_output.device)
     choice.launch_attention_bwd(
         problem, d_output, statistics, delta, d_weights, Gradients(d_query, d_key, d_value, of_rows),
-        tile_map_for(problem), *kernels,
+        tile_map_for(problem, granules), *kernels,
     )  # fmt: skip
     if needs.needs_d_bias:
         d_bias = launch_attention_bias_bwd(problem, d_output, statistics, delta.tensor, d_weights)

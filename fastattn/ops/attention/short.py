@@ -30,9 +30,14 @@ def _returned(call: AttentionCall) -> tuple[str, ...]:
 
 
 _short_way: Any = functools.partial(
-    RowShortWay, launch=launch, backward_function=AttentionBackward, seed_of=on_triton.draw_seed, operands=_operands,
+    RowShortWay,
+    forward=launch.forward_and_map,
+    backward=launch.backward,
+    backward_function=AttentionBackward,
+    seed_of=on_triton.draw_seed,
+    operands=_operands,
     returned=_returned,
-)  # fmt: skip
+)
 # Of a call as the user made it, and of one that is validated already.
 OF_ARGUMENTS: RowShortWay = _short_way(call_of=_call_of, inputs={"attn_mask": "bias"})
 OF_CALL: RowShortWay = _short_way(call_of=lambda call: call, inputs={})

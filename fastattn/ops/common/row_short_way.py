@@ -21,11 +21,13 @@ class Context(NamedTuple):
         arguments: of the call, without their tensors.
         returned: which results the forward returned.
         has_seed: whether there is dropout, and its seed is among what was kept.
+        has_more: whether the forward by the kernels made something for the backward beside its results.
     """
 
     arguments: Any
     returned: tuple[str, ...]
     has_seed: bool
+    has_more: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,9 @@ class RowShortWay:
     """What :class:`fastattn.ops.common.short_way.ShortWay` asks an implementation for.
 
     Attributes:
-        launch: the module with ``forward`` and ``backward`` by the kernels.
+        forward: by the kernels, of the operators' inputs and options: the results, and a tensor that the backward takes
+            beside them, or None.
+        backward: by the kernels, of the groups of arguments of the backward operator and of that tensor.
         backward_function: the Function of the backward operator, for derivatives beyond the first.
         call_of: makes a validated call of the arguments.
         seed_of: draws the seed of a call's dropout; None without dropout.
@@ -42,7 +46,8 @@ class RowShortWay:
         inputs: the names of arguments that are called otherwise among the operators' inputs.
     """
 
-    launch: Any
+    forward: Callable[[Any, Any], tuple[Any, Tensor | None]]
+    backward: Callable[..., Any]
     backward_function: type[BackwardFunction]
     call_of: Callable[[Any], Any]
     seed_of: Callable[[Any], Tensor | None]
@@ -51,25 +56,25 @@ class RowShortWay:
     inputs: Mapping[str, str]
 
     def short_forward(self, arguments: Any, training: bool) -> Made:
-        """The call's results, and what its backward reads: results, the seed if there is dropout, and the tensors of
-        the call."""
+        """The call's results, and what its backward reads: results, the seed if there is dropout, what else the kernels
+        made for it, and the tensors of the call."""
         call = self.call_of(arguments)
         seed, returned = self.seed_of(call), self.returned(call)
-        made = self.launch.forward(*self.operands(call, seed, training))
+        made, more = self.forward(*self.operands(call, seed, training))
         own = [getattr(made, name) for name in self.backward_function.pair.kept._fields]
-        own += [] if seed is None else [seed]
+        own += [each for each in (seed, more) if each is not None]
         return Made(
             results=tuple(getattr(made, name) for name in returned),
             hidden=(),
             kept=tuple(own + tensors_in(arguments)) if training else (),
-            context=Context(without_tensors(arguments), returned, seed is not None),
+            context=Context(without_tensors(arguments), returned, seed is not None, more is not None),
         )
 
     def short_backward(
         self, context: Context, kept: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...], needs: tuple[bool, ...]
     ) -> list[Tensor | None]:
         """The gradients of the tensors among the arguments, by the kernels."""
-        return self._backward(context, kept, gradients, needs, self.launch.backward)
+        return self._backward(context, kept, gradients, needs, self.backward)
 
     def short_backward_by_operators(
         self, context: Context, kept: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...], needs: tuple[bool, ...]
@@ -77,6 +82,7 @@ class RowShortWay:
         """:meth:`short_backward`, differentiable."""
 
         def run(*groups: Any) -> Any:
+            *groups, _ = groups
             return self.backward_function.pair.input_gradients(*apply(self.backward_function, *groups))
 
         return self._backward(context, kept, gradients, needs, run)
@@ -92,6 +98,7 @@ class RowShortWay:
         pair = self.backward_function.pair
         results, rest = pair.kept(*kept[: len(pair.kept._fields)]), list(kept[len(pair.kept._fields) :])
         seed = rest.pop(0) if context.has_seed else None
+        more = rest.pop(0) if context.has_more else None
         arguments = with_tensors(context.arguments, iter(rest))
         inputs, options = self.operands(self.call_of(arguments), seed, True)
         of_results = dict(zip(context.returned, gradients))
@@ -103,7 +110,7 @@ class RowShortWay:
         names = [name for name, value in arguments._asdict().items() for _ in tensors_in((value,))]
         wanted = {name for name, is_needed in zip(names, needs) if is_needed}
         asked = pair.ask(*(name in {self.inputs.get(each, each) for each in wanted} for name in pair.optional))
-        made = run(given, results, asked, inputs, options)
+        made = run(given, results, asked, inputs, options, more)
         return [
             getattr(made, f"d_{self.inputs.get(name, name)}").reshape(tensor.shape) if name in wanted else None
             for name, tensor in zip(names, rest)

@@ -28,6 +28,10 @@ Direction = Literal["forward", "backward"]
 
 _HOPPER = Target("cuda", 90)
 _logger = logging.getLogger("fastattn")
+# Operations of a call from which on Gluon's kernels are worth their launches: 2 GFLOP take an H200 about 4 us, of which
+# they may save one. Plain Triton's forward is one launch where Gluon's is two (something is hidden), and needs no tensor
+# maps, each of which takes the host about 3 us. An estimate, from host times and a model, and not measured on a GPU.
+fewest_operations = 2**31
 # The message of this triton about each kind of problem whose Gluon kernels it could not compile.
 not_compiling: dict[tuple[object, ...], str] = {}
 
@@ -55,6 +59,17 @@ def gluon_refusals(
     if d_weights is not None:
         reasons.append("the gradient of weights is not in the Hopper kernels")
     return reasons
+
+
+def reasons_for_plain(problem: Problem) -> list[str]:
+    """Why plain Triton is better for a problem that Gluon's kernels could run; empty where it is not."""
+    (batch, heads, seqlen_q, head_dim), seqlen_k = problem.query.shape, problem.key.shape[2]
+    operations = 2 * batch * heads * seqlen_q * seqlen_k * (head_dim + problem.value.shape[3])
+    if operations >= fewest_operations:
+        return []
+    return [
+        f"the call is small: {operations / 1e9:.3g} GFLOP of {fewest_operations / 1e9:.3g} that make up for launches"
+    ]
 
 
 class GluonKernels(NamedTuple):
@@ -94,6 +109,8 @@ def describe(problem: Problem, kernels: Kernels = "auto", d_weights: WeightsGrad
     for direction in get_args(Direction):
         of_backward = d_weights if direction == "backward" else None
         refused = gluon_refusals(direction, problem, of_backward)
+        if kernels == "auto":
+            refused = refused or reasons_for_plain(problem)
         reasons = "; ".join(refused)
         if kernels == "triton":
             said.append(f"{direction} in plain Triton, as asked for")
@@ -200,6 +217,8 @@ def _gluon(
     if kernels == "triton":
         return None
     refused = gluon_refusals(direction, problem, d_weights, deterministic)
+    if kernels == "auto":
+        refused = refused or reasons_for_plain(problem)
     if refused and kernels == "gluon":
         raise NotImplementedError(f"the Gluon kernels refuse this {direction}: {'; '.join(refused)}")
     found = None if refused else gluon_kernels(direction)
