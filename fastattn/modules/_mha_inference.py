@@ -67,5 +67,6 @@ def attend(
 
 def _is_for_torch(x: Tensor, backend: str | None) -> bool:
     """Is this a plain call on the CPU, for the torch backend? Forward mode goes on where gradients are off."""
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
-    return not forward_mode and is_eager_on_cpu(x) and default_for(x.device, backend) == "torch"
+    if x.device.type != "cpu" or default_for(x.device, backend) != "torch":
+        return False
+    return torch.autograd.forward_ad._current_level < 0 and is_eager_on_cpu(x)

@@ -81,8 +81,8 @@ class RowShortWay:
     ) -> list[Tensor | None]:
         """:meth:`short_backward`, differentiable."""
 
-        def run(*groups: Any) -> Any:
-            *groups, _ = groups
+        def run(*arguments: Any) -> Any:
+            *groups, _ = arguments
             return self.backward_function.pair.input_gradients(*apply(self.backward_function, *groups))
 
         return self._backward(context, kept, gradients, needs, run)

@@ -29,8 +29,8 @@ Direction = Literal["forward", "backward"]
 _HOPPER = Target("cuda", 90)
 _logger = logging.getLogger("fastattn")
 # Operations of a call from which on Gluon's kernels are worth their launches: 2 GFLOP take an H200 about 4 us, of which
-# they may save one. Plain Triton's forward is one launch where Gluon's is two (something is hidden), and needs no tensor
-# maps, each of which takes the host about 3 us. An estimate, from host times and a model, and not measured on a GPU.
+# they may save one. Plain Triton's forward is one launch where Gluon's is two (something is hidden), and needs no
+# tensor maps, each of which takes the host about 3 us. An estimate from host times and a model, not from a GPU.
 fewest_operations = 2**31
 # The message of this triton about each kind of problem whose Gluon kernels it could not compile.
 not_compiling: dict[tuple[object, ...], str] = {}
@@ -67,9 +67,8 @@ def reasons_for_plain(problem: Problem) -> list[str]:
     operations = 2 * batch * heads * seqlen_q * seqlen_k * (head_dim + problem.value.shape[3])
     if operations >= fewest_operations:
         return []
-    return [
-        f"the call is small: {operations / 1e9:.3g} GFLOP of {fewest_operations / 1e9:.3g} that make up for launches"
-    ]
+    least = fewest_operations / 1e9
+    return [f"the call is small: {operations / 1e9:.3g} GFLOP of the {least:.3g} that make up for more launches"]
 
 
 class GluonKernels(NamedTuple):
