@@ -33,6 +33,7 @@ from benchmarks.laboratory.hopper import replays
 from benchmarks.laboratory.launch_case import launch
 from benchmarks.laboratory.model import bound
 from benchmarks.laboratory.targets import blocks_resident
+from fastattn_kernels.common import plans
 
 _NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # The compile-time arguments that say how large a tile is: of attention, of columns and lists, of sums.
@@ -88,6 +89,7 @@ class Compiled:
         self.kernels: list[Any] = []
         self.careful = False
         triton.runtime.driver.set_active(StandInDriver(parse_target(target)))
+        plans.ENABLED = False  # nothing is launched
         run = JITFunction.run
 
         def compile_only(function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:

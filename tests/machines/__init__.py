@@ -4,6 +4,7 @@
 - ``ttgir``: the compiler's own modules, executed on a CPU: TTIR of plain kernels, TTGIR of Gluon's (:mod:`.ttgir`).
 - ``ptx``: the compiler's PTX, executed on a CPU behind triton's own launcher (:mod:`.soft_gpu`).
 - ``gpu``: a real one, where torch sees one.
+- ``compiler``: none; kernels are compiled, and not run (:mod:`tests.compile_only` chooses it).
 
 ``FASTATTN_MACHINE=ttgir`` or ``ptx`` chooses. It is read when the tests' ``conftest.py`` is imported, before triton is,
 which decides at its own import whether it interprets. docs/proof.md says what each machine cannot see.
@@ -27,6 +28,8 @@ def _interprets() -> bool:
 
 def _chosen() -> str:
     asked = os.environ.get(VARIABLE, "")
+    if asked == "compiler":
+        return asked
     if not asked:
         return "gpu" if torch.cuda.is_available() and not _interprets() else "interpreter"
     if asked not in ON_A_CPU:
@@ -46,7 +49,9 @@ NO_GLUON = f"Gluon kernels run on sm_90, or by {VARIABLE}=ttgir or ptx: not on {
 
 if INTERPRETING:
     os.environ["TRITON_INTERPRET"] = "1"
-elif EXECUTING:  # a module of the tests that asks for the interpreter by default must not switch it on later
+elif (
+    EXECUTING or NAME == "compiler"
+):  # a module of the tests that asks for the interpreter by default must not switch it on later
     os.environ["TRITON_INTERPRET"] = "0"
 
 
