@@ -49,9 +49,8 @@ NO_GLUON = f"Gluon kernels run on sm_90, or by {VARIABLE}=ttgir or ptx: not on {
 
 if INTERPRETING:
     os.environ["TRITON_INTERPRET"] = "1"
-elif (
-    EXECUTING or NAME == "compiler"
-):  # a module of the tests that asks for the interpreter by default must not switch it on later
+elif EXECUTING or NAME == "compiler":
+    # a module of the tests that asks for the interpreter by default must not switch it on later
     os.environ["TRITON_INTERPRET"] = "0"
 
 
