@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PATHS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [path.relative_to(ROOT).as_posix() for path in PATHS]
-# A page may leave away the folder in which a package lies.
+# A page may leave out the folder in which a package lies.
 FOLDERS = (ROOT, ROOT / "fastattn", ROOT / "kernels")
 # Folders that commands write into, and pages that a command writes where it is asked to.
 WRITTEN = ("build/", "DIR/", "/tmp/", "docs/kernel_resources_pairs.md")

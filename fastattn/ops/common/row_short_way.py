@@ -15,13 +15,13 @@ from fastattn.ops.common.short_way import Made, tensors_in, with_tensors, withou
 
 
 class Context(NamedTuple):
-    """What the backward has to know of a call beside tensors.
+    """What the backward has to know of a call, beside tensors.
 
     Attributes:
-        arguments: of the call, without their tensors.
+        arguments: of the call, with gaps in the place of their tensors.
         returned: which results the forward returned.
         has_seed: whether there is dropout, and its seed is among what was kept.
-        has_more: whether the forward by the kernels made something for the backward beside its results.
+        has_more: whether the kernels' forward made a tensor for the backward beside its results.
     """
 
     arguments: Any
@@ -32,18 +32,18 @@ class Context(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowShortWay:
-    """What :class:`fastattn.ops.common.short_way.ShortWay` asks an implementation for.
+    """The implementation that :class:`fastattn.ops.common.short_way.ShortWay` asks for.
 
     Attributes:
-        forward: by the kernels, of the operators' inputs and options: the results, and a tensor that the backward takes
-            beside them, or None.
-        backward: by the kernels, of the groups of arguments of the backward operator and of that tensor.
+        forward: runs the kernels on ``(inputs, options)`` of the operators. It returns the results, and a tensor that
+            the backward takes beside them (attention: the granules of its tile map), or None.
+        backward: runs the kernels on the groups of arguments of the backward operator and on that tensor.
         backward_function: the Function of the backward operator, for derivatives beyond the first.
-        call_of: makes a validated call of the arguments.
+        call_of: makes a validated call out of the arguments.
         seed_of: draws the seed of a call's dropout; None without dropout.
-        operands: makes the operators' inputs and options of ``(call, seed, training)``.
-        returned: which results are returned, of a call.
-        inputs: the names of arguments that are called otherwise among the operators' inputs.
+        operands: makes the operators' inputs and options out of ``(call, seed, training)``.
+        returned: says which results a call returns.
+        inputs: maps the names of those arguments that the operators' inputs call something else to what they call them.
     """
 
     forward: Callable[[Any, Any], tuple[Any, Tensor | None]]
