@@ -15,13 +15,13 @@ from fastattn.ops.common.short_way import Made, tensors_in, with_tensors, withou
 
 
 class Context(NamedTuple):
-    """What the backward has to know of a call, beside tensors.
+    """What the backward has to know of a call beside tensors.
 
     Attributes:
-        arguments: of the call, with gaps in the place of their tensors.
+        arguments: of the call, without their tensors.
         returned: which results the forward returned.
         has_seed: whether there is dropout, and its seed is among what was kept.
-        has_more: whether the kernels' forward made a tensor for the backward beside its results.
+        has_more: whether the forward by the kernels made something for the backward beside its results.
     """
 
     arguments: Any
@@ -41,9 +41,9 @@ class RowShortWay:
         backward_function: the Function of the backward operator, for derivatives beyond the first.
         call_of: makes a validated call out of the arguments.
         seed_of: draws the seed of a call's dropout; None without dropout.
-        operands: makes the operators' inputs and options out of ``(call, seed, training)``.
-        returned: says which results a call returns.
-        inputs: maps the names of those arguments that the operators' inputs call something else to what they call them.
+        operands: makes the operators' inputs and options of ``(call, seed, training)``.
+        returned: which results are returned, of a call.
+        inputs: the names of arguments that are called otherwise among the operators' inputs.
     """
 
     forward: Callable[[Any, Any], tuple[Any, Tensor | None]]

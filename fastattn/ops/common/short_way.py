@@ -7,9 +7,9 @@ the kernels ran the first call of a signature, the second is recorded as a plan 
 checks included, and every later one takes the short way: it runs the plan, which allocates, launches and returns. Where
 gradients are wanted, one Function of autograd stands around the plan, and its backward is a plan as well.
 
-A call takes the long way whenever something traces, transforms or watches it, or might: under torch.compile,
-``torch.jit.trace``, ``torch.func``, forward mode and modes of dispatch, and with tensors of other classes. A backward
-that is itself differentiated runs by the operators.
+Whatever looks at a call takes the long way, and every call where it might: torch.compile, ``torch.jit.trace``,
+``torch.func``, forward mode, modes of dispatch, and tensors of other classes. So does a backward that is itself
+differentiated.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fastattn.ops.common.tracing import is_functorch_active
 
 MOST_ENTRIES = 1024  # signatures of one function; beyond, the oldest is forgotten
 _PLAIN = (Tensor, Parameter)
-_WORDS = {bool, int, float, str, tuple, torch.Size, torch.dtype, type(None)}  # whose values may stand in a key
+_WORDS = {bool, int, float, str, tuple, torch.Size, torch.dtype, type(None)}  # arguments that say all by their value
 
 
 def is_looked_at() -> bool:
@@ -44,7 +44,7 @@ def is_looked_at() -> bool:
 
 
 def _key_of(value: Any) -> Hashable:
-    """The part of an argument that decides what a call does: of a tensor everything but its numbers and its address."""
+    """What of an argument decides what a call does: of a tensor all but its numbers and its address."""
     if type(value) in _PLAIN:
         # Triton compiles another kernel for addresses that are no multiples of 16
         return value.shape, value.stride(), value.dtype, value.device, value.data_ptr() & 15 == 0, value.requires_grad
@@ -114,8 +114,8 @@ class ShortWay:
         """The signature of a call; None where it has to take the long way.
 
         Args:
-            values: the arguments that may be tensors, or tuples with tensors in them; the first always is a tensor.
-            words: the other arguments.
+            values: the arguments that may be tensors, or hold some, one that always is ahead.
+            words: the others.
         """
         first = values[0]
         if is_looked_at() or type(first) not in _PLAIN:
