@@ -235,7 +235,7 @@ class _Entry:
         return results[0] if len(results) == 1 else results
 
     def forward(self, tensors: Sequence[Tensor]) -> Made:
-        """Run the plan; the first time, run the call itself and record it."""
+        """What the call makes."""
         if self._forward is not None:
             results, hidden, kept = self._forward(*tensors)
             return Made(results, hidden, kept, self._context)
@@ -259,8 +259,7 @@ class _Entry:
     def backward(
         self, context: Any, kept: Sequence[Tensor], gradients: tuple[Any, ...], needs: tuple[bool, ...]
     ) -> Sequence[Tensor | None]:
-        """A gradient for each tensor among the arguments, None where ``needs`` has False: by a plan, or, where
-        something differentiates, transforms or watches the backward, by the operators."""
+        """A gradient for each tensor."""
         if torch.is_grad_enabled() or is_looked_at() or self._plans.is_listened_to():
             return self.implementation.short_backward_by_operators(context, tuple(kept), gradients, needs)
         key = needs, tuple([_key_of(value) for value in gradients]), _settings(kept[0].dtype)
