@@ -32,14 +32,14 @@ class Context(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowShortWay:
-    """What :class:`fastattn.ops.common.short_way.ShortWay` asks an implementation for.
+    """The implementation that :class:`fastattn.ops.common.short_way.ShortWay` asks for.
 
     Attributes:
-        forward: by the kernels, of the operators' inputs and options: the results, and a tensor that the backward takes
-            beside them, or None.
-        backward: by the kernels, of the groups of arguments of the backward operator and of that tensor.
+        forward: runs the kernels on ``(inputs, options)`` of the operators. It returns the results, and a tensor that
+            the backward takes beside them (attention: the granules of its tile map), or None.
+        backward: runs the kernels on the groups of arguments of the backward operator and on that tensor.
         backward_function: the Function of the backward operator, for derivatives beyond the first.
-        call_of: makes a validated call of the arguments.
+        call_of: makes a validated call out of the arguments.
         seed_of: draws the seed of a call's dropout; None without dropout.
         operands: makes the operators' inputs and options of ``(call, seed, training)``.
         returned: which results are returned, of a call.

@@ -1,11 +1,11 @@
 """The short way of a call that nothing traces or transforms: from the public function to the kernels at once.
 
 The long way checks every argument, chooses a backend, enters an operator through torch's dispatcher and binds it to
-autograd; for a call of a few hundred rows this takes several times longer than its kernels. All that it finds out
-follows from the call's signature. So the third call of a signature that the kernels run, and every later one, takes the
-short way: the whole call, its checks included, has been written down as a plan (``fastattn_kernels.common.plans``) that
-allocates, launches and returns. Where gradients are wanted one Function of autograd stands around the plan, whose
-backward is a plan as well.
+autograd; for a call of a few hundred rows this takes several times longer than its kernels. What it finds out depends
+on the call's signature alone: on its tensors' shapes, strides, dtypes and devices, and on its other arguments. So where
+the kernels ran the first call of a signature, the second is recorded as a plan (``fastattn_kernels.common.plans``), the
+checks included, and every later one takes the short way: it runs the plan, which allocates, launches and returns. Where
+gradients are wanted, one Function of autograd stands around the plan, and its backward is a plan as well.
 
 Whatever looks at a call takes the long way, and every call where it might: torch.compile, ``torch.jit.trace``,
 ``torch.func``, forward mode, modes of dispatch, and tensors of other classes. So does a backward that is itself
@@ -58,7 +58,7 @@ def _key_of(value: Any) -> Hashable:
 
 
 def _settings(dtype: torch.dtype) -> Hashable:
-    """What of the process's state decides which kernels run on tensors of this dtype."""
+    """The part of the process's state that decides which kernels run on tensors of this dtype."""
     return (
         backends.kernel_choice(),
         torch.are_deterministic_algorithms_enabled(),
@@ -67,13 +67,13 @@ def _settings(dtype: torch.dtype) -> Hashable:
 
 
 class Made(NamedTuple):
-    """What a forward by the short way makes.
+    """What the forward of a call returns to the short way.
 
     Attributes:
         results: what the public function returns, in order.
-        hidden: results that it does not return, but that derivatives beyond the first flow through.
-        kept: what the backward reads: of these, and of the call's own tensors.
-        context: what else the backward has to know; it holds no tensor, and is that of every call of the signature.
+        hidden: results that it does not return, but through which derivatives beyond the first flow: a norm's sum.
+        kept: the tensors that the backward reads, out of the results and of the call's own tensors.
+        context: what else the backward has to know. It holds no tensor, and all calls of the signature share it.
     """
 
     results: tuple[Tensor, ...]
@@ -138,12 +138,12 @@ class ShortWay:
                 _settings(first.dtype),
             )
             hash(key)
-        except (TypeError, RuntimeError, AttributeError):  # whatever is wrong with them, the long way says it
+        except (TypeError, RuntimeError, AttributeError):  # a wrong argument: the long way raises the error for it
             return None
         return key
 
     def find(self, key: Hashable, arguments: tuple[Any, ...]) -> _Entry | None:
-        """The entry of a signature; at its second call by the kernels the entry is made."""
+        """The entry of a signature, made at its second call; None before, and where it may not run now."""
         entry = self._entries.get(key)
         if entry is not None:
             return entry if entry.may_run() else None
@@ -173,14 +173,14 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 class _Gap:
-    """The place of a tensor in a template, which so holds none."""
+    """Stands in a template in the place of a tensor."""
 
 
 _GAP = _Gap()
 
 
 def without_tensors(value: Any) -> Any:
-    """A template: ``value`` with a gap in the place of each tensor."""
+    """A template, which holds no tensor: ``value`` with a gap in the place of each."""
     return with_tensors(value, itertools.repeat(_GAP))
 
 
@@ -195,7 +195,7 @@ def with_tensors(value: Any, tensors: Iterator[Any]) -> Any:
 
 
 class _Entry:
-    """One signature: the plans of its forward and of its backwards."""
+    """What is kept of one signature: the plan of its forward, and one for each signature of its backward."""
 
     def __init__(self, implementation: Any, arguments: Any) -> None:
         from fastattn_kernels.common import plans  # imports triton
@@ -210,7 +210,7 @@ class _Entry:
         self.training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         self.template = without_tensors(arguments)
         self.results = 1
-        self.has_plan = True  # until it turns out that the call cannot be written down
+        self.has_plan = True  # until it turns out that the call cannot be recorded
         self._plans = plans
         self._forward: Callable[..., Any] | None = None
         self._context: Any = None
@@ -280,8 +280,12 @@ class _Entry:
 
 
 class ShortFunction(torch.autograd.Function):
-    """A call by its plans. It has no ``setup_context``, for whose sake torch would look at the signature of
-    ``forward`` in every call, and no rules for transforms: under those a call takes the long way."""
+    """A call that runs by its plans, as a node of autograd's graph.
+
+    It has no ``setup_context``: for a Function with one, torch binds the arguments to the signature of ``forward`` by
+    ``inspect`` in every call, which takes longer than a small kernel. It has no rules for transforms either, since a
+    call takes the long way under those.
+    """
 
     @staticmethod
     def forward(ctx: Any, entry: _Entry, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -295,6 +299,6 @@ class ShortFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         """The gradients of the tensors."""
-        # saved tensors are read once: checkpointing unpacks what was saved a single time
+        # read once: checkpointing unpacks what was saved a single time
         found = ctx.entry.backward(ctx.context, ctx.saved_tensors, gradients, ctx.needs_input_grad[1:])
         return None, *found

@@ -1,6 +1,7 @@
 """Backward in two passes without atomics, bitwise deterministic: a program owns a tile of dK and dV, or one of dQ.
 
-Both recompute P from each row's statistics (arXiv:2307.08691, algorithm 2); the workspace is delta, O(L).
+Both recompute P from each row's statistics (arXiv:2307.08691, algorithm 2); the workspace is delta, O(L). The pass of
+dQ comes first: it computes delta, which the other one reads. Where something is hidden, one careful launch comes last.
 """
 
 from typing import Any, NamedTuple
@@ -250,7 +251,7 @@ def _grad_of_queries(
 @triton.jit
 def _grad_of_tile_of_queries(batch_head, row_tile, call, output, d_lse, d_query, d_alibi_slopes_ptr, marks_ptr, blocks):
     """dQ of one tile of rows, from all keys that it sees; its rows are marked unless ``marks_ptr`` is None. Their delta
-    is computed and stored unless ``output`` is None: then it is there."""
+    is computed and stored; if ``output`` is None, it has been computed before, and is loaded."""
     sizes = call.sizes
     seqlen_q, seqlen_k = sizes.seqlen_q, sizes.seqlen_k
     row_start = row_tile * blocks.M
@@ -304,7 +305,7 @@ def _attention_bwd_dq_kernel(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, only_if=None,
 ):  # fmt: skip
-    """dQ of one tile of rows, and their delta unless ``output`` is None."""
+    """dQ of one tile of rows; and the rows' delta, unless ``output`` is None."""
     if only_if is not None:
         if is_off(only_if):
             return
@@ -334,7 +335,7 @@ def _attention_bwd_careful_kernel(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr, only_if=None,
 ):  # fmt: skip
-    """dQ of the tiles of rows, then dK and dV of the tiles of keys, of the program's share that hold a mark.
+    """Of the program's share of tiles, those that hold a mark: dQ of tiles of rows, then dK and dV of tiles of keys.
 
     Careful loops in the kernels of the gradients themselves, as the forward has them, made the loop of dK and dV 12 %
     longer at head size 128 (600 instructions instead of 534 on sm_90), and spilled 48 to 88 bytes.
@@ -378,13 +379,14 @@ def launch_attention_bwd(
     config: BackwardConfig | None = None,
     only_if: OnlyIf | None = None,
 ) -> None:
-    """Write all gradients: dQ, then dK and dV, and, where the problem hides keys, what of them is not finite again.
+    """Write all gradients: dQ, then dK and dV; where the problem hides keys, tiles that are not finite a second time.
 
     Args:
         problem: the call's inputs.
         d_output: ``[B, H, L, Dv]``, any strides.
         statistics: the forward's.
-        delta: ``[B, H, L]``, with what the returned weights add to it; or what it follows from, if they add nothing.
+        delta: ``[B, H, L]``, with what the returned weights add to it; or, where they add nothing, a :class:`Delta`,
+            which the pass of dQ computes if it has not been computed yet.
         d_weights: the gradient of the returned weights; None: zero.
         gradients: what is written.
         tile_map: of the problem; None: arithmetic says which tiles are visited.
@@ -417,7 +419,7 @@ def _launch_dq(
     config: Config,
     only_if: OnlyIf | None,
 ) -> None:
-    """Write dQ and its marks; and delta, if it is not there and the launch is sure to do something."""
+    """Write dQ and its marks; and delta, unless it has been computed before, or ``only_if`` may forbid all of this."""
     query = problem.query
     batch, heads, seqlen_q, _ = query.shape
     if not gradients.d_query.numel():

@@ -28,11 +28,12 @@ Direction = Literal["forward", "backward"]
 
 _HOPPER = Target("cuda", 90)
 _logger = logging.getLogger("fastattn")
-# Operations of a call from which on Gluon's kernels are worth their launches: 2 GFLOP take an H200 about 4 us, of which
-# they may save one. Plain Triton's forward is one launch where Gluon's is two (something is hidden), and needs no
-# tensor maps, each of which takes the host about 3 us. An estimate from host times and a model, not from a GPU.
+# The operations of a forward from which on Gluon's kernels are worth their launches. 2 GFLOP take an H200 about 4 us,
+# of which they may save one. Where something is hidden, plain Triton's forward is one launch and Gluon's are two; and
+# plain Triton needs no tensor maps, each of which takes the host about 3 us. An estimate from host times and a model,
+# not from a GPU.
 fewest_operations = 2**31
-# The message of this triton about each kind of problem whose Gluon kernels it could not compile.
+# For each kind of problem whose Gluon kernels this triton could not compile, what it said.
 not_compiling: dict[tuple[object, ...], str] = {}
 
 
@@ -80,7 +81,7 @@ class GluonKernels(NamedTuple):
 
 @functools.cache
 def gluon_kernels(direction: Direction) -> GluonKernels | str:
-    """The Gluon kernels of a direction, or why there are none. Imported late: few have a use for them."""
+    """The Gluon kernels of a direction, or why there are none. Imported late: on most devices they are not needed."""
     try:
         if direction == "forward":
             from fastattn_kernels.attention.hopper.forward import launch_attention_fwd as launch

@@ -141,7 +141,7 @@ def _attend_keys(
 
 @triton.jit
 def _attend_rows(batch_head, row_tile, call, blocks, PIPELINED: tl.constexpr):
-    """One tile of queries of one head against all visible keys; whether its output holds NaN or inf."""
+    """Write the output and statistics of one tile of queries of one head; return whether it holds NaN or inf."""
     sizes, rules, dropout = call.sizes, call.rules, call.dropout
     seqlen_q, seqlen_k = sizes.seqlen_q, sizes.seqlen_k
     row_start = row_tile * blocks.M
@@ -211,9 +211,9 @@ def _attention_fwd_kernel(
     """One tile of queries. If AGAIN_M is not 0, something is hidden, and a tile whose output is not finite is computed
     again at once, carefully, in tiles of AGAIN_M by AGAIN_N.
 
-    The careful loops begin when nothing of the others is alive any more. With them, on sm_90 and for bfloat16, the
-    other loops are the same instructions at head sizes 64 and 128, and 24 bytes are spilled, outside of loops, where
-    all that can be asked for is.
+    When the careful loops begin, no register holds anything of the others any more. On sm_90 and for bfloat16, at head
+    sizes 64 and 128, the others are the same instructions with them and without; where every feature is asked for at
+    once, 24 bytes are spilled, outside of the loops.
     """
     sizes = Sizes(seqlen_q, seqlen_k, lower, upper, shift)
     tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
@@ -247,7 +247,8 @@ def _attention_fwd_careful_kernel(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """Of ``tiles`` tiles of queries each program looks after its share, and computes those that hold a marked row."""
+    """Behind the forward in Gluon: of ``tiles`` tiles of queries each program looks after its share, and computes those
+    that hold a marked row."""
     call = _Call(
         query, key, value, output, lse_ptr, statistics_ptr, rules, sinks, dropout, TileLists(None, 0, 0),
         Sizes(seqlen_q, seqlen_k, lower, upper, shift), heads, group, scale,

@@ -1,4 +1,8 @@
-"""Delta, the mean that the gradient of softmax subtracts: one number a row, computed once for all kernels behind it."""
+"""Delta, the mean that the gradient of softmax subtracts: one number a row, computed once for all kernels that need it.
+
+The plain backward computes it in the pass of dQ, which reads its rows' output gradients anyway, so that it takes no
+launch of its own (``attention.backward``). All others ask for it before their own launch, and it is one.
+"""
 
 import torch
 import triton
@@ -48,7 +52,7 @@ def _delta_kernel(
 class Delta:
     """Delta, ``rowsum(dO * O) - dLSE``: contiguous float32 ``[B, H, L]``, computed when it is first asked for.
 
-    The first kernel of a backward that reads its rows anyway may compute it instead, and hand it to those behind it.
+    The first kernel of a backward may compute it instead (:meth:`unwritten`), if it reads O and dO of every row.
 
     Args:
         output: ``[B, H, L, Dv]``, any strides, and so are the next two.
@@ -56,7 +60,7 @@ class Delta:
         d_lse: ``[B, H, L]``, the gradient of the LSE; None: zero.
 
     Attributes:
-        is_written: whether the numbers are there, or launched.
+        is_written: whether a kernel that writes the numbers has been launched, or is about to be.
     """
 
     def __init__(self, output: Tensor, d_output: Tensor, d_lse: Tensor | None) -> None:
@@ -73,13 +77,13 @@ class Delta:
         return self._tensor
 
     def unwritten(self) -> Tensor:
-        """Where the numbers are to be written by who asks for this."""
+        """The memory for the numbers. The caller launches a kernel that writes them ahead of any that reads them."""
         self.is_written = True
         return self._tensor
 
 
 def tensor_of(delta: Tensor | Delta) -> Tensor:
-    """The numbers of delta."""
+    """The numbers of delta, which are computed now if they are not there."""
     return delta.tensor if isinstance(delta, Delta) else delta
 
 

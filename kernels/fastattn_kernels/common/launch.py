@@ -1,4 +1,4 @@
-"""The one door to the kernels: every launcher of this package launches here."""
+"""How every launcher of this package launches a kernel: so that plans (``plans``) can record what a call launches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastattn_kernels.common.device import device_guard
 
 
 class _ThisThread(threading.local):
-    """What belongs to one thread: who writes its launches down, if anybody does (``plans``)."""
+    """What belongs to one thread: the function that is told of its launches while a plan is recorded, else None."""
 
     recorder: Callable[..., None] | None = None
 
@@ -34,7 +34,7 @@ def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *arguments: Any, **co
     if this_thread.recorder is None:
         with device_guard(on):
             kernel[grid](*arguments, **constants)
-    else:  # Triton's interpreter calls operators of torch, and these are no part of the call that is written down
+    else:  # Triton's interpreter calls operators of torch: the modes are off, so that these are not recorded as well
         with device_guard(on), _disable_current_modes():
             compiled = kernel[grid](*arguments, **constants)
         this_thread.recorder(kernel, compiled, grid, on, arguments, constants)

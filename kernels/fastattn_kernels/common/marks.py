@@ -1,8 +1,10 @@
 """Marks of rows that are not finite, and how a careful launch finds its tiles by them.
 
-Wherever something is masked, a kernel marks each row ``[B, H, length]`` of its output with a byte: 1 where it holds NaN
-or inf, else 0. The careful launch that follows computes the tiles with a marked row again. It has few programs, each of
-which looks after many tiles: where nothing is marked, all that it does is to read the marks.
+Wherever something is masked, the kernels of a backward, those of the forward in Gluon and that of additive attention
+mark each row ``[B, H, length]`` of what they write with a byte: 1 where it holds NaN or inf, else 0. The careful launch
+that follows computes the tiles with a marked row again. It has few programs, each of which looks after many tiles:
+where nothing is marked, all that it does is to read the marks. The plain forward of attention needs none of this: it
+computes such a tile again itself.
 """
 
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Plans: what a call launched is written down once, and later calls of its kind launch that at once.
+"""Plans: what a call allocates and launches is recorded once, and later calls of the same signature repeat it.
 
 A launcher of this package chooses a configuration, allocates, makes the arguments of its kernel and launches. For a
 small call this takes longer than the kernel runs: Triton alone binds 25 arguments and looks each of them over, tuples
@@ -6,11 +6,11 @@ of pointers and strides are built, tensor maps are checked. All of it depends on
 shapes, strides, dtypes and devices of its tensors, whether their addresses are multiples of 16 bytes, and its numbers.
 
 So a function that launches is decorated with :func:`planned`. The second time that it is called with a signature, it
-runs under a :class:`Recording`, which sees every operator of torch (a ``TorchDispatchMode``) and every launch (by way
-of ``launch``), and writes a Python function of the input tensors that does the same: it allocates, calls the same
-operators, and hands the compiled kernels their arguments. Only addresses change from call to call. A plan holds no
-tensor alive. Where a call cannot be written down, since it looked at the numbers in a tensor, say, it has no plan, and
-runs as it always did.
+runs under a :class:`Recording`, which sees every operator of torch (it is a ``TorchDispatchMode``) and every launch
+(``launch.launch`` reports them). From the recording a Python function of the input tensors is written that does the
+same: it allocates, calls the same operators, and hands the compiled kernels their arguments. Only addresses change from
+call to call. A plan holds no tensor alive. A call that cannot be repeated so, because it reads a number out of a
+tensor, for example, has no plan, and runs as it did the first time.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ MOST_PLANS = 1024  # of one function; beyond, the oldest is forgotten
 _ALIGNMENT = 16  # bytes: Triton compiles another kernel for addresses that are no multiples of it
 _OF_LAUNCH = ("num_warps", "num_ctas", "num_stages", "maxnreg")  # options, which are no arguments of the kernel
 
-# Where launches do not end on a GPU: False where nothing is launched at all, and where whoever executes a launch has to
-# be handed the tensors, and not their addresses.
+# Two switches for those who take launches away from the GPU. Without plans every launch goes through Triton, where one
+# that only compiles can intercept it; and what executes a launch on a CPU has to be handed tensors, not their
+# addresses.
 ENABLED: bool = True
 HAND_OVER_ADDRESSES: bool = True
 
@@ -46,8 +47,8 @@ HAND_OVER_ADDRESSES: bool = True
 
 
 def signature(*values: Any) -> Hashable:
-    """What of a call decides what it launches: of its tensors all but their numbers and addresses, of the rest
-    everything. Tuples are looked into."""
+    """The part of a call that decides what it launches: of its tensors everything but their numbers and addresses,
+    of other values everything; of tuples, what they hold."""
     return tuple([
         (
             value.shape, value.stride(), value.dtype, value.device, value.data_ptr() % _ALIGNMENT == 0
@@ -60,7 +61,7 @@ def signature(*values: Any) -> Hashable:
 
 
 def is_listened_to() -> bool:
-    """Whether a profiler wants to be told of launches, as Triton tells it."""
+    """Whether a profiler has asked Triton to tell it of launches, which it would not hear of if a plan launched."""
     enter: Any = knobs.runtime.launch_enter_hook
     leave: Any = knobs.runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter)) or bool(getattr(leave, "calls", leave))
@@ -70,7 +71,8 @@ def is_listened_to() -> bool:
 
 
 class _Slot(NamedTuple):
-    """A tensor of a recorded call, by its number: first the inputs, then the others in the order of their making."""
+    """Stands in a recording in the place of a tensor. The inputs have the first numbers, and the tensors that the call
+    makes have the next ones, in order."""
 
     number: int
 
@@ -114,12 +116,12 @@ class _Launched(NamedTuple):
 
 
 class Recording(TorchDispatchMode):
-    """Writes down what is done to tensors while it is the current mode of this thread.
+    """Records what is done to tensors while it is the current mode of this thread.
 
     Attributes:
         steps: what was done, in order.
-        inputs: the tensors of the call that is written down.
-        flaw: None, or why that cannot be done again for other tensors.
+        inputs: the tensors of the call that is recorded.
+        flaw: why the call cannot be repeated with other tensors; None where it can.
         views: the tensors that lie in the memory of others, by number.
     """
 
@@ -185,7 +187,7 @@ class Recording(TorchDispatchMode):
     def launched(
         self, kernel: Any, compiled: Any, grid: tuple[int, ...], device_of: Tensor, arguments: Any, constants: Any
     ) -> None:
-        """Write a launch down."""
+        """Record a launch."""
         bound = inspect.signature(kernel.fn).bind(
             *arguments, **{name: value for name, value in constants.items() if name not in _OF_LAUNCH}
         )
@@ -231,7 +233,7 @@ class _Descriptor(NamedTuple):
 
 
 class _At(NamedTuple):
-    """An address, for who asks a tensor for it."""
+    """An address in the place of a tensor: Triton's launcher asks both for ``data_ptr()``."""
 
     address: int
 
@@ -258,13 +260,17 @@ class Plan(NamedTuple):
 
 
 class _Writer:
-    """Writes a recording as the text of a function.
+    """Writes the text of a function that repeats a recording.
+
+    It goes backwards, from the last step to the first: so it knows at each step which tensors are needed behind it, can
+    leave out what makes others, and frees each tensor behind its last use.
 
     Args:
         recording: of a call.
         inputs: how many tensors went into it.
         results: what it returned, with slots for tensors.
-        direct: whether Triton's launcher is called without what stands in front of it.
+        direct: whether compiled kernels are launched by the launcher that Triton compiled for them; False:
+            through ``kernel[grid](...)``, as in Triton's interpreter.
     """
 
     def __init__(self, recording: Recording, inputs: int, results: Any, direct: bool) -> None:
@@ -273,11 +279,11 @@ class _Writer:
         self.names: dict[str, Any] = {"At": _At}
         self.names |= {function.__name__: function for function in (torch.empty, torch.empty_strided, torch.empty_like)}
         self.needed: set[int] = set()
-        self.last_used: list[int] = []  # by the line that is being written; the lines behind it do without them
+        self.last_used: list[int] = []  # the tensors that no line behind the one that is being written needs
         self.launches = 0
 
     def name(self, value: Any) -> str:
-        """A name for what cannot be written down."""
+        """A name for a value that has no spelling in Python's source: the plan's function finds it under that name."""
         text = str(
             getattr(value, "__name__", "") or (value if isinstance(value, (torch.dtype, torch.device)) else "value")
         )
@@ -287,7 +293,7 @@ class _Writer:
         return made
 
     def expression(self, value: Any, in_launch: bool = False) -> str:
-        """``value`` as text; the tensors in it are needed from here on, backwards."""
+        """``value`` as text. The steps in front of this one have to make the tensors in it."""
         if isinstance(value, _Slot):
             return self.address(value.number) if in_launch and self.by_address else self.tensor(value.number)
         if isinstance(value, _Descriptor):
@@ -300,18 +306,19 @@ class _Writer:
         return self.name(value)
 
     def tensor(self, number: int) -> str:
-        """The name of a tensor, which is needed from here on, backwards."""
+        """The name of a tensor, which a step in front of this one has to make."""
         if number not in self.needed:
             self.needed.add(number)
             self.last_used.append(number)
         return f"t{number}"
 
     def address(self, number: int) -> str:
-        """Where a tensor begins, by the tensor whose memory it is in."""
+        """The address of a tensor as text: that of the tensor in whose memory it lies, plus an offset."""
         base, offset = self.recording.views.get(number, _View(number, 0))
         return f"{self.tensor(base)}.data_ptr()" + (f" + {offset}" if offset else "")
 
     def descriptor(self, value: _Descriptor) -> str:
+        """A tensor map as text: made anew of the tensor or its address, and of what was recorded."""
         if not self.by_address:
             make = (
                 functools.partial(_with_base, value[1:]) if self.direct else functools.partial(_descriptor_like, value)
@@ -322,7 +329,7 @@ class _Writer:
         return f"{self.name(functools.partial(_with_base, value[1:]))}({pointer})"
 
     def step(self, step: _Made | _Called | _Launched) -> str:
-        """The line for a step; none for a tensor that nobody needs."""
+        """The line for a step; empty for one that makes a tensor that no later step needs."""
         if isinstance(step, _Made):
             if step.made not in self.needed:
                 return ""
@@ -405,7 +412,7 @@ class Plans:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self._plans: dict[Hashable, Plan | None] = {}
-        self._seen: set[Hashable] = set()  # once: most signatures never come again, and recording takes a millisecond
+        self._seen: set[Hashable] = set()  # once so far: most never come again, and recording takes a millisecond
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -428,7 +435,7 @@ class Plans:
 
     def __call__(self, key: Hashable, arguments: tuple[Any, ...], tensors: Sequence[Tensor]) -> Any:
         """``function(*arguments)``, whose tensors are these, in their order; by its plan, if there is one."""
-        if launch.this_thread.recorder is not None:  # what is written down are the launches, and not a plan of them
+        if launch.this_thread.recorder is not None:  # a plan launches past the recorder: the function itself has to run
             return self.function(*arguments)
         plan = self.find(key)
         if plan is not None:
@@ -458,13 +465,13 @@ class Plans:
 
 
 def record(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, Plan | None]:
-    """The result of ``function(*arguments)``, and its plan, unless it cannot be written down.
+    """The result of ``function(*arguments)``, and its plan; None where it cannot have one.
 
     The plan takes the tensors among the arguments, in their order, and returns what the function does.
     """
     if not ENABLED or launch.this_thread.recorder is not None:
         return function(*arguments), None
-    # objects of their own, so that two arguments that are one tensor now are two in the plan
+    # Each argument becomes an object of its own. Two arguments that are one tensor now may be two in a later call.
     copies = tuple(_with_own_tensors(value) for value in arguments)
     inputs = tensors_in(copies)
     recording = Recording(inputs)
@@ -499,10 +506,10 @@ def _with_own_tensors(value: Any) -> Any:
 
 
 def planned(function: Callable[..., Any]) -> Any:
-    """Give a function of tensors, tuples and hashable values plans.
+    """Decorate a function of tensors, tuples and hashable values: repeated calls of a signature run by a plan.
 
-    What it does may depend on its arguments' signature and on :func:`settings` alone, and it returns tensors that it
-    made, in tuples or alone.
+    What the function allocates and launches may depend on its arguments' signature and on :func:`settings` alone. It
+    returns tensors that it made, alone or in tuples.
     """
     plans = Plans(function)
 
@@ -515,7 +522,7 @@ def planned(function: Callable[..., Any]) -> Any:
 
 
 def settings() -> Hashable:
-    """What of the process's state decides what is launched, beside a call's arguments."""
+    """The part of the process's state that decides, beside a call's arguments, what is launched."""
     return (
         torch.backends.cuda.matmul.fp32_precision,
         torch.are_deterministic_algorithms_enabled(),

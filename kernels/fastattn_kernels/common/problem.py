@@ -62,9 +62,10 @@ class Problem:
     def masks_pairs(self) -> bool:
         """Whether some query may see a key that another one, or nobody, may not.
 
-        Then NaN or inf in what is masked out could leak as 0 * NaN, so a launch is followed by a careful one, which
-        computes the tiles that are not finite again with 0 * NaN = 0 and exits at once where there are none. That costs
-        a few microseconds; doing it in the first launch would cost a second, register-hungry loop in every kernel.
+        Then NaN or inf in what is masked out could leak as 0 * NaN, so tiles that are not finite are computed again
+        with 0 * NaN = 0. The plain forward does so within its own launch. Other kernels are followed by a careful
+        launch, which exits at once where all is finite and costs a few microseconds: a second loop inside them would
+        spill registers.
         """
         rows, last_key = self.query.shape[2], self.key.shape[2] - 1
         # a single row that sees every key, as in decoding, hides none

@@ -2,8 +2,9 @@
 
 One kernel reads the masks once and writes, for every granule of 64 x 64 pairs, whether none, some or all of them are
 visible. A second one turns that map into what a loop needs: for each tile of rows (or of keys) of a kernel's own size,
-the list of tiles to visit. Both are small beside attention itself, and nothing is copied to the host. So every mask,
-whatever its shape, costs only the tiles that it leaves visible.
+the list of tiles to visit; where a backward needs lists for rows and for keys, it writes both in one launch. Both are
+small beside attention itself, and nothing is copied to the host. So every mask, whatever its shape, costs only the
+tiles that it leaves visible. The granules, one byte for 4096 pairs, may be kept from the forward for the backward.
 """
 
 import torch
@@ -18,8 +19,9 @@ from fastattn_kernels.common.masking import visible
 from fastattn_kernels.common.problem import Problem
 
 GRANULE = 64
-# A tile map costs two launches in the forward and one or two in the backward: with fewer granules than this it is
-# quicker to visit them all.
+# A tile map costs two launches in the forward, and one to three in the backward: one for all lists in plain Triton or
+# two in Gluon, and one for the map itself unless the forward's is at hand. With fewer granules it is quicker to visit
+# them all.
 FEWEST_GRANULES = 6
 # Entries of the map that the list kernel reads at once.
 _CHUNK = 64
@@ -187,7 +189,7 @@ def tile_map_for(problem: Problem, granules: Tensor | None = None) -> TileMap | 
 
     Args:
         problem: a call's inputs.
-        granules: of a map that was made of the same masks; None: they are read.
+        granules: of a map that was made of the same masks, by the forward; None: the masks are read now.
     """
     seqlen_q, seqlen_k = problem.query.shape[2], problem.key.shape[2]
     count = triton.cdiv(seqlen_q, GRANULE) * triton.cdiv(seqlen_k, GRANULE)
