@@ -14,5 +14,5 @@ OF_CALL = RowShortWay(
     seed_of=lambda call: None,
     operands=lambda call, seed, training: operands(call, "triton"),
     returned=lambda call: ("output", "weights") if call.needs_weights else ("output",),
-    inputs={},
+    views={},
 )

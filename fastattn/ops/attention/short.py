@@ -38,6 +38,7 @@ _short_way: Any = functools.partial(
     operands=_operands,
     returned=_returned,
 )
+_VIEWS = {"bias": "attn_mask", "mask": "attn_mask", "alibi_slopes": "alibi_slopes", "sinks": "sinks"}
 # Of a call as the user made it, and of one that is validated already.
-OF_ARGUMENTS: RowShortWay = _short_way(call_of=_call_of, inputs={"attn_mask": "bias"})
-OF_CALL: RowShortWay = _short_way(call_of=lambda call: call, inputs={})
+OF_ARGUMENTS: RowShortWay = _short_way(call_of=_call_of, views=_VIEWS)
+OF_CALL: RowShortWay = _short_way(call_of=lambda call: call, views={})

@@ -11,22 +11,28 @@ from torch import Tensor
 
 from fastattn.ops.common.operator import apply
 from fastattn.ops.common.row_operator import BackwardFunction
-from fastattn.ops.common.short_way import Made, tensors_in, with_tensors, without_tensors
+from fastattn.ops.common.short_way import Made, in_shape, tensors_in, with_tensors, without_tensors
 
 
 class Context(NamedTuple):
     """What the backward has to know of a call beside tensors.
 
     Attributes:
-        arguments: of the call, without their tensors.
+        inputs: of the operators, without their tensors.
+        options: of the operators.
+        names: of each tensor among the arguments, the name of the input that its gradient is that of.
+        shapes: of these tensors.
+        input_shapes: of the tensors among the inputs.
         returned: which results the forward returned.
-        has_seed: whether there is dropout, and its seed is among what was kept.
         has_more: whether the forward by the kernels made something for the backward beside its results.
     """
 
-    arguments: Any
+    inputs: Any
+    options: Any
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    input_shapes: tuple[torch.Size, ...]
     returned: tuple[str, ...]
-    has_seed: bool
     has_more: bool
 
 
@@ -43,7 +49,8 @@ class RowShortWay:
         seed_of: draws the seed of a call's dropout; None without dropout.
         operands: makes the operators' inputs and options of ``(call, seed, training)``.
         returned: which results are returned, of a call.
-        inputs: the names of arguments that are called otherwise among the operators' inputs.
+        views: of the inputs that are views of an argument made in the call, the argument's name. The argument is kept
+            in their place: derivatives beyond the first flow into it, and autograd notices when it is written to.
     """
 
     forward: Callable[[Any, Any], tuple[Any, Tensor | None]]
@@ -53,21 +60,36 @@ class RowShortWay:
     seed_of: Callable[[Any], Tensor | None]
     operands: Callable[[Any, Tensor | None, bool], tuple[Any, Any]]
     returned: Callable[[Any], tuple[str, ...]]
-    inputs: Mapping[str, str]
+    views: Mapping[str, str]
 
-    def short_forward(self, arguments: Any, training: bool) -> Made:
-        """The call's results, and what its backward reads: results, the seed if there is dropout, what else the kernels
-        made for it, and the tensors of the call."""
+    def short_forward(self, arguments: Any, needs: tuple[bool, ...]) -> Made:
+        """The call's results, and what its backward reads: results, what else the kernels made for it, and inputs."""
+        training = any(needs)
         call = self.call_of(arguments)
-        seed, returned = self.seed_of(call), self.returned(call)
-        made, more = self.forward(*self.operands(call, seed, training))
+        inputs, options = self.operands(call, self.seed_of(call), training)
+        returned = self.returned(call)
+        made, more = self.forward(inputs, options)
         own = [getattr(made, name) for name in self.backward_function.pair.kept._fields]
-        own += [each for each in (seed, more) if each is not None]
+        if more is not None:
+            own.append(more)
+        viewed = {name: getattr(arguments, argument) for name, argument in self.views.items()}
+        given = [each if each is None else viewed.get(name, each) for name, each in inputs._asdict().items()]
+        tensors = [(name, each) for name, value in arguments._asdict().items() for each in tensors_in(value)]
+        differentiable = self.backward_function.pair.differentiable(inputs._fields)
+        gradients_of = {argument: name for name, argument in self.views.items() if name in differentiable}
         return Made(
             results=tuple(getattr(made, name) for name in returned),
             hidden=(),
-            kept=tuple(own + tensors_in(arguments)) if training else (),
-            context=Context(without_tensors(arguments), returned, seed is not None, more is not None),
+            kept=(*own, *(each for each in given if each is not None)) if training else (),
+            context=Context(
+                inputs=without_tensors(inputs),
+                options=options,
+                names=tuple(gradients_of.get(name, name) for name, _ in tensors),
+                shapes=tuple(each.shape for _, each in tensors),
+                input_shapes=tuple(each.shape for each in inputs if each is not None),
+                returned=returned,
+                has_more=more is not None,
+            ),
         )
 
     def short_backward(
@@ -97,21 +119,17 @@ class RowShortWay:
     ) -> list[Tensor | None]:
         pair = self.backward_function.pair
         results, rest = pair.kept(*kept[: len(pair.kept._fields)]), list(kept[len(pair.kept._fields) :])
-        seed = rest.pop(0) if context.has_seed else None
         more = rest.pop(0) if context.has_more else None
-        arguments = with_tensors(context.arguments, iter(rest))
-        inputs, options = self.operands(self.call_of(arguments), seed, True)
+        inputs = with_tensors(context.inputs, map(in_shape, rest, context.input_shapes))
         of_results = dict(zip(context.returned, gradients))
         if of_results["output"] is None:
             of_results["output"] = torch.zeros_like(results.output)
         given = pair.output_gradients(
             *(of_results.get(field.removeprefix("d_")) for field in pair.output_gradients._fields)
         )
-        names = [name for name, value in arguments._asdict().items() for _ in tensors_in((value,))]
-        wanted = {name for name, is_needed in zip(names, needs) if is_needed}
-        asked = pair.ask(*(name in {self.inputs.get(each, each) for each in wanted} for name in pair.optional))
-        made = run(given, results, asked, inputs, options, more)
+        wanted = {name for name, is_needed in zip(context.names, needs) if is_needed}
+        made = run(given, results, pair.ask(*(name in wanted for name in pair.optional)), inputs, context.options, more)
         return [
-            getattr(made, f"d_{self.inputs.get(name, name)}").reshape(tensor.shape) if name in wanted else None
-            for name, tensor in zip(names, rest)
+            in_shape(getattr(made, f"d_{name}"), shape) if is_needed else None
+            for name, shape, is_needed in zip(context.names, context.shapes, needs)
         ]

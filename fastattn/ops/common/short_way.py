@@ -8,8 +8,8 @@ checks included, and every later one takes the short way: it runs the plan, whic
 gradients are wanted, one Function of autograd stands around the plan, and its backward is a plan as well.
 
 Whatever looks at a call takes the long way, and every call where it might: torch.compile, ``torch.jit.trace``,
-``torch.func``, forward mode, modes of dispatch, and tensors of other classes. So does a backward that is itself
-differentiated.
+``torch.func``, forward mode, modes of dispatch and of torch functions, hooks on saved tensors, and tensors of other
+classes. So does a backward that is itself differentiated.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from fastattn.ops.common import backends
 from fastattn.ops.common.tracing import is_functorch_active
 
 MOST_ENTRIES = 1024  # signatures of one function; beyond, the oldest is forgotten
 _PLAIN = (Tensor, Parameter)
-_WORDS = {bool, int, float, str, tuple, torch.Size, torch.dtype, type(None)}  # arguments that say all by their value
+_WORDS = {bool, int, float, str, torch.dtype, type(None)}  # arguments that say all by their value
 
 
 def is_looked_at() -> bool:
@@ -37,17 +39,32 @@ def is_looked_at() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
+        or (torch._C._len_torch_function_stack() > 0 and _has_watching_mode())
         or is_functorch_active()
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
     )
 
 
+def _has_watching_mode() -> bool:
+    """Whether one of the modes of torch functions is more than ``torch.set_default_device``, which our calls, that name
+    their device everywhere, do not depend on."""
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+
+
 def _key_of(value: Any) -> Hashable:
-    """What of an argument decides what a call does: of a tensor all but its numbers and its address."""
+    """What of an argument decides what a call does: of a tensor all but its numbers and its address.
+
+    Raises:
+        TypeError: it is a tensor of another class, or one whose numbers do not stand in its memory as they are. torch
+            writes the latter out before it enters an operator; a plan would hand their memory to a kernel.
+    """
     if type(value) in _PLAIN:
+        address = value.data_ptr()
+        if not address or value.is_neg():  # tensors of zeros may have no memory, imaginary parts the opposite sign
+            raise TypeError("a tensor without memory, or one that is negated when it is read, takes the long way")
         # Triton compiles another kernel for addresses that are no multiples of 16
-        return value.shape, value.stride(), value.dtype, value.device, value.data_ptr() & 15 == 0, value.requires_grad
+        return value.shape, value.stride(), value.dtype, value.device, address & 15 == 0, value.requires_grad
     if value is None:
         return None
     if isinstance(value, Tensor):
@@ -88,7 +105,8 @@ class ShortWay:
     Args:
         implementation: imports the kernels' side, which has
 
-            * ``short_forward(arguments, training) -> Made``: the call, from the arguments as the user gave them;
+            * ``short_forward(arguments, needs) -> Made``: the call, from the arguments as the user gave them, and for
+              each tensor among them whether a backward will be asked for its gradient;
             * ``short_backward(context, kept, gradients, needs)``: a gradient for each tensor among the arguments, None
               where ``needs`` has False, of the gradients of the results and of those that are hidden;
             * ``short_backward_by_operators``: the same, differentiable.
@@ -114,11 +132,14 @@ class ShortWay:
         """The signature of a call; None where it has to take the long way.
 
         Args:
-            values: the arguments that may be tensors, or hold some, one that always is ahead.
+            values: the arguments that may be tensors, or are tuples, one that always is a tensor ahead.
             words: the others.
         """
         first = values[0]
         if is_looked_at() or type(first) not in _PLAIN:
+            return None
+        # hooks see what is saved: checkpointing wants a call and its repetition to save the same, whichever way they go
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             return None
         kind = first.device.type
         if kind not in backends.DEVICES or torch.is_autocast_enabled(kind):
@@ -194,6 +215,12 @@ def with_tensors(value: Any, tensors: Iterator[Any]) -> Any:
     return value
 
 
+def in_shape(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """A view of this shape; the tensor itself where it has it. Two views of one gradient would be two leaves' ``grad``
+    in one memory: autograd copies a gradient that it meets twice, but does not see that two of them share memory."""
+    return tensor if tensor.shape == shape else tensor.reshape(shape)
+
+
 class _Entry:
     """What is kept of one signature: the plan of its forward, and one for each signature of its backward."""
 
@@ -207,14 +234,15 @@ class _Entry:
         self.pick: Callable[[Any], Sequence[Tensor]] = tensors_in
         if 1 < len(positions) == len(tensors):
             self.pick = operator.itemgetter(*positions)
-        self.training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        self.needs = tuple(torch.is_grad_enabled() and t.requires_grad for t in tensors)
+        self.training = any(self.needs)
         self.template = without_tensors(arguments)
         self.results = 1
         self.has_plan = True  # until it turns out that the call cannot be recorded
         self._plans = plans
         self._forward: Callable[..., Any] | None = None
         self._context: Any = None
-        self._backwards: dict[Hashable, Callable[..., Any]] = {}
+        self._backwards: dict[Hashable, Callable[..., Any] | None] = {}  # None: it cannot be written down
 
     def may_run(self) -> bool:
         """Whether a call may go by a plan now: there is one, and no profiler listens to Triton's launches."""
@@ -236,18 +264,22 @@ class _Entry:
 
     def forward(self, tensors: Sequence[Tensor]) -> Made:
         """What the call makes."""
-        if self._forward is not None:
+        # as within an operator, where a view of a new tensor is none to autograd, and may be written to as the tensor
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            if self._forward is None:
+                return self._first_forward(tensors)
             results, hidden, kept = self._forward(*tensors)
             return Made(results, hidden, kept, self._context)
+
+    def _first_forward(self, tensors: Sequence[Tensor]) -> Made:
         context = None
 
         def write_down(tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], ...]:
             nonlocal context
-            *made, context = self.implementation.short_forward(self.arguments(tensors), self.training)
+            *made, context = self.implementation.short_forward(self.arguments(tensors), self.needs)
             return tuple(made)
 
-        with torch.no_grad():
-            made, plan = self._plans.record(write_down, (tuple(tensors),))
+        made, plan = self._plans.record(write_down, (tuple(tensors),))
         self.results = len(made[0])
         if plan is None:
             self.has_plan = False
@@ -260,22 +292,50 @@ class _Entry:
         self, context: Any, kept: Sequence[Tensor], gradients: tuple[Any, ...], needs: tuple[bool, ...]
     ) -> Sequence[Tensor | None]:
         """A gradient for each tensor."""
-        if torch.is_grad_enabled() or is_looked_at() or self._plans.is_listened_to():
+        key = self._backward_key(kept, gradients, needs)
+        if key is None:
             return self.implementation.short_backward_by_operators(context, tuple(kept), gradients, needs)
-        key = needs, tuple([_key_of(value) for value in gradients]), _settings(kept[0].dtype)
-        run = self._backwards.get(key)
-        given = tensors_in(gradients)
-        if run is not None:
-            return run(*kept, *given)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            run = self._backwards.get(key)
+            if run is not None:
+                return run(*kept, *tensors_in(gradients))
+            if key in self._backwards or len(self._backwards) >= MOST_ENTRIES:
+                return self.implementation.short_backward(context, tuple(kept), gradients, needs)
+            return self._first_backward(key, context, kept, gradients, needs)
+
+    def _backward_key(
+        self, kept: Sequence[Tensor], gradients: tuple[Any, ...], needs: tuple[bool, ...]
+    ) -> Hashable | None:
+        """The signature of a backward; None where it has to go by the operators."""
+        first = kept[0]
+        if torch.is_grad_enabled() or is_looked_at() or torch.is_autocast_enabled(first.device.type):
+            return None
+        if self._plans.is_listened_to():
+            return None
+        try:
+            of_gradients = tuple([None if value is None else _key_of(value) for value in gradients])
+        except (TypeError, RuntimeError):
+            return None
+        # a hook on a saved tensor may have laid it out anew, and so may whoever assigned to the ``data`` of an argument
+        layouts = tuple([(value.stride(), value.data_ptr() & 15 == 0) for value in kept])
+        return needs, of_gradients, layouts, _settings(first.dtype)
+
+    def _first_backward(
+        self,
+        key: Hashable,
+        context: Any,
+        kept: Sequence[Tensor],
+        gradients: tuple[Any, ...],
+        needs: tuple[bool, ...],
+    ) -> Sequence[Tensor | None]:
         template = without_tensors(gradients)
 
         def write_down(kept: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
             gradients = with_tensors(template, iter(given))
             return tuple(self.implementation.short_backward(context, kept, gradients, needs))
 
-        made, plan = self._plans.record(write_down, (tuple(kept), tuple(given)))
-        if plan is not None and len(self._backwards) < MOST_ENTRIES:
-            self._backwards[key] = plan.run
+        made, plan = self._plans.record(write_down, (tuple(kept), tuple(tensors_in(gradients))))
+        self._backwards[key] = None if plan is None else plan.run
         return made
 
 

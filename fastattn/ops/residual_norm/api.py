@@ -25,15 +25,17 @@ def _short() -> ModuleType:
 
 
 _SHORT = ShortWay(_short, Arguments)
+_VALUES = Arguments._fields.index("kind")  # so many arguments may be tensors or tuples, the first of them
 
 
 def _norm(arguments: Arguments) -> Tensor | tuple[Tensor, Tensor]:
     """What a public function returns for its arguments, on the backend that is chosen."""
-    values, words = arguments[:6], arguments[6:]
-    signature = None
-    if _may_be_short(arguments):
-        signature = _SHORT.key(values, words)
-        if signature is not None and (entry := _SHORT.find(signature, arguments)) is not None:
+    values, words = arguments[:_VALUES], arguments[_VALUES:]
+    signature = _SHORT.key(values, words)
+    if signature is not None:
+        if not _may_be_short(arguments):
+            signature = None
+        elif (entry := _SHORT.find(signature, arguments)) is not None:
             return entry(values)
     *rest, backend = arguments
     call = make_call(**dict(zip(Arguments._fields, rest)))
@@ -59,15 +61,14 @@ def _alone(arguments: Arguments) -> Tensor:
 
 
 def _may_be_short(arguments: Arguments) -> bool:
-    """Whether a call may take the short way as far as its arguments go: nothing is broadcast to ``x`` but a row scale,
-    the sum is kept as it is returned, and ``x`` itself is not returned as the sum."""
+    """Whether a call that has a signature may take the short way: nothing is broadcast to ``x`` but a row scale, the
+    sum is kept as it is returned, and ``x`` itself is not returned as the sum."""
     x, residual = arguments.x, arguments.residual
-    adds = residual is not None
-    return (
-        arguments.round_residual is True
-        and (adds or not arguments.return_residual)
-        and not (adds and isinstance(x, Tensor) and isinstance(residual, Tensor) and x.shape != residual.shape)
-    )
+    if arguments.round_residual is not True:
+        return False
+    if residual is None:
+        return not arguments.return_residual
+    return isinstance(residual, Tensor) and x.shape == residual.shape
 
 
 def _as(tensor: Tensor, shape: torch.Size) -> Tensor:
@@ -148,9 +149,9 @@ def add_layer_norm(
         bias,
         x_bias,
         row_scale,
+        normalized_shape,
         "layer",
         eps,
-        normalized_shape,
         unit_offset,
         dropout_p,
         round_residual,
@@ -221,9 +222,9 @@ def add_rms_norm(
         bias,
         x_bias,
         row_scale,
+        normalized_shape,
         "rms",
         eps,
-        normalized_shape,
         unit_offset,
         dropout_p,
         round_residual,
@@ -262,7 +263,7 @@ def layer_norm(
     """
     if has_torch_function_variadic(input, weight, bias) and is_symbolically_traced(input, weight, bias):
         return recorded(layer_norm, input, normalized_shape, weight, bias, eps, backend=backend)
-    return _alone(Arguments(input, None, weight, bias, None, None, "layer", eps, normalized_shape, *_DEFAULTS, backend))
+    return _alone(Arguments(input, None, weight, bias, None, None, normalized_shape, "layer", eps, *_DEFAULTS, backend))
 
 
 def rms_norm(
@@ -290,4 +291,4 @@ def rms_norm(
     """
     if has_torch_function_variadic(input, weight) and is_symbolically_traced(input, weight):
         return recorded(rms_norm, input, normalized_shape, weight, eps, backend=backend)
-    return _alone(Arguments(input, None, weight, None, None, None, "rms", eps, normalized_shape, *_DEFAULTS, backend))
+    return _alone(Arguments(input, None, weight, None, None, None, normalized_shape, "rms", eps, *_DEFAULTS, backend))

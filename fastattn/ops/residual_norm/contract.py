@@ -12,7 +12,7 @@ from fastattn.reference.residual_norm import Kind
 
 
 class Arguments(NamedTuple):
-    """The arguments of the public functions, as the user gave them: first those that may be tensors."""
+    """The arguments of the public functions, as the user gave them: first those that may be tensors, or a tuple."""
 
     x: Any
     residual: Any
@@ -20,9 +20,9 @@ class Arguments(NamedTuple):
     bias: Any
     x_bias: Any
     row_scale: Any
+    normalized_shape: Any
     kind: Any
     eps: Any
-    normalized_shape: Any
     unit_offset: Any
     dropout_p: Any
     round_residual: Any

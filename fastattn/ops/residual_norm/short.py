@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn.ops.common.operator import apply
-from fastattn.ops.common.short_way import Made
+from fastattn.ops.common.short_way import Made, in_shape
 from fastattn.ops.residual_norm import launch, on_triton
 from fastattn.ops.residual_norm.call import make_call
 from fastattn.ops.residual_norm.contract import (
@@ -55,25 +55,26 @@ def _call(arguments: Arguments) -> ResidualNormCall:
     return make_call(**words)
 
 
-def short_forward(arguments: Arguments, training: bool) -> Made:
+def short_forward(arguments: Arguments, needs: tuple[bool, ...]) -> Made:
     """The call's results, and what its backward reads: the sum, or ``x`` where nothing was added to it, statistics, and
     what else the gradients depend on."""
     x = arguments.x
+    training = any(needs)
     call = _call(arguments)
     seed = on_triton.draw_seed(call)
     inputs, options = operands(call, seed, keeps=training)
     made = launch.forward(inputs, options)
-    output = made.output.view(x.shape)
+    output = in_shape(made.output, x.shape)
     if call.kind == "rms":
         output = in_channels_last(output, x, arguments.residual)
     results, hidden, total = [output], [], x
     if is_stored(inputs, options):
-        total = made.total.view(x.shape)
+        total = in_shape(made.total, x.shape)
         (results if call.return_residual else hidden).append(total)
     tensors = {name: each for name, each in arguments._asdict().items() if isinstance(each, Tensor)}
     needed = {"total": total, "statistics": made.statistics, "dropout_state": seed}
     needed |= {name: tensors.get(name) for name in ("weight", "x_bias", "row_scale")}
-    if "row_scale" in tensors:
+    if dict(zip(tensors, needs)).get("row_scale"):
         needed["x"] = x
     kept = {name: each for name, each in needed.items() if training and each is not None}
     context = Context(
@@ -113,37 +114,41 @@ def _backward(
     needs: tuple[bool, ...],
     run: Callable[[OutputGradients, Kept, Needs, Options], InputGradients],
 ) -> list[Tensor | None]:
-    found, flat = dict(zip(context.kept, kept)), context.flat
+    own, flat = dict(zip(context.kept, kept)), context.flat
     wanted = {name for name, is_needed in zip(context.names, needs) if is_needed}
-    dtypes = dict(zip(context.names, context.dtypes))
-    vector, row_scale = flat[-1:], found.get("row_scale")
+    shapes, dtypes = dict(zip(context.names, context.shapes)), dict(zip(context.names, context.dtypes))
+    vector, row_scale = flat[-1:], own.get("row_scale")
     saved = Kept(
-        total=found["total"].reshape(flat),
-        statistics=found["statistics"],
-        x=found["x"].reshape(flat) if "row_scale" in wanted else None,
-        weight=found["weight"].reshape(vector) if "weight" in found else None,
-        x_bias=found["x_bias"].reshape(vector) if "x_bias" in found else None,
+        total=in_shape(own["total"], flat),
+        statistics=own["statistics"],
+        x=in_shape(own["x"], flat) if "x" in own else None,
+        weight=in_shape(own["weight"], vector) if "weight" in own else None,
+        x_bias=in_shape(own["x_bias"], vector) if "x_bias" in own else None,
         row_scale=None if row_scale is None else row_scale.expand(flat[:-1]),
-        dropout_state=found.get("dropout_state"),
+        dropout_state=own.get("dropout_state"),
     )
     d_output, d_total = (*gradients, None)[:2]
     if d_output is None:
         d_output = saved.total.new_zeros(flat, dtype=context.options.out_dtype)
-    given = OutputGradients(d_output.reshape(flat), None if d_total is None else d_total.reshape(flat))
+    given = OutputGradients(in_shape(d_output, flat), None if d_total is None else in_shape(d_total, flat))
     asked = Needs(
         *(name in wanted for name in ("x", "residual", "weight", "bias", "x_bias", "row_scale")),
         x_dtype=dtypes["x"],
         vectors_dtype=vectors_dtype(wanted, dtypes),
     )
     made = run(given, saved, asked, context.options)
-    if shares_gradient(saved, asked):
+    is_shared = shares_gradient(saved, asked)
+    if is_shared:
         made = made._replace(d_residual=made.d_x)
-    return [
-        _of_shape(getattr(made, f"d_{name}"), shape).to(dtype) if name in wanted else None
-        for name, shape, dtype in zip(context.names, context.shapes, context.dtypes)
-    ]
+    found = {
+        name: _like(getattr(made, f"d_{name}"), shapes[name], dtypes[name]) for name in context.names if name in wanted
+    }
+    if is_shared and wanted >= {"x", "residual"} and dtypes["x"] == dtypes["residual"]:
+        found["residual"] = found["x"]  # see in_shape
+    return [found.get(name) for name in context.names]
 
 
-def _of_shape(gradient: Tensor, shape: torch.Size) -> Tensor:
-    """A gradient in the shape of its tensor; that of a row scale may have been broadcast."""
-    return gradient.reshape(shape) if gradient.numel() == shape.numel() else gradient.sum_to_size(shape)
+def _like(gradient: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A gradient in the shape and dtype of its tensor; that of a row scale may have been broadcast."""
+    gradient = gradient.to(dtype)
+    return in_shape(gradient, shape) if gradient.numel() == shape.numel() else gradient.sum_to_size(shape)

@@ -101,6 +101,7 @@ class _Called(NamedTuple):
     arguments: Any
     keywords: Any
     results: tuple[int, ...]
+    is_many: bool  # the operator returns a sequence, be it of one tensor
     is_view: bool
 
 
@@ -149,11 +150,12 @@ class Recording(TorchDispatchMode):
             number = self._numbers.get(id(value))
             if number is None:
                 self.flaw = self.flaw or f"a tensor of the shape {tuple(value.shape)} comes from outside the call"
-
                 return None
             return _Slot(number)
-        if isinstance(value, (tuple, list)):
-            return tuple(map(self.slots, value)) if isinstance(value, tuple) else list(map(self.slots, value))
+        if isinstance(value, tuple):
+            return _tuple_like(value, map(self.slots, value))
+        if isinstance(value, list):
+            return list(map(self.slots, value))
         if hasattr(value, "base") and hasattr(value, "block_shape"):
             return _Descriptor.of(value, self.slots(value.base))
         return value
@@ -161,7 +163,8 @@ class Recording(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        results = result if isinstance(result, (tuple, list)) else (result,)
+        is_many = isinstance(result, (tuple, list))
+        results = result if is_many else (result,)
         if not all(isinstance(each, Tensor) for each in results):
             if any(isinstance(each, Tensor) for each in tree_leaves((args, kwargs))):
                 self.flaw = self.flaw or f"{func} looks at the numbers of a tensor"
@@ -181,7 +184,7 @@ class Recording(TorchDispatchMode):
             base, offset = self.views.get(arguments[0].number, _View(arguments[0].number, 0))
             for number, each in zip(numbers, results):
                 self.views[number] = _View(base, offset + each.data_ptr() - args[0].data_ptr())
-        self.steps.append(_Called(func, arguments, keywords, numbers, is_view))
+        self.steps.append(_Called(func, arguments, keywords, numbers, is_many, is_view))
         return result
 
     def launched(
@@ -276,8 +279,9 @@ class _Writer:
     def __init__(self, recording: Recording, inputs: int, results: Any, direct: bool) -> None:
         self.recording, self.inputs, self.results, self.direct = recording, inputs, results, direct
         self.by_address = direct and HAND_OVER_ADDRESSES
-        self.names: dict[str, Any] = {"At": _At}
-        self.names |= {function.__name__: function for function in (torch.empty, torch.empty_strided, torch.empty_like)}
+        self.names: dict[str, Any] = {
+            "At": _At, "empty": torch.empty, "empty_strided": torch.empty_strided, "empty_like": torch.empty_like,
+        }  # fmt: skip
         self.needed: set[int] = set()
         self.last_used: list[int] = []  # the tensors that no line behind the one that is being written needs
         self.launches = 0
@@ -300,6 +304,8 @@ class _Writer:
             return self.descriptor(value)
         if isinstance(value, (tuple, list)):
             inner = "".join(f"{self.expression(each, in_launch)}, " for each in value)
+            if hasattr(value, "_fields") and not (in_launch and self.direct):  # a compiled kernel knows no names
+                return f"{self.name(type(value))}({inner})"
             return f"({inner})" if isinstance(value, tuple) else f"[{inner}]"
         if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
             return repr(value)
@@ -346,7 +352,7 @@ class _Writer:
             keywords = "".join(f"{name}={self.expression(value)}, " for name, value in step.keywords.items())
             arguments = "".join(f"{self.expression(value)}, " for value in step.arguments)
             results = "".join(f"t{number}, " for number in step.results)
-            results = results if len(step.results) > 1 else results.rstrip(", ")
+            results = results if step.is_many else results.rstrip(", ")
             return f"{results} = {self.name(step.operator)}({arguments}{keywords})"
         self.launches += 1
         arguments = ", ".join(self.expression(value, in_launch=True) for value in step.arguments)
@@ -482,6 +488,7 @@ def record(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[An
     finally:
         launch.this_thread.recorder = None
     results = recording.slots(result)
+    result = _in_place_of(result, {id(copy): own for copy, own in zip(inputs, tensors_in(arguments))})
     launched = [step for step in recording.steps if isinstance(step, _Launched)]
     direct = all(hasattr(step.compiled, "packed_metadata") for step in launched)
     if recording.flaw is not None or len({step.device for step in launched}) > 1:
@@ -499,10 +506,19 @@ def tensors_in(value: Any) -> list[Tensor]:
 def _with_own_tensors(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach()
+    return _tuple_like(value, map(_with_own_tensors, value)) if isinstance(value, tuple) else value
+
+
+def _in_place_of(value: Any, tensors: dict[int, Tensor]) -> Any:
+    """``value``, in which tensors stand for those of these ids."""
     if isinstance(value, tuple):
-        parts = map(_with_own_tensors, value)
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    return value
+        return _tuple_like(value, (_in_place_of(each, tensors) for each in value))
+    return tensors.get(id(value), value) if isinstance(value, Tensor) else value
+
+
+def _tuple_like(kind: tuple[Any, ...], parts: Iterable[Any]) -> tuple[Any, ...]:
+    """These parts in a tuple of the same kind: the fields of a NamedTuple have names, by which kernels read them."""
+    return type(kind)(*parts) if hasattr(kind, "_fields") else tuple(parts)
 
 
 def planned(function: Callable[..., Any]) -> Any:
