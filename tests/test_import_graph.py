@@ -25,6 +25,7 @@ def modules_under(folder: Path, name: str) -> dict[str, Path]:
 MODULES = {
     **modules_under(ROOT / "fastattn", "fastattn"),
     **modules_under(ROOT / "kernels" / "fastattn_kernels", "fastattn_kernels"),
+    **modules_under(ROOT / "benchmarks", "benchmarks"),
 }
 
 
@@ -67,7 +68,7 @@ def circle_in(imports: dict[str, set[str]]) -> list[str]:
     return next((circle for module in sorted(imports) if (circle := search(module, []))), [])
 
 
-@pytest.mark.parametrize("package", ["fastattn", "fastattn_kernels"])
+@pytest.mark.parametrize("package", ["fastattn", "fastattn_kernels", "benchmarks"])
 def test_package_has_no_import_circle(package):
     """A circle makes what a module sees depend on who was imported first. An import inside a function counts."""
     imports = {module: targets for module, targets in graph().items() if module.partition(".")[0] == package}

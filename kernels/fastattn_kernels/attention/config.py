@@ -97,11 +97,10 @@ def careful_config(dtype: torch.dtype, head_dim: int, value_dim: int) -> Config:
     return _SMALLEST if wide or dtype == torch.float32 else _SMALL
 
 
-def again_options(problem: Problem, config: Config, careful: bool = False) -> dict[str, int]:
+def again_options(problem: Problem, config: Config) -> dict[str, int]:
     """The constants AGAIN_M and AGAIN_N of a forward: the sizes of the careful tiles in which a tile of ``config`` is
-    computed again that came out with NaN or inf. 0 where nothing is hidden, and so nothing can leak, and in a launch
-    that is careful itself."""
-    if careful or not problem.masks_pairs():
+    computed again that came out with NaN or inf. 0 where nothing is hidden, and so nothing can leak."""
+    if not problem.masks_pairs():
         return {"AGAIN_M": 0, "AGAIN_N": 0}
     smallest = careful_config(problem.query.dtype, problem.query.shape[3], problem.value.shape[3])
     return {
