@@ -1,9 +1,9 @@
-"""Calls that may take the short way, and what the tests of it share: tensors in several layouts, both ways of a call."""
+"""Calls that may take the short way, and what its tests share: tensors in several layouts, both ways of a call."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -27,8 +27,8 @@ class Draw:
     Args:
         seed: of the numbers.
         dtype: of floating tensors.
-        layout: ``"dense"``; ``"strided"``: dimensions 1 and 2 lie transposed, or elements apart; ``"unaligned"``: their
-            address is no multiple of 16 bytes.
+        layout: ``"dense"``; ``"strided"``: heads lie within rows, beside what is none of them, or elements lie apart;
+            ``"unaligned"``: their address is no multiple of 16 bytes.
 
     Attributes:
         leaves: the tensors that gradients are asked of: those made with ``grad``, or what they are views of.
@@ -42,7 +42,8 @@ class Draw:
     def __call__(self, *shape: int, grad: bool = True, dtype: torch.dtype | None = None) -> Tensor:
         numbers = torch.randn(*shape, generator=self.generator).to(dtype or self.dtype).to(DEVICE)
         if self.layout == "strided":
-            leaf = numbers.transpose(1, 2).contiguous() if len(shape) == 4 else numbers.repeat_interleave(2, -1)
+            heads = numbers.movedim(1, 2) if len(shape) == 4 else numbers
+            leaf = torch.cat([heads, heads], 2) if len(shape) == 4 else numbers.repeat_interleave(2, -1)
         elif self.layout == "unaligned":
             leaf = torch.cat([numbers.new_zeros(1), numbers.flatten()])
         else:
@@ -50,7 +51,7 @@ class Draw:
         leaf.requires_grad_(grad)
         self.leaves += [leaf] * grad
         if self.layout == "strided":
-            return leaf.transpose(1, 2) if len(shape) == 4 else leaf[..., ::2]
+            return leaf[:, :, : shape[1]].movedim(2, 1) if len(shape) == 4 else leaf[..., ::2]
         return leaf[1:].view(shape) if self.layout == "unaligned" else leaf
 
     def bools(self, *shape: int) -> Tensor:
@@ -234,7 +235,7 @@ def forget() -> None:
 @contextlib.contextmanager
 def long_way() -> Generator[None]:
     """No call takes the short way."""
-    with mock.patch.object(short_way.ShortWay, "key", lambda *_: None):
+    with mock.patch.object(short_way.ShortWay, "key", return_value=None):
         yield
 
 
@@ -287,7 +288,7 @@ def results_and_gradients(case: Case, draw: Draw) -> list[Tensor]:
     return [*(t.detach() for t in results), *torch.autograd.grad(results, draw.leaves, cotangents)]
 
 
-def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
+def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     """Raise unless these are the same to the last bit, and lie alike in memory."""
     assert len(actual) == len(expected)
     for number, (found, wanted) in enumerate(zip(actual, expected)):

@@ -74,8 +74,9 @@ def test_multihead_attention_is_the_same_by_the_short_way(case, dtype, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_and_layout_is_the_same_by_the_short_way(dtype, layout):
-    check_parity(cases.ATTENTION["mask"], dtype, layout, calls=4)
-    cases.forget()
+    if dtype == torch.float32:  # the cases above have these layouts in turn, this one dtype all of them
+        check_parity(cases.ATTENTION["mask"], dtype, layout)
+        cases.forget()
     check_parity(cases.NORMS["layer_of_all"], dtype, layout, calls=4)
 
 
@@ -119,7 +120,8 @@ def attend_as(seed, *, frozen=(), length=5, layout="dense", dtype=torch.float32,
     draw = Draw(seed, dtype, layout)
     query, key, value = (draw(1, 1, length, 4, grad=number not in frozen) for number in range(3))
     with contextlib.nullcontext() if context is None else context():
-        output = fastattn.attention(query, key, value, **{"backend": "triton", **options})
+        words: dict[str, Any] = {"backend": "triton", **options}
+        output: Any = fastattn.attention(query, key, value, **words)
         found = [output.detach()]
         if output.requires_grad:
             found += torch.autograd.grad(output, draw.leaves, torch.ones_like(output))
@@ -174,7 +176,7 @@ ALMOST_RIGHT: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any], dict[str, An
     "scale in a tensor": (fastattn.attention, QKV, {"scale": 0.5}, {"scale": torch.tensor(0.5)}),
     "need_weights=0": (fastattn.attention, QKV, {}, {"need_weights": 0}),
     "return_lse=1": (fastattn.attention, QKV, {"return_lse": True}, {"return_lse": 1}),
-    "a sparse mask": (fastattn.attention, QKV, {"attn_mask": torch.ones(3, 3)}, {"attn_mask": torch.eye(3).to_sparse()}),
+    "a sparse mask": (fastattn.attention, QKV, {"attn_mask": torch.eye(3)}, {"attn_mask": torch.eye(3).to_sparse()}),
     "a list for a mask": (fastattn.attention, QKV, {"attn_mask": torch.ones(3)}, {"attn_mask": [1.0, 1.0, 1.0]}),
     "another shape": (fastattn.attention, QKV, {"sinks": torch.ones(2)}, {"sinks": torch.ones(3)}),
     "an odd backend": (fastattn.attention, QKV, {}, {"backend": "Triton"}),
@@ -224,6 +226,9 @@ def test_tensors_that_are_negated_when_they_are_read():
     def negated(seed):
         return torch.complex(plain, plain + seed).conj().imag
 
+    def normed(x):
+        return fastattn.layer_norm(x, 8, backend="triton")
+
     for seed in range(4):
         x = negated(seed)
         assert x.is_neg()
@@ -248,7 +253,7 @@ def test_training_call_keeps_neither_x_nor_the_residual_beside_their_sum(case):
 
     def call():
         x, residual = (torch.randn(3, 8, device=DEVICE, requires_grad=True) * 1 for _ in range(2))
-        output = fastattn.add_layer_norm(x, residual, weight, row_scale=scale, backend="triton")
+        output: Any = fastattn.add_layer_norm(x, residual, weight, row_scale=scale, backend="triton")
         return output, [weakref.ref(t) for t in (x, residual)]
 
     for _ in range(1 if case == "second" else 3):
@@ -269,7 +274,7 @@ def test_entries_hold_no_tensor():
         return [weakref.ref(t) for t in (*draw.leaves, *output)]
 
     for name, of in (("everything", cases.ATTENTION), ("layer_of_all", cases.NORMS), ("masks", cases.ADDITIVE)):
-        for _ in range(4):
+        for _ in range(3):
             references = call(name, of)
             gc.collect()
             assert [reference() for reference in references] == [None] * len(references)
