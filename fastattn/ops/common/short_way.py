@@ -216,8 +216,7 @@ def with_tensors(value: Any, tensors: Iterator[Any]) -> Any:
 
 
 def in_shape(tensor: Tensor, shape: torch.Size) -> Tensor:
-    """A view of this shape; the tensor itself where it has it. Two views of one gradient would be two leaves' ``grad``
-    in one memory: autograd copies a gradient that it meets twice, but does not see that two of them share memory."""
+    """A view of this shape; the tensor itself where it has it, since a view takes as long as a small norm."""
     return tensor if tensor.shape == shape else tensor.reshape(shape)
 
 

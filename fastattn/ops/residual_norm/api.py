@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from fastattn.ops.common import backends
-from fastattn.ops.common.short_way import ShortWay
+from fastattn.ops.common.short_way import ShortWay, in_shape
 from fastattn.ops.common.tracing import is_symbolically_traced, recorded
 from fastattn.ops.residual_norm import on_torch, on_triton
 from fastattn.ops.residual_norm.call import make_call
@@ -44,10 +44,10 @@ def _norm(arguments: Arguments) -> Tensor | tuple[Tensor, Tensor]:
     if signature is not None and chosen == "triton":
         _SHORT.remember(signature)
     shape = _sum_shape(arguments.x, arguments.residual)
-    output = _as(output, shape)
+    output = in_shape(output, shape)
     if call.kind == "rms":
         output = in_channels_last(output, arguments.x, arguments.residual)
-    return (output, _as(total, shape)) if call.return_residual else output
+    return (output, in_shape(total, shape)) if call.return_residual else output
 
 
 # Unit offset, dropout, rounding, two dtypes and what is returned, of a norm alone.
@@ -69,11 +69,6 @@ def _may_be_short(arguments: Arguments) -> bool:
     if residual is None:
         return not arguments.return_residual
     return isinstance(residual, Tensor) and x.shape == residual.shape
-
-
-def _as(tensor: Tensor, shape: torch.Size) -> Tensor:
-    """A view of this shape; the tensor itself where it has it, since a view takes as long as a small norm."""
-    return tensor if tensor.shape == shape else tensor.view(shape)
 
 
 def _sum_shape(x: Tensor, residual: Tensor | None) -> torch.Size:

@@ -144,7 +144,9 @@ def _backward(
         name: _like(getattr(made, f"d_{name}"), shapes[name], dtypes[name]) for name in context.names if name in wanted
     }
     if is_shared and wanted >= {"x", "residual"} and dtypes["x"] == dtypes["residual"]:
-        found["residual"] = found["x"]  # see in_shape
+        # Two views of one gradient would become the ``grad`` of two leaves in one memory, and a second backward would
+        # add to both through each: autograd copies a tensor that it meets twice, but does not compare memory.
+        found["residual"] = found["x"]
     return [found.get(name) for name in context.names]
 
 
