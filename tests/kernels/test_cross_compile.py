@@ -43,7 +43,12 @@ def test_every_configuration_compiles_without_spills(dtype, target, head_dim):
         what = f"{row['kernel']} for {target}: {row}"
         assert row["shared"] <= SHARED_MEMORY[target], what
         # the careful pass runs where NaN came out, and may be slow; float32 heads this wide are slow anyway
-        if not row["careful"] and not (dtype == "float32" and head_dim == 512):
+        if row["again"]:
+            # What its careful loops need may wait in local memory, which costs a program some forty instructions. The
+            # loops that all programs run stand in front, and nothing of theirs is there.
+            assert row["spilled"] <= 128, what
+            assert all(loop["spills"] == 0 for loop in row["loops"][: len(row["loops"]) // 2]), what
+        elif not row["careful"] and not (dtype == "float32" and head_dim == 512):
             assert row["spilled"] == 0, what
         if "attention" in row["kernel"]:
             assert row["products"] > 0, what
