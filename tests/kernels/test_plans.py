@@ -159,6 +159,58 @@ def test_plan_of_a_function_within_a_planned_one_holds_its_launches(function):
     assert plan.launches == 2
 
 
+class Strided(NamedTuple):
+    ptr: Any
+    stride: Any
+
+
+@triton.jit(do_not_specialize=["size"])
+def _double_kernel(x, out_ptr, size, BLOCK: tl.constexpr):
+    """``2 x``, whose fields are read by their names."""
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + cols, tl.load(x.ptr + cols * x.stride, mask=cols < size, other=0.0) * 2.0, mask=cols < size)
+
+
+def test_named_tuples_keep_their_names_in_a_plan():
+    """Those of kernels, and those that are returned: a plan made plain tuples of them, whose fields have no names."""
+
+    def doubled(x):
+        out = torch.empty(SIZE, device=x.device)
+        launch(_double_kernel, (3,), x, Strided(x, x.stride(0)), out, SIZE, BLOCK=BLOCK)
+        return Inputs(out, None)
+
+    function = planned(doubled)
+    for seed in range(3):
+        x = draw(seed=seed, step=2)
+        found = function(x)
+        assert type(found) is Inputs
+        torch.testing.assert_close(found.x, 2.0 * x)
+    assert len(plans_of(function)) == 1
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_operator_that_returns_a_list(rows):
+    """``unbind`` returns a list of one tensor where there is one row; it was taken for the tensor."""
+
+    def rows_of(x):
+        return tuple(each + 1 for each in (x * 2).view(rows, -1).unbind(0))
+
+    function = planned(rows_of)
+    for seed in range(3):
+        x = draw(seed=seed)
+        for found, expected in zip(function(x), (2 * x + 1).view(rows, -1), strict=True):
+            torch.testing.assert_close(found, expected)
+    assert len(plans_of(function)) == 1
+
+
+def test_argument_that_is_returned_is_the_caller_s():
+    """The recorded call runs on objects of its own, which have no history for autograd."""
+    function = planned(lambda x: (x, x * 2))
+    for seed in range(3):
+        x = draw(seed=seed)
+        assert function(x)[0] is x
+
+
 def test_call_that_looks_at_numbers_has_no_plan():
     def by_number(x):
         return x + 1 if float(x[0]) > 0 else x - 1

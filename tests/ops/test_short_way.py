@@ -204,6 +204,10 @@ ALMOST_RIGHT: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any], dict[str, An
 @pytest.mark.parametrize(("function", "args", "right", "almost"), ALMOST_RIGHT.values(), ids=ALMOST_RIGHT)
 def test_almost_right_arguments_get_the_same_answer_once_there_is_a_plan(function, args, right, almost):
     """Their values equal those of a call that has a plan, or nearly do."""
+    right, almost = (
+        {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+        for options in (right, almost)
+    )
     with long_way():
         expected = result_or_error(function, *args, **{"backend": "triton", **almost})
     with counted() as taken:
