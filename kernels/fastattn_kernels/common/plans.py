@@ -16,25 +16,32 @@ tensor, for example, has no plan, and runs as it did the first time.
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import re
 import threading
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from triton import knobs
 
 from fastattn_kernels.common import launch
+from fastattn_kernels.common.recording import (
+    OF_LAUNCH,
+    Called,
+    Descriptor,
+    Launched,
+    Made,
+    Recording,
+    Slot,
+    View,
+    tuple_like,
+)
 
 MOST_PLANS = 1024  # of one function; beyond, the oldest is forgotten
 _ALIGNMENT = 16  # bytes: Triton compiles another kernel for addresses that are no multiples of it
-_OF_LAUNCH = ("num_warps", "num_ctas", "num_stages", "maxnreg")  # options, which are no arguments of the kernel
 
 # Two switches for those who take launches away from the GPU. Without plans every launch goes through Triton, where one
 # that only compiles can intercept it; and what executes a launch on a CPU has to be handed tensors, not their
@@ -67,184 +74,6 @@ def is_listened_to() -> bool:
     return bool(getattr(enter, "calls", enter)) or bool(getattr(leave, "calls", leave))
 
 
-# ------------------------------------------------------------------------------------------------------------ recording
-
-
-class _Slot(NamedTuple):
-    """Stands in a recording in the place of a tensor. The inputs have the first numbers, and the tensors that the call
-    makes have the next ones, in order."""
-
-    number: int
-
-
-class _View(NamedTuple):
-    """A tensor in the memory of another, so many bytes behind its beginning."""
-
-    base: int
-    offset: int
-
-
-class _Made(NamedTuple):
-    """Memory was allocated."""
-
-    made: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-
-class _Called(NamedTuple):
-    """An operator of torch was called."""
-
-    operator: Any
-    arguments: Any
-    keywords: Any
-    results: tuple[int, ...]
-    is_many: bool  # the operator returns a sequence, be it of one tensor
-    is_view: bool
-
-
-class _Launched(NamedTuple):
-    """A kernel was launched."""
-
-    kernel: Any
-    compiled: Any
-    grid: tuple[int, ...]
-    device: torch.device
-    arguments: tuple[Any, ...]
-    constants: dict[str, Any]
-
-
-class Recording(TorchDispatchMode):
-    """Records what is done to tensors while it is the current mode of this thread.
-
-    Attributes:
-        steps: what was done, in order.
-        inputs: the tensors of the call that is recorded.
-        flaw: why the call cannot be repeated with other tensors; None where it can.
-        views: the tensors that lie in the memory of others, by number.
-    """
-
-    def __init__(self, inputs: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.steps: list[_Made | _Called | _Launched] = []
-        self.flaw: str | None = None
-        self._alive: list[Tensor] = []  # so that none has the id of another
-        self._made = 0
-        self._numbers: dict[int, int] = {}
-        self.views: dict[int, _View] = {}
-        self.inputs = tuple(inputs)
-        for tensor in self.inputs:
-            self._add(tensor)
-
-    def _add(self, tensor: Tensor) -> int:
-        number, self._made = self._made, self._made + 1
-        self._alive.append(tensor)
-        self._numbers[id(tensor)] = number
-        return number
-
-    def slots(self, value: Any) -> Any:
-        """``value`` with slots in the place of tensors."""
-        if isinstance(value, Tensor):
-            number = self._numbers.get(id(value))
-            if number is None:
-                self.flaw = self.flaw or f"a tensor of the shape {tuple(value.shape)} comes from outside the call"
-                return None
-            return _Slot(number)
-        if isinstance(value, tuple):
-            return _tuple_like(value, map(self.slots, value))
-        if isinstance(value, list):
-            return list(map(self.slots, value))
-        if hasattr(value, "base") and hasattr(value, "block_shape"):
-            return _Descriptor.of(value, self.slots(value.base))
-        return value
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        is_many = isinstance(result, (tuple, list))
-        results = result if is_many else (result,)
-        if not all(isinstance(each, Tensor) for each in results):
-            if any(isinstance(each, Tensor) for each in tree_leaves((args, kwargs))):
-                self.flaw = self.flaw or f"{func} looks at the numbers of a tensor"
-            return result
-        before = [self._numbers.get(id(each)) for each in results]
-        if func is torch.ops.aten.detach.default and (number := self._numbers.get(id(args[0]))) is not None:
-            self._alive.append(result)  # another object for the same tensor, as torch.empty makes one
-            self._numbers[id(result)] = number
-            return result
-        arguments, keywords = self.slots(args), {name: self.slots(value) for name, value in kwargs.items()}
-        numbers = tuple(self._add(each) if number is None else number for each, number in zip(results, before))
-        if _only_allocates(func):
-            self.steps.append(_Made(numbers[0], tuple(result.shape), result.stride(), result.dtype, result.device))
-            return result
-        is_view = func.is_view and isinstance(arguments[0], _Slot)
-        if is_view:
-            base, offset = self.views.get(arguments[0].number, _View(arguments[0].number, 0))
-            for number, each in zip(numbers, results):
-                self.views[number] = _View(base, offset + each.data_ptr() - args[0].data_ptr())
-        self.steps.append(_Called(func, arguments, keywords, numbers, is_many, is_view))
-        return result
-
-    def launched(
-        self, kernel: Any, compiled: Any, grid: tuple[int, ...], device_of: Tensor, arguments: Any, constants: Any
-    ) -> None:
-        """Record a launch."""
-        bound = inspect.signature(kernel.fn).bind(
-            *arguments, **{name: value for name, value in constants.items() if name not in _OF_LAUNCH}
-        )
-        bound.apply_defaults()
-        in_order = tuple(map(self.slots, bound.arguments.values()))
-        self.steps.append(
-            _Launched(kernel, compiled, tuple(map(int, grid)), device_of.device, in_order, dict(constants))
-        )
-
-
-def _is_like(made: _Made, tensor: Tensor) -> bool:
-    """Whether ``torch.empty_like`` of a tensor makes what was made."""
-    found = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-    return (made.shape, made.stride, made.dtype, made.device) == found and torch.empty_like(
-        tensor
-    ).stride() == made.stride
-
-
-def _only_allocates(operator: Any) -> bool:
-    return operator.overloadpacket in (
-        torch.ops.aten.empty, torch.ops.aten.empty_strided, torch.ops.aten.empty_like, torch.ops.aten.new_empty,
-        torch.ops.aten.new_empty_strided, torch.ops.aten.empty_permuted,
-    )  # fmt: skip
-
-
-class _Descriptor(NamedTuple):
-    """A tensor map as Triton's launcher reads it, without the checks that a ``TensorDescriptor`` makes at its birth."""
-
-    base: Any
-    shape: Any
-    strides: Any
-    block_shape: Any
-    layout: Any
-    padding: str
-    round_f32_to_tf32: bool
-    kind: type
-
-    @classmethod
-    def of(cls, descriptor: Any, base: Any) -> _Descriptor:
-        """As ``descriptor``, of another tensor."""
-        fields = (getattr(descriptor, name, False) for name in cls._fields[1:-1])
-        return cls(base, *fields, type(descriptor))
-
-
-class _At(NamedTuple):
-    """An address in the place of a tensor: Triton's launcher asks both for ``data_ptr()``."""
-
-    address: int
-
-    def data_ptr(self) -> int:
-        """As a tensor's."""
-        return self.address
-
-
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
@@ -260,6 +89,24 @@ class Plan(NamedTuple):
     run: Callable[..., Any]
     source: str
     launches: int
+
+
+class _At(NamedTuple):
+    """An address in the place of a tensor: Triton's launcher asks both for ``data_ptr()``."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        """As a tensor's."""
+        return self.address
+
+
+def _is_like(made: Made, tensor: Tensor) -> bool:
+    """Whether ``torch.empty_like`` of a tensor makes what was made."""
+    found = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    return (made.shape, made.stride, made.dtype, made.device) == found and torch.empty_like(
+        tensor
+    ).stride() == made.stride
 
 
 class _Writer:
@@ -298,9 +145,9 @@ class _Writer:
 
     def expression(self, value: Any, in_launch: bool = False) -> str:
         """``value`` as text. The steps in front of this one have to make the tensors in it."""
-        if isinstance(value, _Slot):
+        if isinstance(value, Slot):
             return self.address(value.number) if in_launch and self.by_address else self.tensor(value.number)
-        if isinstance(value, _Descriptor):
+        if isinstance(value, Descriptor):
             return self.descriptor(value)
         if isinstance(value, (tuple, list)):
             inner = "".join(f"{self.expression(each, in_launch)}, " for each in value)
@@ -320,23 +167,23 @@ class _Writer:
 
     def address(self, number: int) -> str:
         """The address of a tensor as text: that of the tensor in whose memory it lies, plus an offset."""
-        base, offset = self.recording.views.get(number, _View(number, 0))
+        base, offset = self.recording.views.get(number, View(number, 0))
         return f"{self.tensor(base)}.data_ptr()" + (f" + {offset}" if offset else "")
 
-    def descriptor(self, value: _Descriptor) -> str:
+    def descriptor(self, value: Descriptor) -> str:
         """A tensor map as text: made anew of the tensor or its address, and of what was recorded."""
         if not self.by_address:
             make = (
                 functools.partial(_with_base, value[1:]) if self.direct else functools.partial(_descriptor_like, value)
             )
             return f"{self.name(make)}({self.expression(value.base)})"
-        base, offset = self.recording.views.get(value.base.number, _View(value.base.number, 0))
+        base, offset = self.recording.views.get(value.base.number, View(value.base.number, 0))
         pointer = f"At({self.address(value.base.number)})" if offset else self.tensor(base)
         return f"{self.name(functools.partial(_with_base, value[1:]))}({pointer})"
 
-    def step(self, step: _Made | _Called | _Launched) -> str:
+    def step(self, step: Made | Called | Launched) -> str:
         """The line for a step; empty for one that makes a tensor that no later step needs."""
-        if isinstance(step, _Made):
+        if isinstance(step, Made):
             if step.made not in self.needed:
                 return ""
             like = next((i for i, tensor in enumerate(self.recording.inputs) if _is_like(step, tensor)), None)
@@ -346,7 +193,7 @@ class _Writer:
             if step.stride == torch._prims_common.make_contiguous_strides_for(step.shape):
                 return f"t{step.made} = empty({step.shape!r}, {where})"
             return f"t{step.made} = empty_strided({step.shape!r}, {step.stride!r}, {where})"
-        if isinstance(step, _Called):
+        if isinstance(step, Called):
             if step.is_view and not self.needed.intersection(step.results):
                 return ""
             keywords = "".join(f"{name}={self.expression(value)}, " for name, value in step.keywords.items())
@@ -361,7 +208,7 @@ class _Writer:
             compiled = step.compiled
             handles = ", ".join(map(self.name, (compiled.function, compiled.packed_metadata)))
             return f"{self.name(compiled.run)}({x}, {y}, {z}, stream, {handles}, None, None, None, {arguments})"
-        options = {name: value for name, value in step.constants.items() if name in _OF_LAUNCH}
+        options = {name: value for name, value in step.constants.items() if name in OF_LAUNCH}
         options_text = "".join(f", {name}={self.expression(value)}" for name, value in options.items())
         return f"{self.name(step.kernel)}[{step.grid!r}]({arguments}{options_text})"
 
@@ -375,7 +222,7 @@ class _Writer:
                 done = [f"t{number}" for number in self.last_used if number >= self.inputs]
                 lines += [f"del {', '.join(done)}", line] if done else [line]
         lines.reverse()
-        devices = {step.device for step in self.recording.steps if isinstance(step, _Launched)}
+        devices = {step.device for step in self.recording.steps if isinstance(step, Launched)}
         if self.direct and devices:
             (device,) = devices
             driver: Any = triton.runtime.driver.active
@@ -392,11 +239,11 @@ class _Writer:
         return Plan(run, source, self.launches)
 
 
-def _with_base(rest: tuple[Any, ...], base: Any) -> _Descriptor:
-    return _Descriptor(base, *rest)
+def _with_base(rest: tuple[Any, ...], base: Any) -> Descriptor:
+    return Descriptor(base, *rest)
 
 
-def _descriptor_like(value: _Descriptor, base: Tensor) -> Any:
+def _descriptor_like(value: Descriptor, base: Tensor) -> Any:
     """A descriptor of Triton's own."""
     return value.kind(base, value.shape, value.strides, value.block_shape, value.layout, value.padding)
 
@@ -489,7 +336,7 @@ def record(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[An
         launch.this_thread.recorder = None
     results = recording.slots(result)
     result = _in_place_of(result, {id(copy): own for copy, own in zip(inputs, tensors_in(arguments))})
-    launched = [step for step in recording.steps if isinstance(step, _Launched)]
+    launched = [step for step in recording.steps if isinstance(step, Launched)]
     direct = all(hasattr(step.compiled, "packed_metadata") for step in launched)
     if recording.flaw is not None or len({step.device for step in launched}) > 1:
         return result, None
@@ -506,19 +353,14 @@ def tensors_in(value: Any) -> list[Tensor]:
 def _with_own_tensors(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach()
-    return _tuple_like(value, map(_with_own_tensors, value)) if isinstance(value, tuple) else value
+    return tuple_like(value, map(_with_own_tensors, value)) if isinstance(value, tuple) else value
 
 
 def _in_place_of(value: Any, tensors: dict[int, Tensor]) -> Any:
     """``value``, in which tensors stand for those of these ids."""
     if isinstance(value, tuple):
-        return _tuple_like(value, (_in_place_of(each, tensors) for each in value))
+        return tuple_like(value, (_in_place_of(each, tensors) for each in value))
     return tensors.get(id(value), value) if isinstance(value, Tensor) else value
-
-
-def _tuple_like(kind: tuple[Any, ...], parts: Iterable[Any]) -> tuple[Any, ...]:
-    """These parts in a tuple of the same kind: the fields of a NamedTuple have names, by which kernels read them."""
-    return type(kind)(*parts) if hasattr(kind, "_fields") else tuple(parts)
 
 
 def planned(function: Callable[..., Any]) -> Any:
