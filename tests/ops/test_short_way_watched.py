@@ -223,6 +223,28 @@ def test_default_device_is_no_watcher():
     assert taken.planned == 1
 
 
+@pytest.mark.parametrize(("function", "dtype", "is_short"), [
+    (attend, torch.bfloat16, True),  # of autocast's dtype: there is nothing to cast
+    (attend, torch.float32, False),
+    (add_norm, torch.bfloat16, True),
+    (add_norm, torch.float32, True),  # norms cast nothing
+])  # fmt: skip
+def test_training_under_autocast_takes_the_short_way_where_it_casts_nothing(function, dtype, is_short):
+    shape = dict(FUNCTIONS.values())[function]
+
+    def step(seed):
+        leaf = draw(shape, seed).to(dtype).requires_grad_()
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            output = function(leaf)
+        return [output.detach(), *torch.autograd.grad(output.float().sin().sum(), leaf)]
+
+    with counted() as taken:
+        found = [t for seed in range(3) for t in step(seed)]
+    assert (taken.forwards, taken.planned) == ((2, 1) if is_short else (0, 0))
+    with long_way():
+        assert_same(found, [t for seed in range(3) for t in step(seed)])
+
+
 # ---------------------------------------------------------------------------------------------------------- derivatives
 
 

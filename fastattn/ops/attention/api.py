@@ -27,7 +27,7 @@ def _short_of_call() -> RowShortWay:
     return short.OF_CALL
 
 
-_ARGUMENTS = ShortWay(_short_of_arguments, Arguments)
+_ARGUMENTS = ShortWay(_short_of_arguments, Arguments, casts=3)
 _CALLS = ShortWay(_short_of_call, AttentionCall)
 _TENSORS = AttentionCall._fields.index("lower")  # so many fields of a call are tensors, the first of them
 

@@ -111,10 +111,12 @@ class ShortWay:
               where ``needs`` has False, of the gradients of the results and of those that are hidden;
             * ``short_backward_by_operators``: the same, differentiable.
         arguments: NamedTuple type of the arguments of the public function.
+        casts: so many of the first arguments the long way casts under autocast. Where one of them is of another dtype
+            than autocast's, a call takes the long way, in which autograd follows the cast.
     """
 
-    def __init__(self, implementation: Callable[[], Any], arguments: Any) -> None:
-        self._implementation, self._arguments = implementation, arguments
+    def __init__(self, implementation: Callable[[], Any], arguments: Any, *, casts: int = 0) -> None:
+        self._implementation, self._arguments, self._casts = implementation, arguments, casts
         self._entries: dict[Hashable, _Entry] = {}
         self._seen: set[Hashable] = set()
         self._lock = threading.Lock()
@@ -142,7 +144,10 @@ class ShortWay:
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             return None
         kind = first.device.type
-        if kind not in backends.DEVICES or torch.is_autocast_enabled(kind):
+        if kind not in backends.DEVICES:
+            return None
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        if autocast is not None and any(each.dtype != autocast for each in values[: self._casts]):
             return None
         try:
             types = tuple(map(type, words))
@@ -155,6 +160,7 @@ class ShortWay:
                 types,  # 1, 1.0 and True are equal and have one hash
                 torch.is_grad_enabled(),
                 torch.is_inference_mode_enabled(),
+                autocast,
                 backends.default_backend.value,
                 _settings(first.dtype),
             )
