@@ -1,4 +1,4 @@
-"""How the modules of the kernels depend on one another: families over ``common``, without circles."""
+"""How the modules of the kernels depend on one another: families over ``common``. Circles: tests/test_import_graph.py."""
 
 import ast
 from pathlib import Path
@@ -44,20 +44,3 @@ def test_families_import_none_but_themselves_and_common():
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_private_names_stay_in_their_module(path):
     assert not [name for _, name in imports_of(path) if name.startswith("_")]
-
-
-def test_imports_have_no_circle():
-    """Nor do those inside of functions: what would be imported late to open a circle is in the wrong module."""
-    names = {name_of(path) for path in MODULES}
-    graph = {name_of(path): {f"{m}.{n}" if f"{m}.{n}" in names else m for m, n in imports_of(path)} for path in MODULES}
-    done: set[str] = set()
-
-    def visit(module: str, above: tuple[str, ...]) -> None:
-        assert module not in above, " -> ".join((*above[above.index(module) :], module))
-        if module not in done:
-            for imported in sorted(graph[module]):
-                visit(imported, (*above, module))
-            done.add(module)
-
-    for module in sorted(graph):
-        visit(module, ())

@@ -67,6 +67,9 @@ class Launched(NamedTuple):
 class Recording(TorchDispatchMode):
     """Records what is done to tensors while it is the current mode of this thread.
 
+    Until it is over, the recorded call keeps all that it has allocated, workspaces included, which plans free behind
+    their last use.
+
     Attributes:
         steps: what was done, in order.
         inputs: the tensors of the call that is recorded.
