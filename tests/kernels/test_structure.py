@@ -1,4 +1,4 @@
-"""How the modules of the kernels depend on one another: families over ``common``. Circles: tests/test_import_graph.py."""
+"""How the modules of the kernels depend on one another: families over ``common``. Circles: test_import_graph.py."""
 
 import ast
 from pathlib import Path
