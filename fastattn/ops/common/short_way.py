@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _autograd
 from torch.nn import Parameter
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -141,7 +142,7 @@ class ShortWay:
         if is_looked_at() or type(first) not in _PLAIN:
             return None
         # hooks see what is saved: checkpointing wants a call and its repetition to save the same, whichever way they go
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        if _autograd._top_saved_tensors_default_hooks(True) is not None:
             return None
         kind = first.device.type
         if kind not in backends.DEVICES:

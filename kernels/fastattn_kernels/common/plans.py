@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch._prims_common import make_contiguous_strides_for
 from triton import knobs
 
 from fastattn_kernels.common import launch
@@ -189,7 +190,7 @@ class _Writer:
             if like is not None:  # twice as fast
                 return f"t{step.made} = empty_like({self.tensor(like)})"
             where = f"dtype={self.name(step.dtype)}, device={self.name(step.device)}"
-            if step.stride == torch._prims_common.make_contiguous_strides_for(step.shape):
+            if step.stride == make_contiguous_strides_for(step.shape):
                 return f"t{step.made} = empty({step.shape!r}, {where})"
             return f"t{step.made} = empty_strided({step.shape!r}, {step.stride!r}, {where})"
         if isinstance(step, Called):
