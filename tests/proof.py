@@ -91,8 +91,9 @@ class Task(NamedTuple):
 
 
 def sources(row: Row) -> str:
-    """A fingerprint of what a row depends on: the package, the machines, its tests and what they share."""
-    found = {path for folder in ("kernels", "fastattn", "tests/machines") for path in (ROOT / folder).rglob("*.[cp]*")}
+    """A fingerprint of what a row depends on: kernels and operators, the machines, its tests and what they share."""
+    folders = ("kernels", "fastattn/ops", "fastattn/reference", "tests/machines")
+    found = {path for folder in folders for path in (ROOT / folder).rglob("*.[cp]*")}
     found |= {path for folder in ("tests/kernels", "tests/ops") for path in (ROOT / folder).glob("*.py")}
     found = {path for path in found if path.suffix in (".py", ".c") and not path.name.startswith("test_")}
     found |= set((ROOT / HOPPER).glob("*.py")) if HOPPER in row.selection else set()

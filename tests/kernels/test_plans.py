@@ -131,11 +131,13 @@ def test_plan_holds_no_tensor(function):
 
 
 def test_plan_gives_workspaces_back_behind_their_last_use():
-    """Else a call would need the memory of all its launches at once."""
+    """Else a call would need the memory of all its launches at once. The call that is recorded does the same."""
+    freed: list[object] = []
 
     def chain(x):
         for _ in range(3):
             out = torch.empty_like(x)
+            weakref.finalize(out, freed.append, out.data_ptr())
             launch(_scaled_sum_kernel, (3,), x, strided(x), None, out, SIZE, 2.0, BLOCK=BLOCK)
             x = out
         return x
@@ -143,8 +145,11 @@ def test_plan_gives_workspaces_back_behind_their_last_use():
     function = planned(chain)
     for seed in range(3):
         torch.testing.assert_close(function(draw(seed=seed)), 8.0 * draw(seed=seed))
+        freed.append("call")
     (plan,) = plans_of(function)
     assert plan.source.count("del ") == 2, plan.source
+    first, recorded = freed.index("call"), freed.index("call", freed.index("call") + 1)
+    assert first == 3 and recorded - first - 1 == 3, freed
 
 
 def test_plan_of_a_function_within_a_planned_one_holds_its_launches(function):

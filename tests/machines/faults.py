@@ -228,7 +228,7 @@ FAULTS: dict[str, Fault] = {
         (WRONG,),
     ),
     "dQ added without an atomic": Fault(
-        "plain_one_pass", "attention/backward.py",
+        "plain_one_pass", "attention/backward_dkdv.py",
         '    tl.atomic_add(ptrs, dq, mask=(row < seqlen_q)[:, None] & (col < blocks.HEAD_DIM), sem="relaxed")\n',
         "    inside = (row < seqlen_q)[:, None] & (col < blocks.HEAD_DIM)\n"
         "    tl.store(ptrs, tl.load(ptrs, mask=inside, other=0.0) + dq, mask=inside)\n", ("race",),

@@ -12,7 +12,7 @@ import fastattn
 from fastattn.ops.attention import operator
 from fastattn.ops.attention.call import make_call
 from fastattn.testing import attention_inputs, attention_mask, key_padding_mask, random_tensor
-from fastattn_kernels.attention import backward
+from fastattn_kernels.attention import backward, backward_dkdv
 from fastattn_kernels.common.arguments import WeightsShare
 from tests.ops.attention_cases import attend, dropout_state
 
@@ -203,16 +203,17 @@ def backward_passes(monkeypatch):
     """Of each launch of the plain backward: had it a gradient of weights, anything to do, and was it careful?"""
     found = []
     launch = backward.launch
-    careful = {backward._attention_bwd_dkdv_kernel: False, backward._attention_bwd_careful_kernel: True}
+    careful = {backward_dkdv._attention_bwd_dkdv_kernel: False, backward._attention_bwd_careful_kernel: True}
 
     def noting(kernel, grid, on, *arguments, only_if, **constants):
-        if kernel in careful:  # the pass of dQ, ahead of them, has the arguments of that of dK and dV
+        if kernel in careful:
             d_weights = next((each for each in arguments if isinstance(each, WeightsShare)), None)
             is_on = only_if is None or bool(only_if.flag_ptr) == bool(only_if.expected)
             found.append((d_weights is not None, is_on, careful[kernel]))
         launch(kernel, grid, on, *arguments, only_if=only_if, **constants)
 
-    monkeypatch.setattr(backward, "launch", noting)
+    for module in (backward, backward_dkdv):
+        monkeypatch.setattr(module, "launch", noting)
     return found
 
 

@@ -199,6 +199,21 @@ def test_shared_gradients_of_leaves_do_not_alias(kind, backend, device):
     assert torch.equal(residual.grad, kept)
 
 
+@pytest.mark.parametrize("axes", [(8,), (2, 4)])
+def test_second_backward_adds_to_each_gradient_once(axes, kind, backend, device):
+    """Nor must it where the axes to normalise are made one, so that the gradients are views."""
+    x, residual = (draw(3, *axes, seed=i, device=device).requires_grad_() for i in (1, 2))
+    expected = torch.zeros_like(x)
+    for _ in range(4):  # by the long way and by the short one
+        output = norm(kind, x, residual, normalized_shape=axes, backend=backend)
+        (found,) = torch.autograd.grad(output.square().sum(), x, retain_graph=True)
+        output.square().sum().backward()
+        expected += found
+    for leaf in (x, residual):
+        assert leaf.grad is not None
+        assert torch.equal(leaf.grad, expected)
+
+
 def test_one_tensor_as_both_x_and_residual(kind, backend, device):
     x = draw(5, 40, seed=1, device=device).requires_grad_()
     output = norm(kind, x, x, eps=1e-5, backend=backend)

@@ -117,7 +117,12 @@ def make_call(
                 raise ValueError(message) from error
     if axes > 1:
         x = x.flatten(-axes)
-        residual = None if residual is None else residual.flatten(-axes)
+        if residual is not None:
+            residual = residual.flatten(-axes)
+            if torch.is_grad_enabled() and x.requires_grad and residual.requires_grad:
+                # The two have one gradient, and behind two views it would become the ``grad`` of two leaves in one
+                # memory, so that a second backward would add to both through each. Behind this it is copied.
+                residual = residual.neg().neg()
         weight, bias, x_bias = (None if t is None else t.flatten() for t in (weight, bias, x_bias))
     if not isinstance(dropout_p, (int, float)) or isinstance(dropout_p, bool):
         dropout_p = _number("dropout_p", dropout_p)

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn_kernels.attention.backward import launch_careful_bwd, launch_dkdv
+from fastattn_kernels.attention.backward import launch_careful_bwd
+from fastattn_kernels.attention.backward_dkdv import launch_dkdv
 from fastattn_kernels.attention.config import one_pass_config
 from fastattn_kernels.common.arguments import Heads, strided
 from fastattn_kernels.common.config import Config, head_block

@@ -40,6 +40,7 @@ from fastattn_kernels.common.recording import (
     View,
     tuple_like,
 )
+from fastattn_kernels.common.workspaces import pooled
 
 MOST_PLANS = 1024  # of one function; beyond, the oldest is forgotten
 _ALIGNMENT = 16  # bytes: Triton compiles another kernel for addresses that are no multiples of it
@@ -126,8 +127,12 @@ class _Writer:
     def __init__(self, recording: Recording, inputs: int, results: Any, direct: bool) -> None:
         self.recording, self.inputs, self.results, self.direct = recording, inputs, results, direct
         self.by_address = direct and HAND_OVER_ADDRESSES
+        self.steps, self.views = recording.steps, recording.views
+        if self.by_address:
+            self.steps, self.views = pooled(recording, results)
         self.names: dict[str, Any] = {
             "At": _At, "empty": torch.empty, "empty_strided": torch.empty_strided, "empty_like": torch.empty_like,
+            "run": None, "stream": None, "stream_of": None,  # the function's own
         }  # fmt: skip
         self.needed: set[int] = set()
         self.last_used: list[int] = []  # the tensors that no line behind the one that is being written needs
@@ -167,7 +172,7 @@ class _Writer:
 
     def address(self, number: int) -> str:
         """The address of a tensor as text: that of the tensor in whose memory it lies, plus an offset."""
-        base, offset = self.recording.views.get(number, View(number, 0))
+        base, offset = self.views.get(number, View(number, 0))
         return f"{self.tensor(base)}.data_ptr()" + (f" + {offset}" if offset else "")
 
     def descriptor(self, value: Descriptor) -> str:
@@ -177,7 +182,7 @@ class _Writer:
                 functools.partial(_with_base, value[1:]) if self.direct else functools.partial(_descriptor_like, value)
             )
             return f"{self.name(make)}({self.expression(value.base)})"
-        base, offset = self.recording.views.get(value.base.number, View(value.base.number, 0))
+        base, offset = self.views.get(value.base.number, View(value.base.number, 0))
         pointer = f"At({self.address(value.base.number)})" if offset else self.tensor(base)
         return f"{self.name(functools.partial(_with_base, value[1:]))}({pointer})"
 
@@ -216,13 +221,13 @@ class _Writer:
         """The plan."""
         returned = self.expression(self.results)
         lines = []  # from the last to the first
-        for step in reversed(self.recording.steps):
+        for step in reversed(self.steps):
             self.last_used = []
             if line := self.step(step):
                 done = [f"t{number}" for number in self.last_used if number >= self.inputs]
                 lines += [f"del {', '.join(done)}", line] if done else [line]
         lines.reverse()
-        devices = {step.device for step in self.recording.steps if isinstance(step, Launched)}
+        devices = {step.device for step in self.steps if isinstance(step, Launched)}
         if self.direct and devices:
             (device,) = devices
             driver: Any = triton.runtime.driver.active

@@ -7,6 +7,7 @@ its steps, of which ``plans`` writes a function that repeats them with other ten
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -67,22 +68,20 @@ class Launched(NamedTuple):
 class Recording(TorchDispatchMode):
     """Records what is done to tensors while it is the current mode of this thread.
 
-    Until it is over, the recorded call keeps all that it has allocated, workspaces included, which plans free behind
-    their last use.
-
     Attributes:
         steps: what was done, in order.
         inputs: the tensors of the call that is recorded.
         flaw: why the call cannot be repeated with other tensors; None where it can.
         views: the tensors that lie in the memory of others, by number.
+        numbers: how many tensors have one.
     """
 
     def __init__(self, inputs: Iterable[Tensor]) -> None:
         super().__init__()
         self.steps: list[Made | Called | Launched] = []
         self.flaw: str | None = None
-        self._alive: list[Tensor] = []  # so that none has the id of another
-        self._made = 0
+        self._watched: list[weakref.ref[Tensor]] = []  # tells of the end of tensors, whose ids others get
+        self.numbers = 0
         self._numbers: dict[int, int] = {}
         self.views: dict[int, View] = {}
         self.inputs = tuple(inputs)
@@ -90,10 +89,14 @@ class Recording(TorchDispatchMode):
             self._add(tensor)
 
     def _add(self, tensor: Tensor) -> int:
-        number, self._made = self._made, self._made + 1
-        self._alive.append(tensor)
-        self._numbers[id(tensor)] = number
+        number, self.numbers = self.numbers, self.numbers + 1
+        self._name(tensor, number)
         return number
+
+    def _name(self, tensor: Tensor, number: int) -> None:
+        name = id(tensor)
+        self._numbers[name] = number
+        self._watched.append(weakref.ref(tensor, lambda _: self._numbers.pop(name, None)))
 
     def slots(self, value: Any) -> Any:
         """``value`` with slots in the place of tensors."""
@@ -122,8 +125,7 @@ class Recording(TorchDispatchMode):
             return result
         before = [self._numbers.get(id(each)) for each in results]
         if func is torch.ops.aten.detach.default and (number := self._numbers.get(id(args[0]))) is not None:
-            self._alive.append(result)  # another object for the same tensor, as torch.empty makes one
-            self._numbers[id(result)] = number
+            self._name(result, number)  # another object for the same tensor, as torch.empty makes one
             return result
         arguments, keywords = self.slots(args), {name: self.slots(value) for name, value in kwargs.items()}
         numbers = tuple(self._add(each) if number is None else number for each, number in zip(results, before))
