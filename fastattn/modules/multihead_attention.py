@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Hashable
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,16 +14,30 @@ from torch.nn import Parameter
 from torch.overrides import has_torch_function
 
 from fastattn.modules._common import check_backend, plain_twin
+from fastattn.modules._mha_arguments import TENSORS, Arguments, arguments_of
+from fastattn.modules._mha_compute import Inputs, Words, attend, is_taken_as_causal
 from fastattn.modules._mha_inference import attend as attend_in_inference
 from fastattn.modules._mha_masks import Masks, Scores, check_dimensions, check_types, make_masks
 from fastattn.modules._tracing import leaf_node
+from fastattn.ops.attention import on_triton
 from fastattn.ops.attention.api import run
 from fastattn.ops.attention.contract import AttentionCall
+from fastattn.ops.common import backends
 from fastattn.ops.common.backends import Backend
 from fastattn.ops.common.checks import check_dense, is_autocast_enabled
+from fastattn.ops.common.short_way import ShortWay
 from fastattn.ops.common.tracing import is_symbolically_traced
 
 _NO_MASKS = Masks()
+
+
+def _kernels_side() -> ModuleType:
+    from fastattn.modules import _mha_kernels  # imports triton
+
+    return _mha_kernels
+
+
+_CALLS = ShortWay(_kernels_side, Arguments)  # in inference
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -136,11 +151,22 @@ class MultiheadAttention(nn.MultiheadAttention):
         given = (query, key, value, key_padding_mask, attn_mask)
         if has_torch_function(given) and is_symbolically_traced(*given):
             return self._recorded(*given[:4], need_weights, attn_mask, average_attn_weights, is_causal)
+        signature = None
+        if not self.training and query.device.type in backends.DEVICES and not torch.is_grad_enabled():
+            flags = need_weights, average_attn_weights, is_causal
+            arguments = arguments_of(self, self.backend, *given, *flags)
+            if arguments is not None and not is_autocast_enabled(query.device):
+                values = arguments[:TENSORS]
+                signature = _CALLS.key(values, arguments[TENSORS:])
+                if signature is not None and (entry := _CALLS.find(signature, arguments)) is not None:
+                    found = entry(values)
+                    return found if need_weights else (found, None)
         batched = query.dim() == 3
         # Each read once: nn.Module takes its time to find a parameter.
         in_weight, in_bias, out_proj = self.in_proj_weight, self.in_proj_bias, self.out_proj
         out_weight, out_bias = getattr(out_proj, "weight", None), getattr(out_proj, "bias", None)
-        tensors = (query, key, value, in_weight, in_bias, self.bias_k, self.bias_v, out_weight, out_bias)
+        bias_k, bias_v = self.bias_k, self.bias_v
+        tensors = (query, key, value, in_weight, in_bias, bias_k, bias_v, out_weight, out_bias)
         if query.is_nested or key.is_nested or value.is_nested or _is_overridden(tensors):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -155,55 +181,40 @@ class MultiheadAttention(nn.MultiheadAttention):
                     "You may use the Transformer module method "
                     "`generate_square_subsequent_mask` to create this mask."
                 )
-            is_causal = key_padding_mask is None and not need_weights
-            if is_causal:
-                attn_mask = None
-        appends = self.bias_k is not None or self.bias_v is not None or self.add_zero_attn
+            is_causal = is_taken_as_causal(key_padding_mask, need_weights)
+        appends = bias_k is not None or bias_v is not None or self.add_zero_attn
         if not (self.training or is_causal or appends) and batched and query is key and key is value:
             result = self._infer(query, key_padding_mask, need_weights, attn_mask, average_attn_weights)
             if result is not None:
                 return result
 
+        inputs = Inputs(
+            query,
+            key,
+            value,
+            key_padding_mask,
+            attn_mask,
+            in_weight,
+            None if self._qkv_same_embed_dim else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight),
+            in_bias,
+            bias_k,
+            bias_v,
+        )
+        words = Words(
+            self.embed_dim,
+            self.num_heads,
+            self.batch_first,
+            self.add_zero_attn,
+            is_causal,
+            self._dropout_p(need_weights) if self.training else 0.0,
+            ("average" if average_attn_weights else "heads") if need_weights else "none",
+        )
         try:
-            q, k, v = self._heads(query, key, value, in_weight, in_bias, batched)
+            merged, weights = attend(inputs, words, functools.partial(self._run, signature))
         except RuntimeError:  # NotImplementedError is one
             for name, tensor in (("query", query), ("key", key), ("value", value)):
                 check_dense(name, tensor)
             raise
-        batch, heads, length, _ = q.shape
-        keys = k.shape[2]
-        if appends:
-            k, v = self._append_keys(k, v)
-        masks = _NO_MASKS
-        if attn_mask is not None or key_padding_mask is not None:
-            scores = Scores(batch, heads, length, keys, k.shape[2] - keys, batched)
-            masks = make_masks(key_padding_mask, attn_mask, scores)
-            if masks.bias is not None and masks.bias.dtype not in (q.dtype, query.dtype, torch.float32):
-                raise RuntimeError(
-                    f"a floating mask is {masks.bias.dtype}: expected {query.dtype} (as the query) or torch.float32"
-                )
-
-        call = AttentionCall(
-            q,
-            k,
-            v,
-            bias=masks.bias,
-            mask=masks.mask,
-            key_padding_mask=masks.key_padding_mask,
-            upper=0 if is_causal else None,
-            scale=1.0 / math.sqrt(self.embed_dim // self.num_heads),
-            dropout_p=self._dropout_p(need_weights) if self.training else 0.0,
-            weights=("average" if average_attn_weights else "heads") if need_weights else "none",
-        )
-        attended, weights, _ = run(call, self.backend)
-
-        if self.batch_first and batched:
-            merged = attended.transpose(1, 2).reshape(batch, length, self.embed_dim)
-        elif batched:
-            merged = attended.permute(2, 0, 1, 3).reshape(length, batch, self.embed_dim)
-        else:
-            merged = attended.transpose(1, 2).reshape(length, self.embed_dim)
-            weights = None if weights is None else weights[0]
         if isinstance(out_weight, Tensor):  # no call of the module, as in torch: its hooks see nothing
             return F.linear(merged, out_weight, out_bias), weights
         return out_proj(merged), weights  # quantised, or another module in its place, that torch cannot use
@@ -263,56 +274,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             masks = make_masks(key_padding_mask, attn_mask, Scores(batch, self.num_heads, length, length, 0, True))
         return attend_in_inference(self, self.backend, x, masks, need_weights, average_attn_weights)
 
-    def _heads(
-        self, query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None, bias: Tensor | None, batched: bool
-    ) -> Sequence[Tensor]:
-        """The three projections as ``[N, H, length, D]`` views, by as few products as the inputs' identities allow."""
-        embed_dim, heads = query.shape[-1], self.num_heads
-        if embed_dim != self.embed_dim:
-            raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {embed_dim}")
-        if embed_dim % heads:
-            raise AssertionError(f"embed_dim {embed_dim} not divisible by num_heads {heads}")
-        sequence_first = batched and not self.batch_first
-        batch = (query.shape[1] if sequence_first else query.shape[0]) if batched else 1
-        layout = _Layout(sequence_first, batch, heads, embed_dim // heads)
-        if self._qkv_same_embed_dim:
-            assert weight is not None
-            if key is value and query is key:
-                return _split_heads(F.linear(query, weight, bias), 3, layout)
-            if key is value:
-                sizes = (embed_dim, 2 * embed_dim)
-                w_q, w_kv = weight.split(sizes)
-                b_q, b_kv = (None, None) if bias is None else bias.split(sizes)
-                q, kv = F.linear(query, w_q, b_q), F.linear(key, w_kv, b_kv)
-                return *_split_heads(q, 1, layout), *_split_heads(kv, 2, layout)
-            if key.shape != value.shape:
-                shapes = [_sequence_first_shape(t, layout) for t in (key, value)]
-                raise AssertionError(f"key shape {shapes[0]} does not match value shape {shapes[1]}")
-            weights = weight.chunk(3)
-        else:
-            weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
-            _check_separate(key, value, embed_dim, weights, layout)
-        biases = (None, None, None) if bias is None else bias.chunk(3)
-        projections = [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases)]
-        return [_split_heads(p, 1, layout)[0] for p in projections]
-
-    def _append_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values with those of ``add_bias_kv`` and ``add_zero_attn`` behind them."""
-        if (self.bias_k is None) != (self.bias_v is None):
-            names = ("bias_v", "bias_k") if self.bias_k is None else ("bias_k", "bias_v")
-            raise AssertionError(f"{names[0]} is set but {names[1]} is None")
-        batch, heads, _, head_dim = k.shape
-        appended = []
-        for tensor, bias in ((k, self.bias_k), (v, self.bias_v)):
-            parts = [tensor]
-            if bias is not None:
-                # Autocast would let the concatenation promote to the parameter's dtype.
-                bias = bias.to(tensor.dtype) if is_autocast_enabled(tensor.device) else bias
-                parts.append(bias.view(1, heads, 1, head_dim).expand(batch, -1, -1, -1))
-            if self.add_zero_attn:
-                parts.append(tensor.new_zeros(batch, heads, 1, head_dim))
-            appended.append(torch.cat(parts, dim=2))
-        return appended[0], appended[1]
+    def _run(self, signature: Hashable | None, call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Attention; where the kernels have run it, the next call of this signature takes the short way."""
+        results = run(call, self.backend)
+        if signature is not None and backends.choose(call, self.backend, on_triton.refusals) == "triton":
+            _CALLS.remember(signature)
+        return results
 
     def _dropout_p(self, need_weights: bool) -> float:
         """The training probability, or torch's errors for what is none: they differ with ``need_weights``."""
@@ -327,49 +294,6 @@ class MultiheadAttention(nn.MultiheadAttention):
     def __prepare_scriptable__(self) -> nn.MultiheadAttention:
         """What ``torch.jit.script`` compiles in this module's place."""
         return plain_twin(self, nn.MultiheadAttention, "backend")
-
-
-class _Layout(NamedTuple):
-    """How inputs lie, and how their features divide into heads."""
-
-    sequence_first: bool  # [length, N, E] instead of [N, length, E] or [length, E]
-    batch: int
-    heads: int
-    head_dim: int
-
-
-def _split_heads(projected: Tensor, parts: int, layout: _Layout) -> Sequence[Tensor]:
-    """The ``parts`` projections that lie side by side, each as a ``[N, H, length, D]`` view."""
-    sequence_first, batch, heads, head_dim = layout
-    # The batch is the query's: with any other this view is a RuntimeError, as in torch.
-    if sequence_first:
-        sides, order = projected.view(projected.shape[0], batch, parts, heads, head_dim), (1, 2, 0, 3)
-    else:
-        sides, order = projected.view(batch, projected.shape[-2], parts, heads, head_dim), (0, 2, 1, 3)
-    if torch.is_grad_enabled() or torch.jit.is_tracing():  # which traces once more without gradients, and compares
-        # Taken apart first, because their gradients then stack straight into the order of the projection.
-        return [side.permute(order) for side in sides.unbind(2)]
-    return sides.permute((1, 3, 2, 0, 4) if sequence_first else (0, 3, 2, 1, 4)).unbind(2)
-
-
-def _check_separate(
-    key: Tensor, value: Tensor, embed_dim: int, weights: tuple[Tensor, Tensor, Tensor], layout: _Layout
-) -> None:
-    """Raise AssertionError unless keys and values fit one another and the three weights."""
-    if key.shape[:-1] != value.shape[:-1]:
-        shapes = [_sequence_first_shape(t, layout)[:2] for t in (key, value)]
-        raise AssertionError(f"key's sequence and batch dims {shapes[0]} do not match value's {shapes[1]}")
-    widths = embed_dim, key.shape[-1], value.shape[-1]
-    for name, weight, width in zip(("query", "key", "value"), weights, widths):
-        if weight.shape != (embed_dim, width):
-            raise AssertionError(f"expecting {name} weights shape of {(embed_dim, width)}, but got {weight.shape}")
-
-
-def _sequence_first_shape(tensor: Tensor, layout: _Layout) -> torch.Size:
-    """The shape as torch's messages show it: ``[length, N, features]``."""
-    if tensor.dim() == 2:
-        return tensor.unsqueeze(1).shape
-    return tensor.shape if layout.sequence_first else tensor.transpose(0, 1).shape
 
 
 def _is_overridden(tensors: tuple[Tensor | None, ...]) -> bool:
