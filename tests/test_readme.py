@@ -112,6 +112,21 @@ ADDITIVE: dict[str, list[dict[str, Any]]] = {
     "per-sample gradients of additive attention": [{"order": "vmap"}],
 }
 
+# The same of packed sequences: the dtype, and arguments of attention_varlen.
+PACKED: dict[str, list[dict[str, Any]]] = {
+    "packed sequences of unequal length, empty ones too": [
+        {"dtype": d} for d in (torch.float16, torch.bfloat16, torch.float32)
+    ],
+    "causality in both alignments, windows, prefixes, ALiBi, biases by position, keys in use for each sequence": [
+        {"is_causal": True, "causal_alignment": "bottom_right", "prefix": 1},
+        {"window": (2, 1), "alibi_slopes": torch.ones(2)},
+        {"attn_mask": torch.zeros(4, 4), "seqused_k": torch.tensor([2, 0, 3], dtype=torch.int32)},
+    ],
+    "every derivative of packed sequences, the LSE's too": [
+        {"order": order, "return_lse": True} for order in (2, "jvp", "twice")
+    ],
+}
+
 
 def matrix() -> dict[str, dict[str, str]]:
     assert "| feature | triton | torch |" in README
@@ -120,7 +135,7 @@ def matrix() -> dict[str, dict[str, str]]:
 
 
 def test_readme_matrix_rows_are_the_ones_checked():
-    assert list(matrix()) == [*CALLS, *NORMS, *ADDITIVE]
+    assert list(matrix()) == [*CALLS, *NORMS, *ADDITIVE, *PACKED]
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -205,6 +220,29 @@ def test_readme_matrix_cell_of_additive_attention_is_true(feature, backend, devi
                 attend(*leaves)
         else:
             found = differentiated(attend, leaves, [arguments.get("attn_mask")], order)
+            assert all(tensor.isfinite().all() for tensor in found)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("feature", PACKED)
+def test_readme_matrix_cell_of_packed_sequences_is_true(feature, backend, device):
+    cu_seqlens = torch.tensor([0, 2, 2, 6], dtype=torch.int32, device=device)
+    for given in PACKED[feature]:
+        arguments: dict[str, Any] = {n: a.to(device) if isinstance(a, torch.Tensor) else a for n, a in given.items()}
+        make: Any = {"dtype": arguments.pop("dtype", torch.float32), "device": device, "requires_grad": True}
+        order = arguments.pop("order", 1)
+        leaves = tuple(torch.randn(6, 2, 8, **make) for _ in range(3))
+
+        def attend(*leaves: torch.Tensor, arguments: dict[str, Any] = arguments) -> tuple[torch.Tensor, ...]:
+            query, key, value = leaves
+            result: Any = fastattn.attention_varlen(query, key, value, cu_seqlens, backend=backend, **arguments)
+            return result if isinstance(result, tuple) else (result,)
+
+        if matrix()[feature][backend] == "no":
+            with pytest.raises(NotImplementedError, match=f"the {backend} backend refuses"):
+                attend(*leaves)
+        else:
+            found = differentiated(attend, leaves, [], order)
             assert all(tensor.isfinite().all() for tensor in found)
 
 

@@ -2,6 +2,7 @@
 
 from fastattn.ops.additive_attention.api import additive_attention
 from fastattn.ops.attention.api import attention, scaled_dot_product_attention
+from fastattn.ops.attention.varlen.api import attention_varlen
 from fastattn.ops.common.backends import Explanation, use_backend, use_kernels
 from fastattn.ops.explain import explain
 from fastattn.ops.residual_norm.api import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -12,6 +13,7 @@ __all__ = [
     "add_rms_norm",
     "additive_attention",
     "attention",
+    "attention_varlen",
     "explain",
     "layer_norm",
     "rms_norm",

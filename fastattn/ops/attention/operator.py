@@ -53,8 +53,8 @@ def _blocked(inputs: Inputs, options: Options) -> Blocked:
     weights: dict[str, Axes] = {"none": (None,), "average": ("batch", "rows", "keys"), "heads": SCORES}
 
     def each() -> Iterator[tuple[Block, Formula]]:
-        for block, own, rules in _each_block(inputs, options):
-            yield block, _formula(own, rules)
+        for block, own, rules in each_block(inputs, options):
+            yield block, formula(own, rules)
 
     return Blocked(
         primals=ATTENTION.differentiable(inputs),
@@ -70,7 +70,7 @@ def _blocked(inputs: Inputs, options: Options) -> Blocked:
     )
 
 
-def _formula(inputs: Inputs, options: Options) -> Formula:
+def formula(inputs: Inputs, options: Options) -> Formula:
     """What ``attention_forward`` computes of the differentiable inputs; the dropout state is the kept weights."""
     compute = torch.promote_types(inputs.query.dtype, torch.float32)
 
@@ -112,7 +112,7 @@ def _formula(inputs: Inputs, options: Options) -> Formula:
     return function
 
 
-def _each_block(inputs: Inputs, options: Options) -> Iterator[tuple[Block, Inputs, Options]]:
+def each_block(inputs: Inputs, options: Options) -> Iterator[tuple[Block, Inputs, Options]]:
     """Every block, and the call that it is by itself."""
     if inputs.dropout_state is not None:
         keep = implementation(options.backend).dropout_keep(inputs, options)

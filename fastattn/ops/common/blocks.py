@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,14 @@ Axes = tuple[str | None, ...]
 SCORES: Axes = ("batch", None, "rows", "keys")
 OF_ROWS: Axes = ("batch", None, "rows")
 OF_KEYS: Axes = ("batch", None, "keys")
+
+
+class Part(Protocol):
+    """A part of a call that is a call by itself."""
+
+    def of(self, tensor: Tensor, axes: Axes) -> Tensor:
+        """This part of a tensor, as a view."""
+        ...
 
 
 class Block(NamedTuple):

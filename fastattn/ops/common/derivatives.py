@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.ops.common.blocks import Axes, Block, statistics_dtype
+from fastattn.ops.common.blocks import Axes, Part, statistics_dtype
 
 Tensors = Sequence[Tensor | None]
 # The results of a block, as a differentiable function of its share of the primals.
@@ -67,13 +67,13 @@ class Blocked(NamedTuple):
     result_shapes: Sequence[Sequence[int]]
     result_dtypes: Sequence[torch.dtype]
     result_axes: Sequence[Axes]
-    blocks: Callable[[], Iterator[tuple[Block, Formula]]]  # every block that adds anything
+    blocks: Callable[[], Iterator[tuple[Part, Formula]]]  # every block that adds anything
 
 
 def forward_jvp(blocked: Blocked, tangents: Tensors) -> list[Tensor]:
     """The tangents of the results, given those of the inputs (None: zero)."""
 
-    def pieces() -> Iterator[tuple[Block, Sequence[Tensor]]]:
+    def pieces() -> Iterator[tuple[Part, Sequence[Tensor]]]:
         for block, formula in blocked.blocks():
             primals, directions = (_cut(block, tensors, blocked.axes) for tensors in (blocked.primals, tangents))
             yield block, pushed_forward(formula, primals, directions)
@@ -88,7 +88,7 @@ def backward_jvp(blocked: Blocked, gradients: Tensors, tangents: Tensors) -> lis
     arguments, axes = (*gradients, *blocked.primals), (*blocked.result_axes, *blocked.axes)
     present = [t is not None for t in blocked.primals]
 
-    def pieces() -> Iterator[tuple[Block, Sequence[Tensor]]]:
+    def pieces() -> Iterator[tuple[Part, Sequence[Tensor]]]:
         for block, formula in blocked.blocks():
             function = _first_order(formula, len(gradients), present)
             yield block, pushed_forward(function, _cut(block, arguments, axes), _cut(block, tangents, axes))
@@ -105,7 +105,7 @@ def backward_vjp(
     wanted = [w and t is not None for w, t in zip(wanted, arguments)]
     computed = [t is not None for t in cotangents]
 
-    def pieces() -> Iterator[tuple[Block, Sequence[Tensor]]]:
+    def pieces() -> Iterator[tuple[Part, Sequence[Tensor]]]:
         for block, formula in blocked.blocks():
             first_order = _first_order(formula, len(gradients), computed)
             function, primals = restricted(wanted, first_order, _cut(block, arguments, axes))
@@ -128,7 +128,7 @@ def _first_order(formula: Formula, results: int, computed: Sequence[bool]) -> Ca
     return function
 
 
-def _cut(block: Block, tensors: Tensors, axes: Sequence[Axes]) -> list[Tensor | None]:
+def _cut(block: Part, tensors: Tensors, axes: Sequence[Axes]) -> list[Tensor | None]:
     return [None if t is None else block.of(t, a) for t, a in zip(tensors, axes)]
 
 
@@ -143,7 +143,7 @@ def _by_position(
 
 
 def _assembled(
-    pieces: Iterator[tuple[Block, Sequence[Tensor]]],
+    pieces: Iterator[tuple[Part, Sequence[Tensor]]],
     blocked: Blocked,
     shapes: Sequence[Sequence[int]],
     axes: Sequence[Axes],

@@ -55,7 +55,8 @@ class RowOperator:
         empty_results: of ``(inputs, options)``: the results, to be written.
         empty_gradients: of ``(inputs, needs)``: the input gradients, to be written.
         blocked: the differentiable results as a formula, of ``(inputs, options)``.
-        forward_flops: how many operations a forward takes, of ``(inputs, options)`` with shapes for tensors.
+        forward_flops: how many operations a forward takes, of ``(inputs, options)`` with shapes for tensors; None: no
+            counter counts them.
         backward_flops: the same of a backward.
     """
 
@@ -73,8 +74,8 @@ class RowOperator:
     empty_results: Callable[[Any, Any], Any]
     empty_gradients: Callable[[Any, Any], Any]
     blocked: Callable[[Any, Any], Blocked]
-    forward_flops: Callable[[Any, Any], int]
-    backward_flops: Callable[[Any, Any], int]
+    forward_flops: Callable[[Any, Any], int] | None
+    backward_flops: Callable[[Any, Any], int] | None
     forward: Operator = dataclasses.field(init=False)
     backward: Operator = dataclasses.field(init=False)
 
@@ -87,13 +88,14 @@ class RowOperator:
             fake=self.empty_results,
             flops=self.forward_flops,
         )
+        count = self.backward_flops
         self.backward = Operator(
             f"{self.name}_backward",
             BackwardArguments(self.output_gradients, self.kept, self.needs, self.inputs, self.options),
             self.input_gradients,
             run=self._run_backward,
             fake=lambda gradients, kept, needs, inputs, options: self.empty_gradients(inputs, needs),
-            flops=lambda gradients, kept, needs, inputs, options: self.backward_flops(inputs, options),
+            flops=None if count is None else lambda gradients, kept, needs, inputs, options: count(inputs, options),
         )
         names = [field.removeprefix("d_") for field in self.input_gradients._fields]
         self._differentiable = len(names)
