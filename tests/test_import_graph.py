@@ -98,8 +98,15 @@ def test_family_of_operators_imports_no_other(family):
 
 def test_every_family_of_operators_is_known():
     """A new family is to be listed above."""
-    folders = {path.name for path in (ROOT / "fastattn" / "ops").iterdir() if (path / "__init__.py").is_file()}
+    folders = {path.parent.name for path in (ROOT / "fastattn" / "ops").glob("*/*.py")}
     assert folders == {*FAMILIES, "common"}
+
+
+@pytest.mark.parametrize("package", ["fastattn", "kernels/fastattn_kernels"])
+def test_every_folder_of_modules_is_a_package(package):
+    """Without an ``__init__.py`` a folder can be imported here, but setuptools leaves it out of a wheel."""
+    folders = {path.parent for path in (ROOT / package).rglob("*.py")}
+    assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []
 
 
 @pytest.mark.parametrize("floor", FLOORS)

@@ -1,5 +1,6 @@
 """The scaffold of operators, by a small one: products of queries and keys that mix values, without a softmax."""
 
+import dataclasses
 import functools
 import types
 from typing import Any, NamedTuple
@@ -191,6 +192,58 @@ def test_two_arguments_of_one_name_are_refused():
     with pytest.raises(ValueError, match="arguments of one name: query, key, value, bias, query"):
         Operator("never", ForwardArguments(Inputs, Again), Results, run=forward, fake=empty_results)
     assert not hasattr(torch.ops.fastattn, "never")
+
+
+def test_an_annotation_that_no_schema_knows_is_refused():
+    class Several(NamedTuple):
+        scales: list
+
+    with pytest.raises(ValueError, match="never: scales is annotated list: expected one of Tensor, "):
+        Operator("never", ForwardArguments(Inputs, Several), Results, run=forward, fake=empty_results)
+    assert not hasattr(torch.ops.fastattn, "never")
+
+
+def group(*names: str) -> Any:
+    """A NamedTuple type of tensors."""
+    return NamedTuple("group", [(name, Tensor) for name in names])  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"input_gradients": group("d_key", "d_query", "d_value")}, "expected d_query, d_key, d_value, the gradients"),
+        ({"needs": group("needs_d_biass")}, "input_gradients has no d_biass: it has d_query"),
+        ({"output_gradients": group("d_output", "d_score")}, "results has no score: it has output, scores"),
+        ({"output_gradients": group("d_scores", "d_output")}, "output_gradients does not begin with d_output"),
+        ({"kept": group("output", "score")}, "results has no score: it has output, scores"),
+        ({"kept": group("scores")}, "kept has no output: it has scores"),
+        ({"options": group("scale", "engine")}, "options has no backend: it has scale, engine"),
+    ],
+    ids=["order", "needs", "output_gradients", "d_output", "kept", "output", "backend"],
+)
+def test_names_that_connect_nothing_are_refused(changed, message):
+    """Some would fail only in a backward, by an error that names no group."""
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(OPERATOR, name="never", **changed)
+    assert not hasattr(torch.ops.fastattn, "never_forward")
+
+
+def test_operator_of_one_result():
+    """torch wants the result itself of such an operator, and no tuple of one."""
+
+    class Doubled(NamedTuple):
+        output: Tensor
+
+    def doubled(inputs, options):
+        return Doubled(inputs.query * 2)
+
+    def empty(inputs, options):
+        return Doubled(torch.empty_like(inputs.query))
+
+    operator = Operator("test_of_one_result", ForwardArguments(Inputs, Options), Doubled, run=doubled, fake=empty)
+    arguments = (*(t.detach() for t in leaves()), 0.5, False, "torch")
+    assert_all_close(operator(*arguments), (arguments[0] * 2,))
+    torch.library.opcheck(torch.ops.fastattn.test_of_one_result.default, arguments)
 
 
 @pytest.mark.parametrize(("has_bias", "needs_scores"), CASES)

@@ -51,6 +51,11 @@ def take(values: Iterable[Any], *kinds: Any) -> list[Any]:
     return [kind(*itertools.islice(rest, len(kind._fields))) for kind in kinds]
 
 
+def _spelled(hint: Any) -> str:
+    """An annotation as it stands in a source."""
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("torch.Tensor", "Tensor")
+
+
 class Operator:
     """``torch.ops.fastattn.<name>``: schema, implementation, fake implementation and count of operations.
 
@@ -64,7 +69,7 @@ class Operator:
             None: no counter counts it.
 
     Raises:
-        ValueError: two arguments have one name.
+        ValueError: two arguments have one name, or an annotation is none that a schema knows.
     """
 
     def __init__(
@@ -82,10 +87,15 @@ class Operator:
         names = [argument for argument, _ in arguments]
         if len(set(names)) != len(names):
             raise ValueError(f"the operator {name} has arguments of one name: {', '.join(names)}")
+        for argument, hint in arguments:
+            if hint not in _SCHEMA_TYPES:
+                accepted = ", ".join(map(_spelled, _SCHEMA_TYPES))
+                raise ValueError(f"{name}: {argument} is annotated {_spelled(hint)}: expected one of {accepted}")
         schema = ", ".join(f"{_SCHEMA_TYPES[hint]} {argument}" for argument, hint in arguments)
         torch.library.define(f"fastattn::{name}", f"({schema}) -> ({', '.join(['Tensor'] * len(results._fields))})")
-        torch.library.impl(f"fastattn::{name}", _DEVICES)(lambda *values: tuple(run(*self.split(values))))
-        torch.library.register_fake(f"fastattn::{name}")(lambda *values: tuple(fake(*self.split(values))))
+        self._returns_one = len(results._fields) == 1
+        torch.library.impl(f"fastattn::{name}", _DEVICES)(lambda *values: self._returned(run, values))
+        torch.library.register_fake(f"fastattn::{name}")(lambda *values: self._returned(fake, values))
         packet = getattr(torch.ops.fastattn, name)
         if flops is not None:
             add_formula(packet, lambda *shapes, **_: flops(*self.split(shapes)))
@@ -94,7 +104,13 @@ class Operator:
     def __call__(self, *values: Any) -> tuple[Tensor, ...]:
         """The results, of the arguments one after the other."""
         make_countable()
-        return self._overload(*values)
+        found = self._overload(*values)
+        return (found,) if self._returns_one else found
+
+    def _returned(self, function: Callable[..., Sequence[Tensor]], values: Iterable[Any]) -> Any:
+        """What a function of the groups gives, in torch's form: a single result is a tensor and not a tuple of one."""
+        found = tuple(function(*self.split(values)))
+        return found[0] if self._returns_one else found
 
     def split(self, values: Iterable[Any]) -> Any:
         """What has one entry for each argument, as a NamedTuple of the groups."""

@@ -25,6 +25,10 @@ from fastattn.ops.common.derivatives import Blocked
 from fastattn.ops.common.operator import ForwardArguments, Operator, OperatorFunction, looped, take
 
 
+def _without(prefix: str, names: Sequence[str]) -> list[str]:
+    return [name.removeprefix(prefix) for name in names]
+
+
 class BackwardArguments(NamedTuple):
     """The groups of the backward operator's arguments."""
 
@@ -58,6 +62,9 @@ class RowOperator:
         forward_flops: how many operations a forward takes, of ``(inputs, options)`` with shapes for tensors; None: no
             counter counts them.
         backward_flops: the same of a backward.
+
+    Raises:
+        ValueError: names of the groups do not fit one another, or the operators' arguments are no schema.
     """
 
     name: str
@@ -80,6 +87,7 @@ class RowOperator:
     backward: Operator = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
+        self._check_names()
         self.forward = Operator(
             f"{self.name}_forward",
             ForwardArguments(self.inputs, self.options),
@@ -99,9 +107,32 @@ class RowOperator:
         )
         names = [field.removeprefix("d_") for field in self.input_gradients._fields]
         self._differentiable = len(names)
-        assert tuple(names) == self.inputs._fields[: len(names)], "the differentiable inputs come first"
         self.optional = [name for name in names if f"needs_d_{name}" in self.needs._fields]
         self._with_gradient = [field.removeprefix("d_") for field in self.output_gradients._fields]
+
+    def _check_names(self) -> None:
+        """Raise where a name connects nothing: left to itself it fails in a backward, by an error that names neither
+        the group nor the operator, or not at all."""
+        inputs, gradients = self.inputs._fields, self.input_gradients._fields
+        ahead = tuple(f"d_{name}" for name in inputs)[: len(gradients)]
+        if gradients != ahead:
+            raise ValueError(
+                f"{self.name}: input_gradients has the fields {', '.join(gradients)}: expected {', '.join(ahead)}, the "
+                "gradients of the inputs in their order, the differentiable ones first"
+            )
+        needs = [name for name in self.needs._fields if name.startswith("needs_d_")]
+        known = {
+            "inputs": (inputs, ("query",)),
+            "options": (self.options._fields, ("backend",)),
+            "kept": (self.kept._fields, ("output",)),
+            "output_gradients": (self.output_gradients._fields[:1], ("d_output",)),
+            "results": (self.results._fields, (*self.kept._fields, *_without("d_", self.output_gradients._fields))),
+            "input_gradients": (gradients, _without("needs_", needs)),
+        }
+        for group, (fields, wanted) in known.items():
+            if missing := [name for name in wanted if name not in fields]:
+                where = "does not begin with" if group == "output_gradients" else "has no"
+                raise ValueError(f"{self.name}: {group} {where} {', '.join(missing)}: it has {', '.join(fields)}")
 
     def _run_backward(self, gradients: Any, kept: Any, needs: Any, inputs: Any, options: Any) -> Any:
         return self.implementation(options.backend).backward(gradients, kept, needs, inputs, options)
