@@ -10,6 +10,8 @@ from fastattn.modules import (
     SelfAttention2d,
     TransformerDecoderLayer,
     TransformerEncoderLayer,
+    pack,
+    unpack,
 )
 from fastattn.ops import (
     Explanation,
@@ -47,8 +49,10 @@ __all__ = [
     "explain",
     "fuse",
     "layer_norm",
+    "pack",
     "rms_norm",
     "scaled_dot_product_attention",
+    "unpack",
     "use_backend",
     "use_kernels",
 ]

@@ -3,6 +3,7 @@
 from fastattn.modules.additive_attention import AdditiveAttention
 from fastattn.modules.multihead_attention import MultiheadAttention
 from fastattn.modules.norm import AddLayerNorm, AddRMSNorm
+from fastattn.modules.packing import pack, unpack
 from fastattn.modules.positional_encoding import LearnedPositionalEncoding
 from fastattn.modules.self_attention_2d import SelfAttention2d
 from fastattn.modules.transformer import TransformerDecoderLayer, TransformerEncoderLayer
@@ -16,4 +17,6 @@ __all__ = [
     "SelfAttention2d",
     "TransformerDecoderLayer",
     "TransformerEncoderLayer",
+    "pack",
+    "unpack",
 ]

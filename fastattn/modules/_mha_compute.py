@@ -62,7 +62,7 @@ def attend(inputs: Inputs, words: Words, run: Callable[[AttentionCall], Any]) ->
         run: computes attention: ``(output, weights or None, ...)`` of a call.
     """
     query, batched = inputs.query, inputs.query.dim() == 3
-    q, k, v = _heads(inputs, words, batched)
+    q, k, v = project(inputs, words, batched)
     batch, heads, length, _ = q.shape
     keys = k.shape[2]
     if words.add_zero_attn or inputs.bias_k is not None or inputs.bias_v is not None:
@@ -98,7 +98,7 @@ def attend(inputs: Inputs, words: Words, run: Callable[[AttentionCall], Any]) ->
     return merged, weights
 
 
-def _heads(inputs: Inputs, words: Words, batched: bool) -> Sequence[Tensor]:
+def project(inputs: Inputs, words: Words, batched: bool) -> Sequence[Tensor]:
     """The three projections as ``[N, H, length, D]`` views, by as few products as the inputs' identities allow."""
     query, key, value = inputs.query, inputs.key, inputs.value
     weight, bias = inputs.in_weight, inputs.in_bias

@@ -17,6 +17,7 @@ from fastattn.modules._common import check_backend, plain_twin
 from fastattn.modules._mha_arguments import TENSORS, Arguments, arguments_of
 from fastattn.modules._mha_compute import Inputs, Words, attend, is_taken_as_causal
 from fastattn.modules._mha_inference import attend as attend_in_inference
+from fastattn.modules._mha_jagged import attend_jagged
 from fastattn.modules._mha_masks import Masks, Scores, check_dimensions, check_types, make_masks
 from fastattn.modules._tracing import leaf_node
 from fastattn.ops.attention import on_triton
@@ -76,6 +77,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     * With ``need_weights=False``, double backward and forward-mode AD work on the Triton backend.
     * The output is contiguous, where torch's is a transposed view with ``batch_first=True`` in training. So a dropout
       layer behind it draws in another order; the dropout inside is torch's under one seed, on the torch backend.
+    * Jagged nested tensors ``[N, j, E]`` (``torch.nested``, :func:`fastattn.pack`) are taken without weights, with
+      masks by positions inside a sequence, and with ``is_causal=True`` without a mask; torch refuses them.
     * ``torch.jit.script`` cannot compile the kernels: it gets ``nn.MultiheadAttention`` with the same parameters, and a
       warning says so. Script a copy: TorchScript puts what it compiles into the model it is given.
     * As the root of what ``torch.fx`` traces, and where it has hooks, it is torch's function in that graph, and rows
@@ -167,6 +170,14 @@ class MultiheadAttention(nn.MultiheadAttention):
         out_weight, out_bias = getattr(out_proj, "weight", None), getattr(out_proj, "bias", None)
         bias_k, bias_v = self.bias_k, self.bias_v
         tensors = (query, key, value, in_weight, in_bias, bias_k, bias_v, out_weight, out_bias)
+        weights_words = need_weights, average_attn_weights
+        parameters = in_weight, in_bias, bias_k, bias_v
+        if query.layout is torch.jagged:
+            # without a mask too, unlike below: no mask is of the shape of all sequences
+            is_causal = is_causal and (attn_mask is None or key_padding_mask is None)
+            described = self._described(given, parameters, is_causal, *weights_words)
+            back = functools.partial(self._project_back, out_weight, out_bias)
+            return attend_jagged(*described, self.backend, back), None
         if query.is_nested or key.is_nested or value.is_nested or _is_overridden(tensors):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -188,19 +199,27 @@ class MultiheadAttention(nn.MultiheadAttention):
             if result is not None:
                 return result
 
-        inputs = Inputs(
-            query,
-            key,
-            value,
-            key_padding_mask,
-            attn_mask,
-            in_weight,
-            None if self._qkv_same_embed_dim else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight),
-            in_bias,
-            bias_k,
-            bias_v,
-        )
-        words = Words(
+        inputs, words = self._described(given, parameters, is_causal, *weights_words)
+        try:
+            merged, weights = attend(inputs, words, functools.partial(self._run, signature))
+        except RuntimeError:  # NotImplementedError is one
+            for name, tensor in (("query", query), ("key", key), ("value", value)):
+                check_dense(name, tensor)
+            raise
+        return self._project_back(out_weight, out_bias, merged), weights
+
+    def _described(
+        self,
+        given: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+        parameters: tuple[Tensor | None, ...],
+        is_causal: bool,
+        need_weights: bool,
+        average_attn_weights: bool,
+    ) -> tuple[Inputs, Words]:
+        """A call as a function of tensors and words."""
+        in_weight, in_bias, bias_k, bias_v = parameters
+        in_weights = None if self._qkv_same_embed_dim else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        return Inputs(*given, in_weight, in_weights, in_bias, bias_k, bias_v), Words(
             self.embed_dim,
             self.num_heads,
             self.batch_first,
@@ -209,15 +228,11 @@ class MultiheadAttention(nn.MultiheadAttention):
             self._dropout_p(need_weights) if self.training else 0.0,
             ("average" if average_attn_weights else "heads") if need_weights else "none",
         )
-        try:
-            merged, weights = attend(inputs, words, functools.partial(self._run, signature))
-        except RuntimeError:  # NotImplementedError is one
-            for name, tensor in (("query", query), ("key", key), ("value", value)):
-                check_dense(name, tensor)
-            raise
-        if isinstance(out_weight, Tensor):  # no call of the module, as in torch: its hooks see nothing
-            return F.linear(merged, out_weight, out_bias), weights
-        return out_proj(merged), weights  # quantised, or another module in its place, that torch cannot use
+
+    def _project_back(self, weight: Any, bias: Tensor | None, merged: Tensor) -> Tensor:
+        if isinstance(weight, Tensor):  # no call of the module, as in torch: its hooks see nothing
+            return F.linear(merged, weight, bias)
+        return self.out_proj(merged)  # quantised, or another module in its place, that torch cannot use
 
     def _recorded(
         self,

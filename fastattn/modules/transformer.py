@@ -15,8 +15,11 @@ from fastattn.modules._common import check_backend, plain_twin
 from fastattn.modules._tracing import leaf_node
 from fastattn.modules.multihead_attention import MultiheadAttention
 from fastattn.modules.norm import AddLayerNorm, AddRMSNorm
+from fastattn.ops.attention.jagged import nested_like, packed
 from fastattn.ops.common.backends import Backend
 from fastattn.ops.common.tracing import is_symbolically_traced
+
+_Masks = tuple[Tensor | None, Tensor | None, bool]
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -62,8 +65,9 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     * A norm gets ``(block output, residual=src)`` instead of the sum. Put a hook or another module in its place, or in
       that of the dropout in front, and it gets what it gets in torch; the operations are then separate.
 
-    Nested tensors go to torch's implementation, and so does a subclass, or a layer, with an ``_sa_block``,
-    ``_mha_block`` or ``_ff_block`` of its own, which it then calls.
+    Jagged nested tensors ``[N, j, E]`` (see :func:`fastattn.pack`) are taken in training and evaluation, whatever
+    ``batch_first`` says. Others go to torch's implementation, and so does a subclass, or a layer, with an
+    ``_sa_block``, ``_mha_block`` or ``_ff_block`` of its own, which it then calls.
     """
 
     def __init__(
@@ -121,17 +125,22 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             )
             if node is not None:
                 return node
-        if (not traced and src.is_nested) or _has_blocks_of_its_own(self, nn.TransformerEncoderLayer):
+        jagged = not traced and src.layout is torch.jagged
+        if (not traced and src.is_nested and not jagged) or _has_blocks_of_its_own(self, nn.TransformerEncoderLayer):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         src_mask, src_key_padding_mask = _checked_masks(src, src_mask, src_key_padding_mask)
         masks = (src_mask, src_key_padding_mask, is_causal)
-        x = src
+        if jagged:
+            return _of_packed_rows(self._encoded, src, masks)
+        return self._encoded(src, masks, _attend)
+
+    def _encoded(self, x: Tensor, masks: _Masks, attend: Callable[..., Tensor]) -> Tensor:
         if self.norm_first:
             normed = self.norm1(x)
-            attended = _attend(self.self_attn, normed, normed, *masks)
+            attended = attend(self.self_attn, normed, normed, *masks)
             normed, x = _add_norm(self.norm2, self.dropout1, attended, x, return_residual=True)
             return x + self.dropout2(_feed_forward(self, normed))
-        x = _add_norm(self.norm1, self.dropout1, _attend(self.self_attn, x, x, *masks), x)
+        x = _add_norm(self.norm1, self.dropout1, attend(self.self_attn, x, x, *masks), x)
         return _add_norm(self.norm2, self.dropout2, _feed_forward(self, x), x)
 
     def __prepare_scriptable__(self) -> nn.TransformerEncoderLayer:
@@ -238,16 +247,22 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             )  # fmt: skip
         masks = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
         memory_masks = (memory_mask, memory_key_padding_mask, memory_is_causal)
-        x = tgt
+        if tgt.layout is torch.jagged:
+            return _of_packed_rows(self._decoded, tgt, memory, masks, memory_masks)
+        return self._decoded(tgt, memory, masks, memory_masks, _attend)
+
+    def _decoded(
+        self, x: Tensor, memory: Tensor, masks: _Masks, memory_masks: _Masks, attend: Callable[..., Tensor]
+    ) -> Tensor:
         if self.norm_first:
             normed = self.norm1(x)
-            attended = _attend(self.self_attn, normed, normed, *masks)
+            attended = attend(self.self_attn, normed, normed, *masks)
             normed, x = _add_norm(self.norm2, self.dropout1, attended, x, return_residual=True)
-            attended = _attend(self.multihead_attn, normed, memory, *memory_masks)
+            attended = attend(self.multihead_attn, normed, memory, *memory_masks)
             normed, x = _add_norm(self.norm3, self.dropout2, attended, x, return_residual=True)
             return x + self.dropout3(_feed_forward(self, normed))
-        x = _add_norm(self.norm1, self.dropout1, _attend(self.self_attn, x, x, *masks), x)
-        x = _add_norm(self.norm2, self.dropout2, _attend(self.multihead_attn, x, memory, *memory_masks), x)
+        x = _add_norm(self.norm1, self.dropout1, attend(self.self_attn, x, x, *masks), x)
+        x = _add_norm(self.norm2, self.dropout2, attend(self.multihead_attn, x, memory, *memory_masks), x)
         return _add_norm(self.norm3, self.dropout3, _feed_forward(self, x), x)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -315,6 +330,19 @@ def _attend(
         need_weights=False,
         is_causal=is_causal,
     )[0]
+
+
+def _of_packed_rows(layer: Callable[..., Tensor], src: Tensor, *rest: Any) -> Tensor:
+    """A layer of a jagged nested tensor: everything but attention is computed row by row, and so on the packed rows
+    themselves. The memory of a decoder stays as it is."""
+
+    def attend(attention: nn.Module, x: Tensor, memory: Tensor, *masks: Any) -> Tensor:
+        nested = nested_like(x, src)
+        output: Any = _attend(attention, nested, nested if memory is x else memory, *masks)
+        return output.values()
+
+    rows, _ = packed("src", src)
+    return nested_like(layer(rows, *rest, attend), src)
 
 
 def _feed_forward(layer: Any, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch.overrides import has_torch_function_variadic
 from fastattn.ops.attention import on_torch, on_triton
 from fastattn.ops.attention.call import make_call
 from fastattn.ops.attention.contract import Alignment, Arguments, AttentionCall
+from fastattn.ops.attention.jagged import attention_jagged
 from fastattn.ops.common import backends
 from fastattn.ops.common.row_short_way import RowShortWay
 from fastattn.ops.common.short_way import ShortWay
@@ -150,6 +151,8 @@ def attention(
     }
     if has_torch_function_variadic(query, key, value) and is_symbolically_traced(query, key, value):
         return recorded(attention, query, key, value, **words, backend=backend)
+    if isinstance(query, Tensor) and query.layout is torch.jagged:
+        return attention_jagged(query, key, value, words, backend)
     call = make_call(query, key, value, **words)
     chosen = backends.choose(call, backend, on_triton.refusals)
     output, weights, lse = _run(call, chosen)
