@@ -2,11 +2,13 @@
 
 import dataclasses
 
+import triton
 from torch import Tensor
 
 from fastattn_kernels.common.arguments import Dropout, Pairs, PerBatch, PerHead, PerKey, Rules, documents, strided
 from fastattn_kernels.common.config import Load
 from fastattn_kernels.common.gradients import WeightsGradient
+from fastattn_kernels.common.packed import Offsets, Packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,9 @@ class Problem:
         softcap: scores become ``softcap * tanh(score / softcap)`` before anything is added; None: they stay.
         seed: int64 ``[2]`` on the device, seed and offset of the dropout; None: no dropout.
         dropout_p: the probability of dropping a weight.
+        packed: where packed sequences lie; None: nothing is packed. With it ``B`` of query, key and value is 1, and of
+            all others, to which the sequence stands in the place of the batch entry, it is N; ``L`` and ``S`` of the
+            bias are those of the longest sequences, and there are no masks, padding or documents.
     """
 
     query: Tensor
@@ -52,6 +57,7 @@ class Problem:
     softcap: float | None = None
     seed: Tensor | None = None
     dropout_p: float = 0.0
+    packed: Packed | None = None
 
     @property
     def masks(self) -> list[Tensor]:
@@ -67,6 +73,8 @@ class Problem:
         launch, which exits at once where all is finite and costs a few microseconds: a second loop inside them would
         spill registers.
         """
+        if self.packed is not None:  # only the device knows the lengths
+            return self.bias is not None or self.lower is not None or self.upper is not None
         rows, last_key = self.query.shape[2], self.key.shape[2] - 1
         # a single row that sees every key, as in decoding, hides none
         below = self.lower is not None and (rows > 1 or self.lower > 0)
@@ -99,6 +107,33 @@ class Problem:
         heads, kv_heads = self.query.shape[1], self.key.shape[1]
         lengths = self.query.shape[2], self.key.shape[2]
         return heads, heads // max(kv_heads, 1), *lengths, self.lower, self.upper, self.shift
+
+    def packing(self) -> tuple[Offsets | int | None, ...]:
+        """The kernel arguments ``offsets, sequences, longest_q, longest_k, bottom_right``."""
+        packed, bias = self.packed, self.bias
+        if packed is None:
+            return None, None, None, None, None
+        # a longer sequence would read past the end of the bias
+        longest = [
+            length if bias is None or bias.shape[axis] == 1 else bias.shape[axis]
+            for axis, length in ((2, self.query.shape[2]), (3, self.key.shape[2]))
+        ]
+        offsets = Offsets(packed.cu_seqlens_q, packed.cu_seqlens_k, packed.seqused_k)
+        return offsets, packed.sequences, *longest, int(packed.bottom_right)
+
+    def tiles_of_rows(self, block_m: int) -> int:
+        """How many tiles of ``block_m`` rows there are, or numbers of tiles where sequences are packed (``packed``)."""
+        return self._tiles(self.query, block_m)
+
+    def tiles_of_keys(self, block_n: int) -> int:
+        """The same of keys."""
+        return self._tiles(self.key, block_n)
+
+    def _tiles(self, tensor: Tensor, block: int) -> int:
+        batch, heads, length, _ = tensor.shape
+        if self.packed is None:
+            return int(triton.cdiv(length, block)) * batch * heads
+        return (length // block + self.packed.sequences) * heads if self.packed.sequences else 0
 
     def dropout(self) -> Dropout | None:
         """The kernel argument ``dropout``."""
