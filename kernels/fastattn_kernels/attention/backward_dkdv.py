@@ -116,13 +116,14 @@ def grad_of_tile_of_keys(entry, col_tile, span, call, d_key, d_value, marks_ptr,
     dk, dv = _grad_of_keys(
         dk, dv, k, v, key, value, col_start, batch, kv_head, span, call, dq_sums_ptr, partial, edges, tiles, blocks,
         True,
-    )
+    )  # fmt: skip
     dk, dv = _grad_of_keys(
         dk, dv, k, v, key, value, col_start, batch, kv_head, span, call, dq_sums_ptr, full, edges, tiles, blocks, False
     )
     dk *= call.scale
-    store_tile(head_of(d_key, batch, kv_head, first_key), col_start, seqlen_k, dk, blocks.N, blocks.D, blocks.HEAD_DIM)
-    store_tile(head_of(d_value, batch, kv_head, first_key), col_start, seqlen_k, dv, blocks.N, blocks.DV, blocks.VALUE_DIM)
+    d_key, d_value = head_of(d_key, batch, kv_head, first_key), head_of(d_value, batch, kv_head, first_key)
+    store_tile(d_key, col_start, seqlen_k, dk, blocks.N, blocks.D, blocks.HEAD_DIM)
+    store_tile(d_value, col_start, seqlen_k, dv, blocks.N, blocks.DV, blocks.VALUE_DIM)
     if marks_ptr is not None:
         col = col_start + tl.arange(0, blocks.N)
         marks = rows_not_finite(dk) | rows_not_finite(dv)

@@ -96,12 +96,12 @@ def grad_of_tile_of_queries(
     full, partial = count_visits(edges, tiles)
     SLOPES: tl.constexpr = d_alibi_slopes_ptr is not None
     dq, d_slope = _grad_of_queries(
-        dq, d_slope, q, do, row_max, inverse_sum, delta, query, d_output, key, value, row_start, at, batch_head, span, call,
-        full, edges, tiles, blocks, SLOPES, False,
+        dq, d_slope, q, do, row_max, inverse_sum, delta, query, d_output, key, value, row_start, at, batch_head, span,
+        call, full, edges, tiles, blocks, SLOPES, False,
     )  # fmt: skip
     dq, d_slope = _grad_of_queries(
-        dq, d_slope, q, do, row_max, inverse_sum, delta, query, d_output, key, value, row_start, at, batch_head, span, call,
-        partial, edges, tiles, blocks, SLOPES, True,
+        dq, d_slope, q, do, row_max, inverse_sum, delta, query, d_output, key, value, row_start, at, batch_head, span,
+        call, partial, edges, tiles, blocks, SLOPES, True,
     )  # fmt: skip
     dq *= call.scale
     store_tile(head_of(d_query, batch, head, first_row), row_start, seqlen_q, dq, blocks.M, blocks.D, blocks.HEAD_DIM)

@@ -160,9 +160,7 @@ def find_tile(number, sizes, packing, BLOCK: tl.constexpr, OF_ROWS: tl.constexpr
         span = Span(sizes, None, None, None, sizes.seqlen_q, sizes.seqlen_k)
     else:
         if OF_ROWS:
-            sequence, _, tile = sequence_of(
-                number, packing.offsets.query_ptr, packing.sequences, sizes.seqlen_q, BLOCK
-            )
+            sequence, _, tile = sequence_of(number, packing.offsets.query_ptr, packing.sequences, sizes.seqlen_q, BLOCK)
             span = span_of(sequence, sizes, packing)
             length = span.sizes.seqlen_q
         else:
@@ -181,7 +179,7 @@ def place_of(entry, heads, span):
     head = (entry % heads).to(tl.int64)
     batch_head = entry
     if span.sequence is not None:
-        batch = span.sequence.to(tl.int64)
+        batch = tl.cast(span.sequence, tl.int64)
         batch_head = span.sequence * heads + entry
     return At(batch, head), batch_head
 
