@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from fastattn_kernels.attention import backward, choice, forward
 from fastattn_kernels.attention.backward_one_pass import launch_attention_bwd_one_pass
+from fastattn_kernels.attention.bias_gradient import launch_attention_bias_bwd
 from fastattn_kernels.attention.config import careful_config
 from fastattn_kernels.attention.weights import launch_dropout_keep
 from fastattn_kernels.common import marks
@@ -151,6 +152,8 @@ def results_of(drawn, launch_bwd=backward.launch_attention_bwd) -> dict[str, tor
     delta = Delta(output, drawn.d_output, drawn.d_lse)
     launch_bwd(problem, drawn.d_output, statistics, delta, None, Gradients(d_query, d_key, d_value, of_rows))
     found = {"output": output, "lse": lse, "d_query": d_query, "d_key": d_key, "d_value": d_value}
+    if problem.bias is not None:
+        found["d_bias"] = launch_attention_bias_bwd(problem, drawn.d_output, statistics, delta.tensor, None)
     if problem.alibi_slopes is not None and of_rows is not None:
         of_sequences = torch.stack([of_rows[0, :, rows].sum(1) for rows, _ in drawn.sequences])
         found["d_alibi_slopes"] = of_sequences.sum_to_size(problem.alibi_slopes.shape)
@@ -237,6 +240,9 @@ CASES = [
     Case(used=True, softcap=2.0, heads=(3, 1)),
     Case(bias="nhqk", upper=0, bottom_right=True, used=True),
     Case(bias="hk", dtype=torch.bfloat16, softcap=3.0),
+    Case(bias="nhk", used=True, upper=3, heads=(2, 1), dropout=0.1),
+    Case(bias="qk", slopes=1, lower=-30, value_dim=16),
+    Case(bias="nq"),
     Case(dropout=0.3, upper=0, slopes=2),
     Case(dropout=0.2, used=True, bottom_right=True, lower=-9, dtype=torch.float16, head_dim=59, value_dim=59),
 ]
@@ -359,6 +365,7 @@ def test_packed_bad_offsets_touch_no_other_memory(offsets, of_keys, device, monk
     gradients = Gradients(*(inside(1, heads, rows, head_dim) for _ in range(3)))
     delta = Delta(output, d_output, None)
     backward.launch_attention_bwd(problem, d_output, statistics, delta, None, gradients)
+    launch_attention_bias_bwd(problem, d_output, statistics, delta.tensor, None)
     for buffer in buffers:
         assert (buffer[:around] == 7.0).all() and (buffer[-around:] == 7.0).all()
     if offsets == "first is not 0" and not of_keys:  # which is not bad at all: what lies in front belongs to nobody

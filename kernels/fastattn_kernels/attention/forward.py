@@ -259,13 +259,13 @@ def _attention_fwd_careful_kernel(
         query, key, value, output, lse_ptr, statistics_ptr, rules, sinks, dropout, TileLists(None, 0, 0),
         heads, group, scale,
     )  # fmt: skip
-    sizes = Sizes(seqlen_q, seqlen_k, lower, upper, shift)
+    span = Span(Sizes(seqlen_q, seqlen_k, lower, upper, shift), None, None, None, seqlen_q, seqlen_k)
     tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
     first, last = tiles_to_look_at(marks_ptr, tiles, seqlen_q, BLOCK_M)
     for tile in tl.range(first, last):
         if is_marked(marks_ptr, tile, seqlen_q, BLOCK_M):
             _attend_rows(
-                tile // tiles_m, tile % tiles_m, Span(sizes, None, None, None, seqlen_q, seqlen_k), call,
+                tile // tiles_m, tile % tiles_m, span, call,
                 Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, CAREFUL), False,
             )  # fmt: skip
 

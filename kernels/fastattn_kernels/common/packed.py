@@ -131,24 +131,29 @@ def _length_of(sequence, first_row, offsets_ptr, length, longest):
 
 @triton.jit
 def span_of(sequence, sizes, packing):
-    """The :class:`Span` of a packed sequence. ``sizes`` are those of all sequences together."""
+    """The :class:`Span` of a packed sequence, or of any batch entry where nothing is packed. ``sizes`` are those of the
+    tensors in memory."""
     offsets = packing.offsets
-    first_row = offset_of(sequence, offsets.query_ptr, sizes.seqlen_q)
-    first_key = offset_of(sequence, offsets.key_ptr, sizes.seqlen_k)
-    rows = _length_of(sequence, first_row, offsets.query_ptr, sizes.seqlen_q, packing.longest_q)
-    keys = _length_of(sequence, first_key, offsets.key_ptr, sizes.seqlen_k, packing.longest_k)
-    if offsets.used_ptr is not None:
-        keys = tl.minimum(keys, tl.maximum(tl.load(offsets.used_ptr + sequence), 0))
-    moved = packing.bottom_right * (keys - rows)
-    lower, upper = None, None
-    if sizes.lower is not None:
-        lower = sizes.lower + moved
-    if sizes.upper is not None:
-        upper = sizes.upper + moved
-    of_sequence = Sizes(rows, keys, lower, upper, sizes.shift + moved)
-    return Span(
-        of_sequence, sequence, first_row.to(tl.int64), first_key.to(tl.int64), sizes.seqlen_q, sizes.seqlen_k
-    )  # fmt: skip
+    if offsets is None:
+        span = Span(sizes, None, None, None, sizes.seqlen_q, sizes.seqlen_k)
+    else:
+        first_row = offset_of(sequence, offsets.query_ptr, sizes.seqlen_q)
+        first_key = offset_of(sequence, offsets.key_ptr, sizes.seqlen_k)
+        rows = _length_of(sequence, first_row, offsets.query_ptr, sizes.seqlen_q, packing.longest_q)
+        keys = _length_of(sequence, first_key, offsets.key_ptr, sizes.seqlen_k, packing.longest_k)
+        if offsets.used_ptr is not None:
+            keys = tl.minimum(keys, tl.maximum(tl.load(offsets.used_ptr + sequence), 0))
+        moved = packing.bottom_right * (keys - rows)
+        lower, upper = None, None
+        if sizes.lower is not None:
+            lower = sizes.lower + moved
+        if sizes.upper is not None:
+            upper = sizes.upper + moved
+        of_sequence = Sizes(rows, keys, lower, upper, sizes.shift + moved)
+        span = Span(
+            of_sequence, sequence, first_row.to(tl.int64), first_key.to(tl.int64), sizes.seqlen_q, sizes.seqlen_k
+        )  # fmt: skip
+    return span
 
 
 @triton.jit
@@ -157,7 +162,7 @@ def find_tile(number, sizes, packing, BLOCK: tl.constexpr, OF_ROWS: tl.constexpr
     is nobody's, or where all of its keys are unused. Where nothing is packed, the number is the tile."""
     if packing.offsets is None:
         tile = number
-        span = Span(sizes, None, None, None, sizes.seqlen_q, sizes.seqlen_k)
+        span = span_of(None, sizes, packing)
     else:
         if OF_ROWS:
             sequence, _, tile = sequence_of(number, packing.offsets.query_ptr, packing.sequences, sizes.seqlen_q, BLOCK)

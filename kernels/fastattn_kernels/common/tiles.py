@@ -95,8 +95,8 @@ def store_statistics(statistics_ptr, row, seqlen_q, row_max, inverse_sum, all_ro
 @triton.jit
 def load_statistics(statistics_ptr, row, seqlen_q, all_rows=None):
     """``(maximum, 1 / sum)`` of rows: ``exp2(score - maximum) / sum`` is the probability. Past the end the maximum is
-    +inf, so that the probability is 0 whatever the score is. A head has ``all_rows`` rows in memory: ``seqlen_q``, unless
-    its sequences are packed.
+    +inf, so that the probability is 0 whatever the score is. A head has ``all_rows`` rows in memory: ``seqlen_q``,
+    unless its sequences are packed.
 
     Two numbers and not the LSE, ``maximum + log2(sum)``: its rounding to float32 gives the probabilities a relative
     error as large as an ulp of the LSE itself, and where a bias is finfo.min the sum is lost in it altogether.
