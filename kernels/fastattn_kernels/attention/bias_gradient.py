@@ -139,18 +139,16 @@ def launch_attention_bias_bwd(
     """The gradient of ``problem.bias``, in its shape and dtype."""
     query, key, value, bias = problem.query, problem.key, problem.value, problem.bias
     assert bias is not None
-    batch, heads, seqlen_q, head_dim = query.shape
-    seqlen_k, value_dim = value.shape[2:]
-    packing = problem.packing()
-    if problem.packed is not None:
-        _, batch, seqlen_q, seqlen_k, _ = packing
+    heads, head_dim, value_dim = query.shape[1], query.shape[3], value.shape[3]
+    batch, (seqlen_q, seqlen_k) = problem.entries, problem.longest
     if delta.numel() == 0 or batch == 0 or seqlen_k == 0:
         return bias.new_zeros(bias.shape)
     load = problem.load(d_weights)
     config = config or bias_config(query.device, query.dtype, head_dim, value_dim, load)
+    wanted = (batch, heads, seqlen_q, seqlen_k)
     whole = (batch, heads, triton.cdiv(seqlen_q, config.block_m), triton.cdiv(seqlen_k, config.block_n))
     # an axis of length 1 may count as owned or as summed over: there is one tile of it in either case
-    sums = [1 if have == want else n for have, want, n in zip(bias.shape, (batch, heads, seqlen_q, seqlen_k), whole)]
+    sums = [1 if have == want else n for have, want, n in zip(bias.shape, wanted, whole)]
     owned = [n // s for n, s in zip(whole, sums)]
     programs = owned[0] * owned[1] * owned[2] * owned[3]
     steps = sums[0] * sums[1] * sums[2] * sums[3]
@@ -163,7 +161,7 @@ def launch_attention_bias_bwd(
         strided(Heads, query), strided(Heads, key), strided(Heads, value), strided(Heads, d_output), statistics,
         delta, _Shares(partial, *partial.stride()), problem.rules(), problem.dropout(),
         weights_argument(d_weights), *problem.sizes(), problem.scale,
-        steps, shares, *owned[1:], *sums[1:], *packing,
+        steps, shares, *owned[1:], *sums[1:], *problem.packing(),
         HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=head_block(head_dim), BLOCK_DV=head_block(value_dim),
         PRECISION=dot_precision(query.dtype), SUM_M=bias.shape[2] != seqlen_q, SUM_N=bias.shape[3] != seqlen_k,
         **config.launch_options(),

@@ -108,18 +108,28 @@ class Problem:
         lengths = self.query.shape[2], self.key.shape[2]
         return heads, heads // max(kv_heads, 1), *lengths, self.lower, self.upper, self.shift
 
+    @property
+    def entries(self) -> int:
+        """How many batch entries there are, or packed sequences."""
+        return self.query.shape[0] if self.packed is None else self.packed.sequences
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        """Rows and keys of a batch entry, or how many a packed sequence can have: no more than the bias, past whose end
+        a longer one would read."""
+        rows, keys = self.query.shape[2], self.key.shape[2]
+        if self.packed is None or self.bias is None:
+            return rows, keys
+        of_bias = self.bias.shape[2:]
+        return rows if of_bias[0] == 1 else of_bias[0], keys if of_bias[1] == 1 else of_bias[1]
+
     def packing(self) -> tuple[Offsets | int | None, ...]:
         """The kernel arguments ``offsets, sequences, longest_q, longest_k, bottom_right``."""
-        packed, bias = self.packed, self.bias
+        packed = self.packed
         if packed is None:
             return None, None, None, None, None
-        # a longer sequence would read past the end of the bias
-        longest = [
-            length if bias is None or bias.shape[axis] == 1 else bias.shape[axis]
-            for axis, length in ((2, self.query.shape[2]), (3, self.key.shape[2]))
-        ]
         offsets = Offsets(packed.cu_seqlens_q, packed.cu_seqlens_k, packed.seqused_k)
-        return offsets, packed.sequences, *longest, int(packed.bottom_right)
+        return offsets, packed.sequences, *self.longest, int(packed.bottom_right)
 
     def tiles_of_rows(self, block_m: int) -> int:
         """How many tiles of ``block_m`` rows there are, or numbers of tiles where sequences are packed (``packed``)."""
