@@ -86,7 +86,8 @@ class Problem:
         if self.seed is not None or d_weights is not None or self.softcap is not None:
             return "heavy"
         if self.bias is not None or self.alibi_slopes is not None:
-            return "biased"
+            # where a sequence begins takes registers, too: dQ would spill (72 bytes on sm_90 at head size 128)
+            return "biased" if self.packed is None else "heavy"
         hides = self.masks or self.prefix is not None or self.lower is not None
         return "masked" if hides else "plain"
 
