@@ -23,6 +23,7 @@ from fastattn_kernels.common.delta import Delta
 from fastattn_kernels.common.gradients import Gradients
 from fastattn_kernels.common.marks import GradientMarks
 from fastattn_kernels.common.packed import Packed
+from fastattn_kernels.common.plans import planned
 from fastattn_kernels.common.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -403,3 +404,24 @@ def test_packed_problem_is_not_for_gluon(monkeypatch):
         for direction in ("forward", "backward"):
             reasons = choice.gluon_refusals(direction, Problem(tensor, tensor, tensor, 1.0, packed=packed))
             assert any("packed" in reason for reason in reasons) == (packed is not None)
+
+
+def test_packed_plan_reads_the_offsets_of_the_call_that_it_runs(device):
+    """A plan is of shapes: the sequences may be others in each call."""
+
+    @planned
+    def step(query, key, value, d_output, offsets):
+        problem = Problem(query, key, value, 0.3, upper=0, packed=Packed(offsets, offsets))
+        output, lse, statistics = forward_of(problem)
+        gradients = [torch.empty_like(each) for each in (query, key, value)]
+        delta = Delta(output, d_output, None)
+        backward.launch_attention_bwd(problem, d_output, statistics, delta, None, Gradients(*gradients))
+        return output, lse, *gradients
+
+    for call, offsets in enumerate(([0, 40, 70], [0, 5, 60], [0, 0, 70], [10, 30, 50])):
+        query, key, value, d_output = (random_tensor(1, 2, 70, 16, seed=4 * call + i, device=device) for i in range(4))
+        ends = torch.tensor(offsets, dtype=torch.int32, device=device)
+        inputs = query, key, value, d_output, ends
+        for planned_result, result in zip(step(*inputs), step.__wrapped__(*inputs), strict=True):
+            assert torch.equal(planned_result.nan_to_num(7.0), result.nan_to_num(7.0))
+    assert len(step.plans.known()) == 1
