@@ -49,6 +49,19 @@ def one_pass_cases(head_dim: int) -> list[Case]:
     ]  # fmt: skip
 
 
+def packed_cases(dtype: str, head_dim: int) -> list[Case]:
+    """Three packed sequences under every load, as far as these have no masks, and do not return weights."""
+    without = ("mask", "padding", "documents", "weights")
+    return [
+        {
+            "dtype": dtype, "head_dim": head_dim, "packed": 3, "name": f"packed {_SHORT[dtype]} D{head_dim} {load}",
+            **{feature: value for feature, value in features.items() if feature not in without},
+            "passes": ["fwd", "dkdv", "dq", *(["bias"] if "bias" in features else [])],
+        }
+        for load, features in LOADS.items()
+    ]  # fmt: skip
+
+
 # Every way in which a row becomes tiles: many rows a tile, one, one in two parts, in several, and odd ones.
 NORM_SIZES = (7, 64, 1000, 4096, 8192, 16384, 65536)
 NORM_FEATURES: dict[str, dict[str, Any]] = {

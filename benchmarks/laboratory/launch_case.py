@@ -96,7 +96,9 @@ def launch_hopper(case: Case) -> None:
 
 
 def attention_problem(case: Case) -> Any:
-    """Of two batch entries and four heads in two groups, with the dtype, sizes and features of the case."""
+    """Of two batch entries, or so many sequences as are ``packed``, and four heads in two groups, with the dtype, sizes
+    and features of the case."""
+    from fastattn_kernels.common.packed import Packed
     from fastattn_kernels.common.problem import Problem
 
     def only(feature: str, value: Any) -> Any:
@@ -104,10 +106,15 @@ def attention_problem(case: Case) -> Any:
 
     dtype, head_dim = getattr(torch, case["dtype"]), case["head_dim"]
     batch, heads, kv_heads, length, keys = 2, 4, 2, case.get("length", 128), case.get("keys", 256)
+    packed, in_memory = None, batch
+    if case.get("packed"):
+        batch, in_memory = case["packed"], 1
+        offsets, used = (torch.zeros(size, dtype=torch.int32) for size in (batch + 1, batch))
+        packed = Packed(offsets, offsets, used, bottom_right=True)
     return Problem(
-        query=torch.empty(batch, heads, length, head_dim, dtype=dtype),
-        key=torch.empty(batch, kv_heads, keys, head_dim, dtype=dtype),
-        value=torch.empty(batch, kv_heads, keys, case.get("value_dim", head_dim), dtype=dtype),
+        query=torch.empty(in_memory, heads, length, head_dim, dtype=dtype),
+        key=torch.empty(in_memory, kv_heads, keys, head_dim, dtype=dtype),
+        value=torch.empty(in_memory, kv_heads, keys, case.get("value_dim", head_dim), dtype=dtype),
         scale=0.1,
         bias=only("bias", torch.empty(1, heads, length, keys, dtype=dtype)),
         alibi_slopes=only("slopes", torch.empty(1, heads)),
@@ -123,6 +130,7 @@ def attention_problem(case: Case) -> Any:
         softcap=only("softcap", 30.0),
         seed=only("dropout", torch.zeros(2, dtype=torch.int64)),
         dropout_p=0.1 if case.get("dropout") else 0.0,
+        packed=packed,
     )
 
 

@@ -17,6 +17,7 @@ from fastattn_kernels.common.delta import Delta, tensor_of
 from fastattn_kernels.common.gradients import Gradients, WeightsGradient, weights_argument
 from fastattn_kernels.common.launch import launch
 from fastattn_kernels.common.marks import GradientMarks, empty_gradient_marks, few_programs, is_marked, tiles_to_look_at
+from fastattn_kernels.common.packed import Packing, count_tiles, find_tile
 from fastattn_kernels.common.problem import Problem
 from fastattn_kernels.common.tile_map import TileMap
 from fastattn_kernels.common.tiles import is_off
@@ -27,6 +28,7 @@ def _attention_bwd_careful_kernel(
     query, key, value, d_output, statistics_ptr, delta_ptr, d_query, d_key, d_value, d_alibi_slopes_ptr,
     marks_of_rows_ptr, marks_of_keys_ptr, rules, dropout, d_weights,
     heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale, row_tiles, key_tiles,
+    offsets, sequences, longest_q, longest_k, bottom_right,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr, only_if=None,
 ):  # fmt: skip
@@ -40,24 +42,33 @@ def _attention_bwd_careful_kernel(
             return
     call = BackwardCall(
         query, key, value, d_output, statistics_ptr, delta_ptr, rules, dropout, d_weights, TileLists(None, 0, 0),
-        Sizes(seqlen_q, seqlen_k, lower, upper, shift), heads, group, scale,
+        heads, group, scale,
     )  # fmt: skip
-    tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
-    first, last = tiles_to_look_at(marks_of_rows_ptr, row_tiles, seqlen_q, BLOCK_M)
+    sizes = Sizes(seqlen_q, seqlen_k, lower, upper, shift)
+    packing = Packing(offsets, sequences, longest_q, longest_k, bottom_right)
+    query_offsets_ptr, key_offsets_ptr = None, None
+    if offsets is not None:
+        query_offsets_ptr, key_offsets_ptr = offsets.query_ptr, offsets.key_ptr
+    tiles_m = count_tiles(seqlen_q, sequences, BLOCK_M)
+    first, last = tiles_to_look_at(marks_of_rows_ptr, row_tiles, seqlen_q, BLOCK_M, query_offsets_ptr, sequences)
     for tile in tl.range(first, last):
-        if is_marked(marks_of_rows_ptr, tile, seqlen_q, BLOCK_M):
-            grad_of_tile_of_queries(
-                tile // tiles_m, tile % tiles_m, call, None, None, d_query, d_alibi_slopes_ptr, None,
-                Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, CAREFUL),
-            )  # fmt: skip
-    tiles_n = tl.cdiv(seqlen_k, BLOCK_N)
-    first, last = tiles_to_look_at(marks_of_keys_ptr, key_tiles, seqlen_k, BLOCK_N)
+        if is_marked(marks_of_rows_ptr, tile, seqlen_q, BLOCK_M, query_offsets_ptr, sequences):
+            row_tile, span = find_tile(tile % tiles_m, sizes, packing, BLOCK_M, True)
+            if row_tile >= 0:
+                grad_of_tile_of_queries(
+                    tile // tiles_m, row_tile, span, call, None, None, d_query, d_alibi_slopes_ptr, None,
+                    Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, CAREFUL),
+                )  # fmt: skip
+    tiles_n = count_tiles(seqlen_k, sequences, BLOCK_N)
+    first, last = tiles_to_look_at(marks_of_keys_ptr, key_tiles, seqlen_k, BLOCK_N, key_offsets_ptr, sequences)
     for tile in tl.range(first, last):
-        if is_marked(marks_of_keys_ptr, tile, seqlen_k, BLOCK_N):
-            grad_of_tile_of_keys(
-                tile // tiles_n, tile % tiles_n, call, d_key, d_value, None, None,
-                Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, CAREFUL),
-            )  # fmt: skip
+        if is_marked(marks_of_keys_ptr, tile, seqlen_k, BLOCK_N, key_offsets_ptr, sequences):
+            col_tile, span = find_tile(tile % tiles_n, sizes, packing, BLOCK_N, False)
+            if col_tile >= 0:
+                grad_of_tile_of_keys(
+                    tile // tiles_n, col_tile, span, call, d_key, d_value, None, None,
+                    Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, CAREFUL),
+                )  # fmt: skip
 
 
 def launch_attention_bwd(
@@ -111,18 +122,16 @@ def launch_careful_bwd(
 ) -> None:
     """Compute again, with ``0 * NaN = 0 * inf = 0``, the tiles of gradients of which a row is marked. This follows the
     launches of any kernels, of this module or another, on a problem that masks pairs."""
-    query, key = problem.query, problem.key
+    query = problem.query
     config = careful_config(query.dtype, query.shape[3], problem.value.shape[3])
-    row_tiles = int(triton.cdiv(query.shape[2], config.block_m)) * query.shape[0] * query.shape[1]
-    key_tiles = int(triton.cdiv(key.shape[2], config.block_n)) * key.shape[0] * key.shape[1]
-    row_tiles *= bool(gradients.d_query.numel())
-    key_tiles *= bool(gradients.d_key.numel() or gradients.d_value.numel())
+    row_tiles = problem.tiles_of_rows(config.block_m) * bool(gradients.d_query.numel())
+    key_tiles = problem.tiles_of_keys(config.block_n) * bool(gradients.d_key.numel() or gradients.d_value.numel())
     if row_tiles or key_tiles:
         launch(
             _attention_bwd_careful_kernel, (few_programs(max(row_tiles, key_tiles), query.device),), query,
             *inputs_of(problem, d_output, statistics, delta), strided(Heads, gradients.d_query),
             strided(Heads, gradients.d_key), strided(Heads, gradients.d_value), gradients.d_alibi_slopes,
             marks.of_rows, marks.of_keys, problem.rules(), problem.dropout(), weights_argument(d_weights),
-            *problem.sizes(), problem.scale, row_tiles, key_tiles, CAREFUL=True, only_if=only_if,
+            *problem.sizes(), problem.scale, row_tiles, key_tiles, *problem.packing(), CAREFUL=True, only_if=only_if,
             **constants_of(problem, config),
         )  # fmt: skip

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastattn_kernels.common.arguments import Heads, Rules, Sizes, TileLists, strided
+from fastattn_kernels.common.arguments import Heads, Rules, TileLists, strided
 from fastattn_kernels.common.config import Config, dot_precision, head_block
 from fastattn_kernels.common.problem import Problem
 
@@ -22,7 +22,6 @@ class BackwardCall(NamedTuple):
     dropout: Any
     d_weights: Any
     lists: TileLists
-    sizes: Sizes
     heads: Any
     group: Any
     scale: Any

@@ -12,6 +12,7 @@ from fastattn_kernels.common.gradients import Gradients, WeightsGradient, weight
 from fastattn_kernels.common.launch import launch
 from fastattn_kernels.common.marks import rows_not_finite
 from fastattn_kernels.common.masking import LOG2_E
+from fastattn_kernels.common.packed import Packing, count_tiles, find_tile, line_of, place_of
 from fastattn_kernels.common.problem import Problem
 from fastattn_kernels.common.scores import probabilities, score_gradient, softcapped_scores, through_softcap
 from fastattn_kernels.common.tile_map import list_arguments
@@ -31,7 +32,7 @@ def _add_grad_of_queries(dq_sums_ptr, ds, k, row, seqlen_q, blocks):
 
 @triton.jit
 def _grad_of_keys(
-    dk, dv, k, v, key, value, col_start, batch, kv_head, call, dq_sums_ptr, visits, edges, tiles,
+    dk, dv, k, v, key, value, col_start, batch, kv_head, span, call, dq_sums_ptr, visits, edges, tiles,
     blocks, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """Add to dK and dV what the tiles of rows that see these keys whole (if PARTIAL: in part) give, head after
@@ -40,7 +41,7 @@ def _grad_of_keys(
     One loop over heads and rows: nothing is summed between programs, and two nested loops would spill (96 bytes more on
     sm_90 at head size 128). Tiles are transposed, ``[N, M]``, so that P and dS are left operands in registers.
     """
-    sizes, rules, dropout = call.sizes, call.rules, call.dropout
+    sizes, rules, dropout = span.sizes, call.rules, call.dropout
     seqlen_q, seqlen_k = sizes.seqlen_q, sizes.seqlen_k
     unit = call.scale * LOG2_E
     cols = col_start + tl.arange(0, blocks.N)[:, None]
@@ -57,11 +58,14 @@ def _grad_of_keys(
             batch_head = batch * call.heads + head
             row = start + tl.arange(0, blocks.M)
             rows = row[None, :]
-            query, d_output = head_of(call.query, batch, head), head_of(call.d_output, batch, head)
+            query = head_of(call.query, batch, head, span.first_row)
+            d_output = head_of(call.d_output, batch, head, span.first_row)
             q = load_tile(query, start, seqlen_q, blocks.M, blocks.D, blocks.HEAD_DIM, True)
             do = load_tile(d_output, start, seqlen_q, blocks.M, blocks.DV, blocks.VALUE_DIM, True)
-            row_max, inverse_sum = load_statistics(call.statistics_ptr + 2 * batch_head * seqlen_q, row, seqlen_q)
-            delta = tl.load(call.delta_ptr + batch_head * seqlen_q + row, mask=row < seqlen_q, other=0.0)
+            rows_of = line_of(batch_head, at, span.first_row, span.all_rows, 1)
+            statistics_ptr = call.statistics_ptr + line_of(batch_head, at, span.first_row, span.all_rows, 2)
+            row_max, inverse_sum = load_statistics(statistics_ptr, row, seqlen_q, span.all_rows)
+            delta = tl.load(call.delta_ptr + rows_of + row, mask=row < seqlen_q, other=0.0)
             qk = product(
                 k, key, col_start, seqlen_k, q, query, start, seqlen_q, blocks.N, blocks.M, blocks.D, blocks.HEAD_DIM,
                 blocks.PRECISION,
@@ -83,23 +87,22 @@ def _grad_of_keys(
             ds = through_softcap(ds, scores, rules.softcap).to(q.dtype)
             dk = weighted_sum(ds, q, dk, blocks.CAREFUL, blocks.PRECISION)
             if dq_sums_ptr is not None:
-                dq_sums_of_head = dq_sums_ptr + batch_head * seqlen_q * blocks.HEAD_DIM
-                _add_grad_of_queries(dq_sums_of_head, ds, k, row, seqlen_q, blocks)
+                _add_grad_of_queries(dq_sums_ptr + rows_of * blocks.HEAD_DIM, ds, k, row, seqlen_q, blocks)
     return dk, dv
 
 
 @triton.jit
-def grad_of_tile_of_keys(batch_head, col_tile, call, d_key, d_value, marks_ptr, dq_sums_ptr, blocks):
+def grad_of_tile_of_keys(entry, col_tile, span, call, d_key, d_value, marks_ptr, dq_sums_ptr, blocks):
     """dK and dV of one tile of keys, from all query rows that see it; a key is marked, unless ``marks_ptr`` is None,
     where one of the two is not finite."""
-    sizes = call.sizes
+    sizes = span.sizes
     seqlen_q, seqlen_k = sizes.seqlen_q, sizes.seqlen_k
     kv_heads = call.heads // call.group
     col_start = col_tile * blocks.N
-    batch = (batch_head // kv_heads).to(tl.int64)
-    kv_head = (batch_head % kv_heads).to(tl.int64)
-    at = At(batch, kv_head)
-    key, value = head_of(call.key, batch, kv_head), head_of(call.value, batch, kv_head)
+    at, batch_head = place_of(entry, kv_heads, span)
+    batch, kv_head = at.batch, at.head
+    first_key = span.first_key
+    key, value = head_of(call.key, batch, kv_head, first_key), head_of(call.value, batch, kv_head, first_key)
     k = load_tile(key, col_start, seqlen_k, blocks.N, blocks.D, blocks.HEAD_DIM, True)
     v = load_tile(value, col_start, seqlen_k, blocks.N, blocks.DV, blocks.VALUE_DIM, True)
 
@@ -111,24 +114,27 @@ def grad_of_tile_of_keys(batch_head, col_tile, call, d_key, d_value, marks_ptr, 
     edges = row_edges(col_start, at, sizes, call.rules, blocks.M, blocks.N)
     full, partial = count_visits(edges, tiles)
     dk, dv = _grad_of_keys(
-        dk, dv, k, v, key, value, col_start, batch, kv_head, call, dq_sums_ptr, partial, edges, tiles, blocks, True
-    )
+        dk, dv, k, v, key, value, col_start, batch, kv_head, span, call, dq_sums_ptr, partial, edges, tiles, blocks,
+        True,
+    )  # fmt: skip
     dk, dv = _grad_of_keys(
-        dk, dv, k, v, key, value, col_start, batch, kv_head, call, dq_sums_ptr, full, edges, tiles, blocks, False
+        dk, dv, k, v, key, value, col_start, batch, kv_head, span, call, dq_sums_ptr, full, edges, tiles, blocks, False
     )
     dk *= call.scale
-    store_tile(head_of(d_key, batch, kv_head), col_start, seqlen_k, dk, blocks.N, blocks.D, blocks.HEAD_DIM)
-    store_tile(head_of(d_value, batch, kv_head), col_start, seqlen_k, dv, blocks.N, blocks.DV, blocks.VALUE_DIM)
+    d_key, d_value = head_of(d_key, batch, kv_head, first_key), head_of(d_value, batch, kv_head, first_key)
+    store_tile(d_key, col_start, seqlen_k, dk, blocks.N, blocks.D, blocks.HEAD_DIM)
+    store_tile(d_value, col_start, seqlen_k, dv, blocks.N, blocks.DV, blocks.VALUE_DIM)
     if marks_ptr is not None:
         col = col_start + tl.arange(0, blocks.N)
         marks = rows_not_finite(dk) | rows_not_finite(dv)
-        tl.store(marks_ptr + batch_head.to(tl.int64) * seqlen_k + col, marks, mask=col < seqlen_k)
+        tl.store(marks_ptr + line_of(batch_head, at, first_key, span.all_keys, 1) + col, marks, mask=col < seqlen_k)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def _attention_bwd_dkdv_kernel(
     query, key, value, d_output, statistics_ptr, delta_ptr, d_key, d_value, marks_ptr, rules, dropout, d_weights,
     tile_lists, lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
+    offsets, sequences, longest_q, longest_k, bottom_right,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, dq_sums_ptr=None, only_if=None,
 ):  # fmt: skip
@@ -140,15 +146,19 @@ def _attention_bwd_dkdv_kernel(
         if is_off(only_if):
             return
     lists = TileLists(tile_lists, lists_per_batch, lists_per_head)
-    sizes = Sizes(seqlen_q, seqlen_k, lower, upper, shift)
     call = BackwardCall(
-        query, key, value, d_output, statistics_ptr, delta_ptr, rules, dropout, d_weights, lists, sizes, heads, group,
-        scale,
+        query, key, value, d_output, statistics_ptr, delta_ptr, rules, dropout, d_weights, lists, heads, group, scale,
     )  # fmt: skip
+    packing = Packing(offsets, sequences, longest_q, longest_k, bottom_right)
     # under a diagonal the first keys are seen most: longest first
-    tiles_n = tl.cdiv(seqlen_k, BLOCK_N)
+    tiles_n = count_tiles(seqlen_k, sequences, BLOCK_N)
+    number = tl.program_id(0) % tiles_n
+    col_tile, span = find_tile(number, Sizes(seqlen_q, seqlen_k, lower, upper, shift), packing, BLOCK_N, False)
+    if offsets is not None:
+        if col_tile < 0:
+            return
     grad_of_tile_of_keys(
-        tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n, call, d_key, d_value, marks_ptr, dq_sums_ptr,
+        tl.program_id(0) // tiles_n, col_tile, span, call, d_key, d_value, marks_ptr, dq_sums_ptr,
         Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, False),
     )  # fmt: skip
 
@@ -172,11 +182,16 @@ def launch_dkdv(
     key = problem.key
     if not gradients.d_key.numel() and not gradients.d_value.numel():
         return
-    batch, kv_heads, seqlen_k, _ = key.shape
+    tiles = problem.tiles_of_keys(config.block_n)
+    if problem.packed is not None:
+        gradients.d_key.zero_()  # of keys in no sequence, or not in use
+        gradients.d_value.zero_()
+        if not tiles:
+            return
     launch(
-        _attention_bwd_dkdv_kernel, (int(triton.cdiv(seqlen_k, config.block_n)) * batch * kv_heads,), key,
+        _attention_bwd_dkdv_kernel, (tiles,), key,
         *inputs_of(problem, d_output, statistics, delta), strided(Heads, gradients.d_key),
         strided(Heads, gradients.d_value), marks_of_keys,
         problem.rules(), problem.dropout(), weights_argument(d_weights), *list_arguments(lists), *problem.sizes(),
-        problem.scale, dq_sums_ptr=dq_sums, only_if=only_if, **constants_of(problem, config),
+        problem.scale, *problem.packing(), dq_sums_ptr=dq_sums, only_if=only_if, **constants_of(problem, config),
     )  # fmt: skip

@@ -51,6 +51,8 @@ def gluon_refusals(
     target = target_of(problem.query.device)
     if target != _HOPPER:
         return [f"they are for cuda:90, and this is {target.backend}:{target.arch}"]
+    if problem.packed is not None:
+        return ["packed sequences are not in the Gluon kernels"]
     gluon = gluon_kernels(direction)
     if isinstance(gluon, str):
         return [gluon]

@@ -7,12 +7,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn_kernels.attention.config import again_options, careful_config, forward_config
-from fastattn_kernels.common.arguments import RUN_TIME, At, Blocks, Heads, PerHead, Rules, Sizes, TileLists, strided
+from fastattn_kernels.common.arguments import RUN_TIME, Blocks, Heads, PerHead, Rules, Sizes, TileLists, strided
 from fastattn_kernels.common.config import Config, dot_precision, head_block
 from fastattn_kernels.common.dropout import dropout_keep, dropout_scale
 from fastattn_kernels.common.launch import launch
 from fastattn_kernels.common.marks import few_programs, is_marked, rows_not_finite, tiles_to_look_at
 from fastattn_kernels.common.masking import INFINITY, LN_2, LOG2_E, capped, masked_scores
+from fastattn_kernels.common.packed import Packing, Span, count_tiles, find_tile, line_of, place_of
 from fastattn_kernels.common.problem import Problem
 from fastattn_kernels.common.tile_map import TileMap, list_arguments
 from fastattn_kernels.common.tiles import head_of, load_tile, softmax_step, store_statistics, store_tile, weighted_sum
@@ -35,7 +36,6 @@ class _Call(NamedTuple):
     sinks: PerHead | None
     dropout: Any
     lists: TileLists
-    sizes: Sizes
     heads: Any
     group: Any
     scale: Any
@@ -140,17 +140,17 @@ def _attend_keys(
 
 
 @triton.jit
-def _attend_rows(batch_head, row_tile, call, blocks, PIPELINED: tl.constexpr):
-    """Write the output and statistics of one tile of queries of one head; return whether it holds NaN or inf."""
-    sizes, rules, dropout = call.sizes, call.rules, call.dropout
+def _attend_rows(entry, row_tile, span, call, blocks, PIPELINED: tl.constexpr):
+    """Write the output and statistics of one tile of queries of one head (``packed.place_of``); return whether it holds
+    NaN or inf."""
+    sizes, rules, dropout = span.sizes, call.rules, call.dropout
     seqlen_q, seqlen_k = sizes.seqlen_q, sizes.seqlen_k
     row_start = row_tile * blocks.M
-    batch = (batch_head // call.heads).to(tl.int64)
-    head = (batch_head % call.heads).to(tl.int64)
-    at = At(batch, head)
-    key = head_of(call.key, batch, head // call.group)
-    value = head_of(call.value, batch, head // call.group)
-    query = head_of(call.query, batch, head)
+    at, batch_head = place_of(entry, call.heads, span)
+    batch, head = at.batch, at.head
+    key = head_of(call.key, batch, head // call.group, span.first_key)
+    value = head_of(call.value, batch, head // call.group, span.first_key)
+    query = head_of(call.query, batch, head, span.first_row)
     row = row_start + tl.arange(0, blocks.M)
     rows = row[:, None]
     q = _load_rows(query, row_start, seqlen_q, blocks.M, blocks.D, blocks.HEAD_DIM, True, PIPELINED)
@@ -186,7 +186,7 @@ def _attend_rows(batch_head, row_tile, call, blocks, PIPELINED: tl.constexpr):
     if dropout is not None:
         norm = norm * dropout_scale(dropout)
     o = acc * norm[:, None]
-    output = head_of(call.output, batch, head)
+    output = head_of(call.output, batch, head, span.first_row)
     if PIPELINED:
         cols = tl.arange(0, blocks.DV)[None, :]
         inside = (rows < seqlen_q) & (cols < blocks.VALUE_DIM)
@@ -194,9 +194,10 @@ def _attend_rows(batch_head, row_tile, call, blocks, PIPELINED: tl.constexpr):
     else:
         store_tile(output, row_start, seqlen_q, o, blocks.M, blocks.DV, blocks.VALUE_DIM)
     pivot = tl.where(row_max == -INFINITY, 0.0, row_max)
-    rows_of = batch_head.to(tl.int64) * seqlen_q
-    tl.store(call.lse_ptr + rows_of + row, (pivot + tl.log2(row_sum)) * LN_2, mask=row < seqlen_q)
-    store_statistics(call.statistics_ptr + 2 * rows_of, row, seqlen_q, pivot, inverse_sum)
+    lse_ptr = call.lse_ptr + line_of(batch_head, at, span.first_row, span.all_rows, 1)
+    tl.store(lse_ptr + row, (pivot + tl.log2(row_sum)) * LN_2, mask=row < seqlen_q)
+    statistics_ptr = call.statistics_ptr + line_of(batch_head, at, span.first_row, span.all_rows, 2)
+    store_statistics(statistics_ptr, row, seqlen_q, pivot, inverse_sum, span.all_rows)
     return tl.max(rows_not_finite(o), 0) > 0
 
 
@@ -204,6 +205,7 @@ def _attend_rows(batch_head, row_tile, call, blocks, PIPELINED: tl.constexpr):
 def _attention_fwd_kernel(
     query, key, value, output, lse_ptr, statistics_ptr, rules, sinks, dropout,
     tile_lists, lists_per_batch, lists_per_head, heads, group, seqlen_q, seqlen_k, lower, upper, shift, scale,
+    offsets, sequences, longest_q, longest_k, bottom_right,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, AGAIN_M: tl.constexpr, AGAIN_N: tl.constexpr,
     PIPELINED: tl.constexpr = False,  # pyrefly: ignore[bad-function-definition]
@@ -215,15 +217,19 @@ def _attention_fwd_kernel(
     sizes 64 and 128, the others are the same instructions with them and without. Where every feature is asked for at
     once, 24 bytes are spilled (sm_80: 112), outside of the loops that all programs run.
     """
-    sizes = Sizes(seqlen_q, seqlen_k, lower, upper, shift)
-    tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
+    packing = Packing(offsets, sequences, longest_q, longest_k, bottom_right)
+    tiles_m = count_tiles(seqlen_q, sequences, BLOCK_M)
     # the last rows see the most keys under a diagonal: longest tiles first leave no long one for the end
-    batch_head, row_tile = tl.program_id(0) // tiles_m, tiles_m - 1 - tl.program_id(0) % tiles_m
+    entry, number = tl.program_id(0) // tiles_m, tiles_m - 1 - tl.program_id(0) % tiles_m
+    row_tile, span = find_tile(number, Sizes(seqlen_q, seqlen_k, lower, upper, shift), packing, BLOCK_M, True)
+    if offsets is not None:
+        if row_tile < 0:
+            return
     is_suspect = _attend_rows(
-        batch_head, row_tile,
+        entry, row_tile, span,
         _Call(
             query, key, value, output, lse_ptr, statistics_ptr, rules, sinks, dropout,
-            TileLists(tile_lists, lists_per_batch, lists_per_head), sizes, heads, group, scale,
+            TileLists(tile_lists, lists_per_batch, lists_per_head), heads, group, scale,
         ),
         Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, False), PIPELINED,
     )  # fmt: skip
@@ -231,10 +237,10 @@ def _attention_fwd_kernel(
         if is_suspect:
             for part in tl.range(0, BLOCK_M // AGAIN_M):
                 _attend_rows(
-                    batch_head, row_tile * (BLOCK_M // AGAIN_M) + part,
+                    entry, row_tile * (BLOCK_M // AGAIN_M) + part, span,
                     _Call(
                         query, key, value, output, lse_ptr, statistics_ptr, rules, sinks, dropout,
-                        TileLists(None, 0, 0), sizes, heads, group, scale,  # the lists are of larger tiles
+                        TileLists(None, 0, 0), heads, group, scale,  # the lists are of larger tiles
                     ),
                     Blocks(AGAIN_M, AGAIN_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, True), False,
                 )  # fmt: skip
@@ -251,14 +257,15 @@ def _attention_fwd_careful_kernel(
     that hold a marked row."""
     call = _Call(
         query, key, value, output, lse_ptr, statistics_ptr, rules, sinks, dropout, TileLists(None, 0, 0),
-        Sizes(seqlen_q, seqlen_k, lower, upper, shift), heads, group, scale,
+        heads, group, scale,
     )  # fmt: skip
+    span = Span(Sizes(seqlen_q, seqlen_k, lower, upper, shift), None, None, None, seqlen_q, seqlen_k)
     tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
     first, last = tiles_to_look_at(marks_ptr, tiles, seqlen_q, BLOCK_M)
     for tile in tl.range(first, last):
         if is_marked(marks_ptr, tile, seqlen_q, BLOCK_M):
             _attend_rows(
-                tile // tiles_m, tile % tiles_m, call,
+                tile // tiles_m, tile % tiles_m, span, call,
                 Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, CAREFUL), False,
             )  # fmt: skip
 
@@ -271,7 +278,7 @@ def launch_attention_fwd(
     tile_map: TileMap | None = None,
     config: Config | None = None,
 ) -> None:
-    """Write the output, the LSE and the statistics.
+    """Write the output, the LSE and the statistics; of rows that belong to no packed sequence, nothing.
 
     Args:
         problem: the call's inputs.
@@ -290,10 +297,12 @@ def launch_attention_fwd(
         config = config._replace(pipelined=False)
     lists = None if tile_map is None else tile_map.of_rows(config)
     tiles, tensors, constants = _of_launch(problem, output, lse, statistics, config)
+    if not tiles:
+        return
     launch(
         _attention_fwd_kernel, (tiles,), query,
         *tensors, problem.rules(), strided(PerHead, problem.sinks), problem.dropout(), *list_arguments(lists),
-        *problem.sizes(), problem.scale, **constants, **again_options(problem, config),
+        *problem.sizes(), problem.scale, *problem.packing(), **constants, **again_options(problem, config),
     )  # fmt: skip
 
 
@@ -314,8 +323,8 @@ def _of_launch(
 ) -> tuple[int, tuple[object, ...], dict[str, Any]]:
     """How many tiles of rows there are, the kernel arguments ``query`` to ``statistics_ptr``, and the constants."""
     query, value = problem.query, problem.value
-    batch, heads, seqlen_q, head_dim = query.shape
-    tiles = int(triton.cdiv(seqlen_q, config.block_m)) * batch * heads
+    head_dim = query.shape[3]
+    tiles = problem.tiles_of_rows(config.block_m)
     tensors = *(strided(Heads, each) for each in (query, problem.key, value, output)), lse, statistics
     constants = {
         "HEAD_DIM": head_dim,

@@ -19,7 +19,10 @@ import torch
 from torch import Tensor
 
 # The kernel arguments that Triton must not specialise on: a new length is no reason to compile again.
-RUN_TIME = ("heads", "group", "seqlen_q", "seqlen_k", "lower", "upper", "shift", "lists_per_batch", "lists_per_head")
+RUN_TIME = (
+    "heads", "group", "seqlen_q", "seqlen_k", "lower", "upper", "shift", "lists_per_batch", "lists_per_head",
+    "sequences", "longest_q", "longest_k", "bottom_right",
+)  # fmt: skip
 
 
 class Heads(NamedTuple):

@@ -19,14 +19,17 @@ _BLOCK_M = 64
 
 
 @triton.jit
-def delta_of_rows(o, do, d_lse, batch, head, row, seqlen_q):
-    """``rowsum(dO * O) - dLSE`` of a tile of rows; ``d_lse`` is None or of all rows."""
+def delta_of_rows(o, do, d_lse, batch, head, row, seqlen_q, first_row=None):
+    """``rowsum(dO * O) - dLSE`` of a tile of rows; ``d_lse`` is None or of all rows, ``first_row`` is that of a packed
+    sequence."""
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     # A row that sees nothing is 0. Where NaN or inf comes in as its gradient, the product would be NaN, and reach the
     # gradient of the sink.
     delta = tl.where(tl.max(tl.abs(o.to(tl.float32)), 1) == 0.0, 0.0, delta)
     if d_lse is not None:
         ptrs = d_lse.ptr + batch * d_lse.stride_b + head * d_lse.stride_h + row.to(tl.int64) * d_lse.stride_m
+        if first_row is not None:
+            ptrs += first_row * d_lse.stride_m
         delta -= tl.load(ptrs, mask=row < seqlen_q, other=0.0).to(tl.float32)
     return delta
 

@@ -10,7 +10,8 @@ from fastattn_kernels.common.arguments import OnlyIf, WeightsShare
 
 @dataclasses.dataclass(frozen=True)
 class Gradients:
-    """The tensors that a backward writes its gradients into, any strides; whatever they hold before is lost.
+    """The tensors that a backward writes its gradients into, any strides; whatever they hold before is lost, but for
+    what rows in no packed sequence hold in ``d_alibi_slopes``: the other gradients of such rows become zero.
 
     Attributes:
         d_query: ``[B, H, L, D]``.

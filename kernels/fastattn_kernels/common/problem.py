@@ -2,11 +2,13 @@
 
 import dataclasses
 
+import triton
 from torch import Tensor
 
 from fastattn_kernels.common.arguments import Dropout, Pairs, PerBatch, PerHead, PerKey, Rules, documents, strided
 from fastattn_kernels.common.config import Load
 from fastattn_kernels.common.gradients import WeightsGradient
+from fastattn_kernels.common.packed import Offsets, Packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,9 @@ class Problem:
         softcap: scores become ``softcap * tanh(score / softcap)`` before anything is added; None: they stay.
         seed: int64 ``[2]`` on the device, seed and offset of the dropout; None: no dropout.
         dropout_p: the probability of dropping a weight.
+        packed: where packed sequences lie; None: nothing is packed. With it ``B`` of query, key and value is 1, and of
+            all others, to which the sequence stands in the place of the batch entry, it is N; ``L`` and ``S`` of the
+            bias are those of the longest sequences, and there are no masks, padding or documents.
     """
 
     query: Tensor
@@ -52,6 +57,7 @@ class Problem:
     softcap: float | None = None
     seed: Tensor | None = None
     dropout_p: float = 0.0
+    packed: Packed | None = None
 
     @property
     def masks(self) -> list[Tensor]:
@@ -67,6 +73,8 @@ class Problem:
         launch, which exits at once where all is finite and costs a few microseconds: a second loop inside them would
         spill registers.
         """
+        if self.packed is not None:  # only the device knows the lengths
+            return self.bias is not None or self.lower is not None or self.upper is not None
         rows, last_key = self.query.shape[2], self.key.shape[2] - 1
         # a single row that sees every key, as in decoding, hides none
         below = self.lower is not None and (rows > 1 or self.lower > 0)
@@ -78,7 +86,8 @@ class Problem:
         if self.seed is not None or d_weights is not None or self.softcap is not None:
             return "heavy"
         if self.bias is not None or self.alibi_slopes is not None:
-            return "biased"
+            # where a sequence begins takes registers, too: dQ would spill (72 bytes on sm_90 at head size 128)
+            return "biased" if self.packed is None else "heavy"
         hides = self.masks or self.prefix is not None or self.lower is not None
         return "masked" if hides else "plain"
 
@@ -99,6 +108,43 @@ class Problem:
         heads, kv_heads = self.query.shape[1], self.key.shape[1]
         lengths = self.query.shape[2], self.key.shape[2]
         return heads, heads // max(kv_heads, 1), *lengths, self.lower, self.upper, self.shift
+
+    @property
+    def entries(self) -> int:
+        """How many batch entries there are, or packed sequences."""
+        return self.query.shape[0] if self.packed is None else self.packed.sequences
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        """Rows and keys of a batch entry, or how many a packed sequence can have: no more than the bias, past whose end
+        a longer one would read."""
+        rows, keys = self.query.shape[2], self.key.shape[2]
+        if self.packed is None or self.bias is None:
+            return rows, keys
+        of_bias = self.bias.shape[2:]
+        return rows if of_bias[0] == 1 else of_bias[0], keys if of_bias[1] == 1 else of_bias[1]
+
+    def packing(self) -> tuple[Offsets | int | None, ...]:
+        """The kernel arguments ``offsets, sequences, longest_q, longest_k, bottom_right``."""
+        packed = self.packed
+        if packed is None:
+            return None, None, None, None, None
+        offsets = Offsets(packed.cu_seqlens_q, packed.cu_seqlens_k, packed.seqused_k)
+        return offsets, packed.sequences, *self.longest, int(packed.bottom_right)
+
+    def tiles_of_rows(self, block_m: int) -> int:
+        """How many tiles of ``block_m`` rows there are, or numbers of tiles where sequences are packed (``packed``)."""
+        return self._tiles(self.query, block_m)
+
+    def tiles_of_keys(self, block_n: int) -> int:
+        """The same of keys."""
+        return self._tiles(self.key, block_n)
+
+    def _tiles(self, tensor: Tensor, block: int) -> int:
+        batch, heads, length, _ = tensor.shape
+        if self.packed is None:
+            return int(triton.cdiv(length, block)) * batch * heads
+        return (length // block + self.packed.sequences) * heads if self.packed.sequences else 0
 
     def dropout(self) -> Dropout | None:
         """The kernel argument ``dropout``."""

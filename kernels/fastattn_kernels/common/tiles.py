@@ -13,9 +13,11 @@ _WHOLE_HALF = tl.constexpr(256)
 
 
 @triton.jit
-def head_of(tensor, batch, head):
-    """The matrix of one head."""
+def head_of(tensor, batch, head, first=None):
+    """The matrix of one head; of a packed sequence (``batch``, an axis of stride 0), from its first row (key) on."""
     ptr = tensor.ptr + batch * tensor.stride_b + head * tensor.stride_h
+    if first is not None:
+        ptr += first * tensor.stride_m
     return Matrix(ptr, tensor.stride_m, tensor.stride_d)
 
 
@@ -82,22 +84,27 @@ def softmax_step(acc, row_max, row_sum, scores, unit):
 
 
 @triton.jit
-def store_statistics(statistics_ptr, row, seqlen_q, row_max, inverse_sum):
+def store_statistics(statistics_ptr, row, seqlen_q, row_max, inverse_sum, all_rows=None):
     """Store what :func:`load_statistics` loads, of the rows of one head."""
+    if all_rows is None:
+        all_rows = seqlen_q
     tl.store(statistics_ptr + row, row_max, mask=row < seqlen_q)
-    tl.store(statistics_ptr + seqlen_q + row, inverse_sum, mask=row < seqlen_q)
+    tl.store(statistics_ptr + all_rows + row, inverse_sum, mask=row < seqlen_q)
 
 
 @triton.jit
-def load_statistics(statistics_ptr, row, seqlen_q):
+def load_statistics(statistics_ptr, row, seqlen_q, all_rows=None):
     """``(maximum, 1 / sum)`` of rows: ``exp2(score - maximum) / sum`` is the probability. Past the end the maximum is
-    +inf, so that the probability is 0 whatever the score is.
+    +inf, so that the probability is 0 whatever the score is. A head has ``all_rows`` rows in memory: ``seqlen_q``,
+    unless its sequences are packed.
 
     Two numbers and not the LSE, ``maximum + log2(sum)``: its rounding to float32 gives the probabilities a relative
     error as large as an ulp of the LSE itself, and where a bias is finfo.min the sum is lost in it altogether.
     """
+    if all_rows is None:
+        all_rows = seqlen_q
     row_max = tl.load(statistics_ptr + row, mask=row < seqlen_q, other=INFINITY)
-    inverse_sum = tl.load(statistics_ptr + seqlen_q + row, mask=row < seqlen_q, other=0.0)
+    inverse_sum = tl.load(statistics_ptr + all_rows + row, mask=row < seqlen_q, other=0.0)
     return row_max, inverse_sum
 
 
