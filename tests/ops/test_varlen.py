@@ -160,10 +160,12 @@ def test_export_is_refused():
         torch.export.export(Module(), (query, key, value, cu))
 
 
-def test_kernels_asked_for_by_name_refuse():
+def test_explanation_names_the_backends():
     (query, key, value), cu = packed([3, 5])
-    with pytest.raises(NotImplementedError, match="packed sequences"):
-        fastattn.attention_varlen(query, key, value, cu, backend="triton")
+    explained = fastattn.explain(fastattn.attention_varlen, query, key, value, cu, backend="torch")
+    assert (explained.backend, explained.path) == ("torch", "attention of each sequence by itself")
+    wide = tuple(torch.randn(8, 1, 600) for _ in range(3))
+    assert "head_dim=600" in str(fastattn.explain(fastattn.attention_varlen, *wide, cu, backend="auto"))
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused

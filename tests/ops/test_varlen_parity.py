@@ -30,6 +30,17 @@ def test_varlen_grad_of_random_combinations_matches_reference(device):
         check(Case(**{axis: rng.choice(levels) for axis, levels in AXES.items()}), "torch", device)
 
 
+OF_ALL_SEQUENCES = [Case(alibi="heads"), Case(alibi="each"), Case(sinks=True, causal=True)] + [
+    Case(bias=bias, heads=(4, 2)) for bias in ("pairs", "each", "keys")
+]
+
+
+@pytest.mark.parametrize("case", OF_ALL_SEQUENCES, ids=lambda case: case.id)
+def test_gradients_that_sequences_share_match_the_reference(case, device):
+    """Those of slopes, sinks and biases, which the kernels, or sums behind them, add up over sequences."""
+    check(case, "triton", device)
+
+
 @pytest.mark.parametrize("case", PAIRS[::4], ids=lambda case: case.id)
 def test_operators_match_reference(case, device):
     """Graphs, and devices whose numbers are not read, go by the operators."""
@@ -38,15 +49,22 @@ def test_operators_match_reference(case, device):
     check(case, "torch", device, compiled)
 
 
-@pytest.mark.parametrize("case", PAIRS[::6], ids=lambda case: case.id)
-def test_sequences_are_calls_of_attention(case, device):
-    """To the last bit, on the torch backend: nothing of another sequence takes part."""
+# Slow in Triton's interpreter, where a third of the pairs is enough; in plain torch the reference is held against.
+BY_BACKEND = [("triton", case) for case in (*ALONE, *PAIRS[::3])] + [("torch", case) for case in PAIRS[::6]]
+
+
+@pytest.mark.parametrize(("backend", "case"), BY_BACKEND, ids=lambda value: getattr(value, "id", value))
+def test_sequences_are_calls_of_attention(backend, case, device):
+    """To the last bit: nothing of another sequence takes part. How exact those calls are, their own tests say."""
     problem = make_problem(case, device)
-    query, key, value, *_ = problem.leaves.values()
-    own: dict[str, Any] = {name: t for name, t in problem.leaves.items() if name not in ("query", "key", "value")}
-    words: dict[str, Any] = {**problem.words, **own, "return_lse": True, "backend": "torch"}
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in problem.leaves.items()}
+    query, key, value, *_ = leaves.values()
+    own: dict[str, Any] = {name: t for name, t in leaves.items() if name not in ("query", "key", "value")}
+    words: dict[str, Any] = {**problem.words, **own, "return_lse": True, "backend": backend}
     cu_q, cu_k = (offsets.tolist() for offsets in problem.cu_seqlens)
     output, lse = fastattn.attention_varlen(query, key, value, *problem.cu_seqlens, **words)
+    d_output, d_lse = (problem.gradient_of(t) for t in (output, lse))
+    found = torch.autograd.grad((output, lse), (query, key, value), (d_output, d_lse))
     used, mask = words.pop("seqused_k", None), words.pop("attn_mask", None)
     for number in range(len(cu_q) - 1):
         rows, last = slice(cu_q[number], cu_q[number + 1]), cu_k[number + 1]
@@ -58,10 +76,14 @@ def test_sequences_are_calls_of_attention(case, device):
             each = own.get(name)
             if isinstance(each, torch.Tensor) and (name == "prefix" or each.dim() == 2):
                 own[name] = each[number : number + 1]
-        tensors = (t.transpose(0, 1)[None] for t in (query[rows], key[keys], value[keys]))
-        alone = fastattn.attention(*tensors, **own)
-        assert torch.equal(output[rows], alone[0][0].transpose(0, 1))
-        assert torch.equal(lse[:, rows], alone[1][0])
+        tensors = [t.transpose(0, 1)[None] for t in (query[rows], key[keys], value[keys])]
+        alone, its_lse = fastattn.attention(*tensors, **own)
+        assert torch.equal(output[rows], alone[0].transpose(0, 1))
+        assert torch.equal(lse[:, rows], its_lse[0])
+        gradients = (d_output[rows].transpose(0, 1)[None], d_lse[None, :, rows])
+        expected = torch.autograd.grad((alone, its_lse), tensors, gradients)
+        for packed, of_sequence, part in zip(found, expected, (rows, keys, keys)):
+            assert torch.equal(packed[part], of_sequence[0].transpose(0, 1))
 
 
 def mask_of(mask, number, rows, keys):

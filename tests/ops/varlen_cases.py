@@ -91,6 +91,11 @@ class Problem:
     reference_words: dict[str, Any]
     rows: int
 
+    def gradient_of(self, result: torch.Tensor) -> torch.Tensor:
+        """What comes in as the gradient of a result, in its dtype."""
+        drawn = random_tensor(*result.shape, seed=77 + result.dim(), dtype=self.leaves["query"].dtype)
+        return drawn.to(result.device, result.dtype)
+
 
 def make_problem(case: Case, device: Any) -> Problem:
     """Random tensors. What lies behind the last sequence, or out of use, is NaN."""
@@ -144,10 +149,7 @@ def results_of(
 ) -> dict[str, torch.Tensor]:
     """Results of the rows that belong to a sequence, and all gradients."""
     output, lse = output[: problem.rows], lse[:, : problem.rows]
-    of_output, of_lse = (
-        random_tensor(*t.shape, seed=77 + t.dim(), dtype=problem.leaves["query"].dtype, device=t.device).to(t.dtype)
-        for t in (output, lse)
-    )
+    of_output, of_lse = (problem.gradient_of(t) for t in (output, lse))
     total = (output * of_output).sum() + torch.where(lse.isfinite(), lse * of_lse, 0).sum()
     found = torch.autograd.grad(total, list(leaves.values()))
     return {"output": output, "lse": lse, **{f"d_{name}": d for name, d in zip(leaves, found)}}

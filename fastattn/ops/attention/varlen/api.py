@@ -100,7 +100,9 @@ def attention_varlen(
     if has_torch_function_variadic(query, key, value) and is_symbolically_traced(query, key, value):
         return recorded(attention_varlen, query, key, value, cu_seqlens_q, cu_seqlens_k, **words, backend=backend)
     call = make_call(query, key, value, cu_seqlens_q, cu_seqlens_k, **words)
-    backends.choose(call, backend, on_triton.refusals)
-    output, lse = on_torch.run(call)
+    if backends.choose(call, backend, on_triton.refusals) == "triton":
+        output, lse = on_triton.run(call)
+    else:
+        output, lse = on_torch.run(call)
     output = output[0].transpose(0, 1)
     return output if lse is None else (output, lse[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,16 @@ from fastattn.ops.common.blocks import OF_KEYS, OF_ROWS, Axes, Block, statistics
 from fastattn.ops.common.derivatives import Blocked, Formula
 from fastattn.ops.common.operator import apply as apply_function
 from fastattn.ops.common.row_operator import BackwardFunction, ForwardFunction, RowOperator
+
+
+def implementation(backend: str) -> ModuleType:
+    """The module whose ``forward`` and ``backward`` implement the operators for a backend."""
+    if backend == "triton":
+        from fastattn.ops.attention.varlen import launch  # imports triton
+
+        return launch
+    return sequences
+
 
 # ---------------------------------------------------------------------------------------------------------- the formula
 
@@ -101,7 +112,7 @@ ATTENTION_VARLEN = RowOperator(
     output_gradients=VarlenOutputGradients,
     needs=VarlenNeeds,
     input_gradients=InputGradients,
-    implementation=lambda backend: sequences,
+    implementation=implementation,
     ask=VarlenNeeds,
     stored=stored,
     empty_results=empty_results,
