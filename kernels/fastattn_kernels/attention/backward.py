@@ -17,7 +17,7 @@ from fastattn_kernels.common.delta import Delta, tensor_of
 from fastattn_kernels.common.gradients import Gradients, WeightsGradient, weights_argument
 from fastattn_kernels.common.launch import launch
 from fastattn_kernels.common.marks import GradientMarks, empty_gradient_marks, few_programs, is_marked, tiles_to_look_at
-from fastattn_kernels.common.packed import Packing, count_tiles, find_tile
+from fastattn_kernels.common.packed import Packing, count_tiles, find_tile, is_somebodys
 from fastattn_kernels.common.problem import Problem
 from fastattn_kernels.common.tile_map import TileMap
 from fastattn_kernels.common.tiles import is_off
@@ -54,7 +54,7 @@ def _attention_bwd_careful_kernel(
     for tile in tl.range(first, last):
         if is_marked(marks_of_rows_ptr, tile, seqlen_q, BLOCK_M, query_offsets_ptr, sequences):
             row_tile, span = find_tile(tile % tiles_m, sizes, packing, BLOCK_M, True)
-            if row_tile >= 0:
+            if is_somebodys(row_tile, span):
                 grad_of_tile_of_queries(
                     tile // tiles_m, row_tile, span, call, None, None, d_query, d_alibi_slopes_ptr, None,
                     Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, CAREFUL),
@@ -64,7 +64,7 @@ def _attention_bwd_careful_kernel(
     for tile in tl.range(first, last):
         if is_marked(marks_of_keys_ptr, tile, seqlen_k, BLOCK_N, key_offsets_ptr, sequences):
             col_tile, span = find_tile(tile % tiles_n, sizes, packing, BLOCK_N, False)
-            if col_tile >= 0:
+            if is_somebodys(col_tile, span):
                 grad_of_tile_of_keys(
                     tile // tiles_n, col_tile, span, call, d_key, d_value, None, None,
                     Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, CAREFUL),
