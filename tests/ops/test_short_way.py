@@ -13,7 +13,6 @@ pytest.importorskip("triton", reason="triton is not installed")
 import fastattn
 from fastattn.ops.common import short_way
 from fastattn.ops.residual_norm import api as norm_api
-from fastattn.ops.residual_norm.contract import Arguments
 from tests.machines import DEVICE
 from tests.ops import short_way_cases as cases
 from tests.ops.short_way_cases import Draw, assert_same, counted, long_way, results_and_gradients
@@ -319,8 +318,3 @@ def test_call_that_cannot_be_written_down_takes_the_long_way_for_good(monkeypatc
             fastattn.layer_norm(x, 8, backend="triton").sum().backward()
     assert taken.forwards == 1  # which found out
     assert taken.planned == taken.backwards == 0
-
-
-def test_all_tensors_among_the_arguments_are_in_front():
-    """What stands behind ``kind`` is compared by value alone."""
-    assert Arguments._fields.index("kind") == norm_api._VALUES

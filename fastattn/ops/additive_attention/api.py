@@ -10,7 +10,7 @@ from fastattn.ops.additive_attention.call import make_call
 from fastattn.ops.additive_attention.contract import AdditiveAttentionCall
 from fastattn.ops.common import backends
 from fastattn.ops.common.row_short_way import RowShortWay
-from fastattn.ops.common.short_way import ShortWay
+from fastattn.ops.common.short_way import ShortWay, lies_with_kernels
 from fastattn.ops.common.tracing import is_symbolically_traced, recorded
 
 
@@ -26,11 +26,13 @@ _TENSORS = AdditiveAttentionCall._fields.index("upper")  # so many fields of a c
 
 def _run(call: AdditiveAttentionCall, backend: backends.Backend | None) -> tuple[Tensor, Tensor | None]:
     """``(output, weights or None)`` of a call on the backend that is chosen."""
-    values = call[:_TENSORS]
-    signature = _CALLS.key(values, (*call[_TENSORS:], backend))
-    if signature is not None and (entry := _CALLS.find(signature, call)) is not None:
-        found = entry(values)
-        return found if isinstance(found, tuple) else (found, None)
+    signature = None
+    if lies_with_kernels(call.query):
+        values = call[:_TENSORS]
+        signature = _CALLS.key(values, (*call[_TENSORS:], backend))
+        if signature is not None and (entry := _CALLS.find(signature, call)) is not None:
+            found = entry(values)
+            return found if isinstance(found, tuple) else (found, None)
     if backends.choose(call, backend, on_triton.refusals) == "triton":
         if signature is not None:
             _CALLS.remember(signature)

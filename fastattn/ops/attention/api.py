@@ -12,7 +12,7 @@ from fastattn.ops.attention.contract import Alignment, Arguments, AttentionCall
 from fastattn.ops.attention.jagged import attention_jagged
 from fastattn.ops.common import backends
 from fastattn.ops.common.row_short_way import RowShortWay
-from fastattn.ops.common.short_way import ShortWay
+from fastattn.ops.common.short_way import ShortWay, lies_with_kernels
 from fastattn.ops.common.tracing import is_symbolically_traced, recorded
 
 
@@ -35,13 +35,15 @@ _TENSORS = AttentionCall._fields.index("lower")  # so many fields of a call are 
 
 def run(call: AttentionCall, backend: backends.Backend | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(output, weights or None, lse or None)`` of a validated call on the backend that ``backends.choose`` names."""
-    values = call[:_TENSORS]
-    signature = _CALLS.key(values, (*call[_TENSORS:], backend))
-    if signature is not None and (entry := _CALLS.find(signature, call)) is not None:
-        found = entry(values)
-        output, *rest = found if isinstance(found, tuple) else (found,)
-        weights = rest.pop(0) if call.weights != "none" else None
-        return output, weights, rest.pop() if call.return_lse else None
+    signature = None
+    if lies_with_kernels(call.query):
+        values = call[:_TENSORS]
+        signature = _CALLS.key(values, (*call[_TENSORS:], backend))
+        if signature is not None and (entry := _CALLS.find(signature, call)) is not None:
+            found = entry(values)
+            output, *rest = found if isinstance(found, tuple) else (found,)
+            weights = rest.pop(0) if call.weights != "none" else None
+            return output, weights, rest.pop() if call.return_lse else None
     chosen = backends.choose(call, backend, on_triton.refusals)
     if signature is not None and chosen == "triton":
         _CALLS.remember(signature)
@@ -125,13 +127,16 @@ def attention(
         ValueError: shapes, devices or numbers do not fit; the message shows them.
         NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
     """
-    values = query, key, value, attn_mask, key_padding_mask, window, prefix, document_ids, alibi_slopes, sinks
-    numbers = (
-        is_causal, causal_alignment, softcap, scale, dropout_p, need_weights, average_attn_weights, return_lse, backend
-    )  # fmt: skip
-    signature = _ARGUMENTS.key(values, numbers)
-    if signature is not None and (entry := _ARGUMENTS.find(signature, values + numbers)) is not None:
-        return entry(values)
+    signature = None
+    if lies_with_kernels(query):
+        values = query, key, value, attn_mask, key_padding_mask, window, prefix, document_ids, alibi_slopes, sinks
+        numbers = (
+            is_causal, causal_alignment, softcap, scale, dropout_p, need_weights, average_attn_weights, return_lse,
+            backend,
+        )  # fmt: skip
+        signature = _ARGUMENTS.key(values, numbers)
+        if signature is not None and (entry := _ARGUMENTS.find(signature, values + numbers)) is not None:
+            return entry(values)
     words = {
         "attn_mask": attn_mask,
         "key_padding_mask": key_padding_mask,

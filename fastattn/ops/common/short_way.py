@@ -47,6 +47,12 @@ def is_looked_at() -> bool:
     )
 
 
+def lies_with_kernels(first: Any) -> bool:
+    """Whether a call whose first tensor this is may reach the kernels at all. A caller asks before it puts together
+    what :meth:`ShortWay.key` wants: on a CPU that would take a tenth of a small norm's time, for nothing."""
+    return type(first) in _PLAIN and first.device.type in backends.DEVICES
+
+
 def _has_watching_mode() -> bool:
     """Whether one of the modes of torch functions is more than ``torch.set_default_device``, which our calls, that name
     their device everywhere, do not depend on."""
@@ -139,14 +145,12 @@ class ShortWay:
             words: the others.
         """
         first = values[0]
-        if is_looked_at() or type(first) not in _PLAIN:
+        if not lies_with_kernels(first) or is_looked_at():
             return None
         # hooks see what is saved: checkpointing wants a call and its repetition to save the same, whichever way they go
         if _autograd._top_saved_tensors_default_hooks(True) is not None:
             return None
         kind = first.device.type
-        if kind not in backends.DEVICES:
-            return None
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         if autocast is not None and any(each.dtype != autocast for each in values[: self._casts]):
             return None

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from fastattn.ops.common import backends
-from fastattn.ops.common.short_way import ShortWay, in_shape
+from fastattn.ops.common.short_way import ShortWay, in_shape, lies_with_kernels
 from fastattn.ops.common.tracing import is_symbolically_traced, recorded
 from fastattn.ops.residual_norm import on_torch, on_triton
 from fastattn.ops.residual_norm.call import make_call
 from fastattn.ops.residual_norm.contract import Arguments
 from fastattn.ops.residual_norm.layout import in_channels_last
+from fastattn.reference.residual_norm import Kind
 
 
 def _short() -> ModuleType:
@@ -25,28 +27,49 @@ def _short() -> ModuleType:
 
 
 _SHORT = ShortWay(_short, Arguments)
-_VALUES = Arguments._fields.index("kind")  # so many arguments may be tensors or tuples, the first of them
 
 
-def _norm(arguments: Arguments) -> Tensor | tuple[Tensor, Tensor]:
-    """What a public function returns for its arguments, on the backend that is chosen."""
-    values, words = arguments[:_VALUES], arguments[_VALUES:]
-    signature = _SHORT.key(values, words)
-    if signature is not None:
-        if not _may_be_short(arguments):
+def _norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    x_bias: Tensor | None,
+    row_scale: Tensor | None,
+    normalized_shape: int | Sequence[int] | None,
+    kind: Kind,
+    eps: float | None,
+    unit_offset: bool,
+    dropout_p: float,
+    round_residual: bool,
+    out_dtype: torch.dtype | None,
+    residual_dtype: torch.dtype | None,
+    return_residual: bool,
+    backend: backends.Backend | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What a public function returns for its :class:`Arguments`, on the backend that is chosen."""
+    signature = None
+    if lies_with_kernels(x):
+        values = x, residual, weight, bias, x_bias, row_scale, normalized_shape
+        words = kind, eps, unit_offset, dropout_p, round_residual, out_dtype, residual_dtype, return_residual, backend
+        signature = _SHORT.key(values, words)
+        if signature is not None and not _may_be_short(x, residual, round_residual, return_residual):
             signature = None
-        elif (entry := _SHORT.find(signature, arguments)) is not None:
+        if signature is not None and (entry := _SHORT.find(signature, values + words)) is not None:
             return entry(values)
-    *rest, backend = arguments
-    call = make_call(**dict(zip(Arguments._fields, rest)))
+    call = make_call(
+        x, residual, weight, bias, kind=kind, eps=eps, normalized_shape=normalized_shape, x_bias=x_bias,
+        row_scale=row_scale, unit_offset=unit_offset, dropout_p=dropout_p, round_residual=round_residual,
+        out_dtype=out_dtype, residual_dtype=residual_dtype, return_residual=return_residual,
+    )  # fmt: skip
     chosen = backends.choose(call, backend, on_triton.refusals)
     output, total = on_triton.run(call) if chosen == "triton" else on_torch.run(call)
     if signature is not None and chosen == "triton":
         _SHORT.remember(signature)
-    shape = _sum_shape(arguments.x, arguments.residual)
+    shape = x.shape if residual is None else _sum_shape(x, residual)
     output = in_shape(output, shape)
-    if call.kind == "rms":
-        output = in_channels_last(output, arguments.x, arguments.residual)
+    if kind == "rms":
+        output = in_channels_last(output, x, residual)
     return (output, in_shape(total, shape)) if call.return_residual else output
 
 
@@ -54,25 +77,24 @@ def _norm(arguments: Arguments) -> Tensor | tuple[Tensor, Tensor]:
 _DEFAULTS = (False, 0.0, True, None, None, False)
 
 
-def _alone(arguments: Arguments) -> Tensor:
-    output = _norm(arguments)
+def _alone(*arguments: Any) -> Tensor:
+    output = _norm(*arguments)
     assert isinstance(output, Tensor)
     return output
 
 
-def _may_be_short(arguments: Arguments) -> bool:
+def _may_be_short(x: Tensor, residual: Tensor | None, round_residual: bool, return_residual: bool) -> bool:
     """Whether a call that has a signature may take the short way: nothing is broadcast to ``x`` but a row scale, the
     sum is kept as it is returned, and ``x`` itself is not returned as the sum."""
-    x, residual = arguments.x, arguments.residual
-    if arguments.round_residual is not True:
+    if round_residual is not True:
         return False
     if residual is None:
-        return not arguments.return_residual
+        return not return_residual
     return isinstance(residual, Tensor) and x.shape == residual.shape
 
 
-def _sum_shape(x: Tensor, residual: Tensor | None) -> torch.Size:
-    return x.shape if residual is None or residual.shape == x.shape else torch.broadcast_shapes(x.shape, residual.shape)
+def _sum_shape(x: Tensor, residual: Tensor) -> torch.Size:
+    return x.shape if residual.shape == x.shape else torch.broadcast_shapes(x.shape, residual.shape)
 
 
 def add_layer_norm(
@@ -137,7 +159,7 @@ def add_layer_norm(
             unit_offset=unit_offset, dropout_p=dropout_p, round_residual=round_residual, out_dtype=out_dtype,
             residual_dtype=residual_dtype, return_residual=return_residual, backend=backend,
         )  # fmt: skip
-    arguments = Arguments(
+    return _norm(
         x,
         residual,
         weight,
@@ -154,8 +176,7 @@ def add_layer_norm(
         residual_dtype,
         return_residual,
         backend,
-    )  # fmt: skip
-    return _norm(arguments)
+    )
 
 
 def add_rms_norm(
@@ -210,7 +231,7 @@ def add_rms_norm(
             unit_offset=unit_offset, dropout_p=dropout_p, round_residual=round_residual, out_dtype=out_dtype,
             residual_dtype=residual_dtype, return_residual=return_residual, backend=backend,
         )  # fmt: skip
-    arguments = Arguments(
+    return _norm(
         x,
         residual,
         weight,
@@ -227,8 +248,7 @@ def add_rms_norm(
         residual_dtype,
         return_residual,
         backend,
-    )  # fmt: skip
-    return _norm(arguments)
+    )
 
 
 def layer_norm(
@@ -258,7 +278,7 @@ def layer_norm(
     """
     if has_torch_function_variadic(input, weight, bias) and is_symbolically_traced(input, weight, bias):
         return recorded(layer_norm, input, normalized_shape, weight, bias, eps, backend=backend)
-    return _alone(Arguments(input, None, weight, bias, None, None, normalized_shape, "layer", eps, *_DEFAULTS, backend))
+    return _alone(input, None, weight, bias, None, None, normalized_shape, "layer", eps, *_DEFAULTS, backend)
 
 
 def rms_norm(
@@ -286,4 +306,4 @@ def rms_norm(
     """
     if has_torch_function_variadic(input, weight) and is_symbolically_traced(input, weight):
         return recorded(rms_norm, input, normalized_shape, weight, eps, backend=backend)
-    return _alone(Arguments(input, None, weight, None, None, None, normalized_shape, "rms", eps, *_DEFAULTS, backend))
+    return _alone(input, None, weight, None, None, None, normalized_shape, "rms", eps, *_DEFAULTS, backend)
