@@ -21,24 +21,29 @@ from fastattn.ops.common.checks import (
     under_autocast,
 )
 
+_AXES = ("batch", "heads", "length", "head_dim")
+
+
+def check_operand(name: str, tensor: Tensor, query: Tensor, axes: tuple[str, ...] = _AXES) -> None:
+    """Raise unless ``tensor`` is dense, has these axes, and the query's dtype and device."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        check_dense(name, tensor)
+    if tensor.dim() != len(axes):
+        raise ValueError(f"{name} has shape {shape_of(tensor)}: expected {len(axes)} dimensions [{', '.join(axes)}]")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} is {tensor.dtype}: expected float16, bfloat16, float32 or float64")
+    if tensor.dtype != query.dtype:
+        raise TypeError(f"{name} is {tensor.dtype} but query is {query.dtype}: expected one dtype for all three")
+    if tensor.device != query.device:
+        raise ValueError(f"{name} is on {tensor.device} but query is on {query.device}: expected one device")
+
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise unless query, key and value are 4-D floating tensors that fit one another."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.layout is not torch.strided or tensor.is_nested:
-            check_dense(name, tensor)
-        if tensor.dim() != 4:
-            raise ValueError(
-                f"{name} has shape {shape_of(tensor)}: expected 4 dimensions [batch, heads, length, head_dim]"
-            )
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} is {tensor.dtype}: expected float16, bfloat16, float32 or float64")
-        if tensor.dtype != query.dtype:
-            raise TypeError(f"{name} is {tensor.dtype} but query is {query.dtype}: expected one dtype for all three")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} is on {tensor.device} but query is on {query.device}: expected one device")
+        check_operand(name, tensor, query)
     shapes = f"query {shape_of(query)}, key {shape_of(key)}, value {shape_of(value)}"
     if not query.shape[0] == key.shape[0] == value.shape[0]:
         raise ValueError(f"{shapes}: expected the same batch size (dimension 0) in all three")
@@ -121,6 +126,23 @@ def check_window(window: tuple[int | None, int | None] | None) -> tuple[int | No
     return window
 
 
+def check_softcap(softcap: float) -> None:
+    """Raise unless ``softcap`` is a finite number above 0."""
+    check_number("softcap", softcap)
+    if not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap={softcap}: expected a finite number above 0, or None")
+
+
+def check_scale(scale: float | None, query: Tensor) -> float:
+    """Return the number that scores are multiplied by, by default ``1/sqrt(D)``, or raise."""
+    if scale is None:
+        return 1.0 / math.sqrt(query.shape[-1])
+    check_number("scale", scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale={scale}: expected a finite number or None")
+    return float(scale)
+
+
 def make_call(
     query: Tensor,
     key: Tensor,
@@ -166,18 +188,11 @@ def make_call(
     if sinks is not None:
         sinks = check_per_head("sinks", sinks, query, per_batch=False)
     if softcap is not None:
-        check_number("softcap", softcap)
-        if not 0.0 < softcap < math.inf:
-            raise ValueError(f"softcap={softcap}: expected a finite number above 0, or None")
+        check_softcap(softcap)
     check_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p={dropout_p}: expected a probability between 0 and 1")
-    if scale is None:
-        scale = 1.0 / math.sqrt(query.shape[-1])
-    else:
-        check_number("scale", scale)
-        if not math.isfinite(scale):
-            raise ValueError(f"scale={scale}: expected a finite number or None")
+    scale = check_scale(scale, query)
 
     if is_causal:
         right = 0
@@ -205,7 +220,7 @@ def make_call(
         upper=upper,
         shift=shift,
         softcap=None if softcap is None else float(softcap),
-        scale=float(scale),
+        scale=scale,
         dropout_p=float(dropout_p),
         weights=("average" if average_attn_weights else "heads") if need_weights else "none",
         return_lse=return_lse,

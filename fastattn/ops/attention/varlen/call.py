@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn.ops.attention.call import check_per_head, check_prefix, check_window
+from fastattn.ops.attention.call import (
+    check_operand,
+    check_per_head,
+    check_prefix,
+    check_scale,
+    check_softcap,
+    check_window,
+)
 from fastattn.ops.attention.contract import Alignment
 from fastattn.ops.attention.varlen import sequences
 from fastattn.ops.attention.varlen.contract import VarlenCall
-from fastattn.ops.common.checks import DTYPES, check_dense, check_number, is_integer, shape_of, under_autocast
+from fastattn.ops.common.checks import check_dense, check_number, is_integer, shape_of, under_autocast
 from fastattn.ops.common.tracing import is_eager_on_cpu
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
@@ -20,18 +26,7 @@ from fastattn.reference.attention import NEGATIVE_INFINITY
 def check_packed(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise unless query, key and value are 3-D floating tensors that fit one another."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.layout is not torch.strided or tensor.is_nested:
-            check_dense(name, tensor)
-        if tensor.dim() != 3:
-            raise ValueError(f"{name} has shape {shape_of(tensor)}: expected 3 dimensions [rows, heads, head_dim]")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} is {tensor.dtype}: expected float16, bfloat16, float32 or float64")
-        if tensor.dtype != query.dtype:
-            raise TypeError(f"{name} is {tensor.dtype} but query is {query.dtype}: expected one dtype for all three")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} is on {tensor.device} but query is on {query.device}: expected one device")
+        check_operand(name, tensor, query, ("rows", "heads", "head_dim"))
     shapes = f"query {shape_of(query)}, key {shape_of(key)}, value {shape_of(value)}"
     if query.shape[2] != key.shape[2]:
         raise ValueError(f"{shapes}: expected query and key to have the same head size (dimension 2)")
@@ -160,18 +155,11 @@ def make_call(
         sinks = check_per_head("sinks", sinks, entries, per_batch=False)
     bias = None if attn_mask is None else _check_bias(attn_mask, packed_query, count)
     if softcap is not None:
-        check_number("softcap", softcap)
-        if not 0.0 < softcap < math.inf:
-            raise ValueError(f"softcap={softcap}: expected a finite number above 0, or None")
+        check_softcap(softcap)
     check_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p={dropout_p}: expected a probability between 0 and 1")
-    if scale is None:
-        scale = 1.0 / math.sqrt(query.shape[-1])
-    else:
-        check_number("scale", scale)
-        if not math.isfinite(scale):
-            raise ValueError(f"scale={scale}: expected a finite number or None")
+    scale = check_scale(scale, query)
     lower, upper = None if left is None else -left, 0 if is_causal else right
     call = VarlenCall(
         query=packed_query,
@@ -188,7 +176,7 @@ def make_call(
         upper=upper,
         bottom_right=causal_alignment == "bottom_right",
         softcap=None if softcap is None else float(softcap),
-        scale=float(scale),
+        scale=scale,
         dropout_p=float(dropout_p),
         return_lse=return_lse,
     )
