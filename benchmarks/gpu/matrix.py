@@ -12,6 +12,7 @@ from benchmarks.cases import AttentionCase, Case, Kind, Mask
 from benchmarks.families import kernels, sequence
 from benchmarks.families.additive import of_tangents
 from benchmarks.families.norm import of_elements
+from benchmarks.families.varlen import VarlenCase
 
 Part = Literal["", "question", "rest"]
 
@@ -95,6 +96,11 @@ def _without_compilers() -> dict[Case, tuple[str, ...]]:
     for backward in (False, True):
         case = of_tangents(1 << 31, 512, 256, backward=backward, dtype=torch.bfloat16, device="cuda")
         cases[case] = ("fastattn", "eager")
+    for longest in (2048, 512):
+        for backward in (False, True):
+            more: dict[str, Any] = {"dtype": torch.bfloat16, "backward": backward, "device": "cuda"}
+            packed = VarlenCase("varlen", _TOKENS // longest * 2, 16, longest, 128, causal=True, **more)
+            cases[packed] = ("fastattn", "sdpa-padded", "varlen_attn", "flash-attn")
     for size in (512, 2048, 256, 65536, 64, 32768, 262144, 4097):
         add_norms(size)
     add_norms(4096, kinds=["layer"], dtype=torch.float32)

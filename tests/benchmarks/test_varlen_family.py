@@ -65,7 +65,7 @@ def test_varlen_gate_stops_one_wrong_result(result):
 def test_varlen_says_why_it_refuses():
     applies = {variant.name: variant.applies for variant in varlen.FAMILY.variants}
     assert applies["varlen_attn"](CASE) == "torch's varlen_attn runs on a GPU alone"
-    assert applies["flex-documents"](CASE) == "FlexAttention has no backward on a CPU"
+    assert "on a CPU Inductor fails" in str(applies["flex-documents"](CASE))
     on_gpu = dataclasses.replace(CASE, device="cuda")
     assert applies["varlen_attn"](on_gpu) == "torch's varlen_attn takes 16 bits alone"
 

@@ -9,8 +9,6 @@ from benchmarks.laboratory.cases import (
     HOPPER_FEATURES,
     LOADS,
     NORM_FEATURES,
-    QUICK_ATTENTION,
-    QUICK_NORMS,
     TARGETS,
     attention_cases,
     hopper_cases,
@@ -21,7 +19,9 @@ from benchmarks.laboratory.hopper import pair_teraflops
 from tests.kernels.cross_compile import SHARED_MEMORY, compile_for, hold_to_table
 
 FLOAT = ["cuda:90", "hip:gfx942"]  # the tiles of float32 are the same on every NVIDIA architecture
-# All of them are compiled by `make resources`, which takes a quarter of an hour.
+# All of them are compiled by `make resources`, which takes a quarter of an hour; these by `make test`, too: one of
+# either vendor, of 16 bits and of float32.
+IN_EVERY_TEST = [("bfloat16", "cuda:90", 128), ("float32", "hip:gfx942", 128)]
 EVERY = [
     (dtype, target, head_dim)
     for dtype, targets in (("bfloat16", TARGETS), ("float32", FLOAT))
@@ -32,7 +32,7 @@ EVERY = [
 
 @pytest.mark.parametrize(
     ("dtype", "target", "head_dim"),
-    [pytest.param(*case, marks=() if case in QUICK_ATTENTION else pytest.mark.resources) for case in EVERY],
+    [pytest.param(*case, marks=() if case in IN_EVERY_TEST else pytest.mark.resources) for case in EVERY],
 )
 def test_every_configuration_compiles_without_spills(dtype, target, head_dim):
     """Every tile under the heaviest load that has it."""
@@ -58,14 +58,9 @@ def test_every_configuration_compiles_without_spills(dtype, target, head_dim):
     hold_to_table(rows)
 
 
-@pytest.mark.parametrize(
-    ("target", "head_dim"),
-    [
-        pytest.param(target, head_dim, marks=() if (target, head_dim) == ("cuda:90", 128) else pytest.mark.resources)
-        for target in TARGETS
-        for head_dim in (64, 128, 256)
-    ],
-)
+@pytest.mark.resources
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("target", TARGETS)
 def test_packed_kernels_spill_outside_of_loops_only(target, head_dim):
     """Where a sequence begins has to wait somewhere while the loops run."""
     rows = compile_for(target, packed_cases("bfloat16", head_dim))
@@ -84,7 +79,7 @@ def test_packed_kernels_spill_outside_of_loops_only(target, head_dim):
 @pytest.mark.parametrize(
     ("dtype", "target"),
     [
-        pytest.param(dtype, target, marks=() if (dtype, target) in QUICK_NORMS else pytest.mark.resources)
+        pytest.param(dtype, target, marks=() if (dtype, target) == ("bfloat16", "cuda:90") else pytest.mark.resources)
         for dtype in ("bfloat16", "float32")
         for target in TARGETS
     ],
@@ -147,7 +142,7 @@ def test_run_time_rows_do_not_recompile_norms():
     assert {name: len(hashes) for name, hashes in compiled.items()} == dict.fromkeys(compiled, 1)
 
 
-@pytest.mark.parametrize("load", ["plain", "heavy"])
+@pytest.mark.parametrize("load", ["plain", pytest.param("heavy", marks=pytest.mark.resources)])
 def test_run_time_values_do_not_recompile(load):
     """Lengths that are multiples of nothing share each kernel; under masks, those that are worth a tile map."""
     lengths = ((97, 130), (1, 3), (33, 1), (511, 1023), (130, 97)) if load == "plain" else ((197, 331), (511, 1023))
