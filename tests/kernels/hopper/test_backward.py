@@ -84,7 +84,7 @@ def reference(problem: Problem, d_out: torch.Tensor, dtype: torch.dtype) -> tupl
     """The output and the gradients of query, key and value, in ``dtype``."""
     fields = {field.name: getattr(problem, field.name) for field in dataclasses.fields(problem)}
     tensors = [fields.pop(name).to(dtype, copy=True).requires_grad_() for name in ("query", "key", "value")]
-    unused = ("alibi_slopes", "seed", "dropout_p")
+    unused = ("alibi_slopes", "seed", "dropout_p", "packed")
     fields = {name: value for name, value in fields.items() if name not in unused}
     for name in ("bias", "sinks"):
         fields[name] = None if fields[name] is None else fields[name].to(dtype)
