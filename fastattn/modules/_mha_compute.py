@@ -1,6 +1,6 @@
 """What ``nn.MultiheadAttention`` computes up to its output projection, as a function of tensors and of words.
 
-The module is not part of it, so that a call can also be recorded and repeated with other tensors (``_mha_short``).
+The module is not part of it, so that a call can also be recorded and repeated with other tensors (``_mha_kernels``).
 """
 
 from __future__ import annotations
