@@ -56,6 +56,7 @@ def attention_with_kvcache(
     rotary_cos: Tensor | None = None,
     rotary_sin: Tensor | None = None,
     rotary_interleaved: bool = False,
+    attn_mask: Tensor | None = None,
     is_causal: bool = True,
     window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
@@ -82,6 +83,8 @@ def attention_with_kvcache(
             slots where they stand. Without ``key`` nothing is turned.
         rotary_sin: as ``rotary_cos``.
         rotary_interleaved: which features are a pair, as in :func:`rotate`.
+        attn_mask: boolean (True = may attend) or floating (added to the scores), by slots: broadcastable to ``[B, H, L,
+            slots]``.
         is_causal: a query sees no slot behind its own.
         window: ``(left, right)``: how many slots a query sees on each side of its own; None: all of them.
         softcap: as in :func:`attention`, and so are ``sinks`` and ``scale``.
@@ -129,10 +132,18 @@ def attention_with_kvcache(
         slopes = alibi_slopes
         if slopes is not None:
             slopes = slopes[None] if slopes.dim() == 1 else slopes[sequence : sequence + 1]
+        bias = mask = None
+        if attn_mask is not None:
+            of_slots = attn_mask[(None,) * (4 - attn_mask.dim())]
+            of_slots = of_slots if len(of_slots) == 1 else of_slots[sequence : sequence + 1]
+            of_slots = of_slots if of_slots.shape[3] == 1 else of_slots[..., start:held]
+            bias, mask = (None, of_slots) if attn_mask.dtype == torch.bool else (of_slots, None)
         result = attention(
             queries[None],
             keys[None],
             values[None],
+            bias=bias,
+            mask=mask,
             alibi_slopes=slopes,
             sinks=None if sinks is None else sinks[None],
             lower=None if left is None else shift - left,

@@ -120,3 +120,20 @@ def test_rotated_scores_depend_on_the_distance_alone(interleaved):
     torch.testing.assert_close(attend(0), attend(2), rtol=0, atol=1e-14)
     without = attention_with_kvcache(query, room, room, key, value, cache_seqlens=torch.zeros(1, dtype=torch.int32))
     assert not torch.allclose(attend(0), without.output)
+
+
+@pytest.mark.parametrize("is_boolean", [False, True], ids=["added", "boolean"])
+def test_reference_of_a_cache_counts_a_mask_by_slots(is_boolean):
+    query, keys, values = whole_sequences()
+    (key_cache, key), (value_cache, value) = split(keys), split(values)
+    mask = draw(3, 1, 2, 8, seed=4)
+    mask = mask > 0.0 if is_boolean else mask
+    mask[..., 0] = True  # every query sees the first slot, or adds 1 to its score
+    result = attention_with_kvcache(
+        query, key_cache, value_cache, key, value, cache_seqlens=torch.tensor(LENGTHS), attn_mask=mask
+    )
+    for sequence, held in enumerate(LENGTHS):
+        own, total = slice(sequence, sequence + 1), held + 2
+        word: dict = {"mask" if is_boolean else "bias": mask[own, ..., :total]}
+        whole = attention(query[own], keys[own, :, :total], values[own, :, :total], upper=held, **word)
+        torch.testing.assert_close(result.output[own], whole.output, rtol=0, atol=1e-14)
