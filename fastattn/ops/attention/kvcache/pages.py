@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from fastattn.ops.attention.kvcache.contract import KVCacheInputs, KVCacheOptions
 from fastattn.ops.attention.kvcache.slots import Span, is_differentiated
@@ -41,98 +40,104 @@ def takes(inputs: KVCacheInputs, options: KVCacheOptions) -> bool:
     )
 
 
-class _Held(NamedTuple):
-    """Pages, and the sequences that hold them: one entry for each pair of the two."""
+class _Part(NamedTuple):
+    """Attention of the query of one sequence to one page."""
 
-    page: Tensor  # [pairs]
-    sequence: Tensor  # [pairs]
-
-
-class _Parts(NamedTuple):
-    """Attention of sequences' queries to single pages, the heads of a group being rows."""
-
-    output: Tensor  # [pairs, Hk, G, D]
-    lse: Tensor  # [pairs, Hk, G], at least float32
-    sequence: Tensor  # [pairs]
+    sequence: int
+    page: int
+    start: int  # the slots of the page that are seen
+    stop: int
 
 
 def run(inputs: KVCacheInputs, options: KVCacheOptions, found: list[Span]) -> tuple[Tensor, Tensor]:
     """``(output, lse)`` of a call that this :func:`takes`, whose new tokens are in the cache."""
-    block_table = inputs.block_table
-    assert block_table is not None
-    batch, heads, _, width = inputs.query.shape
-    size = inputs.key_cache.shape[2]
+    assert inputs.block_table is not None
+    (batch, heads, _, width), size = inputs.query.shape, inputs.key_cache.shape[2]
+    whole: list[_Part] = []
+    rest: list[_Part] = []
+    for sequence, (span, table) in enumerate(zip(found, inputs.block_table.tolist())):
+        for number in range(span.start // size, -(-span.stop // size) if span.start < span.stop else 0):
+            start, stop = max(0, span.start - number * size), min(size, span.stop - number * size)
+            (whole if stop - start == size else rest).append(_Part(sequence, table[number], start, stop))
+    # heads of a group are rows: [B, Hk, G, D]
     inputs = inputs._replace(query=inputs.query.reshape(batch, inputs.key_cache.shape[1], -1, width))
-    table, whole, partial = block_table.long(), [], []
-    for sequence, span in enumerate(found):
-        first, begin, end, last = span.start // size, -(-span.start // size), span.stop // size, -(-span.stop // size)
-        if span.start < span.stop:
-            whole.append((sequence, begin, max(begin, end)))
-            partial += [(sequence, page) for page in sorted({*range(first, begin), *range(end, last)})]
-    parts = []
-    if any(begin < end for _, begin, end in whole):
-        pages = torch.cat([table[sequence, begin:end] for sequence, begin, end in whole])
-        counts = torch.tensor([end - begin for _, begin, end in whole])
-        of = torch.tensor([sequence for sequence, _, _ in whole]).repeat_interleave(counts)
-        parts.append(_whole(inputs, options, _Held(pages, of)))
-    if partial:
-        sequences, positions = torch.tensor(partial).unbind(1)
-        start, stop = torch.tensor([(span.start, span.stop) for span in found])[sequences].unbind(1)
-        slots = positions[:, None] * size + torch.arange(size)
-        seen = (slots >= start[:, None]) & (slots < stop[:, None])
-        parts.append(_in_part(inputs, options, _Held(table[sequences, positions], sequences), seen))
-    output, lse = _merge(inputs, parts)
+    parts: list[list[int]] = [[] for _ in range(batch)]  # of each sequence: where in what follows its parts are
+    outputs, lses, count = [], [], 0
+    if whole:
+        output, lse, places = _whole(inputs, options, whole)
+        outputs.append(output)
+        lses.append(lse)
+        for part, place in zip(whole, places):
+            parts[part.sequence].append(place)
+        count = output.shape[0]
+    if rest:
+        output, lse = _in_part(inputs, options, rest)
+        outputs.append(output)
+        lses.append(lse)
+        for place, part in enumerate(rest, count):
+            parts[part.sequence].append(place)
+        count += len(rest)
+    output, lse = _merge(inputs, outputs, lses, parts)
     return output.view(batch, heads, 1, -1), lse.view(batch, heads, 1)
 
 
-def _whole(inputs: KVCacheInputs, options: KVCacheOptions, held: _Held) -> _Parts:
-    """Attention to pages all of whose slots are seen: a batch entry for each page of a piece of the pool."""
+def _whole(inputs: KVCacheInputs, options: KVCacheOptions, parts: list[_Part]) -> tuple[Tensor, Tensor, list[int]]:
+    """Attention to pages all of whose slots are seen, a batch entry for each page of a piece of the pool.
+
+    Returns:
+        Output ``[places, Hk, G, D]``, LSE ``[places, Hk, G]``, and the place of each part.
+    """
     query, keys, values = inputs.query, inputs.key_cache, inputs.value_cache
-    used, row, owners = held.page.unique(return_inverse=True, return_counts=True)  # in ascending order
-    first, last = int(used[0]), int(used[-1])
-    if last + 1 - first <= _MOST_READ * len(used):
-        keys, values, row = keys[first : last + 1], values[first : last + 1], held.page - first
+    holders: dict[int, list[int]] = {}  # the sequences that hold a page
+    for part in parts:
+        holders.setdefault(part.page, []).append(part.sequence)
+    first, last, most = min(holders), max(holders), max(map(len, holders.values()))
+    if last + 1 - first <= _MOST_READ * len(holders):
+        keys, values = keys[first : last + 1], values[first : last + 1]
+        row = {page: page - first for page in holders}
     else:
+        used = torch.tensor(sorted(holders))
         keys, values = keys[used], values[used]
-    most = int(owners.max())
-    place = torch.zeros_like(row)  # which of the page's queries is that of this sequence
-    if most > 1:
-        order = row.argsort(stable=True)
-        place[order] = torch.arange(len(row)) - (owners.cumsum(0) - owners).repeat_interleave(owners)
-    sequence_at = row.new_zeros(len(keys), most)  # where a page has fewer queries, sequence 0 fills up
-    sequence_at[row, place] = held.sequence
-    queries = query[sequence_at].transpose(1, 2).flatten(2, 3)  # [pages, Hk, most G, D]
-    output, lse = _attend(queries, keys, values, scale=options.scale)
-    output, lse = (t.unflatten(2, (most, -1))[row, :, place] for t in (output, lse))
-    return _Parts(output, lse, held.sequence)
+        row = {page: number for number, page in enumerate(sorted(holders))}
+    sequence_at = [0] * (keys.shape[0] * most)  # where a page has fewer queries, sequence 0 fills up
+    for page, sequences in holders.items():
+        sequence_at[row[page] * most : row[page] * most + len(sequences)] = sequences
+    queries = query[torch.tensor(sequence_at)].unflatten(0, (-1, most))
+    output, lse = _attend(queries.transpose(1, 2).flatten(2, 3), keys, values, scale=options.scale)
+    output, lse = (t.unflatten(2, (most, -1)).transpose(1, 2).flatten(0, 1) for t in (output, lse))
+    places = [row[part.page] * most + holders[part.page].index(part.sequence) for part in parts]
+    return output, lse, places
 
 
-def _in_part(inputs: KVCacheInputs, options: KVCacheOptions, held: _Held, seen: Tensor) -> _Parts:
-    """Attention to pages of which the slots ``seen``, ``[pairs, page_size]``, are; by the formula."""
+def _in_part(inputs: KVCacheInputs, options: KVCacheOptions, parts: list[_Part]) -> tuple[Tensor, Tensor]:
+    """Attention to pages some of whose slots are seen, by the formula: output ``[parts, Hk, G, D]``, LSE ``[parts, Hk,
+    G]``."""
     dtype = statistics_dtype(inputs.query.dtype)
-    query, keys, values = (
-        t[i].to(dtype)
-        for t, i in ((inputs.query, held.sequence), (inputs.key_cache, held.page), (inputs.value_cache, held.page))
-    )
-    values = values.masked_fill(~seen[:, None, :, None], 0.0)  # what is not seen may be NaN, and 0 * NaN is NaN
+    sequences, pages, starts, stops = torch.tensor(parts).unbind(1)
+    slot = torch.arange(inputs.key_cache.shape[2])
+    hidden = (slot < starts[:, None]) | (slot >= stops[:, None])
+    query = inputs.query[sequences].to(dtype)
+    keys, values = (cache[pages].to(dtype) for cache in (inputs.key_cache, inputs.value_cache))
+    values = values.masked_fill(hidden[:, None, :, None], 0.0)  # what is hidden may be NaN, and 0 * NaN is NaN
     scores = (query @ keys.transpose(2, 3)) * options.scale
-    scores = scores.masked_fill(~seen[:, None, None, :], NEGATIVE_INFINITY)
+    scores = scores.masked_fill(hidden[:, None, None, :], NEGATIVE_INFINITY)
     lse = scores.logsumexp(3)
-    return _Parts(torch.exp(scores - lse[..., None]) @ values, lse, held.sequence)
+    return torch.exp(scores - lse[..., None]) @ values, lse
 
 
-def _merge(inputs: KVCacheInputs, parts: list[_Parts]) -> tuple[Tensor, Tensor]:
+def _merge(
+    inputs: KVCacheInputs, outputs: list[Tensor], lses: list[Tensor], parts: list[list[int]]
+) -> tuple[Tensor, Tensor]:
     """``(output [B, Hk, G, D], lse [B, Hk, G])`` of the parts of each sequence, and the sinks."""
-    batch, kv_heads, group, width = inputs.query.shape
+    _, kv_heads, group, width = inputs.query.shape
     dtype = statistics_dtype(inputs.query.dtype)
     # behind all parts one that is nothing, with which sequences of fewer parts fill up
     nothing = inputs.query.new_zeros(1, kv_heads, group, width, dtype=dtype)
-    output = torch.cat([*(part.output.to(dtype) for part in parts), nothing])
-    lse = torch.cat([*(part.lse for part in parts), nothing[..., 0] + NEGATIVE_INFINITY])
-    of = torch.cat([part.sequence for part in parts]) if parts else torch.empty(0, dtype=torch.int64)
-    order, counts = of.argsort(stable=True), of.bincount(minlength=batch)
-    mine = pad_sequence(list(order.split(counts.tolist())), batch_first=True, padding_value=len(of))  # [B, most parts]
-    of_parts = lse[mine]
+    output = torch.cat([*(t.to(dtype) for t in outputs), nothing])
+    lse = torch.cat([*lses, nothing[..., 0] + NEGATIVE_INFINITY])
+    most = max(map(len, parts))
+    mine = torch.tensor([own + [output.shape[0] - 1] * (most - len(own)) for own in parts], dtype=torch.int64)
+    of_parts = lse[mine]  # [B, most, Hk, G]
     total = of_parts.logsumexp(1)
     if inputs.sinks is not None:
         total = torch.logaddexp(total, inputs.sinks.to(dtype).view(1, kv_heads, group))
