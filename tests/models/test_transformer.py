@@ -220,7 +220,7 @@ def test_fine_tuning_goes_on_with_the_pretrained_trunk():
 @pytest.mark.parametrize("parts", [[1] * LENGTH, [5, 1, 1, 5], [LENGTH]], ids=str)
 def test_steps_of_a_language_model_are_the_whole_sequence(norm_first, parts):
     model, x = language_model(norm_first), tokens(3, LENGTH)
-    cache = model.trunk.new_cache()
+    cache = model.trunk.new_cache(len(x))
     stepwise = torch.cat([model.head(model.trunk.step(part, cache)) for part in x.split(parts, dim=1)], dim=1)
     torch.testing.assert_close(stepwise, model(x), rtol=0, atol=1e-13)
 
@@ -229,7 +229,7 @@ def test_steps_of_a_language_model_are_the_whole_sequence(norm_first, parts):
 @pytest.mark.parametrize("parts", [[1] * LENGTH, [5, 1, 1, 5]], ids=str)
 def test_steps_of_a_decoder_are_the_whole_sequence(norm_first, parts):
     model, x, (source, padding) = encoder_decoder(norm_first), tokens(3, LENGTH), source_and_padding()
-    cache = model.decoder.new_cache(model.encoder(source, padding), padding)
+    cache = model.decoder.new_cache(len(x), model.encoder(source, padding), padding)
     stepwise = torch.cat([model.head(model.decoder.step(part, cache)) for part in x.split(parts, dim=1)], dim=1)
     torch.testing.assert_close(stepwise, model(source, x, padding), rtol=0, atol=1e-13)
 
@@ -238,7 +238,7 @@ def test_steps_of_a_decoder_are_the_whole_sequence(norm_first, parts):
 def test_steps_lose_no_more_than_the_whole_sequence(norm_first):
     """In float32, against float64."""
     x, one, two = tokens(3, LENGTH), language_model(norm_first), language_model(norm_first, dtype=torch.float32)
-    cache = two.trunk.new_cache()
+    cache = two.trunk.new_cache(len(x))
     with torch.no_grad():
         stepwise = torch.cat([two.head(two.trunk.step(part, cache)) for part in x.split(1, dim=1)], dim=1)
         assert_within_budget(stepwise, truth=one(x), peer=two(x), name="logits")
@@ -247,7 +247,7 @@ def test_steps_lose_no_more_than_the_whole_sequence(norm_first):
 def test_steps_take_every_parameter_from_the_layers():
     """No copies: what is changed between two steps is what the next one computes with."""
     model, x = language_model(), tokens(2, 4)
-    cache = model.trunk.new_cache()
+    cache = model.trunk.new_cache(len(x))
     model.trunk.step(x[:, :3], cache)
     with torch.no_grad():
         for parameter in model.trunk.layers.parameters():
@@ -330,7 +330,7 @@ def test_models_refuse():
         model.generate(tokens(1, 1), 3, temperature=-1)
     trunk = TransformerTrunk(VOCABULARY, CONFIG)
     with pytest.raises(ValueError, match="causal=False"):
-        trunk.step(tokens(1, 1), trunk.new_cache())
+        trunk.step(tokens(1, 1), trunk.new_cache(1))
 
 
 # ------------------------------------------------------------------------------------------------------------- kernels
@@ -397,7 +397,7 @@ def test_encoder_decoder_on_kernels_says_the_same():
     x, expected = tokens(3, 3), model.generate(source, 2, start=0, source_padding=padding)
 
     def steps():
-        cache = model.decoder.new_cache(model.encoder(source, padding), padding)
+        cache = model.decoder.new_cache(len(x), model.encoder(source, padding), padding)
         return torch.cat([model.head(model.decoder.step(part, cache)) for part in x.split([2, 1], dim=1)], dim=1)
 
     of_torch = steps()
