@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.modules._cache_standin import attention_with_kvcache
 from fastattn.modules._common import check_number
+from fastattn.ops import attention_with_kvcache
 
 
 class CacheFullError(RuntimeError):
@@ -158,7 +158,7 @@ class LayeredKVCache(abc.ABC):
         self._check_batch("query", query, chosen)
         if key is not None:
             self._check_batch("key", key, chosen)
-            room = min((self._reserved[sequence] for sequence in chosen), default=0)
+            room = min((self._reserved[sequence] for sequence in chosen), default=key.shape[2])
             if key.shape[2] > room:
                 raise ValueError(
                     f"key has {key.shape[2]} new tokens but room is reserved for {room}: call reserve({key.shape[2]}) "
