@@ -16,6 +16,10 @@ from fastattn.ops.attention import call as attention_call
 from fastattn.ops.attention import on_torch as attention_torch
 from fastattn.ops.attention import on_triton as attention_triton
 from fastattn.ops.attention.api import attention
+from fastattn.ops.attention.kvcache import call as attention_with_kvcache_call
+from fastattn.ops.attention.kvcache import on_torch as attention_with_kvcache_torch
+from fastattn.ops.attention.kvcache import on_triton as attention_with_kvcache_triton
+from fastattn.ops.attention.kvcache.api import attention_with_kvcache
 from fastattn.ops.attention.varlen import call as attention_varlen_call
 from fastattn.ops.attention.varlen import on_torch as attention_varlen_torch
 from fastattn.ops.attention.varlen import on_triton as attention_varlen_triton
@@ -52,6 +56,9 @@ def _norm(make_call: Callable[..., Any], kind: str) -> _Explained:
 _FUNCTIONS: dict[Callable[..., Any], _Explained] = {
     attention: _Explained(attention_call.make_call, attention_triton, attention_torch, {}),
     attention_varlen: _Explained(attention_varlen_call.make_call, attention_varlen_triton, attention_varlen_torch, {}),
+    attention_with_kvcache: _Explained(
+        attention_with_kvcache_call.make_call, attention_with_kvcache_triton, attention_with_kvcache_torch, {}
+    ),
     additive_attention: _Explained(_of_additive_attention, additive_attention_triton, additive_attention_torch, {}),
     add_layer_norm: _norm(residual_norm_call.make_call, "layer"),
     add_rms_norm: _norm(residual_norm_call.make_call, "rms"),

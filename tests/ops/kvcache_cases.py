@@ -141,7 +141,7 @@ def make_problem(case: Case, device: Any = "cpu") -> Problem:
                 if case.page_size is None:
                     in_use[number, slot] = True
                 else:
-                    in_use[int(table[number, slot // case.page_size]), slot % case.page_size] = True
+                    in_use[int(words["block_table"][number, slot // case.page_size]), slot % case.page_size] = True
         caches[name] = cache.masked_fill_(~in_use[:, None, :, None].to(device), torch.nan)
     if case.rotary is not None:
         angles = draw(room, width // 2 - 1) * 3.0
@@ -174,7 +174,7 @@ def results_of(arguments: dict[str, Any], output: torch.Tensor, lse: torch.Tenso
 
 
 def check(
-    case: Case, backend: str, device: Any = "cpu", *, gradients: bool = True, function: Any = None, **more: Any
+    case: Case, backend: Any, device: Any = "cpu", *, gradients: bool = True, function: Any = None, **more: Any
 ) -> None:
     """Hold every result, and every gradient, of a case to its error budget; the caches hold the new tokens after it."""
     problem = make_problem(case, device)

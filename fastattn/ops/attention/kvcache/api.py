@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from fastattn.ops.attention.kvcache import on_torch
+from fastattn.ops.attention.kvcache import on_torch, on_triton
 from fastattn.ops.attention.kvcache.call import make_call
 from fastattn.ops.common import backends
 from fastattn.ops.common.tracing import is_symbolically_traced, recorded
@@ -106,6 +106,6 @@ def attention_with_kvcache(
     if has_torch_function_variadic(query, key_cache, value_cache) and is_symbolically_traced(*tensors):
         return recorded(attention_with_kvcache, *tensors, **words, backend=backend)
     call = make_call(*tensors, **words)
-    backends.choose(call, backend, lambda call: ["a cache is not among what it has yet"])
+    backends.choose(call, backend, on_triton.refusals)
     output, lse = on_torch.run(call)
     return output if lse is None else (output, lse)

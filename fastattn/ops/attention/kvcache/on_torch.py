@@ -50,16 +50,13 @@ def _attend_spans(
 ) -> tuple[Tensor, Tensor | None]:
     """A call of ``attention`` for each run of sequences that see the same slots."""
     outputs, lses, first = [], [], 0
-    for span, alike in itertools.groupby(found):
+    for span, alike in itertools.groupby(found or [Span(0, 0, 0)]):  # a batch of none is a call as well
         sequences = slice(first, first := first + len(list(alike)))
         output, _, lse = of_attention.run(_of_span(inputs, options, span, sequences, return_lse))
         outputs.append(output)
         lses.append(lse)
     if len(outputs) == 1:
         return outputs[0], lses[0]
-    if not outputs:  # a batch of 0
-        empty = inputs.query[..., :0].expand(-1, -1, -1, inputs.value_cache.shape[3])
-        return empty.contiguous(), inputs.query[..., 0].float() if return_lse else None
     return torch.cat(outputs), torch.cat(lses) if return_lse else None
 
 
