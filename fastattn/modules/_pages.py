@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+
+class TakenPage(NamedTuple):
+    """A page that a sequence took from the pool."""
+
+    sequence: int
+    position: int  # among the sequence's pages
+    page: int
+    source: int | None  # the page that it is to be a copy of
 
 
 class PageTable:
@@ -43,25 +53,23 @@ class PageTable:
         # Where nobody else holds a page, one of those who are to write into it need not copy it.
         return taken + sum(min(count, self._references[page] - 1) for page, count in sharing.items())
 
-    def grow(self, sequences: Iterable[int], lengths: Sequence[int], tokens: int) -> tuple[list[int], list[int]]:
+    def grow(self, sequences: Iterable[int], lengths: Sequence[int], tokens: int) -> list[TakenPage]:
         """Give each of these sequences pages of its own for so many tokens behind its length.
 
         The pool must have :meth:`pages_to_take` free pages.
-
-        Returns:
-            ``(sources, targets)``: what is in page ``sources[i]`` has to be copied to page ``targets[i]``.
         """
-        sources, targets = [], []
+        taken = []
         for sequence in sequences:
             pages = self.of[sequence]
             if (shared := self._shared_page(sequence, lengths[sequence], tokens)) is not None:
-                sources.append(pages[shared])
-                self._references[pages[shared]] -= 1
+                source = pages[shared]
+                self._give_back(source)
                 pages[shared] = self._take()
-                targets.append(pages[shared])
+                taken.append(TakenPage(sequence, shared, pages[shared], source))
             while len(pages) < self.pages_for(lengths[sequence] + tokens):
                 pages.append(self._take())
-        return sources, targets
+                taken.append(TakenPage(sequence, len(pages) - 1, pages[-1], None))
+        return taken
 
     def shrink(self, sequence: int, length: int) -> None:
         """Give back what a sequence does not need for so many tokens."""
