@@ -1,7 +1,8 @@
 """Floor 2: ``nn.Module``s over the operations of floor 1."""
 
 from fastattn.modules.additive_attention import AdditiveAttention
-from fastattn.modules.kv_cache import CacheFullError, KVCache
+from fastattn.modules.kv_cache import KVCache
+from fastattn.modules.layered_kv_cache import CacheFullError
 from fastattn.modules.multihead_attention import MultiheadAttention
 from fastattn.modules.norm import AddLayerNorm, AddRMSNorm
 from fastattn.modules.packing import pack, unpack

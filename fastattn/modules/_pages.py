@@ -13,7 +13,7 @@ class TakenPage(NamedTuple):
     sequence: int
     position: int  # among the sequence's pages
     page: int
-    source: int | None  # the page that it is to be a copy of
+    source: int  # what it is to be a copy of; the page itself where it may hold anything
 
 
 class PageTable:
@@ -68,7 +68,7 @@ class PageTable:
                 taken.append(TakenPage(sequence, shared, pages[shared], source))
             while len(pages) < self.pages_for(lengths[sequence] + tokens):
                 pages.append(self._take())
-                taken.append(TakenPage(sequence, len(pages) - 1, pages[-1], None))
+                taken.append(TakenPage(sequence, len(pages) - 1, pages[-1], pages[-1]))
         return taken
 
     def shrink(self, sequence: int, length: int) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastattn.modules._common import check_number
 from fastattn.modules._pages import PageTable
-from fastattn.modules.kv_cache import CacheFullError, LayeredKVCache, rotary_words
+from fastattn.modules.layered_kv_cache import CacheFullError, LayeredKVCache, rotary_words
 
 
 class PagedKVCache(LayeredKVCache):
@@ -72,14 +72,14 @@ class PagedKVCache(LayeredKVCache):
             rotary=rotary_words(rotary_cos, rotary_sin, rotary_interleaved),
         )
         self._pages = PageTable(pages, batch, page_size)
-        # The block table on the host. Entries behind a sequence's last page are of pages that it had once.
-        self._table = torch.zeros(batch, self._pages.pages_for(self.max_length), dtype=torch.int32, device="cpu")
-        self._device_table = self._table.to(self.lengths.device, copy=True)
+        # Entries behind a sequence's last page are of pages that it had once, or 0
+        width = self._pages.pages_for(self.max_length)
+        self._block_table = torch.zeros(batch, width, dtype=torch.int32, device=self.lengths.device)
 
     @property
     def block_table(self) -> Tensor:
         """int32 ``[batch, pages of a sequence]``, on the device."""
-        return self._device_table
+        return self._block_table
 
     @property
     def pages(self) -> int:
@@ -101,9 +101,9 @@ class PagedKVCache(LayeredKVCache):
         """How many pages sequences hold; one that several share counts once."""
         return self.pages - self.pages_free
 
-    def _make_room(self, tokens: int, sequences: range) -> None:
+    def _make_room(self, tokens: int, chosen: range) -> None:
         """Take pages from the pool, and copy those that others hold too and that are about to be written."""
-        asked = self._pages.pages_to_take(sequences, self._lengths, tokens)
+        asked = self._pages.pages_to_take(chosen, self._lengths, tokens)
         if asked > self.pages_free:
             message = (
                 f"reserve({tokens}): {asked} pages asked for, {self.pages_held} held and {self.pages_free} free, of "
@@ -112,29 +112,20 @@ class PagedKVCache(LayeredKVCache):
             raise CacheFullError(message, asked, self.pages_held, self.pages_free)
         if asked == 0:
             return
-        taken = self._pages.grow(sequences, self._lengths, tokens)
-        if copied := [page for page in taken if page.source is not None]:
-            pairs = torch.tensor([(page.page, page.source) for page in copied])
-            targets, sources = pairs.mT.to(self.key_cache.device, non_blocking=True).unbind()
-            used = max(self._lengths[page.sequence] % self.page_size for page in copied)
-            for caches in (self.key_cache[:, :, :, :used], self.value_cache[:, :, :, :used]):
-                caches.index_copy_(1, targets, caches.index_select(1, sources))
-        rows, positions, pages = torch.tensor([page[:3] for page in taken], dtype=torch.int32).unbind(1)
-        self._table[rows.long(), positions.long()] = pages
-        self._write_table()
+        taken = self._pages.grow(chosen, self._lengths, tokens)
+        copied = [page for page in taken if page.source != page.page]
+        used = max((self._lengths[page.sequence] % self.page_size for page in copied), default=0)
+        self._copy_rows([page.source for page in copied], [page.page for page in copied], used)
+        sequences, positions, pages = self._to_device([page[:3] for page in taken]).unbind(1)
+        self._block_table[sequences, positions] = pages.int()
 
     def _fork(self, parents: list[int]) -> None:
         """Hand on the pages in use, without copying any."""
         self._pages.fork(parents, self._lengths)
-        self._table[: len(parents)] = self._table[parents]
-        self._write_table()
+        self._block_table[: len(parents)] = self._block_table[self._to_device(parents)]
 
     def _release(self, sequence: int, length: int) -> None:
         self._pages.shrink(sequence, length)
-
-    def _write_table(self) -> None:
-        """On the device, in place; as for the lengths, nothing waits."""
-        self._device_table.copy_(self._table, non_blocking=True)
 
     def _room(self) -> str:
         return f"{self.pages_held} of {self.pages} pages of {self.page_size} tokens held"
