@@ -42,7 +42,7 @@ class CacheFullError(RuntimeError):
 
 
 class LayeredKVCache(abc.ABC):
-    """What :class:`fastattn.KVCache` and :class:`fastattn.PagedKVCache` have in common: lengths, and the checks of every call.
+    """What :class:`fastattn.KVCache` and :class:`fastattn.PagedKVCache` have in common: lengths, and all checks.
 
     Attributes:
         key_cache: ``[layers, batch, Hk, S, D]``, or ``[layers, pages, Hk, page_size, D]``.
@@ -135,7 +135,8 @@ class LayeredKVCache(abc.ABC):
     ) -> Any:
         """:func:`fastattn.attention_with_kvcache` on what one layer holds.
 
-        Lengths stay as they are: every layer of a step begins with the same, and :meth:`advance` ends the step.
+        Lengths stay as they are: every layer of a step begins with the same, and :meth:`advance` ends the step. Where the
+        cache has rotary tables, they turn queries and new keys; without new keys nothing is turned.
 
         Args:
             layer: which one.
@@ -173,7 +174,7 @@ class LayeredKVCache(abc.ABC):
             words["block_table"] = self.block_table[first:last]
         return attention_with_kvcache(query, keys, values, key, value, cache_seqlens=self.lengths[first:last], **words)
 
-    def advance(self, tokens: int | Sequence[int], sequences: slice | None = None) -> None:
+    def advance(self, tokens: int | Sequence[int] | Tensor, sequences: slice | None = None) -> None:
         """Hold the next tokens, once all layers have written them.
 
         Args:
@@ -182,17 +183,14 @@ class LayeredKVCache(abc.ABC):
             sequences: those that grow; None: all.
 
         Raises:
+            TypeError: a number is no int.
             ValueError: a number is negative, or beyond what was reserved; or there are as many as there are not
                 sequences.
         """
         chosen = self._chosen(sequences)
         counts = self._one_each("tokens", tokens, chosen)
         for sequence, count in zip(chosen, counts):
-            if not 0 <= count <= self._reserved[sequence]:
-                raise ValueError(
-                    f"tokens={count} of sequence {sequence}: expected 0 to {self._reserved[sequence]}, for which room "
-                    "is reserved"
-                )
+            check_number(f"tokens[{sequence}]", count, 0, self._reserved[sequence], "what room is reserved for,")
         for sequence, count in zip(chosen, counts):
             self._lengths[sequence] += count
             self._reserved[sequence] -= count
@@ -227,6 +225,7 @@ class LayeredKVCache(abc.ABC):
             lengths: how many tokens to keep of each; a single int: at most so many of every sequence.
 
         Raises:
+            TypeError: a number is no int.
             ValueError: a length is negative or longer than what is held, or there are as many as there are not
                 sequences.
         """
@@ -234,7 +233,7 @@ class LayeredKVCache(abc.ABC):
             check_number("lengths", lengths, 0)
             kept = [min(lengths, held) for held in self._lengths]
         else:
-            kept = self._one_each("lengths", _as_list(lengths), range(self.batch))
+            kept = self._one_each("lengths", lengths, range(self.batch))
         for sequence, (length, held) in enumerate(zip(kept, self._lengths)):
             check_number(f"lengths[{sequence}]", length, 0, held, "a length")
         for sequence, length in enumerate(kept):
@@ -310,13 +309,13 @@ class LayeredKVCache(abc.ABC):
             raise ValueError(f"sequences={sequences}: expected neighbours among the {self.batch} sequences")
         return chosen
 
-    def _one_each(self, name: str, numbers: int | Sequence[int], sequences: range) -> list[int]:
+    def _one_each(self, name: str, numbers: int | Sequence[int] | Tensor, sequences: range) -> list[int]:
         """A number for each of these sequences."""
-        if isinstance(numbers, int):
-            numbers = [numbers] * len(sequences)
+        if not isinstance(numbers, (Sequence, Tensor)):
+            return [numbers] * len(sequences)
         if len(numbers) != len(sequences):
             raise ValueError(f"{name}: {len(numbers)} numbers, expected {len(sequences)}, one for each sequence")
-        return list(numbers)
+        return _as_list(numbers)
 
     @staticmethod
     def _check_batch(name: str, tensor: Tensor, sequences: range) -> None:
