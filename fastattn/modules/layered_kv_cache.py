@@ -135,8 +135,8 @@ class LayeredKVCache(abc.ABC):
     ) -> Any:
         """:func:`fastattn.attention_with_kvcache` on what one layer holds.
 
-        Lengths stay as they are: every layer of a step begins with the same, and :meth:`advance` ends the step. Where the
-        cache has rotary tables, they turn queries and new keys; without new keys nothing is turned.
+        Lengths stay as they are: every layer of a step begins with the same, and :meth:`advance` ends the step. Where
+        the cache has rotary tables, they turn queries and new keys; without new keys nothing is turned.
 
         Args:
             layer: which one.
