@@ -9,8 +9,9 @@ from typing import Any, Literal, get_args
 import torch
 
 from benchmarks.cases import AttentionCase, Case, Kind, Mask
-from benchmarks.families import kernels, sequence
+from benchmarks.families import decode, kernels, sequence
 from benchmarks.families.additive import of_tangents
+from benchmarks.families.decode import DecodeCase
 from benchmarks.families.norm import of_elements
 from benchmarks.families.varlen import VarlenCase
 
@@ -101,6 +102,15 @@ def _without_compilers() -> dict[Case, tuple[str, ...]]:
             more: dict[str, Any] = {"dtype": torch.bfloat16, "backward": backward, "device": "cuda"}
             packed = VarlenCase("varlen", _TOKENS // longest * 2, 16, longest, 128, causal=True, **more)
             cases[packed] = ("fastattn", "sdpa-padded", "varlen_attn", "flash-attn")
+    for batch, heads, kv_heads, held, page_size in (
+        (1, 32, 8, 32768, 64),
+        (16, 32, 8, 8192, 64),
+        (16, 32, 8, 8192, 16),
+        (64, 32, 8, 4096, 256),
+        (16, 16, 16, 8192, 256),
+    ):
+        step = DecodeCase("decode", batch, heads, kv_heads, held, 128, page_size, dtype=torch.bfloat16, device="cuda")
+        cases[step] = tuple(v.name for v in decode.FAMILY.variants if not v.slow)
     for size in (512, 2048, 256, 65536, 64, 32768, 262144, 4097):
         add_norms(size)
     add_norms(4096, kinds=["layer"], dtype=torch.float32)
