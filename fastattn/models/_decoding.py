@@ -93,7 +93,7 @@ def decode(layer: Any, x: Tensor, cache: DecodingCache, index: int) -> Tensor:
     def read_memory(x: Tensor) -> Tensor:
         keys, values = cache.memory[index]
         # All beginnings of a sequence read one memory, and no query sees another: they are its rows of queries
-        rows = x.reshape(len(keys), -1, x.shape[2])
+        rows = x.reshape(len(keys), x[..., 0].numel() // max(1, len(keys)), x.shape[2])
         (query,) = _project(layer.multihead_attn, rows, 0, 1)
         padding, backend = cache.memory_padding, layer.multihead_attn.backend
         attended = attention(query, keys, values, key_padding_mask=padding, backend=backend)

@@ -191,12 +191,16 @@ class TransformerTrunk(nn.Module):
 
         Raises:
             TypeError: ``tokens`` are no integers.
-            ValueError: the trunk is not causal, or there are more tokens than positions.
+            ValueError: the trunk is not causal, there are more tokens than positions, or as many sequences as cannot
+                be dealt out to those that the memory is of.
             CacheFullError: the cache has no room for them.
         """
         check_tokens("tokens", tokens)
         if not self.causal:
             raise ValueError("causal=False: what later tokens change cannot be kept")
+        sources = len(cache.memory[0][0]) if cache.memory else 1
+        if sources and len(tokens) % sources:
+            raise ValueError(f"tokens has shape {tuple(tokens.shape)}: expected a multiple of the memory's {sources}")
         x = self.positions(self.tokens(tokens), start=cache.length)
         sequences = slice(0, len(tokens))
         cache.kv.reserve(tokens.shape[1], sequences)

@@ -84,6 +84,13 @@ def test_step_beyond_the_cache_changes_nothing():
     torch.testing.assert_close(model.trunk.step(x[:, :3], cache), model.trunk(x[:, :3]), rtol=0, atol=1e-13)
 
 
+def test_step_of_sequences_that_have_no_memory_is_refused():
+    model, (source, padding) = encoder_decoder(), source_and_padding()
+    cache = model.decoder.new_cache(6, model.encoder(source, padding), padding)
+    with pytest.raises(ValueError, match=r"tokens has shape \(4, 1\): expected a multiple of the memory's 3"):
+        model.decoder.step(tokens(4, 1), cache)
+
+
 def test_steps_take_the_backend_of_their_layer(monkeypatch):
     model, asked = language_model(), []
     attend = KVCache.attend
@@ -258,7 +265,9 @@ def test_beams_read_one_memory(monkeypatch):
 @PAGE_SIZES
 @pytest.mark.parametrize("beam", [1, 3])
 def test_empty_batch_says_nothing(page_size, beam):
-    assert language_model().generate(tokens(0, 3), 2, beam=beam, page_size=page_size).shape[0] == 0
+    options = {"beam": beam, "page_size": page_size}
+    assert language_model().generate(tokens(0, 3), 2, **options).shape[0] == 0
+    assert encoder_decoder().generate(tokens(0, 3), 2, start=0, **options).shape[0] == 0
 
 
 @NORMS
