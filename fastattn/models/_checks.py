@@ -10,16 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn.modules._common import check_number
+
 _IGNORED = -100  # a target where nothing is asked: cross entropy's own index for it
-
-
-def check_number(name: str, number: int, least: int = 1, most: int | None = None, what: str = "a number") -> None:
-    """Raise unless ``number`` is an int from ``least`` to ``most``."""
-    if not isinstance(number, int) or isinstance(number, bool):
-        raise TypeError(f"{name}={number!r}: expected an int, got {type(number).__name__}")
-    if number < least or (most is not None and number > most):
-        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name}={number}: expected {what} {bounds}")
 
 
 def check_token(name: str, token: int, vocabulary: int) -> None:

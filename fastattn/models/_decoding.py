@@ -2,46 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastattn.models._beam import Beams
 from fastattn.models._checks import check_number, check_temperature, check_token, check_tokens
-from fastattn.modules import MultiheadAttention, TransformerDecoderLayer
+from fastattn.modules import KVCache, MultiheadAttention, PagedKVCache, TransformerDecoderLayer
 from fastattn.ops import attention
-
-
-class LayerCache:
-    """What one layer keeps: keys and values of the positions so far, and those of the memory that it reads.
-
-    Args:
-        max_length: number of positions that there may be.
-        memory: keys and values ``[B, H, S, D]`` of what a decoder's layer reads, projected once for all steps.
-        memory_padding: boolean ``[B, S]``, True = padding.
-    """
-
-    def __init__(
-        self, max_length: int, memory: tuple[Tensor, Tensor] | None = None, memory_padding: Tensor | None = None
-    ) -> None:
-        self.max_length = max_length
-        self.memory = memory
-        self.memory_padding = memory_padding
-        self.length = 0
-        self._room: Tensor | None = None  # [2, B, H, max_length, D]
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of all positions, as views, once ``[B, H, T, D]`` of the next ``T`` are behind them."""
-        if self._room is None:  # made here, where batch, device and dtype are known
-            batch, heads, _, head_dim = keys.shape
-            self._room = keys.new_empty(2, batch, heads, self.max_length, head_dim)
-        first, self.length = self.length, self.length + keys.shape[2]
-        room_for_keys, room_for_values = self._room[..., : self.length, :]
-        room_for_keys[:, :, first:] = keys
-        room_for_values[:, :, first:] = values
-        return room_for_keys, room_for_values
+from fastattn.ops.common.checks import under_autocast
 
 
 class DecodingCache:
@@ -50,55 +22,82 @@ class DecodingCache:
 
     Args:
         layers: of the stack.
+        batch: number of sequences that there may be, with all beginnings that a beam search keeps of each.
         max_length: number of positions that there may be.
-        memory: ``[B, S, E]``: what the layers of a decoder read.
-        memory_padding: boolean ``[B, S]``, True = padding.
+        memory: ``[M, S, E]``: what the layers of a decoder read. It is kept once for all beginnings of a sequence:
+            neighbours, as many for each of the ``M``.
+        memory_padding: boolean ``[M, S]``, True = padding.
+        page_size: tokens in a page; None: no pages, each sequence has ``max_length`` slots.
+        pages: number of pages; None: as many as ``batch`` sequences of ``max_length`` take.
+
+    Attributes:
+        kv: a :class:`fastattn.KVCache` or :class:`fastattn.PagedKVCache`: what the layers hold of the tokens so far.
+        memory: for each layer keys and values ``[M, H, S, D]`` of what it reads; empty where there is no memory.
     """
 
     @torch.no_grad()
     def __init__(
         self,
-        layers: Iterable[nn.Module],
+        layers: Sequence[Any],
+        batch: int,
         max_length: int,
         memory: Tensor | None = None,
         memory_padding: Tensor | None = None,
+        *,
+        page_size: int | None = None,
+        pages: int | None = None,
     ) -> None:
-        self.length = 0
-        self.layers: list[LayerCache] = []
-        for layer in layers:
-            keys_and_values = None
-            if memory is not None:
-                keys, values = _project(cast(MultiheadAttention, layer.multihead_attn), memory, 1, 3)
-                keys_and_values = keys, values
-            self.layers.append(LayerCache(max_length, keys_and_values, memory_padding))
+        of_first = layers[0].self_attn
+        (like,) = under_autocast(of_first.in_proj_weight[:0])  # what the projections of a step give
+        heads, head_dim = of_first.num_heads, of_first.head_dim
+        made: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+        self.kv: KVCache | PagedKVCache
+        if page_size is None:
+            self.kv = KVCache(len(layers), batch, heads, max_length, head_dim, **made)
+        else:
+            check_number("page_size", page_size)
+            pages = batch * -(-max_length // page_size) if pages is None else pages
+            made |= {"page_size": page_size, "max_length": max_length}
+            self.kv = PagedKVCache(len(layers), batch, heads, pages, head_dim, **made)
+        self.memory: list[tuple[Tensor, ...]] = []
+        self.memory_padding = memory_padding
+        if memory is not None:
+            self.memory = [_project(layer.multihead_attn, memory, 1, 3) for layer in layers]
+
+    @property
+    def length(self) -> int:
+        """How many positions the sequences have; all are as long as the first."""
+        return self.kv.lengths_on_host[0]
 
 
-def decode(layer: Any, x: Tensor, cache: LayerCache) -> Tensor:
+def decode(layer: Any, x: Tensor, cache: DecodingCache, index: int) -> Tensor:
     """What ``layer`` gives for the next positions of a causal sequence; by its own parameters, without dropout.
 
     Args:
         layer: a TransformerEncoderLayer or TransformerDecoderLayer of this package, post-norm or pre-norm, with the
             batch first.
-        x: ``[B, T, E]``: the next ``T`` positions, one or more.
-        cache: of this layer; it grows by ``T`` positions.
+        x: ``[B, T, E]``: the next ``T`` positions, one or more, of the first ``B`` sequences.
+        cache: with room for them; it is written, and its lengths stay.
+        index: of the layer in its stack.
 
     Returns:
         ``[B, T, E]``: the last ``T`` rows of what the layer gives for the whole sequence under the causal mask.
     """
 
     def attend(x: Tensor) -> Tensor:
-        query, keys, values = _project(layer.self_attn, x, 0, 3)
-        keys, values = cache.append(keys, values)
-        # The queries are the last positions; a single one sees everything, and needs no mask to be told so
-        causal: dict[str, Any] = {"is_causal": x.shape[1] > 1, "causal_alignment": "bottom_right"}
-        return _merge(layer.self_attn, attention(query, keys, values, **causal, backend=layer.self_attn.backend))
+        projected, own = _project(layer.self_attn, x, 0, 3), slice(0, len(x))
+        return _merge(
+            layer.self_attn, cache.kv.attend(index, *projected, sequences=own, backend=layer.self_attn.backend)
+        )
 
     def read_memory(x: Tensor) -> Tensor:
-        assert cache.memory is not None
-        (query,) = _project(layer.multihead_attn, x, 0, 1)
+        keys, values = cache.memory[index]
+        # All beginnings of a sequence read one memory, and no query sees another: they are its rows of queries
+        rows = x.reshape(len(keys), x[..., 0].numel() // max(1, len(keys)), x.shape[2])
+        (query,) = _project(layer.multihead_attn, rows, 0, 1)
         padding, backend = cache.memory_padding, layer.multihead_attn.backend
-        attended = attention(query, *cache.memory, key_padding_mask=padding, backend=backend)
-        return _merge(layer.multihead_attn, attended)
+        attended = attention(query, keys, values, key_padding_mask=padding, backend=backend)
+        return _merge(layer.multihead_attn, attended).view_as(x)
 
     def feed_forward(x: Tensor) -> Tensor:
         return layer.linear2(layer.activation(layer.linear1(x)))
@@ -111,45 +110,84 @@ def decode(layer: Any, x: Tensor, cache: LayerCache) -> Tensor:
     return x
 
 
+# Takes tokens that it has not seen yet, [B, T], and gives the logits of the token behind them, [B, vocabulary]. Between
+# them, sequence i becomes what sequence parents[i] was, if there are parents [B]
+_Step = Callable[[Tensor, "Tensor | None"], Tensor]
+
+
 def generate(
-    step: Callable[[Tensor], Tensor],
+    trunk: Any,
+    head: Any,
     prompt: Tensor,
     length: int,
-    vocabulary: int,
     *,
-    temperature: float = 0.0,
-    seed: int | None = None,
-    end: int | None = None,
+    memory: Callable[[], tuple[Tensor | None, Tensor | None]] = lambda: (None, None),
+    temperature: float,
+    seed: int | None,
+    end: int | None,
+    beam: int,
+    page_size: int | None,
 ) -> Tensor:
-    """Let ``step`` say how ``prompt`` goes on, feeding it what it said.
+    """Let a causal trunk say how ``prompt`` goes on, feeding it what it said.
 
     Args:
-        step: takes the tokens that it has not seen yet, ``[B, T]``, and gives ``[B, vocabulary]``: the logits of the
-            token behind them.
+        trunk: a :class:`fastattn.models.TransformerTrunk`.
+        head: a linear layer on its vectors, which gives logits.
         prompt: ``[B, P]``, ``P`` at least 1.
         length: number of tokens to add at most.
-        vocabulary: number of tokens that there are.
+        memory: makes what the trunk reads, ``[B, S, E]``, and its padding; called when the arguments were checked.
         temperature: 0 takes the likeliest token, else one is drawn from ``softmax(logits / temperature)``.
         seed: of the draws; None: torch's global generator.
         end: a sequence that said it says nothing else any more; when all have, generation stops.
+        beam: number of beginnings that are kept of each sequence.
+        page_size: of a cache in pages; None: a contiguous one.
 
     Returns:
         ``[B, P + length]``, or fewer where all sequences ended.
 
     Raises:
         TypeError: the prompt is not of integers.
-        ValueError: the prompt is empty, a number is negative, or ``end`` is no token.
+        ValueError: the prompt is empty, a number is out of its range, ``end`` is no token, or a beam search is asked to
+            draw.
     """
+    vocabulary = head.out_features
     check_tokens("prompt", prompt, least=1)
     check_number("length", length, 0)
     check_temperature(temperature)
     if end is not None:
         check_token("end", end, vocabulary)
+    check_number("beam", beam)
+    if beam > 1 and temperature != 0.0:
+        raise ValueError(f"beam={beam}, temperature={temperature}: a beam search draws nothing, expected temperature=0")
+    if page_size is not None:
+        check_number("page_size", page_size)
+    if length == 0:
+        return prompt
+    (batch, given), longest = prompt.shape, trunk.config.max_length
+    room = min(given + length - 1, longest)  # the last token is said, never read
+    pages = None
+    if page_size is not None:  # full pages of the prompt are held once for all beginnings, which differ behind it
+        shared = min(given, room) // page_size
+        pages = max(1, batch * (shared + beam * (-(-room // page_size) - shared)))
+    cache = trunk.new_cache(max(1, batch * beam), *memory(), max_length=room, page_size=page_size, pages=pages)
+
+    def step(new: Tensor, parents: Tensor | None) -> Tensor:
+        if parents is not None:
+            cache.kv.fork(parents)
+        return head(trunk.step(new, cache)[:, -1])
+
+    if beam > 1:
+        return _search(step, prompt, length, beam, end)
+    return _go_on(step, prompt, length, temperature, seed, end)
+
+
+def _go_on(step: _Step, prompt: Tensor, length: int, temperature: float, seed: int | None, end: int | None) -> Tensor:
+    """The prompt with one token behind the other, the likeliest or one that is drawn."""
     generator = None if seed is None else torch.Generator(prompt.device).manual_seed(seed)
     tokens = new = prompt
     ended = torch.zeros_like(prompt[:, :1], dtype=torch.bool)
     for _ in range(length):
-        logits = step(new)
+        logits = step(new, None)
         if temperature == 0.0:
             new = logits.argmax(-1, keepdim=True)
         else:
@@ -162,6 +200,20 @@ def generate(
         if end is not None and bool(ended.all()):
             break
     return tokens
+
+
+def _search(step: _Step, prompt: Tensor, length: int, beam: int, end: int | None) -> Tensor:
+    """The likeliest of what a beam search finds behind the prompt."""
+    beams = Beams(prompt, beam, end)
+    new, parents = prompt, None
+    for _ in range(length):
+        batch, kept = beams.last.shape
+        origin = beams.extend(step(new, parents).unflatten(0, (batch, kept)))
+        if beams.finished:
+            break
+        first = kept * torch.arange(batch, device=origin.device)[:, None]  # of each sequence's beginnings
+        new, parents = beams.last.reshape(-1, 1), (first + origin).flatten()
+    return beams.tokens[:, 0]
 
 
 def _project(attention: MultiheadAttention, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:

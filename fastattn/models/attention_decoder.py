@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastattn.models._beam import Beams
 from fastattn.models._checks import check_number, check_targets, check_token, check_tokens, cross_entropy, evaluating
 from fastattn.modules.additive_attention import AdditiveAttention
 
@@ -148,34 +149,21 @@ class AttentionDecoder(nn.Module):
     ) -> Decoded:
         """The search, of arguments that were checked."""
         read, state = self._reader(memory, need_weights), self._first_state(memory)
-        batch, vocabulary = state.shape[0], self.head.out_features
+        batch = state.shape[0]
+        beams = Beams(torch.full((batch, 1), start, device=state.device), beam, end)
         row = torch.arange(batch, device=state.device)[:, None]
-        tokens = torch.full((batch, 1, 1), start, device=state.device)  # [B, K, tokens so far], K the beginnings kept
-        score = state.new_zeros(batch, 1)
-        ended = torch.zeros_like(score, dtype=torch.bool)
-        only_end = None if end is None else state.new_full((vocabulary,), -torch.inf)
-        if only_end is not None:
-            only_end[end] = 0.0
         weights: Tensor | None = None  # [B, K, T, S]
         if need_weights and self.attention is not None:
             weights = state.new_empty(batch, 1, 0, memory.vectors.shape[1])
         for _ in range(length):
-            state, seen = self._step(tokens[..., -1], state, read)
-            logs = self.head(state).log_softmax(-1)
-            if only_end is not None:
-                logs = torch.where(ended[..., None], only_end, logs)
-            totals = (score[..., None] + logs).flatten(1)
-            score, best = totals.topk(min(beam, totals.shape[1]))
-            origin, new = best // vocabulary, best % vocabulary
-            tokens = torch.cat((tokens[row, origin], new[..., None]), dim=2)
+            state, seen = self._step(beams.last, state, read)
+            origin = beams.extend(self.head(state))
             state = state[row, origin]
             if weights is not None and seen is not None:
                 weights = torch.cat((weights, seen[:, :, None]), dim=2)[row, origin]
-            if end is not None:
-                ended = new == end
-                if bool(ended[:, 0].all()):  # nothing can overtake: saying more makes no beginning likelier
-                    break
-        return Decoded(tokens[:, 0], None if weights is None else weights[:, 0], score[:, 0])
+            if beams.finished:
+                break
+        return Decoded(beams.tokens[:, 0], None if weights is None else weights[:, 0], beams.log_probability[:, 0])
 
     # ------------------------------------------------------------------------------------------------------- one step
 

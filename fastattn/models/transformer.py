@@ -154,33 +154,59 @@ class TransformerTrunk(nn.Module):
                 )
         return self.norm(x)
 
-    def new_cache(self, memory: Tensor | None = None, memory_padding: Tensor | None = None) -> DecodingCache:
-        """What :meth:`step` keeps between its calls; arguments as for :meth:`forward`."""
+    def new_cache(
+        self,
+        batch: int,
+        memory: Tensor | None = None,
+        memory_padding: Tensor | None = None,
+        *,
+        max_length: int | None = None,
+        page_size: int | None = None,
+        pages: int | None = None,
+    ) -> DecodingCache:
+        """What :meth:`step` keeps between its calls.
+
+        Args:
+            batch: number of sequences that there may be.
+            memory: as for :meth:`forward`, once for all sequences that read it.
+            memory_padding: as there.
+            max_length: of a sequence; None: all positions that are known.
+            page_size: tokens in a page of a :class:`fastattn.PagedKVCache`; None: a :class:`fastattn.KVCache`.
+            pages: number of pages; None: as many as all sequences may take.
+        """
         self._check_memory(memory, memory_padding, None)
-        return DecodingCache(self.layers, self.config.max_length, memory, memory_padding)
+        most = self.config.max_length if max_length is None else max_length
+        return DecodingCache(list(self.layers), batch, most, memory, memory_padding, page_size=page_size, pages=pages)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, cache: DecodingCache) -> Tensor:
         """What :meth:`forward` gives for tokens behind those of the steps before, without computing those again.
 
         Args:
-            tokens: integers ``[B, T]``: the next ``T`` tokens, one or more.
-            cache: from :meth:`new_cache`; it grows by ``T`` positions.
+            tokens: integers ``[B, T]``: the next ``T`` tokens, one or more, of the first ``B`` sequences.
+            cache: from :meth:`new_cache`; these sequences grow by ``T`` positions.
 
         Returns:
             ``[B, T, E]``, without gradients and without dropout.
 
         Raises:
             TypeError: ``tokens`` are no integers.
-            ValueError: the trunk is not causal, or there are more tokens than positions.
+            ValueError: the trunk is not causal, there are more tokens than positions, or as many sequences as cannot
+                be dealt out to those that the memory is of.
+            CacheFullError: the cache has no room for them.
         """
         check_tokens("tokens", tokens)
         if not self.causal:
             raise ValueError("causal=False: what later tokens change cannot be kept")
+        sources = len(cache.memory[0][0]) if cache.memory else 1
+        if sources and len(tokens) % sources:
+            raise ValueError(f"tokens has shape {tuple(tokens.shape)}: expected a multiple of the memory's {sources}")
         x = self.positions(self.tokens(tokens), start=cache.length)
-        for layer, kept in zip(self.layers, cache.layers):
-            x = decode(layer, x, kept)
-        cache.length += tokens.shape[1]
+        sequences = slice(0, len(tokens))
+        cache.kv.reserve(tokens.shape[1], sequences)
+        for index, layer in enumerate(self.layers):
+            x = decode(layer, x, cache, index)
+        cache.kv.advance(tokens.shape[1], sequences)
         return self.norm(x)
 
     def _check_memory(self, memory: Tensor | None, padding: Tensor | None, batch: int | None) -> None:
@@ -230,9 +256,17 @@ class TransformerLanguageModel(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, prompt: Tensor, length: int, *, temperature: float = 0.0, seed: int | None = None, end: int | None = None
+        self,
+        prompt: Tensor,
+        length: int,
+        *,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        end: int | None = None,
+        beam: int = 1,
+        page_size: int | None = None,
     ) -> Tensor:
-        """Go on with ``prompt``, one token after the other, by the cache.
+        """Go on with ``prompt``, one token after the other, by a cache.
 
         Args:
             prompt: integers ``[B, P]``, ``P`` at least 1, without padding.
@@ -240,25 +274,22 @@ class TransformerLanguageModel(nn.Module):
             temperature: 0 takes the likeliest token, else one is drawn from ``softmax(logits / temperature)``.
             seed: of the draws; None: torch's global generator.
             end: the token at which a sequence ends; what follows it is ``end`` again.
+            beam: number of beginnings that are kept of each sequence at each step (a beam search); 1 keeps the one
+                that is said.
+            page_size: keep keys and values in pages of so many tokens (:class:`fastattn.PagedKVCache`), which the
+                beginnings of a beam search share; None: each in a row of its own (:class:`fastattn.KVCache`).
 
         Returns:
-            ``[B, P + length]``, or fewer where all sequences ended.
+            ``[B, P + length]``, or fewer where all sequences ended; of a beam search the likeliest that was found.
 
         Raises:
             TypeError: the prompt is not of integers.
-            ValueError: the prompt is empty, a number is out of its range, or there are more tokens than positions.
+            ValueError: the prompt is empty, a number is out of its range, there are more tokens than positions, or a
+                beam search is given a temperature.
         """
-        cache = self.trunk.new_cache()
+        choice: dict[str, Any] = {"temperature": temperature, "seed": seed, "end": end, "beam": beam}
         with evaluating(self):
-            return generate(
-                lambda new: self.head(self.trunk.step(new, cache)[:, -1]),
-                prompt,
-                length,
-                self.head.out_features,
-                temperature=temperature,
-                seed=seed,
-                end=end,
-            )
+            return generate(self.trunk, self.head, prompt, length, page_size=page_size, **choice)
 
 
 class TransformerClassifier(nn.Module):
@@ -350,35 +381,40 @@ class TransformerEncoderDecoder(nn.Module):
         temperature: float = 0.0,
         seed: int | None = None,
         end: int | None = None,
+        beam: int = 1,
+        page_size: int | None = None,
     ) -> Tensor:
-        """The target of ``source``, from ``start`` on, by the cache.
+        """The target of ``source``, from ``start`` on, by a cache.
 
         Args:
             source: integers ``[B, S]``.
             length: number of tokens to say at most.
             start: the token that the decoder is started with.
             source_padding: boolean ``[B, S]``, True = padding.
-            temperature: as for :meth:`TransformerLanguageModel.generate`, and so are ``seed`` and ``end``.
+            temperature: as for :meth:`TransformerLanguageModel.generate`, and so are the others.
             seed: as there.
             end: as there.
+            beam: as there. What the encoder found is kept once for all beginnings of a sequence.
+            page_size: as there.
 
         Returns:
             ``[B, 1 + length]``, or fewer where all sequences ended.
 
         Raises:
             TypeError: the source is not of integers.
-            ValueError: the source is empty, a number is out of its range, or there are more tokens than positions.
+            ValueError: the source is empty, a number is out of its range, there are more tokens than positions, or a
+                beam search is given a temperature.
         """
         check_tokens("source", source, least=1)
         check_token("start", start, self.head.out_features)
+        choice: dict[str, Any] = {"temperature": temperature, "seed": seed, "end": end, "beam": beam}
         with evaluating(self):
-            cache = self.decoder.new_cache(self.encoder(source, source_padding), source_padding)
             return generate(
-                lambda new: self.head(self.decoder.step(new, cache)[:, -1]),
+                self.decoder,
+                self.head,
                 torch.full_like(source[:, :1], start),
                 length,
-                self.head.out_features,
-                temperature=temperature,
-                seed=seed,
-                end=end,
+                memory=lambda: (self.encoder(source, source_padding), source_padding),
+                page_size=page_size,
+                **choice,
             )

@@ -1,4 +1,4 @@
-"""What the modules share: the check of their backend, and what ``torch.jit.script`` gets in their place."""
+"""What the modules share: checks of a backend and of a number, and what ``torch.jit.script`` gets in their place."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ def check_backend(backend: str | None) -> None:
     """Raise ValueError unless ``backend`` is None or the name of one."""
     if backend is not None and backend not in get_args(Backend):
         raise ValueError(f"backend={backend!r}: expected one of {', '.join(map(repr, get_args(Backend)))}")
+
+
+def check_number(name: str, number: int, least: int = 1, most: int | None = None, what: str = "a number") -> None:
+    """Raise unless ``number`` is an int from ``least`` to ``most``."""
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise TypeError(f"{name}={number!r}: expected an int, got {type(number).__name__}")
+    if number < least or (most is not None and number > most):
+        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name}={number}: expected {what} {bounds}")
 
 
 def plain_twin(module: nn.Module, kind: type[nn.Module], *ours: str) -> Any:

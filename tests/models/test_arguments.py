@@ -112,8 +112,8 @@ def test_cache_keeps_no_graph_of_the_memory():
     model = make("encoder_decoder")
     memory = model.encoder(ids(2, 4))
     assert memory.requires_grad
-    (kept,) = model.decoder.new_cache(memory).layers
-    assert not any(tensor.requires_grad for tensor in kept.memory)
+    (kept,) = model.decoder.new_cache(2, memory).memory
+    assert not any(tensor.requires_grad for tensor in kept)
 
 
 def test_weights_of_nothing_said_are_empty():
@@ -125,8 +125,8 @@ def test_weights_of_nothing_said_are_empty():
 
 
 TAKES = {
-    "language_model": {"length", "end", "temperature"},
-    "encoder_decoder": {"length", "end", "temperature", "start"},
+    "language_model": {"length", "end", "temperature", "beam", "page_size"},
+    "encoder_decoder": {"length", "end", "temperature", "start", "beam", "page_size"},
     "seq2seq": {"length", "end", "start", "beam"},
     "captioner": {"length", "end", "start", "beam"},
 }
@@ -142,6 +142,8 @@ TAKES = {
         ({"start": 5}, ValueError, "start=5: expected a token from 0 to 4"),
         ({"start": 0.0}, TypeError, "start=0.0: expected an int, got float"),
         ({"beam": 0}, ValueError, "beam=0: expected a number of at least 1"),
+        ({"beam": 2, "temperature": 0.5}, ValueError, "beam=2, temperature=0.5: a beam search draws nothing"),
+        ({"page_size": 0}, ValueError, "page_size=0: expected a number of at least 1"),
         ({"temperature": math.nan}, ValueError, "temperature=nan: expected 0 or a finite number"),
         ({"temperature": math.inf}, ValueError, "temperature=inf"),
         ({"temperature": -1.0}, ValueError, "temperature=-1"),
@@ -228,10 +230,10 @@ def test_classifier_refuses_rows_without_tokens():
 def test_memory_is_given_to_trunks_that_read_one():
     reader, plain = (TransformerTrunk(VOCABULARY, CONFIG, causal=True, reads_memory=r) for r in (True, False))
     memory = torch.zeros(2, 3, 8)
-    for call in (lambda: reader(ids(2, 3)), reader.new_cache):
+    for call in (lambda: reader(ids(2, 3)), lambda: reader.new_cache(2)):
         with pytest.raises(ValueError, match="memory=None: a trunk with reads_memory=True"):
             call()
-    for call in (lambda: plain(ids(2, 3), memory=memory), lambda: plain.new_cache(memory)):
+    for call in (lambda: plain(ids(2, 3), memory=memory), lambda: plain.new_cache(2, memory)):
         with pytest.raises(ValueError, match="a trunk with reads_memory=False reads none"):
             call()
     with pytest.raises(ValueError, match=r"memory has shape \(2, 3, 8\): expected \[1, length, 8\]"):

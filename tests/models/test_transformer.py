@@ -1,7 +1,6 @@
-"""The transformer: who sees whom, padding, learning, decoding by the cache, generation, fine-tuning, both backends."""
+"""The transformer: who sees whom, padding, learning, fine-tuning, both backends."""
 
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
@@ -11,38 +10,21 @@ from torch import nn
 import fastattn
 from fastattn.models.transformer import (
     TransformerClassifier,
-    TransformerConfig,
-    TransformerEncoderDecoder,
-    TransformerLanguageModel,
     TransformerTrunk,
 )
 from fastattn.testing import assert_within_budget
+from tests.models.transformer_cases import (
+    CONFIG,
+    LENGTH,
+    SOURCE,
+    VOCABULARY,
+    encoder_decoder,
+    language_model,
+    source_and_padding,
+    tokens,
+)
 
-VOCABULARY, SOURCE, LENGTH = 11, 9, 12
-CONFIG = TransformerConfig(width=16, heads=4, layers=2, max_length=LENGTH)
 NORMS = pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
-
-
-def tokens(*shape, seed=0, vocabulary=VOCABULARY):
-    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def language_model(norm_first: bool = False, seed: int = 1, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
-    torch.manual_seed(seed)
-    config = dataclasses.replace(CONFIG, norm_first=norm_first, **changes)
-    return TransformerLanguageModel(VOCABULARY, config).to(dtype).eval()
-
-
-def encoder_decoder(norm_first: bool = False, seed: int = 1, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
-    torch.manual_seed(seed)
-    config = dataclasses.replace(CONFIG, norm_first=norm_first, **changes)
-    return TransformerEncoderDecoder(SOURCE, VOCABULARY, config).to(dtype).eval()
-
-
-def source_and_padding():
-    source = tokens(3, 7, seed=5, vocabulary=SOURCE)
-    padding = torch.arange(7) >= torch.tensor([[7], [4], [1]])
-    return source, padding
 
 
 # --------------------------------------------------------------------------------------------------- shapes, gradients
@@ -213,110 +195,6 @@ def test_fine_tuning_goes_on_with_the_pretrained_trunk():
     assert changed == {name for name in before if name.startswith("trunk.")}
 
 
-# ------------------------------------------------------------------------------------------------------------ decoding
-
-
-@NORMS
-@pytest.mark.parametrize("parts", [[1] * LENGTH, [5, 1, 1, 5], [LENGTH]], ids=str)
-def test_steps_of_a_language_model_are_the_whole_sequence(norm_first, parts):
-    model, x = language_model(norm_first), tokens(3, LENGTH)
-    cache = model.trunk.new_cache()
-    stepwise = torch.cat([model.head(model.trunk.step(part, cache)) for part in x.split(parts, dim=1)], dim=1)
-    torch.testing.assert_close(stepwise, model(x), rtol=0, atol=1e-13)
-
-
-@NORMS
-@pytest.mark.parametrize("parts", [[1] * LENGTH, [5, 1, 1, 5]], ids=str)
-def test_steps_of_a_decoder_are_the_whole_sequence(norm_first, parts):
-    model, x, (source, padding) = encoder_decoder(norm_first), tokens(3, LENGTH), source_and_padding()
-    cache = model.decoder.new_cache(model.encoder(source, padding), padding)
-    stepwise = torch.cat([model.head(model.decoder.step(part, cache)) for part in x.split(parts, dim=1)], dim=1)
-    torch.testing.assert_close(stepwise, model(source, x, padding), rtol=0, atol=1e-13)
-
-
-@NORMS
-def test_steps_lose_no_more_than_the_whole_sequence(norm_first):
-    """In float32, against float64."""
-    x, one, two = tokens(3, LENGTH), language_model(norm_first), language_model(norm_first, dtype=torch.float32)
-    cache = two.trunk.new_cache()
-    with torch.no_grad():
-        stepwise = torch.cat([two.head(two.trunk.step(part, cache)) for part in x.split(1, dim=1)], dim=1)
-        assert_within_budget(stepwise, truth=one(x), peer=two(x), name="logits")
-
-
-def test_steps_take_every_parameter_from_the_layers():
-    """No copies: what is changed between two steps is what the next one computes with."""
-    model, x = language_model(), tokens(2, 4)
-    cache = model.trunk.new_cache()
-    model.trunk.step(x[:, :3], cache)
-    with torch.no_grad():
-        for parameter in model.trunk.layers.parameters():
-            parameter.zero_()
-    last = model.trunk.step(x[:, 3:], cache)
-    assert not last.any(), "a post-norm block whose last norm has no weight and no bias gives zero"
-
-
-def test_steps_look_at_the_new_tokens_alone(monkeypatch):
-    """The point of the cache: each step embeds, projects and feeds forward one token, not all so far."""
-    model, seen = language_model(), []
-    model.trunk.layers[0].linear1.register_forward_hook(lambda module, arguments, output: seen.append(output.shape[1]))
-    model.generate(tokens(2, 3), 4)
-    assert seen == [3, 1, 1, 1]
-
-
-@NORMS
-def test_greedy_generation_is_the_likeliest_token_each_time(norm_first):
-    model, x = language_model(norm_first), tokens(3, 2)
-    expected = x
-    for _ in range(6):
-        expected = torch.cat((expected, model(expected)[:, -1].argmax(-1, keepdim=True)), dim=1)
-    assert torch.equal(model.generate(x, 6), expected)
-    assert model.generate(x, 0) is x
-
-
-def test_sampled_generation_depends_on_its_seed_alone():
-    model, x = language_model(), tokens(4, 2)
-    torch.manual_seed(1)
-    first = model.generate(x, 8, temperature=1.0, seed=3)
-    torch.manual_seed(2)
-    assert torch.equal(model.generate(x, 8, temperature=1.0, seed=3), first)
-    assert not torch.equal(model.generate(x, 8, temperature=1.0, seed=4), first)
-    assert torch.equal(model.generate(x, 8, temperature=1e-6, seed=4), model.generate(x, 8))
-
-
-def test_sampled_generation_draws_from_the_softmax():
-    """Of four thousand first tokens as many as the logits say, at a temperature that sharpens them."""
-    model, x = language_model(), tokens(1, 3).expand(4000, 3)
-    drawn = model.generate(x, 1, temperature=0.5, seed=0)[:, -1]
-    expected = (model(x[:1])[0, -1] / 0.5).softmax(-1)
-    found = torch.bincount(drawn, minlength=VOCABULARY) / 4000
-    assert (found - expected).abs().max() < 5 * (0.25 / 4000) ** 0.5  # five deviations of the widest
-
-
-def test_generation_ends():
-    """Each sequence at its own end; nothing but the end behind it; and no step more than the longest takes."""
-    model, x = language_model(), tokens(5, 2)
-    free = model.generate(x, 8, temperature=1.0, seed=0)
-    end = int(free[0, 4])
-    ended = model.generate(x, 8, temperature=1.0, seed=0, end=end)
-    for row, whole in zip(ended.tolist(), free.tolist()):
-        stop = whole.index(end, 2) + 1 if end in whole[2:] else len(whole)
-        assert row == (whole[:stop] + [end] * len(whole))[: len(row)]
-    alone = model.generate(x[:1], 8, temperature=0.0, end=int(model.generate(x[:1], 1)[0, -1]))
-    assert alone.shape == (1, 3)
-
-
-def test_encoder_decoder_generates_with_padding_as_without():
-    model, (source, padding) = encoder_decoder(), source_and_padding()
-    together = model.generate(source, 6, start=0, source_padding=padding)
-    assert together.shape == (3, 7)
-    for row, length in enumerate((7, 4, 1)):
-        assert torch.equal(model.generate(source[row : row + 1, :length], 6, start=0)[0], together[row])
-    drawn = [model.generate(source, 6, start=0, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
-    assert torch.equal(drawn[0], drawn[1])
-    assert not torch.equal(drawn[0], drawn[2])
-
-
 def test_models_refuse():
     model = language_model()
     with pytest.raises(ValueError, match="the table holds max_length=12"):
@@ -330,7 +208,7 @@ def test_models_refuse():
         model.generate(tokens(1, 1), 3, temperature=-1)
     trunk = TransformerTrunk(VOCABULARY, CONFIG)
     with pytest.raises(ValueError, match="causal=False"):
-        trunk.step(tokens(1, 1), trunk.new_cache())
+        trunk.step(tokens(1, 1), trunk.new_cache(1))
 
 
 # ------------------------------------------------------------------------------------------------------------- kernels
@@ -360,14 +238,6 @@ def test_training_step_on_kernels_matches_torch(make, norm_first):
         assert_within_budget(ours, truth=exact, peer=theirs, name=name, allowance=allowance)
 
 
-def test_decoding_on_kernels_says_the_same():
-    pytest.importorskip("triton", reason="triton is not installed")
-    model, x = language_model(dtype=torch.float32), tokens(2, 3)
-    expected = model.generate(x, 2)
-    with fastattn.use_backend("triton"):
-        assert torch.equal(model.generate(x, 2), expected)
-
-
 def test_classifier_on_kernels_matches_torch():
     """A training step: nothing is causal here, and padding hides keys from both sides of a row."""
     pytest.importorskip("triton", reason="triton is not installed")
@@ -388,21 +258,3 @@ def test_classifier_on_kernels_matches_torch():
         # Sums of some 50 terms in another order, through a block and back
         allowance = 50 * torch.finfo(torch.float32).eps * exact.abs().max().item()
         assert_within_budget(ours, truth=exact, peer=theirs, name=name, allowance=allowance)
-
-
-def test_encoder_decoder_on_kernels_says_the_same():
-    """By the cache: of the tokens said, and of the memory's keys and values under its padding."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    model, (source, padding) = encoder_decoder(dtype=torch.float32, layers=1), source_and_padding()
-    x, expected = tokens(3, 3), model.generate(source, 2, start=0, source_padding=padding)
-
-    def steps():
-        cache = model.decoder.new_cache(model.encoder(source, padding), padding)
-        return torch.cat([model.head(model.decoder.step(part, cache)) for part in x.split([2, 1], dim=1)], dim=1)
-
-    of_torch = steps()
-    with fastattn.use_backend("triton"), torch.no_grad():
-        assert torch.equal(model.generate(source, 2, start=0, source_padding=padding), expected)
-        # Sums of some 50 terms in another order, through two blocks and a head
-        allowance = 100 * torch.finfo(torch.float32).eps * of_torch.abs().max().item()
-        torch.testing.assert_close(steps(), of_torch, rtol=0, atol=allowance)
