@@ -1,8 +1,8 @@
 """Decoding over pages that are read where they lie: attention to each page by itself, merged by the LSE.
 
 To torch's CPU kernel the pages of the pool are a batch, so that none is copied. The queries of a page are those of all
-sequences that hold it, and a page that several share is read once. Pages that are seen in part, the last one of most
-sequences, are copied and masked.
+sequences that hold it, and a page that several share is read once. A page that is seen in part, as the last one of most
+sequences is, is a call by itself, to a view.
 """
 
 from __future__ import annotations
@@ -61,23 +61,24 @@ def run(inputs: KVCacheInputs, options: KVCacheOptions, found: list[Span]) -> tu
             (whole if stop - start == size else rest).append(_Part(sequence, table[number], start, stop))
     # heads of a group are rows: [B, Hk, G, D]
     inputs = inputs._replace(query=inputs.query.reshape(batch, inputs.key_cache.shape[1], -1, width))
-    parts: list[list[int]] = [[] for _ in range(batch)]  # of each sequence: where in what follows its parts are
-    outputs, lses, count = [], [], 0
+    outputs, lses, places, count = [], [], [], 0
     if whole:
         output, lse, places = _whole(inputs, options, whole)
         outputs.append(output)
         lses.append(lse)
-        for part, place in zip(whole, places):
-            parts[part.sequence].append(place)
-        count = output.shape[0]
-    if rest:
-        output, lse = _in_part(inputs, options, rest)
+        count = len(output)
+    for part in rest:  # attention to a view of what is seen
+        page, slots = slice(part.page, part.page + 1), slice(part.start, part.stop)
+        keys, values = (cache[page, :, slots] for cache in (inputs.key_cache, inputs.value_cache))
+        output, lse = _attend(inputs.query[part.sequence][None], keys, values, scale=options.scale)
+        places.append(count)
         outputs.append(output)
         lses.append(lse)
-        for place, part in enumerate(rest, count):
-            parts[part.sequence].append(place)
-        count += len(rest)
-    output, lse = _merge(inputs, outputs, lses, parts)
+        count += 1
+    of_sequences: list[list[int]] = [[] for _ in range(batch)]  # where in all outputs those of each sequence are
+    for part, place in zip([*whole, *rest], places):
+        of_sequences[part.sequence].append(place)
+    output, lse = _merge(inputs, outputs, lses, of_sequences)
     return output.view(batch, heads, 1, -1), lse.view(batch, heads, 1)
 
 
@@ -109,37 +110,26 @@ def _whole(inputs: KVCacheInputs, options: KVCacheOptions, parts: list[_Part]) -
     return output, lse, places
 
 
-def _in_part(inputs: KVCacheInputs, options: KVCacheOptions, parts: list[_Part]) -> tuple[Tensor, Tensor]:
-    """Attention to pages some of whose slots are seen, by the formula: output ``[parts, Hk, G, D]``, LSE ``[parts, Hk,
-    G]``."""
-    dtype = statistics_dtype(inputs.query.dtype)
-    sequences, pages, starts, stops = torch.tensor(parts).unbind(1)
-    slot = torch.arange(inputs.key_cache.shape[2])
-    hidden = (slot < starts[:, None]) | (slot >= stops[:, None])
-    query = inputs.query[sequences].to(dtype)
-    keys, values = (cache[pages].to(dtype) for cache in (inputs.key_cache, inputs.value_cache))
-    values = values.masked_fill(hidden[:, None, :, None], 0.0)  # what is hidden may be NaN, and 0 * NaN is NaN
-    scores = (query @ keys.transpose(2, 3)) * options.scale
-    scores = scores.masked_fill(hidden[:, None, None, :], NEGATIVE_INFINITY)
-    lse = scores.logsumexp(3)
-    return torch.exp(scores - lse[..., None]) @ values, lse
-
-
 def _merge(
-    inputs: KVCacheInputs, outputs: list[Tensor], lses: list[Tensor], parts: list[list[int]]
+    inputs: KVCacheInputs, outputs: list[Tensor], lses: list[Tensor], of_sequences: list[list[int]]
 ) -> tuple[Tensor, Tensor]:
-    """``(output [B, Hk, G, D], lse [B, Hk, G])`` of the parts of each sequence, and the sinks."""
+    """``(output [B, Hk, G, D], lse [B, Hk, G])`` of each sequence's places among all outputs, and the sinks."""
     _, kv_heads, group, width = inputs.query.shape
     dtype = statistics_dtype(inputs.query.dtype)
     # behind all parts one that is nothing, with which sequences of fewer parts fill up
     nothing = inputs.query.new_zeros(1, kv_heads, group, width, dtype=dtype)
     output = torch.cat([*(t.to(dtype) for t in outputs), nothing])
     lse = torch.cat([*lses, nothing[..., 0] + NEGATIVE_INFINITY])
-    most = max(map(len, parts))
-    mine = torch.tensor([own + [output.shape[0] - 1] * (most - len(own)) for own in parts], dtype=torch.int64)
+    most = max(1, *map(len, of_sequences))
+    mine = torch.tensor([own + [output.shape[0] - 1] * (most - len(own)) for own in of_sequences], dtype=torch.int64)
     of_parts = lse[mine]  # [B, most, Hk, G]
-    total = of_parts.logsumexp(1)
+    largest = of_parts.amax(1)
     if inputs.sinks is not None:
-        total = torch.logaddexp(total, inputs.sinks.to(dtype).view(1, kv_heads, group))
-    share = torch.exp(of_parts - total[:, None]).masked_fill(total[:, None] == NEGATIVE_INFINITY, 0.0)
-    return (share[..., None] * output[mine]).sum(1).to(inputs.query.dtype), total
+        largest = torch.maximum(largest, inputs.sinks.to(dtype).view_as(largest[:1]))
+    largest = largest.clamp(min=torch.finfo(dtype).min)  # finite where nothing is seen
+    weights = torch.exp(of_parts - largest[:, None])
+    total = weights.sum(1)
+    if inputs.sinks is not None:
+        total = total + torch.exp(inputs.sinks.to(dtype).view_as(largest[:1]) - largest)
+    merged = (weights[..., None] * output[mine]).sum(1) / total.clamp(min=torch.finfo(dtype).tiny)[..., None]
+    return merged.to(inputs.query.dtype), largest + total.log()

@@ -31,53 +31,69 @@ def append(inputs: KVCacheInputs, options: KVCacheOptions) -> KVCacheInputs:
     caches = inputs.key_cache, inputs.value_cache
     read = [cache.clone() for cache in caches] if is_differentiated(inputs) else caches
     if key is not None and value is not None:
-        begin = _common_slot(inputs)
+        looks = is_eager_on_cpu(query)
+        begin = _common_slot(inputs) if looks else None
         slots = torch.arange(query.shape[2], device=query.device)
-        slots = slots + (inputs.cache_seqlens.long()[:, None].clamp(min=0) if begin is None else begin)  # [B | 1, L]
+        slots = slots + (inputs.cache_seqlens.long()[:, None] if begin is None else begin)  # [B | 1, L]
         if inputs.rotary_cos is not None and inputs.rotary_sin is not None:
-            at = slots.clamp(max=inputs.rotary_cos.shape[0] - 1)
+            at = slots if looks else slots.clamp(0, inputs.rotary_cos.shape[0] - 1)
             cos, sin = (angles[at].unsqueeze(-3) for angles in (inputs.rotary_cos, inputs.rotary_sin))
             query, key = (rotate(t, cos, sin, interleaved=options.rotary_interleaved).to(t.dtype) for t in (query, key))
+        place = (
+            _Place(slice(None), slice(begin, begin + query.shape[2])) if begin is not None else _place(inputs, slots)
+        )
         for cache, copy, new in zip(caches, read, (key, value)):
             if copy is not cache:
-                _write(inputs, copy, slots, begin, new)
-            _write(inputs, cache, slots, begin, torch.autograd.forward_ad.unpack_dual(new.detach()).primal)
+                place.write(copy, new)
+            place.write(cache, torch.autograd.forward_ad.unpack_dual(new.detach()).primal)
     return inputs._replace(query=query, key_cache=read[0], value_cache=read[1])
 
 
 def _common_slot(inputs: KVCacheInputs) -> int | None:
-    """The slot of a contiguous cache into which the first new token of every sequence goes, if it is the same for all
-    and numbers may be read: then a slice is written, for which a small call needs a quarter of an index's time."""
-    if inputs.block_table is not None or not is_eager_on_cpu(inputs.query):
-        return None
-    held = set(inputs.cache_seqlens.tolist())
-    return held.pop() if len(held) == 1 else None
+    """The slot of a contiguous cache into which the first new token of every sequence goes, if it is the same for all:
+    then a slice is written, for which a small call needs a quarter of an index's time."""
+    held = set(inputs.cache_seqlens.tolist()) if inputs.block_table is None else ()
+    return next(iter(held)) if len(held) == 1 else None
 
 
-def _write(inputs: KVCacheInputs, cache: Tensor, slots: Tensor, begin: int | None, new: Tensor) -> None:
-    """Write tokens ``[B, heads, L, size]`` into these slots ``[B, L]``, or into those from ``begin`` on."""
-    if begin is not None:
-        cache[:, :, begin : begin + new.shape[2]] = new
-        return
-    rows, slots, exists = (t.flatten() for t in _places(inputs, slots))
-    tokens = new.transpose(1, 2).flatten(0, 1)  # [B L, heads, size], as an index gives them
-    if not is_eager_on_cpu(inputs.query) and exists.shape[0]:  # nobody has looked whether every token has a slot
-        # One without is written as another that has, again; if there are none, what was there is written.
-        chosen = torch.where(exists, torch.arange(exists.shape[0], device=cache.device), exists.int().argmax())
-        rows, slots = rows[chosen], slots[chosen]
-        tokens = torch.where(exists.any(), tokens[chosen], cache[rows, :, slots])
-    cache[rows, :, slots] = tokens
+class _Place(NamedTuple):
+    """Where in a cache new tokens go: rows (or pages) and slots, both slices, or an index ``[B L]`` of each token.
+
+    ``exists`` is boolean ``[B L]``, whether there is such a place, or None, where all tokens are known to have one.
+    """
+
+    rows: Tensor | slice
+    slots: Tensor | slice
+    exists: Tensor | None = None
+
+    def write(self, cache: Tensor, new: Tensor) -> None:
+        """Write tokens ``[B, heads, L, size]``, in place."""
+        if isinstance(self.rows, slice) or isinstance(self.slots, slice):
+            cache[self.rows, :, self.slots] = new
+            return
+        rows, slots, exists = self.rows, self.slots, self.exists
+        new = new.transpose(1, 2).flatten(0, 1)  # [B L, heads, size], as an index gives them
+        if exists is not None:
+            # A token without a place is written as another that has one, again; if none has, what was there is.
+            chosen = torch.where(exists, torch.arange(exists.shape[0], device=cache.device), exists.int().argmax())
+            rows, slots = rows[chosen], slots[chosen]
+            new = torch.where(exists.any(), new[chosen], cache[rows, :, slots])
+        cache[rows, :, slots] = new
 
 
-def _places(inputs: KVCacheInputs, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of slots ``[B, L]``, 0 or more: the row or page of the cache, the slot in it, both within the cache whatever the
-    numbers are, and whether that is the place that was asked for."""
-    batch, (count, _, size, _) = inputs.query.shape[0], inputs.key_cache.shape
-    exists, slots = slots < inputs.room, slots.clamp(max=inputs.room - 1)
+def _place(inputs: KVCacheInputs, slots: Tensor) -> _Place:
+    """Where slots ``[B, L]`` of the sequences lie, within the cache whatever the numbers are."""
+    count, _, size, _ = inputs.key_cache.shape
+    exists = None
+    if not is_eager_on_cpu(inputs.query):  # where nobody has looked whether every token has a slot
+        exists, slots = (slots >= 0) & (slots < inputs.room), slots.clamp(0, inputs.room - 1)
     if inputs.block_table is None:
-        return torch.arange(batch, device=slots.device)[:, None].expand_as(slots), slots, exists
-    pages = inputs.block_table.gather(1, slots // size).long()
-    return pages.clamp(0, count - 1), slots % size, exists & (pages >= 0) & (pages < count)
+        rows = torch.arange(slots.shape[0], device=slots.device)[:, None].expand_as(slots)
+    else:
+        rows, slots = inputs.block_table.gather(1, slots // size).long(), slots % size
+        if exists is not None:
+            exists, rows = exists & (rows >= 0) & (rows < count), rows.clamp(0, count - 1)
+    return _Place(rows.flatten(), slots.flatten(), None if exists is None or not exists.numel() else exists.flatten())
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
