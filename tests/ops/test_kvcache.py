@@ -203,6 +203,33 @@ def test_kvcache_in_a_compiled_graph(page_size):
     torch.testing.assert_close(arguments["key_cache"], expected.key_cache, equal_nan=True)
 
 
+class _Layer(torch.nn.Module):
+    """Its caches are buffers, which an exported program writes as the module does."""
+
+    def __init__(self, page_size):
+        super().__init__()
+        shape = (2, 2, 16, 8) if page_size is None else (8, 2, page_size, 8)
+        self.keys, self.values = torch.nn.Buffer(torch.zeros(shape)), torch.nn.Buffer(torch.zeros(shape))
+        self.table = None if page_size is None else torch.nn.Buffer(torch.arange(8, dtype=torch.int32).view(2, 4))
+
+    def forward(self, query, key, value, held):
+        words = {"cache_seqlens": held, "block_table": self.table}
+        return attention_with_kvcache(query, self.keys, self.values, key, value, **words)
+
+
+@pytest.mark.parametrize("page_size", [None, 4])
+def test_kvcache_in_an_exported_program(page_size):
+    """It consists of torch's operators, and its buffers take the tokens of one step after the other."""
+    query, key, value = (random_tensor(2, heads, 1, 8, seed=heads) for heads in (4, 2, 2))
+    held = torch.tensor([3, 0], dtype=torch.int32)
+    program = torch.export.export(_Layer(page_size), (query, key, value, held))
+    assert all("fastattn" not in str(node.target) for node in program.graph.nodes)
+    exported, layer = program.module(), _Layer(page_size)
+    for step in range(3):
+        expected = layer(query, key, value, held + step)
+        torch.testing.assert_close(exported(query, key, value, held + step), expected)
+
+
 def test_kvcache_is_explained():
     arguments = make_problem(Case(page_size=16)).arguments(gradients=False)
     explanation = fastattn.explain(fastattn.attention_with_kvcache, **arguments, backend="torch")
