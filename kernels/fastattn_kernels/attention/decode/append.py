@@ -11,7 +11,7 @@ import triton.language as tl
 
 from fastattn_kernels.attention.decode.problem import OF_CACHES, CacheProblem
 from fastattn_kernels.attention.decode.rotary import load_turned
-from fastattn_kernels.attention.decode.slots import entries_of, load_slots, slot_pointers, tokens_held
+from fastattn_kernels.attention.decode.slots import load_pages, load_slots, places_of, slot_pointers, tokens_held
 from fastattn_kernels.common.arguments import RUN_TIME, Heads, strided
 from fastattn_kernels.common.config import head_block
 from fastattn_kernels.common.launch import launch
@@ -33,7 +33,8 @@ def _append_kernel(
     token, head = row // kv_heads, (row % kv_heads).to(tl.int64)
     slot = tokens_held(seqlens, batch, room) + token
     fits = (token < new) & (slot < room)
-    entry, index, fits = entries_of(slot, fits, batch, table, pages, PAGE_SIZE)
+    page = load_pages(slot, fits, batch, table, PAGE_SIZE)
+    entry, index, fits = places_of(slot, page, fits, batch, table, pages, PAGE_SIZE)
     key_ptrs = slot_pointers(key, batch, head, token)
     if rotary is None:
         k = load_slots(key_ptrs, key.stride_d, fits, BLOCK_D, HEAD_DIM)

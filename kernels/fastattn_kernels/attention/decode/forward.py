@@ -16,7 +16,14 @@ from fastattn_kernels.attention.decode.config import decode_config, splits_for
 from fastattn_kernels.attention.decode.merge import launch_merge
 from fastattn_kernels.attention.decode.problem import OF_CACHES, CacheProblem, Rotary
 from fastattn_kernels.attention.decode.rotary import load_turned
-from fastattn_kernels.attention.decode.slots import entries_of, load_slots, sizes_of, slot_pointers, tokens_held
+from fastattn_kernels.attention.decode.slots import (
+    load_pages,
+    load_slots,
+    places_of,
+    sizes_of,
+    slot_pointers,
+    tokens_held,
+)
 from fastattn_kernels.attention.forward import TINY, attend_tile
 from fastattn_kernels.common.arguments import (
     RUN_TIME,
@@ -70,6 +77,15 @@ class _Call(NamedTuple):
 
 
 @triton.jit
+def _pages_of_tile(tile, end_slot, batch, table, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The pages of a tile's slots; one number where a page holds the tile."""
+    slots = tile * BLOCK_N
+    if PAGE_SIZE % BLOCK_N != 0:
+        slots += tl.arange(0, BLOCK_N)
+    return load_pages(slots, slots < end_slot, batch, table, PAGE_SIZE)
+
+
+@triton.jit
 def _attend_slots(
     acc, row_max, row_sum, q, unit, key, value, table, pages, kv_head, rows, at, first_slot, end_slot, sizes, rules,
     first_tile, end_tile, blocks, PAGE_SIZE: tl.constexpr,
@@ -77,12 +93,16 @@ def _attend_slots(
     """Online softmax over tiles of slots.
 
     All tiles are masked: on so few rows the predicate costs nothing, while a loop of its own for tiles seen in part
-    would begin with an empty pipeline, and wait for memory once more.
+    would begin with an empty pipeline, and wait for memory once more. The block table is read a tile ahead, so that
+    nobody waits for an address; left to the compiler's pipeline, it would take half of its stages from the keys.
     """
+    next_page = _pages_of_tile(first_tile, end_slot, at.batch, table, PAGE_SIZE, blocks.N)
     for tile in tl.range(first_tile, end_tile):
+        page = next_page
+        next_page = _pages_of_tile(tile + 1, end_slot, at.batch, table, PAGE_SIZE, blocks.N)
         slots = tile * blocks.N + tl.arange(0, blocks.N)
         belongs = (slots >= first_slot) & (slots < end_slot)
-        entry, index, belongs = entries_of(slots, belongs, at.batch, table, pages, PAGE_SIZE)
+        entry, index, belongs = places_of(slots, page, belongs, at.batch, table, pages, PAGE_SIZE)
         # What holds nothing for these rows counts as lying behind the last key: the one predicate then hides it.
         cols = tl.where(belongs, slots, sizes.seqlen_k)[None, :]
         k = load_slots(slot_pointers(key, entry, kv_head, index), key.stride_d, belongs, blocks.D, blocks.HEAD_DIM)
@@ -214,6 +234,26 @@ def _attention_decode_kernel(
             )  # fmt: skip
 
 
+class LaunchPlan(NamedTuple):
+    """How a problem is launched: the tile, how many tiles of rows there are, and what their slots are divided by."""
+
+    config: Config
+    tiles: int
+    splits: int
+
+
+def plan_of(problem: CacheProblem, num_splits: int = 0, config: Config | None = None) -> LaunchPlan:
+    """How :func:`launch_attention_decode` launches a problem, given the same words."""
+    query, cache, value = problem.query, problem.key_cache, problem.value_cache
+    config = config or decode_config(
+        query.device, query.dtype, query.shape[3], value.shape[3], problem.rows, problem.load()
+    )
+    tiles = query.shape[0] * cache.shape[1] * triton.cdiv(problem.rows, config.block_m)
+    return LaunchPlan(
+        config, tiles, num_splits or splits_for(tiles, problem.seen_room, multiprocessors(query.device))
+    )
+
+
 def launch_attention_decode(
     problem: CacheProblem, output: Tensor, lse: Tensor, num_splits: int = 0, config: Config | None = None
 ) -> None:
@@ -230,10 +270,7 @@ def launch_attention_decode(
         return
     query, value = problem.query, problem.value_cache
     (batch, heads, length, head_dim), value_dim = query.shape, value.shape[3]
-    kv_heads = problem.key_cache.shape[1]
-    config = config or decode_config(query.device, query.dtype, head_dim, value_dim, problem.rows)
-    tiles = batch * kv_heads * triton.cdiv(problem.rows, config.block_m)
-    splits = num_splits or splits_for(tiles, problem.seen_room, multiprocessors(query.device))
+    config, tiles, splits = plan_of(problem, num_splits, config)
     part, statistics = output, None
     if splits > 1:
         shape = splits * batch, heads, length
@@ -243,7 +280,7 @@ def launch_attention_decode(
     launch(
         _attention_decode_kernel, (tiles, splits), query,
         *tensors, lse, statistics, *problem.of_sequences(), *problem.rotary(), problem.rules(),
-        strided(PerHead, problem.sinks), batch, kv_heads, problem.group, length,
+        strided(PerHead, problem.sinks), batch, problem.key_cache.shape[1], problem.group, length,
         0 if problem.key is None else length, problem.room, problem.seen_room, problem.key_cache.shape[0],
         problem.lower, problem.upper, problem.scale, splits, lse.numel(),
         HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=head_block(head_dim), BLOCK_DV=head_block(value_dim),

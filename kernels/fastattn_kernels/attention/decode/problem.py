@@ -14,6 +14,7 @@ from fastattn_kernels.common.arguments import (
     pointer_and_strides,
     strided,
 )
+from fastattn_kernels.common.config import Load
 
 # The kernel arguments that Triton must not specialise on, beside those of all kernels of attention.
 OF_CACHES = (
@@ -108,6 +109,11 @@ class CacheProblem:
         """
         is_bounded = self.lower is not None or self.upper is not None
         return self.bias is not None or (is_bounded and self.query.shape[2] > 1)
+
+    def load(self) -> Load:
+        """What a tile of scores carries beside itself."""
+        is_heavy = self.bias is not None or self.alibi_slopes is not None or self.softcap is not None
+        return "heavy" if is_heavy else "plain"
 
     def of_sequences(self) -> tuple[PerBatch | None, PerBatch | None, PerKey | None]:
         """The kernel arguments ``seqlens, leftpad, table``."""

@@ -30,18 +30,27 @@ def sizes_of(held, last_query, seqlen_q, new, seen_room, lower, upper):
 
 
 @triton.jit
-def entries_of(slots, belongs, batch, table, pages, PAGE_SIZE: tl.constexpr):
-    """``(entry, index, belongs)`` of slots ``[N]``: where they lie, and which of them do, of those that ``belongs``
-    names. A page that does not exist holds nothing."""
+def load_pages(slots, belongs, batch, table, PAGE_SIZE: tl.constexpr):
+    """In which pages slots lie, a tile of them or one; -1 of those that do not belong to it. 0 without a block table."""
+    if table is None:
+        page = 0
+    else:
+        ptrs = table.ptr + batch * table.stride_b + (slots // PAGE_SIZE).to(tl.int64) * table.stride_n
+        page = tl.load(ptrs, mask=belongs, other=-1)
+    return page
+
+
+@triton.jit
+def places_of(slots, page, belongs, batch, table, pages, PAGE_SIZE: tl.constexpr):
+    """``(entry, index, belongs)`` of slots ``[N]``, given their pages or the one page of all: where they lie, and which
+    of them do, of those that ``belongs`` names. A page that does not exist holds nothing."""
     if table is None:
         entry = batch
         index = slots
     else:
-        ptrs = table.ptr + batch * table.stride_b + (slots // PAGE_SIZE).to(tl.int64) * table.stride_n
-        page = tl.load(ptrs, mask=belongs, other=-1)
-        belongs = belongs & (page >= 0) & (page < pages)
         entry = page.to(tl.int64)
         index = slots % PAGE_SIZE
+        belongs = belongs & (page >= 0) & (page < pages)
     return entry, index, belongs
 
 
