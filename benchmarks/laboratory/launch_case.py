@@ -2,8 +2,8 @@
 
 A case is a dictionary of plain values, for it is handed to another process: dtype, sizes, the features that it has, and
 whether careful launches are wanted, too (``stand_in`` leaves them out otherwise). It is of a norm where it has a
-``size``, of additive attention where it has an ``attention_dim``, else of attention, by the kernels for Hopper if it
-says ``hopper``.
+``size``, of additive attention where it has an ``attention_dim``, of attention over a cache where it has a ``room``,
+else of attention, by the kernels for Hopper if it says ``hopper``.
 """
 # ruff: noqa: TID251  # the laboratory looks at the kernels themselves
 
@@ -23,6 +23,8 @@ def launch(case: Case) -> None:
         launch_norm(case)
     elif "attention_dim" in case:
         launch_additive(case)
+    elif "room" in case:
+        launch_decode(case)
     elif case.get("hopper"):
         launch_hopper(case)
     else:
@@ -93,6 +95,50 @@ def launch_hopper(case: Case) -> None:
             backward.launch_attention_bwd(
                 problem, output, statistics, lse, Gradients(query, key, value), tile_map, deterministic=name == "pair"
             )
+
+
+def launch_decode(case: Case) -> None:
+    """Launch all kernels over a cache, of two sequences with so much ``room``, and ``heads`` queries' heads for each of two
+    of keys; in pages if the case has a ``page_size``, and with the features that it has. Two ``splits`` where it says
+    nothing of them."""
+    from fastattn_kernels.attention.decode.append import launch_append
+    from fastattn_kernels.attention.decode.forward import launch_attention_decode
+    from fastattn_kernels.attention.decode.problem import CacheProblem
+
+    def only(feature: str, value: Any) -> Any:
+        return value if case.get(feature) else None
+
+    dtype, head_dim = getattr(torch, case["dtype"]), case["head_dim"]
+    batch, kv_heads, group, length, room = 2, 2, case.get("group", 4), case.get("length", 1), case["room"]
+    heads, value_dim, page_size = kv_heads * group, case.get("value_dim", head_dim), case.get("page_size", room)
+    entries = batch * room // page_size
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    of_sequence = torch.zeros(batch, dtype=torch.int32)
+    output, lse = empty(batch, heads, length, value_dim), empty(batch, heads, length, dtype=torch.float32)
+    problem = CacheProblem(
+        query=empty(batch, heads, length, head_dim),
+        key_cache=empty(entries, kv_heads, page_size, head_dim),
+        value_cache=empty(entries, kv_heads, page_size, value_dim),
+        cache_seqlens=of_sequence,
+        scale=0.1,
+        key=empty(batch, kv_heads, length, head_dim),
+        value=empty(batch, kv_heads, length, value_dim),
+        block_table=only("page_size", torch.zeros(batch, room // page_size, dtype=torch.int32)),
+        cache_leftpad=only("leftpad", of_sequence),
+        rotary_cos=only("rotary", empty(room, head_dim // 2)),
+        rotary_sin=only("rotary", empty(room, head_dim // 2)),
+        bias=only("bias", empty(batch, heads, length, room)),
+        alibi_slopes=only("slopes", empty(1, heads)),
+        sinks=only("sinks", empty(1, heads)),
+        lower=only("window", -100),
+        upper=0,
+        softcap=only("softcap", 30.0),
+    )
+    launch_append(problem)
+    launch_attention_decode(problem, output, lse, case.get("splits", 2))
 
 
 def attention_problem(case: Case) -> Any:

@@ -67,6 +67,7 @@ class Operator:
         fake: makes empty tensors like the results, given the groups.
         flops: how many operations a call takes, given the groups, in which a shape stands in each tensor's place;
             None: no counter counts it.
+        mutates: the names of tensors among the arguments that a call may write into.
 
     Raises:
         ValueError: two arguments have one name, or an annotation is none that a schema knows.
@@ -81,6 +82,7 @@ class Operator:
         run: Callable[..., Sequence[Tensor]],
         fake: Callable[..., Sequence[Tensor]],
         flops: Callable[..., int] | None = None,
+        mutates: Sequence[str] = (),
     ) -> None:
         self.groups = groups
         arguments = [item for group in groups for item in typing.get_type_hints(group).items()]
@@ -91,7 +93,8 @@ class Operator:
             if hint not in _SCHEMA_TYPES:
                 accepted = ", ".join(map(_spelled, _SCHEMA_TYPES))
                 raise ValueError(f"{name}: {argument} is annotated {_spelled(hint)}: expected one of {accepted}")
-        schema = ", ".join(f"{_SCHEMA_TYPES[hint]} {argument}" for argument, hint in arguments)
+        written = {name: f"Tensor({chr(ord('a') + number)}!)" for number, name in enumerate(mutates)}
+        schema = ", ".join(f"{written.get(name, _SCHEMA_TYPES[hint])} {name}" for name, hint in arguments)
         torch.library.define(f"fastattn::{name}", f"({schema}) -> ({', '.join(['Tensor'] * len(results._fields))})")
         self._returns_one = len(results._fields) == 1
         torch.library.impl(f"fastattn::{name}", _DEVICES)(lambda *values: self._returned(run, values))

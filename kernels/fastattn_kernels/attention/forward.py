@@ -72,7 +72,7 @@ def _load_rows(
 
 
 @triton.jit
-def _attend_tile(
+def attend_tile(
     acc, row_max, row_sum, qk, unit, rows, cols, at, batch_head, sizes, rules, dropout, PARTIAL: tl.constexpr
 ):
     """``(P, acc, row_max, row_sum)`` after one more tile of products: a step of online softmax, but for adding P V."""
@@ -111,7 +111,7 @@ def _attend_keys(
             cols = start + tl.arange(0, blocks.N)[None, :]
             # The P V of the tile before is still being added to acc. With 1.0 in the place of acc, the step returns the
             # factor that rescales it, and acc is multiplied by that below, just before it is added to again.
-            p, correction, row_max, row_sum = _attend_tile(
+            p, correction, row_max, row_sum = attend_tile(
                 1.0, row_max, row_sum, qk, unit, rows, cols, at, batch_head, sizes, rules, dropout, PARTIAL
             )
             # rounded before the next products: P in float32 beside them would spill
@@ -131,7 +131,7 @@ def _attend_keys(
             cols = start + tl.arange(0, blocks.N)[None, :]
             k = _load_rows(key, start, seqlen_k, blocks.N, blocks.D, blocks.HEAD_DIM, PARTIAL, PIPELINED)
             qk = tl.dot(q, tl.trans(k), input_precision=blocks.PRECISION)
-            p, acc, row_max, row_sum = _attend_tile(
+            p, acc, row_max, row_sum = attend_tile(
                 acc, row_max, row_sum, qk, unit, rows, cols, at, batch_head, sizes, rules, dropout, PARTIAL
             )
             v = _load_rows(value, start, seqlen_k, blocks.N, blocks.DV, blocks.VALUE_DIM, PARTIAL, PIPELINED)

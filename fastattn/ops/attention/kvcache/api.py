@@ -106,6 +106,8 @@ def attention_with_kvcache(
     if has_torch_function_variadic(query, key_cache, value_cache) and is_symbolically_traced(*tensors):
         return recorded(attention_with_kvcache, *tensors, **words, backend=backend)
     call = make_call(*tensors, **words)
-    backends.choose(call, backend, on_triton.refusals)
-    output, lse = on_torch.run(call)
+    if backends.choose(call, backend, on_triton.refusals) == "triton":
+        output, lse = on_triton.run(call)
+    else:
+        output, lse = on_torch.run(call)
     return output if lse is None else (output, lse)

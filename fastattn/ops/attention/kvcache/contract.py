@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.ops.common.blocks import empty_in_order_of, statistics_dtype
+
 
 class KVCacheInputs(NamedTuple):
     """A call's tensors. The caches are written where there is a ``key``."""
@@ -70,3 +72,12 @@ class KVCacheResults(NamedTuple):
 
     output: Tensor  # [B, H, L, Dv]
     lse: Tensor  # [B, H, L], at least float32
+
+
+def empty_results(inputs: KVCacheInputs, options: KVCacheOptions) -> KVCacheResults:
+    """Output and LSE, to be written."""
+    query = inputs.query
+    return KVCacheResults(
+        output=empty_in_order_of(query, (*query.shape[:3], inputs.value_cache.shape[3])),
+        lse=query.new_empty(query.shape[:3], dtype=statistics_dtype(query.dtype)),
+    )
