@@ -127,6 +127,27 @@ PACKED: dict[str, list[dict[str, Any]]] = {
     ],
 }
 
+# The same of a cache: the dtype, the size of a page if there are any, and arguments of attention_with_kvcache.
+CACHE: dict[str, list[dict[str, Any]]] = {
+    "cache contiguous or in pages of any size and order, shared pages": [
+        *({"dtype": d} for d in (torch.float16, torch.bfloat16, torch.float32)),
+        {"block_table": torch.tensor([[3, 1], [3, 2]], dtype=torch.int32), "cache_seqlens": 6},
+        {"block_table": torch.tensor([[3], [0]], dtype=torch.int32), "page_size": 7},
+    ],
+    "new tokens put in, rotary embedding in both conventions, lengths and padding of each sequence": [
+        {"cache_leftpad": torch.tensor([1, 2], dtype=torch.int32)},
+        *(
+            {"rotary_cos": torch.ones(8, 4), "rotary_sin": torch.zeros(8, 4), "rotary_interleaved": i}
+            for i in (True, False)
+        ),
+    ],
+    "causality, windows, softcap, sinks, ALiBi, masks by slots, grouped heads, LSE over a cache": [
+        {"is_causal": False, "window": (2, 1), "softcap": 5.0, "sinks": torch.zeros(4)},
+        {"alibi_slopes": torch.ones(4), "attn_mask": torch.ones(2, 8, dtype=torch.bool), "return_lse": True},
+    ],
+    "gradients over a cache": [{"sinks": torch.zeros(4, requires_grad=True)}],
+}
+
 
 def matrix() -> dict[str, dict[str, str]]:
     assert "| feature | triton | torch |" in README
@@ -135,7 +156,7 @@ def matrix() -> dict[str, dict[str, str]]:
 
 
 def test_readme_matrix_rows_are_the_ones_checked():
-    assert list(matrix()) == [*CALLS, *NORMS, *ADDITIVE, *PACKED]
+    assert list(matrix()) == [*CALLS, *NORMS, *ADDITIVE, *PACKED, *CACHE]
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -244,6 +265,31 @@ def test_readme_matrix_cell_of_packed_sequences_is_true(feature, backend, device
         else:
             found = differentiated(attend, leaves, [], order)
             assert all(tensor.isfinite().all() for tensor in found)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("feature", CACHE)
+def test_readme_matrix_cell_of_a_cache_is_true(feature, backend, device):
+    for given in CACHE[feature]:
+        arguments: dict[str, Any] = {n: a.to(device) if isinstance(a, torch.Tensor) else a for n, a in given.items()}
+        make: Any = {"dtype": arguments.pop("dtype", torch.float32), "device": device}
+        room = arguments.pop("page_size", 4 if "block_table" in arguments else 8)
+        of_tokens = [torch.randn(2, heads, 2, 8, **make) for heads in (4, 2, 2)]
+        caches = [torch.randn(4 if "block_table" in arguments else 2, 2, room, 8, **make) for _ in range(2)]
+        query, *new = of_tokens
+        options: Any = {"cache_seqlens": 5, "backend": backend, **arguments}
+        if matrix()[feature][backend] == "no":
+            with pytest.raises(NotImplementedError, match=f"the {backend} backend refuses"):
+                fastattn.attention_with_kvcache(query, *caches, *new, **options)
+            continue
+        result: Any = fastattn.attention_with_kvcache(query, *caches, *new, **options)
+        results = result if isinstance(result, tuple) else (result,)
+        leaves = [t for t in arguments.values() if isinstance(t, torch.Tensor) and t.requires_grad]
+        if leaves:
+            results += torch.autograd.grad(results[0].sum(), leaves)
+        assert all(t.isfinite().all() for t in results)
+        if "block_table" not in arguments:
+            torch.testing.assert_close(caches[1][:, :, 5:7], new[1], rtol=0, atol=0)
 
 
 def derived(

@@ -326,7 +326,6 @@ def test_encoder_decoder_generates_with_padding_as_without():
 # -------------------------------------------------------------------------------------------------------------- kernels
 
 
-@pytest.mark.xfail(raises=NotImplementedError, strict=True, reason="the kernels do not take a cache yet")
 def test_decoding_on_kernels_says_the_same():
     pytest.importorskip("triton", reason="triton is not installed")
     model, x = language_model(dtype=torch.float32), tokens(2, 3)
@@ -335,7 +334,6 @@ def test_decoding_on_kernels_says_the_same():
         assert torch.equal(model.generate(x, 2), expected)
 
 
-@pytest.mark.xfail(raises=NotImplementedError, strict=True, reason="the kernels do not take a cache yet")
 def test_encoder_decoder_on_kernels_says_the_same():
     """By the cache: of the tokens said, and of the memory's keys and values under its padding."""
     pytest.importorskip("triton", reason="triton is not installed")

@@ -13,11 +13,12 @@ from torch import Tensor
 import fastattn
 from fastattn.ops.additive_attention import api as additive_api
 from fastattn.ops.attention import api as attention_api
+from fastattn.ops.attention.kvcache import api as kvcache_api
 from fastattn.ops.common import short_way
 from fastattn.ops.residual_norm import api as norm_api
 from tests.machines import DEVICE
 
-WAYS = (attention_api._ARGUMENTS, attention_api._CALLS, norm_api._SHORT, additive_api._CALLS)
+WAYS = (attention_api._ARGUMENTS, attention_api._CALLS, norm_api._SHORT, additive_api._CALLS, kvcache_api._ARGUMENTS)
 L, D = 5, 8
 
 

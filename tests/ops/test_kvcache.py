@@ -1,5 +1,4 @@
-"""attention_with_kvcache on the torch backend, held against the reference; what it refuses; and cases that fail
-elsewhere."""
+"""attention_with_kvcache held against the reference; what it refuses; and cases that fail elsewhere."""
 
 import dataclasses
 import re
@@ -10,8 +9,8 @@ import torch
 
 import fastattn
 import fastattn.reference
+from fastattn.ops.attention.kvcache import api, on_torch, pages, slots
 from fastattn.ops.attention.kvcache import call as checks
-from fastattn.ops.attention.kvcache import on_torch, pages, slots
 from fastattn.testing import random_tensor
 from tests.ops.kvcache_cases import AXES, Case, check, make_problem, makes_sense
 from tests.pairwise import pairwise
@@ -48,6 +47,12 @@ def test_kvcache_pairs_of_features_match_reference(case):
     check(case, "torch", gradients=False)
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("num_splits", "case"), [(3 * (i % 2), c) for i, c in enumerate(PAIRS)], ids=ids(PAIRS))
+def test_kvcache_pairs_of_features_match_reference_on_kernels(num_splits, case):
+    check(case, "triton", gradients=False, num_splits=num_splits)
+
+
 @pytest.mark.parametrize("case", PAIRS, ids=ids(PAIRS))
 def test_kvcache_matches_reference_where_no_number_may_be_read(case, monkeypatch):
     """The way of graphs and of other devices, here on tensors whose numbers nobody asks for."""
@@ -76,17 +81,18 @@ def test_kvcache_pages_held_by_several_sequences_are_read_once(monkeypatch):
     beams, size = 8, 16
     table = torch.cat((torch.arange(4).expand(beams, 4), 4 + torch.arange(beams)[:, None]), dim=1).to(torch.int32)
     query, keys, values = (random_tensor(*s, seed=i) for i, s in enumerate([(beams, 2, 1, 8), *[(12, 2, size, 8)] * 2]))
-    output = attention_with_kvcache(query, keys, values, cache_seqlens=5 * size, block_table=table)
+    output = attention_with_kvcache(query, keys, values, cache_seqlens=5 * size, block_table=table, backend="torch")
     assert seen == [12]
     held = torch.full((beams,), 5 * size)
     expected = reference(query, keys, values, cache_seqlens=held, block_table=table).output
     torch.testing.assert_close(output, expected)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("page_size", [None, 16])
-def test_kvcache_step_by_step_is_attention_to_the_whole(page_size):
+def test_kvcache_step_by_step_is_attention_to_the_whole(page_size, backend):
     """Six tokens at once and then one at a time give what causal attention gives, with the same cache all along."""
-    batch, heads, length, size = 2, 2, 40, 8
+    batch, heads, length, size = 2, 2, 40 if backend == "torch" else 20, 8
     query, key, value = (random_tensor(batch, heads, length, size, seed=i) for i in range(3))
     shape = (batch, heads, length) if page_size is None else (6, heads, page_size)
     caches = {name: torch.full((*shape, size), torch.nan) for name in ("key_cache", "value_cache")}
@@ -94,23 +100,25 @@ def test_kvcache_step_by_step_is_attention_to_the_whole(page_size):
     found, begin = [], 0
     for count in (6, *[1] * (length - 6)):
         new = slice(begin, begin + count)
-        words: dict[str, Any] = {"cache_seqlens": begin, "block_table": table}
+        words: dict[str, Any] = {"cache_seqlens": begin, "block_table": table, "backend": backend}
         of_tokens = {"query": query[:, :, new], "key": key[:, :, new], "value": value[:, :, new]}
         found.append(attention_with_kvcache(**of_tokens, **caches, **words))
         begin += count
-    expected = fastattn.attention(query, key, value, is_causal=True)
+    expected = fastattn.attention(query, key, value, is_causal=True, backend="torch")
     torch.testing.assert_close(torch.cat(found, 2), expected)
 
 
-def test_kvcache_takes_one_length_for_all_and_a_batch_of_none():
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_kvcache_takes_one_length_for_all_and_a_batch_of_none(backend):
     query, caches = torch.randn(0, 2, 1, 8), [torch.randn(0, 2, 5, 8) for _ in range(2)]
-    output, lse = attention_with_kvcache(query, *caches, cache_seqlens=3, return_lse=True)
+    output, lse = attention_with_kvcache(query, *caches, cache_seqlens=3, return_lse=True, backend=backend)
     assert output.shape == (0, 2, 1, 8) and lse.shape == (0, 2, 1)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("page_size", [None, 4])
-def test_kvcache_query_that_sees_nothing_is_zero(page_size, with_sinks):
+def test_kvcache_query_that_sees_nothing_is_zero(page_size, with_sinks, backend):
     """flash-attention returned what was in memory for sequences of length 0 (issues 1537 and 2421 there)."""
     shape = (2, 2, 8) if page_size is None else (5, 2, page_size)
     caches = [torch.full((*shape, 8), torch.nan) for _ in range(2)]
@@ -118,22 +126,24 @@ def test_kvcache_query_that_sees_nothing_is_zero(page_size, with_sinks):
     if with_sinks:
         words["sinks"] = torch.tensor([0.5, -1.0])
     query = torch.randn(2, 2, 1, 8)
-    output, lse = attention_with_kvcache(query, *caches, cache_seqlens=0, return_lse=True, **words)
+    output, lse = attention_with_kvcache(query, *caches, cache_seqlens=0, return_lse=True, backend=backend, **words)
     assert (output == 0).all()
     expected = torch.tensor([0.5, -1.0]) if with_sinks else torch.full((2,), -torch.inf)
     torch.testing.assert_close(lse, expected[None, :, None].expand(2, 2, 1))
 
 
-def test_kvcache_entries_of_the_table_behind_the_last_token_are_not_read():
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_kvcache_entries_of_the_table_behind_the_last_token_are_not_read(backend):
     problem = make_problem(Case(page_size=16))
     arguments = problem.arguments(gradients=False)
     expected = reference(**arguments).output
     arguments["block_table"][:, 3:] = -7
-    torch.testing.assert_close(attention_with_kvcache(**arguments), expected)
+    torch.testing.assert_close(attention_with_kvcache(**arguments, backend=backend), expected)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("page_size", [None, 7])
-def test_kvcache_writes_nothing_out_of_bounds_where_no_number_may_be_read(page_size, monkeypatch):
+def test_kvcache_writes_nothing_out_of_bounds_where_no_number_may_be_read(page_size, backend, monkeypatch):
     """Tokens without a slot are dropped, and those of other sequences are written."""
     for module in (on_torch, slots):
         monkeypatch.setattr(module, "is_eager_on_cpu", lambda tensor: False)
@@ -146,7 +156,7 @@ def test_kvcache_writes_nothing_out_of_bounds_where_no_number_may_be_read(page_s
     monkeypatch.setattr(checks, "is_eager_on_cpu", lambda tensor: False)
     if page_size is not None:
         arguments["block_table"][2] = torch.tensor([900, -1] * 5)
-    attention_with_kvcache(**{**arguments, "cache_seqlens": held})
+    attention_with_kvcache(**{**arguments, "cache_seqlens": held}, backend=backend)
     for name in ("key_cache", "value_cache"):
         changed = (arguments[name].nan_to_num(7.5) != before[name].nan_to_num(7.5)).any(-1).any(1)
         assert changed.sum() == 3 + 1, "the second sequence has room for three tokens, the first for one"
@@ -193,14 +203,35 @@ def test_kvcache_of_gradients_reads_a_cache_that_is_not_written():
     assert cache.grad is not None and (cache.grad[:, :, :4] != 0).any() and (cache.grad[:, :, 4:] == 0).all()
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("page_size", [None, 16])
-def test_kvcache_in_a_compiled_graph(page_size):
+def test_kvcache_in_a_compiled_graph(page_size, backend):
     problem = make_problem(Case(page_size=page_size, rotary="halves", length=3))
-    compiled = torch.compile(attention_with_kvcache, backend="eager", fullgraph=True)
+    compiled = torch.compile(attention_with_kvcache, backend="aot_eager", fullgraph=True)
     arguments = problem.arguments(gradients=False)
     expected = reference(**arguments)
-    torch.testing.assert_close(compiled(**arguments), expected.output)
+    torch.testing.assert_close(compiled(**arguments, backend=backend), expected.output)
     torch.testing.assert_close(arguments["key_cache"], expected.key_cache, equal_nan=True)
+
+
+def test_kvcache_repeats_a_call_by_the_short_way():
+    """From the third call on; autograd is told each time that the caches have been written."""
+    api._ARGUMENTS.clear()
+    problem = make_problem(Case(held="ragged", page_size=16, length=3))
+    for repetition in range(4):
+        arguments, expected = problem.arguments(gradients=False), reference(**problem.arguments(gradients=False))
+        versions = [arguments[name]._version for name in ("key_cache", "value_cache")]
+        output = attention_with_kvcache(**arguments, backend="triton")
+        torch.testing.assert_close(output, expected.output)
+        torch.testing.assert_close(arguments["value_cache"], expected.value_cache, equal_nan=True, rtol=0, atol=0)
+        assert [arguments[name]._version for name in ("key_cache", "value_cache")] == [v + 1 for v in versions]
+        assert len(api._ARGUMENTS) == (repetition > 0)
+
+
+def test_kvcache_on_kernels_refuses_gradients():
+    arguments = make_problem(Case()).arguments()
+    with pytest.raises(NotImplementedError, match=r"gradients are asked for \(query, key, value\)"):
+        attention_with_kvcache(**arguments, backend="triton")
 
 
 class _Layer(torch.nn.Module):

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from fastattn.ops.attention.kvcache import on_torch, on_triton
+from fastattn.ops.attention.kvcache import on_torch, on_triton, operator
 from fastattn.ops.attention.kvcache.call import make_call
+from fastattn.ops.attention.kvcache.contract import Arguments
 from fastattn.ops.common import backends
+from fastattn.ops.common.short_way import ShortWay, lies_with_kernels
 from fastattn.ops.common.tracing import is_symbolically_traced, recorded
+
+
+def _short() -> Any:
+    from fastattn.ops.attention.kvcache import short  # imports triton
+
+    return short
+
+
+_ARGUMENTS = ShortWay(_short, Arguments, casts=3)
 
 
 def attention_with_kvcache(
@@ -85,6 +98,19 @@ def attention_with_kvcache(
             page; the message shows them, and nothing has been written.
         NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
     """
+    signature = None
+    if isinstance(cache_seqlens, Tensor) and lies_with_kernels(query):  # an int is another one at each step
+        values = (
+            query, key_cache, value_cache, key, value, cache_seqlens, block_table, cache_leftpad, rotary_cos,
+            rotary_sin, attn_mask, window, sinks, alibi_slopes,
+        )  # fmt: skip
+        numbers = rotary_interleaved, is_causal, softcap, scale, num_splits, return_lse, backend
+        signature = _ARGUMENTS.key(values, numbers)
+        if signature is not None and (entry := _ARGUMENTS.find(signature, values + numbers)) is not None:
+            found = entry(values)
+            if key is not None:
+                operator.tell_autograd(key_cache, value_cache)
+            return found
     words = {
         "cache_seqlens": cache_seqlens,
         "block_table": block_table,
@@ -108,6 +134,8 @@ def attention_with_kvcache(
     call = make_call(*tensors, **words)
     if backends.choose(call, backend, on_triton.refusals) == "triton":
         output, lse = on_triton.run(call)
+        if signature is not None:
+            _ARGUMENTS.remember(signature)
     else:
         output, lse = on_torch.run(call)
     return output if lse is None else (output, lse)

@@ -7,12 +7,39 @@ the cache is pages, and dimension 2 the slots of a page.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastattn.ops.common.blocks import empty_in_order_of, statistics_dtype
+
+
+class Arguments(NamedTuple):
+    """The arguments of :func:`fastattn.attention_with_kvcache`, as the user gave them: first those that may hold
+    tensors."""
+
+    query: Any
+    key_cache: Any
+    value_cache: Any
+    key: Any
+    value: Any
+    cache_seqlens: Any
+    block_table: Any
+    cache_leftpad: Any
+    rotary_cos: Any
+    rotary_sin: Any
+    attn_mask: Any
+    window: Any
+    sinks: Any
+    alibi_slopes: Any
+    rotary_interleaved: Any
+    is_causal: Any
+    softcap: Any
+    scale: Any
+    num_splits: Any
+    return_lse: Any
+    backend: Any
 
 
 class KVCacheInputs(NamedTuple):

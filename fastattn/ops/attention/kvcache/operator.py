@@ -22,9 +22,14 @@ def _run(inputs: KVCacheInputs, options: KVCacheOptions) -> KVCacheResults:
     from fastattn.ops.attention.kvcache import launch  # imports triton
 
     results: KVCacheResults = launch.forward(inputs, options)
-    if inputs.key is not None:  # autograd must hear of it, in case that somebody has kept the caches for a backward
-        increment_version([cache for cache in (inputs.key_cache, inputs.value_cache) if not cache.is_inference()])
+    if inputs.key is not None:
+        tell_autograd(inputs.key_cache, inputs.value_cache)
     return results
+
+
+def tell_autograd(*caches: Tensor) -> None:
+    """Say that the kernels have written into these, in case that somebody has kept them for a backward."""
+    increment_version([cache for cache in caches if not cache.is_inference()])
 
 
 ATTENTION_WITH_KVCACHE = Operator(
