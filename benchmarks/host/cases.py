@@ -139,6 +139,41 @@ def _mode(train: bool) -> str:
     return "train" if train else "eval"
 
 
+# ------------------------------------------------------------------------------------------------------------ decoding
+
+
+class _Decoding:
+    """One token of one sequence, and a cache that it is put into, contiguous or in pages."""
+
+    def __init__(self, place: Place, in_pages: bool) -> None:
+        self.query, self.key, self.value = (place.draw(1, 2, 1, 64) for _ in range(3))
+        room, self.held = (1, 0) if place.scale == "least" else (64, 16)
+        shape = (4, 2, 16, 64) if in_pages else (1, 2, room, 64)
+        self.caches = [place.draw(*shape) for _ in range(2)]
+        self.table = torch.arange(4, dtype=torch.int32, device=place.device)[None] if in_pages else None
+        self.seqlens = torch.full((1,), self.held, dtype=torch.int32, device=place.device)
+
+
+def _decode(in_pages: bool, place: Place) -> Step:
+    of = _Decoding(place, in_pages)
+    words: dict[str, Any] = {"cache_seqlens": of.seqlens, "block_table": of.table}
+    call = functools.partial(fastattn.attention_with_kvcache, of.query, *of.caches, of.key, of.value, **words)
+    return _step(call, (), train=False)
+
+
+def _sdpa_decode(place: Place) -> Step:
+    """The contiguous cache is written, and its slots in use are attended to."""
+    of = _Decoding(place, in_pages=False)
+
+    def attend() -> Tensor:
+        for cache, new in zip(of.caches, (of.key, of.value)):
+            cache[:, :, of.held : of.held + 1] = new
+        keys, values = (cache[:, :, : of.held + 1] for cache in of.caches)
+        return F.scaled_dot_product_attention(of.query, keys, values)
+
+    return _step(attend, (), train=False)
+
+
 # -------------------------------------------------------------------------------------------- norms, additive, module
 
 
@@ -197,6 +232,10 @@ def all_cases() -> list[HostCase]:
         _of_attention(False, "causal", 64, "triton"),
         _of_attention(True, "plain", 64, "triton"),
         _of_attention(True, "causal", 64, "triton"),
+    ]
+    found += [
+        HostCase(name, functools.partial(_decode, in_pages), _sdpa_decode, against="SDPA, contiguous", quick=in_pages)
+        for name, in_pages in (("decode", False), ("decode pages", True))
     ]
     # on a CPU F.rms_norm is many operators, so that few rows are enough
     rest: list[tuple[str, Build, Callable[..., Any], Callable[..., Any], str]] = [
