@@ -9,7 +9,7 @@ import torch
 
 import fastattn
 import fastattn.reference
-from fastattn.ops.attention.kvcache import api, on_torch, pages, slots
+from fastattn.ops.attention.kvcache import api, on_torch, pages
 from fastattn.ops.attention.kvcache import call as checks
 from fastattn.testing import random_tensor
 from tests.ops.kvcache_cases import AXES, Case, check, make_problem, makes_sense
@@ -56,8 +56,7 @@ def test_kvcache_pairs_of_features_match_reference_on_kernels(num_splits, case):
 @pytest.mark.parametrize("case", PAIRS, ids=ids(PAIRS))
 def test_kvcache_matches_reference_where_no_number_may_be_read(case, monkeypatch):
     """The way of graphs and of other devices, here on tensors whose numbers nobody asks for."""
-    for module in (on_torch, slots):
-        monkeypatch.setattr(module, "is_eager_on_cpu", lambda tensor: False)
+    monkeypatch.setattr(on_torch, "is_eager_on_cpu", lambda tensor: False)
     check(case, "torch")
 
 
@@ -145,8 +144,7 @@ def test_kvcache_entries_of_the_table_behind_the_last_token_are_not_read(backend
 @pytest.mark.parametrize("page_size", [None, 7])
 def test_kvcache_writes_nothing_out_of_bounds_where_no_number_may_be_read(page_size, backend, monkeypatch):
     """Tokens without a slot are dropped, and those of other sequences are written."""
-    for module in (on_torch, slots):
-        monkeypatch.setattr(module, "is_eager_on_cpu", lambda tensor: False)
+    monkeypatch.setattr(on_torch, "is_eager_on_cpu", lambda tensor: False)
     problem = make_problem(Case(length=3, page_size=page_size))
     arguments = problem.arguments(gradients=False)
     room = 70

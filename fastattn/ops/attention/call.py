@@ -18,6 +18,7 @@ from fastattn.ops.common.checks import (
     check_tensor,
     is_integer,
     shape_of,
+    shapes_of,
     under_autocast,
 )
 
@@ -44,20 +45,29 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise unless query, key and value are 4-D floating tensors that fit one another."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_operand(name, tensor, query)
-    shapes = f"query {shape_of(query)}, key {shape_of(key)}, value {shape_of(value)}"
+    wanted = None
     if not query.shape[0] == key.shape[0] == value.shape[0]:
-        raise ValueError(f"{shapes}: expected the same batch size (dimension 0) in all three")
-    if query.shape[3] != key.shape[3]:
-        raise ValueError(f"{shapes}: expected query and key to have the same head size (dimension 3)")
-    if query.shape[3] == 0:
-        raise ValueError(f"{shapes}: expected a head size (dimension 3) of at least 1")
-    if key.shape[2] != value.shape[2]:
-        raise ValueError(f"{shapes}: expected key and value to have the same length (dimension 2)")
-    if key.shape[1] != value.shape[1]:
-        raise ValueError(f"{shapes}: expected key and value to have the same number of heads (dimension 1)")
+        wanted = "the same batch size (dimension 0) in all three"
+    elif query.shape[3] != key.shape[3]:
+        wanted = "query and key to have the same head size (dimension 3)"
+    elif query.shape[3] == 0:
+        wanted = "a head size (dimension 3) of at least 1"
+    elif key.shape[2] != value.shape[2]:
+        wanted = "key and value to have the same length (dimension 2)"
+    elif key.shape[1] != value.shape[1]:
+        wanted = "key and value to have the same number of heads (dimension 1)"
+    else:
+        wanted = heads_wanted(query, key)
+    if wanted is not None:
+        raise ValueError(f"{shapes_of(query, key, value)}: expected {wanted}")
+
+
+def heads_wanted(query: Tensor, key: Tensor) -> str | None:
+    """Of which number the query heads (dimension 1) have to be a multiple, in words; None where they are."""
     heads, kv_heads = query.shape[1], key.shape[1]
     if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
-        raise ValueError(f"{shapes}: expected the {heads} query heads to be a multiple of the {kv_heads} key heads")
+        return f"the {heads} query heads to be a multiple of the {kv_heads} key heads"
+    return None
 
 
 def check_document_ids(

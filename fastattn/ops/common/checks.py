@@ -18,6 +18,12 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
+def shapes_of(query: Tensor, key: Tensor, value: Tensor, of: str = "") -> str:
+    """The three shapes, for a message. To put them into words takes as long as all checks of a small call together, so
+    that it is done where an error is raised. ``of`` follows the names of key and value."""
+    return f"query {shape_of(query)}, key{of} {shape_of(key)}, value{of} {shape_of(value)}"
+
+
 # ------------------------------------------------------------------------------------------------------------- autocast
 
 
@@ -32,6 +38,9 @@ def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
     An argument that is no tensor, or has another dtype, is returned as it is: the checks that follow name it.
     """
+    devices = {t.device for t in tensors if isinstance(t, Tensor)}  # one, as a rule, that is asked once
+    if not any(is_autocast_enabled(device) for device in devices):
+        return tensors
     return tuple(_under_autocast(t) if isinstance(t, Tensor) and t.dtype in DTYPES else t for t in tensors)
 
 

@@ -80,7 +80,7 @@ def are_sizes(have: Sequence[int], want: Sequence[int], *, or_one: bool = False)
     ``want``, and the graph checks it when it runs.
     """
     if not torch.compiler.is_compiling():
-        return all(h == w or (or_one and h == 1) for h, w in zip(have, want))
+        return tuple(have) == tuple(want) or (or_one and all(h == w or h == 1 for h, w in zip(have, want)))
     from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 
     for h, w in zip(have, want):

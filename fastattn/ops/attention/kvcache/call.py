@@ -7,9 +7,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastattn.ops.attention.call import check_operand, check_per_head, check_scale, check_softcap, check_window
+from fastattn.ops.attention.call import (
+    check_operand,
+    check_per_head,
+    check_scale,
+    check_softcap,
+    check_window,
+    heads_wanted,
+)
 from fastattn.ops.attention.kvcache.contract import KVCacheCall, KVCacheInputs, KVCacheOptions
-from fastattn.ops.common.checks import check_attn_mask, check_tensor, is_integer, shape_of, under_autocast
+from fastattn.ops.common.checks import check_attn_mask, check_tensor, is_integer, shape_of, shapes_of, under_autocast
 from fastattn.ops.common.tracing import are_sizes, is_eager_on_cpu
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
@@ -20,21 +27,22 @@ def _check_caches(query: Tensor, key_cache: Tensor, value_cache: Tensor, is_page
     of_cache = ("pages", "heads", "page_size", "head_dim") if is_paged else ("batch", "heads", "slots", "head_dim")
     for name, tensor in (("key_cache", key_cache), ("value_cache", value_cache)):
         check_operand(name, tensor, query, of_cache)
-    shapes = f"query {shape_of(query)}, key_cache {shape_of(key_cache)}, value_cache {shape_of(value_cache)}"
+    wanted = None
     if not are_sizes(key_cache.shape[:3], value_cache.shape[:3]):
-        raise ValueError(f"{shapes}: expected both caches to have the same {', '.join(of_cache[:3])}")
-    if query.shape[3] != key_cache.shape[3] or query.shape[3] == 0:
-        raise ValueError(f"{shapes}: expected query and key_cache to have the same head size (dimension 3), at least 1")
-    if not is_paged and not are_sizes(query.shape[:1], key_cache.shape[:1]):
-        raise ValueError(
-            f"{shapes}: expected the same batch size (dimension 0) in all three, or a block_table, with which "
-            "dimension 0 of the caches is pages"
+        wanted = f"both caches to have the same {', '.join(of_cache[:3])}"
+    elif query.shape[3] != key_cache.shape[3] or query.shape[3] == 0:
+        wanted = "query and key_cache to have the same head size (dimension 3), at least 1"
+    elif not is_paged and not are_sizes(query.shape[:1], key_cache.shape[:1]):
+        wanted = (
+            "the same batch size (dimension 0) in all three, or a block_table, with which dimension 0 of the caches is "
+            "pages"
         )
-    if is_paged and 0 in (key_cache.shape[0], key_cache.shape[2]):
-        raise ValueError(f"{shapes}: expected at least one page, and one slot in it")
-    heads, kv_heads = query.shape[1], key_cache.shape[1]
-    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
-        raise ValueError(f"{shapes}: expected the {heads} query heads to be a multiple of the {kv_heads} key heads")
+    elif is_paged and 0 in (key_cache.shape[0], key_cache.shape[2]):
+        wanted = "at least one page, and one slot in it"
+    else:
+        wanted = heads_wanted(query, key_cache)
+    if wanted is not None:
+        raise ValueError(f"{shapes_of(query, key_cache, value_cache, of='_cache')}: expected {wanted}")
 
 
 def _check_new(query: Tensor, key_cache: Tensor, value_cache: Tensor, key: Tensor | None, value: Tensor | None) -> None:
@@ -172,9 +180,10 @@ def make_call(
     return_lse: bool,
 ) -> KVCacheCall:
     """Check every argument of :func:`fastattn.attention_with_kvcache`; under autocast, cast all but the caches."""
-    (query,) = under_autocast(query)
     if key is not None and value is not None:
-        key, value = under_autocast(key, value)
+        query, key, value = under_autocast(query, key, value)
+    else:
+        (query,) = under_autocast(query)
     _check_caches(query, key_cache, value_cache, is_paged=block_table is not None)
     _check_new(query, key_cache, value_cache, key, value)
     held = _check_held(cache_seqlens, query)

@@ -34,8 +34,9 @@ def describe(call: KVCacheCall) -> str:
 def run(call: KVCacheCall) -> tuple[Tensor, Tensor | None]:
     """``(output, lse or None)``; the caches hold the new tokens afterwards."""
     inputs, options = call.inputs, call.options
-    read = append(inputs, options)
-    if not is_eager_on_cpu(inputs.query):
+    looks = is_eager_on_cpu(inputs.query)
+    read = append(inputs, options, looks=looks)
+    if not looks:
         tokens = inputs.cache_seqlens if inputs.key is None else inputs.cache_seqlens + inputs.query.shape[2]
         output, lse = _attend_unseen(read, options, tokens.long(), call.return_lse)
     elif pages.takes(read, options):

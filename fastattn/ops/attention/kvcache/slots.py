@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fastattn.ops.attention.kvcache.contract import KVCacheInputs, KVCacheOptions
-from fastattn.ops.common.tracing import is_eager_on_cpu
 from fastattn.reference.kvcache import rotate
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -21,31 +20,39 @@ def is_differentiated(inputs: KVCacheInputs) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
-def append(inputs: KVCacheInputs, options: KVCacheOptions) -> KVCacheInputs:
+def append(inputs: KVCacheInputs, options: KVCacheOptions, *, looks: bool) -> KVCacheInputs:
     """Write the new tokens, if there are any, and return what attention reads then.
 
     That is the call with its queries turned and its caches, or copies of them where the call is differentiated: what
     later calls write is not to change what a backward needs.
+
+    Args:
+        inputs: of the call.
+        options: of the call.
+        looks: whether numbers may be read; then they have been checked, too.
     """
     query, key, value = inputs.query, inputs.key, inputs.value
     caches = inputs.key_cache, inputs.value_cache
-    read = [cache.clone() for cache in caches] if is_differentiated(inputs) else caches
+    is_copied = is_differentiated(inputs)
+    read = [cache.clone() for cache in caches] if is_copied else caches
     if key is not None and value is not None:
-        looks = is_eager_on_cpu(query)
-        begin = _common_slot(inputs) if looks else None
-        slots = torch.arange(query.shape[2], device=query.device)
-        slots = slots + (inputs.cache_seqlens.long()[:, None] if begin is None else begin)  # [B | 1, L]
+        length, begin = query.shape[2], _common_slot(inputs) if looks else None
+        if begin is not None:
+            slots = slice(begin, begin + length)
+            place = _Place(slice(None), slots)
+        else:
+            slots = inputs.cache_seqlens.long()[:, None] + torch.arange(length, device=query.device)  # [B, L]
+            place = _place(inputs, slots, looks)
         if inputs.rotary_cos is not None and inputs.rotary_sin is not None:
-            at = slots if looks else slots.clamp(0, inputs.rotary_cos.shape[0] - 1)
-            cos, sin = (angles[at].unsqueeze(-3) for angles in (inputs.rotary_cos, inputs.rotary_sin))
+            if isinstance(slots, Tensor) and not looks:
+                slots = slots.clamp(0, inputs.rotary_cos.shape[0] - 1)
+            cos, sin = (angles[slots].unsqueeze(-3) for angles in (inputs.rotary_cos, inputs.rotary_sin))
             query, key = (rotate(t, cos, sin, interleaved=options.rotary_interleaved).to(t.dtype) for t in (query, key))
-        place = (
-            _Place(slice(None), slice(begin, begin + query.shape[2])) if begin is not None else _place(inputs, slots)
-        )
         for cache, copy, new in zip(caches, read, (key, value)):
-            if copy is not cache:
+            if is_copied:
                 place.write(copy, new)
-            place.write(cache, torch.autograd.forward_ad.unpack_dual(new.detach()).primal)
+                new = torch.autograd.forward_ad.unpack_dual(new.detach()).primal
+            place.write(cache, new)
     return inputs._replace(query=query, key_cache=read[0], value_cache=read[1])
 
 
@@ -81,11 +88,11 @@ class _Place(NamedTuple):
         cache[rows, :, slots] = new
 
 
-def _place(inputs: KVCacheInputs, slots: Tensor) -> _Place:
+def _place(inputs: KVCacheInputs, slots: Tensor, looks: bool) -> _Place:
     """Where slots ``[B, L]`` of the sequences lie, within the cache whatever the numbers are."""
     count, _, size, _ = inputs.key_cache.shape
     exists = None
-    if not is_eager_on_cpu(inputs.query):  # where nobody has looked whether every token has a slot
+    if not looks:  # and nobody knows whether every token has a slot
         exists, slots = (slots >= 0) & (slots < inputs.room), slots.clamp(0, inputs.room - 1)
     if inputs.block_table is None:
         rows = torch.arange(slots.shape[0], device=slots.device)[:, None].expand_as(slots)

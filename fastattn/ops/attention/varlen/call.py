@@ -14,11 +14,12 @@ from fastattn.ops.attention.call import (
     check_scale,
     check_softcap,
     check_window,
+    heads_wanted,
 )
 from fastattn.ops.attention.contract import Alignment
 from fastattn.ops.attention.varlen import sequences
 from fastattn.ops.attention.varlen.contract import VarlenCall
-from fastattn.ops.common.checks import check_dense, check_number, is_integer, shape_of, under_autocast
+from fastattn.ops.common.checks import check_dense, check_number, is_integer, shape_of, shapes_of, under_autocast
 from fastattn.ops.common.tracing import is_eager_on_cpu
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
@@ -27,16 +28,17 @@ def check_packed(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise unless query, key and value are 3-D floating tensors that fit one another."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_operand(name, tensor, query, ("rows", "heads", "head_dim"))
-    shapes = f"query {shape_of(query)}, key {shape_of(key)}, value {shape_of(value)}"
+    wanted = None
     if query.shape[2] != key.shape[2]:
-        raise ValueError(f"{shapes}: expected query and key to have the same head size (dimension 2)")
-    if query.shape[2] == 0:
-        raise ValueError(f"{shapes}: expected a head size (dimension 2) of at least 1")
-    if key.shape[:2] != value.shape[:2]:
-        raise ValueError(f"{shapes}: expected key and value to have the same rows and heads (dimensions 0 and 1)")
-    heads, kv_heads = query.shape[1], key.shape[1]
-    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
-        raise ValueError(f"{shapes}: expected the {heads} query heads to be a multiple of the {kv_heads} key heads")
+        wanted = "query and key to have the same head size (dimension 2)"
+    elif query.shape[2] == 0:
+        wanted = "a head size (dimension 2) of at least 1"
+    elif key.shape[:2] != value.shape[:2]:
+        wanted = "key and value to have the same rows and heads (dimensions 0 and 1)"
+    else:
+        wanted = heads_wanted(query, key)
+    if wanted is not None:
+        raise ValueError(f"{shapes_of(query, key, value)}: expected {wanted}")
 
 
 def _check_integers(name: str, tensor: Any, query: Tensor, size: int | None) -> None:
