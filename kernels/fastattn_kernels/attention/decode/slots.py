@@ -31,7 +31,7 @@ def sizes_of(held, last_query, seqlen_q, new, seen_room, lower, upper):
 
 @triton.jit
 def load_pages(slots, belongs, batch, table, PAGE_SIZE: tl.constexpr):
-    """In which pages slots lie, a tile of them or one; -1 of those that do not belong to it. 0 without a block table."""
+    """In which pages slots lie, a tile of them or one; -1 of those that do not belong to it. Without a table: 0."""
     if table is None:
         page = 0
     else:
