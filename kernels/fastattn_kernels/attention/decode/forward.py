@@ -20,7 +20,6 @@ from fastattn_kernels.attention.decode.slots import (
     load_pages,
     load_slots,
     places_of,
-    sizes_of,
     slot_pointers,
     tokens_held,
 )
@@ -34,6 +33,7 @@ from fastattn_kernels.common.arguments import (
     PerHead,
     PerKey,
     Rules,
+    Sizes,
     strided,
 )
 from fastattn_kernels.common.config import Config, dot_precision, head_block
@@ -141,7 +141,14 @@ def _attend_share(
     last_query = tl.minimum((first_row + blocks.M - 1) // group, seqlen_q - 1)
 
     held = tokens_held(call.seqlens, batch, call.room)
-    sizes = sizes_of(held, last_query, seqlen_q, call.new, call.seen_room, call.lower, call.upper)
+    shift = held + call.new - seqlen_q  # where the queries stand, even if there is no room for them
+    lower, upper = None, None
+    if call.lower is not None:
+        lower = call.lower + shift
+    if call.upper is not None:
+        upper = call.upper + shift
+    # rows behind the last query of the tile see what that one does
+    sizes = Sizes(last_query + 1, tl.minimum(held + call.new, call.seen_room), lower, upper, shift)
     # the slots that some row of the tile sees: no other is read, whatever it holds
     first_slot, end_slot = 0, sizes.seqlen_k
     if call.leftpad is not None:
