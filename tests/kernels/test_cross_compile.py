@@ -205,3 +205,17 @@ def test_run_time_values_do_not_recompile_packed_kernels():
         compiled.setdefault(row["kernel"], set()).add(row["hash"])
     assert "_attention_fwd_kernel" in compiled
     assert {name: len(hashes) for name, hashes in compiled.items()} == dict.fromkeys(compiled, 1)
+
+
+def test_run_time_values_do_not_recompile_kernels_over_a_cache():
+    """Neither lengths, nor room, nor what the slots are divided by, nor how far one sees."""
+    features = {"dtype": "bfloat16", "head_dim": 64, "page_size": 16, "window": True}
+    cases = [
+        {**features, "length": length, "room": room, "splits": splits}
+        for length, room, splits in ((2, 4096, 2), (3, 512, 3), (4, 8192, 16))
+    ]
+    compiled: dict[str, set] = {}
+    for row in compile_for("cuda:90", cases):
+        compiled.setdefault(row["kernel"], set()).add(row["hash"])
+    assert "_attention_decode_kernel" in compiled
+    assert {name: len(hashes) for name, hashes in compiled.items()} == dict.fromkeys(compiled, 1)
