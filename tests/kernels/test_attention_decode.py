@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastattn.reference import attention_with_kvcache as reference
-from fastattn.testing import assert_within_budget, random_tensor
+from fastattn.testing import assert_within_budget, random_tensor, ulp
 from tests.machines.marks import quick
 from tests.pairwise import pairwise
 
@@ -168,10 +168,13 @@ def check(case: Case, seed: int, device) -> None:
     before = problem.key_cache.clone(), problem.value_cache.clone()
     output, lse = run(problem, case.splits)
     after = problem.key_cache.clone(), problem.value_cache.clone()
-    for name, actual in (("output", output), ("lse", lse)):
-        of_truth, of_peer = getattr(truth, name), getattr(peer, name)
+    # Scores go to base 2 and the LSE comes back, by two constants and two products that round, as the peer's do not.
+    finite = truth.lse[truth.lse.isfinite()]
+    of_base = 2 * ulp(finite.abs().max().item(), torch.float32)
+    for name, actual, allowance in (("output", output, 0.0), ("lse", lse, of_base)):
+        of_truth, of_peer = getattr(truth, name), getattr(peer, name).to(actual.dtype)
         assert_within_budget(
-            actual, truth=of_truth, peer=of_peer.to(actual.dtype), name=name, feature="kvcache", backend="triton"
+            actual, truth=of_truth, peer=of_peer, name=name, allowance=allowance, feature="kvcache", backend="triton"
         )
     for name, held, now in zip(("key_cache", "value_cache"), before, after):
         expected, of_peer = getattr(truth, name), getattr(peer, name)

@@ -43,6 +43,8 @@ from fastattn_kernels.common.marks import rows_not_finite
 from fastattn_kernels.common.masking import INFINITY, LN_2, LOG2_E
 from fastattn_kernels.common.tiles import weighted_sum
 
+_MOST_SPLITS = 65535  # programs along a grid's second axis: there can be no more
+
 
 class _Call(NamedTuple):
     """What every program of a launch is told, beside its own place."""
@@ -242,22 +244,23 @@ def _attention_decode_kernel(
             )  # fmt: skip
 
 
-class LaunchPlan(NamedTuple):
-    """How a problem is launched: the tile, how many tiles of rows there are, and what their slots are divided by."""
+class Division(NamedTuple):
+    """How a problem is divided: the tile, how many tiles of rows there are, and among how many programs their slots."""
 
     config: Config
     tiles: int
     splits: int
 
 
-def plan_of(problem: CacheProblem, num_splits: int = 0, config: Config | None = None) -> LaunchPlan:
-    """How :func:`launch_attention_decode` launches a problem, given the same words."""
+def division_of(problem: CacheProblem, num_splits: int = 0, config: Config | None = None) -> Division:
+    """How :func:`launch_attention_decode` divides a problem, given the same words."""
     query, cache, value = problem.query, problem.key_cache, problem.value_cache
     config = config or decode_config(
         query.device, query.dtype, query.shape[3], value.shape[3], problem.rows, problem.load()
     )
     tiles = query.shape[0] * cache.shape[1] * triton.cdiv(problem.rows, config.block_m)
-    return LaunchPlan(config, tiles, num_splits or splits_for(tiles, problem.seen_room, multiprocessors(query.device)))
+    splits = num_splits or splits_for(tiles, problem.seen_room, multiprocessors(query.device))
+    return Division(config, tiles, min(splits, _MOST_SPLITS))
 
 
 def launch_attention_decode(
@@ -276,7 +279,7 @@ def launch_attention_decode(
         return
     query, value = problem.query, problem.value_cache
     (batch, heads, length, head_dim), value_dim = query.shape, value.shape[3]
-    config, tiles, splits = plan_of(problem, num_splits, config)
+    config, tiles, splits = division_of(problem, num_splits, config)
     part, statistics = output, None
     if splits > 1:
         shape = splits * batch, heads, length
