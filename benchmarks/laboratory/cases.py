@@ -62,6 +62,28 @@ def packed_cases(dtype: str, head_dim: int) -> list[Case]:
     ]  # fmt: skip
 
 
+_OVER_A_CACHE = ("leftpad", "rotary", "bias", "slopes", "sinks", "window", "softcap")
+DECODE_FEATURES: dict[str, dict[str, Any]] = {
+    "one query": {},
+    "one query, pages of 16": {"page_size": 16},
+    "one query, pages of 64": {"page_size": 64},
+    "few queries": {"length": 3, "group": 8},
+    "many queries": {"length": 32, "group": 8},
+    "everything": {"length": 3, "group": 8, "page_size": 16, **dict.fromkeys(_OVER_A_CACHE, True)},
+}
+
+
+def decode_cases(dtype: str, head_dim: int, features: Iterable[str] = tuple(DECODE_FEATURES)) -> list[Case]:
+    """Attention over a cache whose slots two programs divide: queries by number, the cache whole and in pages."""
+    return [
+        {
+            "dtype": dtype, "head_dim": head_dim, "room": 4096, **DECODE_FEATURES[name],
+            "name": f"decode {_SHORT[dtype]} D{head_dim} {name}",
+        }
+        for name in features
+    ]  # fmt: skip
+
+
 # Every way in which a row becomes tiles: many rows a tile, one, one in two parts, in several, and odd ones.
 NORM_SIZES = (7, 64, 1000, 4096, 8192, 16384, 65536)
 NORM_FEATURES: dict[str, dict[str, Any]] = {

@@ -98,9 +98,8 @@ def launch_hopper(case: Case) -> None:
 
 
 def launch_decode(case: Case) -> None:
-    """Launch all kernels over a cache, of two sequences with so much ``room``, and ``heads`` queries' heads for each of two
-    of keys; in pages if the case has a ``page_size``, and with the features that it has. Two ``splits`` where it says
-    nothing of them."""
+    """Launch all kernels over a cache of two sequences, with so much ``room`` for each, two heads of keys, and a
+    ``group`` of heads for either; in pages if the case has a ``page_size``, and with the features that it has."""
     from fastattn_kernels.attention.decode.append import launch_append
     from fastattn_kernels.attention.decode.forward import launch_attention_decode
     from fastattn_kernels.attention.decode.problem import CacheProblem

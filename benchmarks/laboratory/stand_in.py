@@ -114,7 +114,7 @@ def resources(kernel: Any, target: str) -> dict[str, Any]:
         "stages": kernel.metadata.num_stages,
         "hash": kernel.hash,
         "careful": _constant(kernel, "CAREFUL"),
-        "again": bool(_constant(kernel, "AGAIN_M")),  # the careful loops stand behind as many others
+        "again": bool(_constant(kernel, "AGAIN_N")),  # the careful loops stand behind as many others
         "sides": [side for name in _TILE if (side := _constant(kernel, name))],
     }
     row["tile"] = math.prod(row["sides"])

@@ -11,6 +11,7 @@ from benchmarks.laboratory.cases import (
     NORM_FEATURES,
     TARGETS,
     attention_cases,
+    decode_cases,
     hopper_cases,
     norm_cases,
     packed_cases,
@@ -74,6 +75,36 @@ def test_packed_kernels_spill_outside_of_loops_only(target, head_dim):
             loops = loops[:1]
         assert loops or row["kernel"] == "_delta_kernel", what
         assert all(loop["spills"] == 0 for loop in loops), what
+
+
+DECODING = [
+    *(("bfloat16", target, head_dim) for target in TARGETS for head_dim in (64, 128, 256, 512)),
+    *(("float32", target, head_dim) for target in FLOAT for head_dim in (64, 128)),
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "target", "head_dim"),
+    [
+        pytest.param(*case, marks=() if case == ("bfloat16", "cuda:90", 128) else pytest.mark.resources)
+        for case in DECODING
+    ],
+)
+def test_kernels_over_a_cache_compile_without_spills_in_loops(dtype, target, head_dim):
+    rows = compile_for(target, decode_cases(dtype, head_dim))
+    assert {row["kernel"] for row in rows} == {"_append_kernel", "_attention_decode_kernel", "_merge_kernel"}
+    for row in rows:
+        what = f"{row['kernel']} for {target}: {row}"
+        assert row["shared"] <= SHARED_MEMORY[target], what
+        # The loop that all programs run stands in front; the careful one, and what it needs, may wait in local memory.
+        # Of float32 ptxas leaves two numbers there, though it takes 72 registers of 255.
+        assert row["spilled"] <= (128 if row["again"] else 8 if dtype == "float32" else 0), what
+        assert all(loop["spills"] == 0 for loop in row["loops"][:1]), what
+        if row["kernel"] == "_attention_decode_kernel" and target.startswith("cuda") and dtype != "float32":
+            assert row["tensor_core_products"] > 0, what
+            assert row["blocks"] >= 1, what
+            # keys and values come 16 bytes at a time, past the registers
+            assert row["counts"]["LDGSTS"] >= 2, what
 
 
 @pytest.mark.parametrize(
@@ -173,4 +204,18 @@ def test_run_time_values_do_not_recompile_packed_kernels():
     for row in compile_for("cuda:90", cases):
         compiled.setdefault(row["kernel"], set()).add(row["hash"])
     assert "_attention_fwd_kernel" in compiled
+    assert {name: len(hashes) for name, hashes in compiled.items()} == dict.fromkeys(compiled, 1)
+
+
+def test_run_time_values_do_not_recompile_kernels_over_a_cache():
+    """Neither lengths, nor room, nor what the slots are divided by, nor how far one sees."""
+    features = {"dtype": "bfloat16", "head_dim": 64, "page_size": 16, "window": True}
+    cases = [
+        {**features, "length": length, "room": room, "splits": splits}
+        for length, room, splits in ((2, 4096, 2), (3, 512, 3), (4, 8192, 16))
+    ]
+    compiled: dict[str, set] = {}
+    for row in compile_for("cuda:90", cases):
+        compiled.setdefault(row["kernel"], set()).add(row["hash"])
+    assert "_attention_decode_kernel" in compiled
     assert {name: len(hashes) for name, hashes in compiled.items()} == dict.fromkeys(compiled, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastattn.ops.attention.kvcache.contract import KVCacheInputs, KVCacheOptions, KVCacheResults, empty_results
 from fastattn_kernels.attention.decode.append import launch_append
-from fastattn_kernels.attention.decode.forward import launch_attention_decode, plan_of
+from fastattn_kernels.attention.decode.forward import division_of, launch_attention_decode
 from fastattn_kernels.attention.decode.problem import CacheProblem
 from fastattn_kernels.common.plans import planned
 
@@ -25,7 +25,7 @@ def _problem(inputs: KVCacheInputs, options: KVCacheOptions) -> CacheProblem:
 
 def describe(inputs: KVCacheInputs, options: KVCacheOptions) -> str:
     """How many kernels would run, and how the slots are divided."""
-    _, _, splits = plan_of(_problem(inputs, options), options.num_splits)
+    _, _, splits = division_of(_problem(inputs, options), options.num_splits)
     kernels = ["append"] * (inputs.key is not None) + ["attention"] + ["merge"] * (splits > 1)
     return f"{', '.join(kernels)}; slots divided by {splits}"
 

@@ -1,24 +1,25 @@
 """Which tile the kernel over a cache has, and among how many programs the slots are divided.
 
 The kernel moves each key and value once and multiplies it with a handful of rows, so that what counts is how many bytes
-are on their way from memory. By Little's law an H200 needs its 4.8 TB/s times about 1.1 us, 40 KB on each of 132
-multiprocessors. With so many stages, a program has the keys and values of ``stages - 1`` tiles on their way:
+are on their way from memory. By Little's law an H200 needs its 4.8 TB/s times some 1.1 us: 40 KB on each of 132
+multiprocessors. A program has the keys and values of ``stages - 1`` tiles on their way:
 
-==========  =============  ========  ======  ===================  ==================  =============
-head size   tile (keys)    warps     stages  bytes of a program   programs resident   cycles a tile
-==========  =============  ========  ======  ===================  ==================  =============
-64          64 x 128 B     4         4       48 KB                4                   300 of 800
-128         64 x 256 B     4         3       64 KB                3                   430 of 1600
-128, pages  64 x 256 B     4         3       64 KB                3                   530 to 750 of 1600
-256         32 x 512 B     4         3       64 KB                2                   410 of 1600
-512         16 x 1024 B    8         3       64 KB                1                   380 of 1600
-==========  =============  ========  ======  ===================  ==================  =============
+=========  ============  =====  ======  ========  ========  =================================
+head size  tile of keys  warps  stages  on their  programs  issued a tile: contiguous, pages
+                                        way       resident  of 64, of 16, and cycles there are
+=========  ============  =====  ======  ========  ========  =================================
+64         64 x 128 B    4      4       48 KB     4         300, 380, 500 of 800
+128        64 x 256 B    4      3       64 KB     3         430, 540, 750 of 1600
+256        32 x 512 B    4      3       64 KB     2 to 3    420, 520, 690 of 1600
+512        16 x 1024 B   8      3       64 KB     2         740, 890, 890 of 1600
+=========  ============  =====  ======  ========  ========  =================================
 
-(bfloat16 on sm_90, one query.) The last column is the instructions that a scheduler issues for a tile beside the
-cycles in which memory delivers one, at 36 bytes a nanosecond and multiprocessor and 1.755 GHz: so memory is what is
-waited for, in pages as well. Pages of at least a tile take one look at the block table for each tile, smaller ones one
-for each row of a thread, which is where 750 comes from; keys and values are copied asynchronously, 16 bytes at a
-time, in all three. Nothing here has been timed on a GPU yet.
+That is bfloat16 on sm_90, up to 16 rows; the figures are read from the binaries. In all of them keys and values are
+copied asynchronously, 16 bytes at a time. The last column is what a scheduler issues for a tile, beside the cycles in
+which memory delivers one (36 bytes a nanosecond and multiprocessor, 1.755 GHz). One program has enough on its way, two
+leave each of them 3200 cycles for its own chain of loads, products and exponentials: by this model memory alone is
+waited for, in pages as well. A page that holds a tile takes one look at the block table; smaller ones take one for
+each row of a thread, and that is the difference. Nothing here has been timed on a GPU yet.
 """
 
 import torch
@@ -49,6 +50,7 @@ def decode_config(
     target = target_of(device)
     if target.backend == "interpreter":
         return Config(16, 32, 4, 1)
+    has_stages = _has_room_for_stages(target)
     block = max(64, head_block(head_dim), head_block(value_dim))
     if dtype == torch.float32:  # products are multiply-adds, whose operands fill the registers
         block_m, block_n = 16, 64 if block == 64 else 16
@@ -56,14 +58,16 @@ def decode_config(
     else:
         block_m = min(max(16, triton.next_power_of_2(rows)), _MOST_ROWS[block])
         block_n = min(64, 8192 // block)
+        if load == "heavy" and not has_stages:
+            block_n = max(block_n // 2, 16)  # else the loop would spill (sm_120 at 256 columns, gfx942 at 128)
         # with 4 warps 32 rows would spill under a bias or a softcap, and 64 in any case
         is_wide = block_m == 64 or (block_m == 32 and (load == "heavy" or block == 256)) or block == 512
         warps, stages = 8 if is_wide else 4, 4 if block == 64 else 3
-    return Config(block_m, block_n, warps, stages if _has_room_for_stages(target) else min(stages, 2))
+    return Config(block_m, block_n, warps, stages if has_stages else min(stages, 2))
 
 
 def _has_room_for_stages(target: Target) -> bool:
-    """Whether a multiprocessor's shared memory holds two programs of three stages: where it has 164 KB or more."""
+    """Whether a multiprocessor's shared memory holds two programs of three stages: where it has 164 KB."""
     return target.backend == "cuda" and (int(target.arch) in (80, 90) or 100 <= int(target.arch) < 120)
 
 

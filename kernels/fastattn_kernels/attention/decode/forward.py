@@ -20,7 +20,6 @@ from fastattn_kernels.attention.decode.slots import (
     load_pages,
     load_slots,
     places_of,
-    sizes_of,
     slot_pointers,
     tokens_held,
 )
@@ -34,6 +33,7 @@ from fastattn_kernels.common.arguments import (
     PerHead,
     PerKey,
     Rules,
+    Sizes,
     strided,
 )
 from fastattn_kernels.common.config import Config, dot_precision, head_block
@@ -42,7 +42,8 @@ from fastattn_kernels.common.launch import launch
 from fastattn_kernels.common.marks import rows_not_finite
 from fastattn_kernels.common.masking import INFINITY, LN_2, LOG2_E
 from fastattn_kernels.common.tiles import weighted_sum
-from fastattn_kernels.common.visits import key_edges
+
+_MOST_SPLITS = 65535  # programs along a grid's second axis: there can be no more
 
 
 class _Call(NamedTuple):
@@ -119,11 +120,14 @@ def _attend_slots(
 
 @triton.jit
 def _attend_share(
-    number, split, call, blocks, PAGE_SIZE: tl.constexpr, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr,
-    SPLIT: tl.constexpr,
+    number, split, call, blocks, SHARE_N: tl.constexpr, PAGE_SIZE: tl.constexpr, ROTARY_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Write what one program makes of its share of the slots that a tile of rows sees: output and LSE or, if SPLIT,
-    output and statistics for the merge; return whether the output holds NaN or inf."""
+    output and statistics for the merge; return whether the output holds NaN or inf.
+
+    Shares are whole tiles of SHARE_N slots, of which each is one tile of the loop or several.
+    """
     group, seqlen_q = call.group, call.seqlen_q
     tiles_m = tl.cdiv(seqlen_q * group, blocks.M)
     entry = number // tiles_m
@@ -139,7 +143,14 @@ def _attend_share(
     last_query = tl.minimum((first_row + blocks.M - 1) // group, seqlen_q - 1)
 
     held = tokens_held(call.seqlens, batch, call.room)
-    sizes = sizes_of(held, last_query, seqlen_q, call.new, call.seen_room, call.lower, call.upper)
+    shift = held + call.new - seqlen_q  # where the queries stand, even if there is no room for them
+    lower, upper = None, None
+    if call.lower is not None:
+        lower = call.lower + shift
+    if call.upper is not None:
+        upper = call.upper + shift
+    # rows behind the last query of the tile see what that one does
+    sizes = Sizes(last_query + 1, tl.minimum(held + call.new, call.seen_room), lower, upper, shift)
     # the slots that some row of the tile sees: no other is read, whatever it holds
     first_slot, end_slot = 0, sizes.seqlen_k
     if call.leftpad is not None:
@@ -148,11 +159,10 @@ def _attend_share(
         first_slot = tl.maximum(first_slot, first_query + sizes.lower)
     if sizes.upper is not None:
         end_slot = tl.minimum(end_slot, last_query + sizes.upper + 1)
-    edges = key_edges(first_query, at, sizes, call.rules, blocks.M, blocks.N)
-    begin = tl.minimum(tl.maximum(edges.begin, first_slot // blocks.N), edges.end)
-    visits = (edges.end - begin).to(tl.int64)
-    first_tile = begin + (visits * split // call.splits).to(tl.int32)
-    end_tile = begin + (visits * (split + 1) // call.splits).to(tl.int32)
+    begin = first_slot // SHARE_N
+    visits = tl.maximum(tl.cdiv(tl.maximum(end_slot, 0), SHARE_N) - begin, 0).to(tl.int64)
+    first_tile = (begin + (visits * split // call.splits).to(tl.int32)) * (SHARE_N // blocks.N)
+    end_tile = (begin + (visits * (split + 1) // call.splits).to(tl.int32)) * (SHARE_N // blocks.N)
 
     q_ptrs = slot_pointers(call.query, batch, head, query_of_row)
     if call.rotary is None:
@@ -207,8 +217,8 @@ def _attention_decode_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, AGAIN_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """One share of the slots that a tile of rows sees. If AGAIN_N is not 0, some of its rows may see what others do not,
-    and a share whose output is not finite is computed again at once, carefully, in tiles of AGAIN_N slots."""
+    """One share of the slots that a tile of rows sees. If AGAIN_N is not 0, some rows may see what others do not, and a
+    share whose output is not finite is computed again at once, carefully, in tiles of AGAIN_N slots."""
     number, split = tl.program_id(0), tl.program_id(1)
     is_suspect = _attend_share(
         number, split,
@@ -218,7 +228,7 @@ def _attention_decode_kernel(
             all_rows,
         ),
         Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, False),
-        PAGE_SIZE, ROTARY_DIM, INTERLEAVED, SPLIT,
+        BLOCK_N, PAGE_SIZE, ROTARY_DIM, INTERLEAVED, SPLIT,
     )  # fmt: skip
     if AGAIN_N > 0:
         if is_suspect:
@@ -230,28 +240,27 @@ def _attention_decode_kernel(
                     splits, all_rows,
                 ),
                 Blocks(BLOCK_M, AGAIN_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, True),
-                PAGE_SIZE, ROTARY_DIM, INTERLEAVED, SPLIT,
+                BLOCK_N, PAGE_SIZE, ROTARY_DIM, INTERLEAVED, SPLIT,
             )  # fmt: skip
 
 
-class LaunchPlan(NamedTuple):
-    """How a problem is launched: the tile, how many tiles of rows there are, and what their slots are divided by."""
+class Division(NamedTuple):
+    """How a problem is divided: the tile, how many tiles of rows there are, and among how many programs their slots."""
 
     config: Config
     tiles: int
     splits: int
 
 
-def plan_of(problem: CacheProblem, num_splits: int = 0, config: Config | None = None) -> LaunchPlan:
-    """How :func:`launch_attention_decode` launches a problem, given the same words."""
+def division_of(problem: CacheProblem, num_splits: int = 0, config: Config | None = None) -> Division:
+    """How :func:`launch_attention_decode` divides a problem, given the same words."""
     query, cache, value = problem.query, problem.key_cache, problem.value_cache
     config = config or decode_config(
         query.device, query.dtype, query.shape[3], value.shape[3], problem.rows, problem.load()
     )
     tiles = query.shape[0] * cache.shape[1] * triton.cdiv(problem.rows, config.block_m)
-    return LaunchPlan(
-        config, tiles, num_splits or splits_for(tiles, problem.seen_room, multiprocessors(query.device))
-    )
+    splits = num_splits or splits_for(tiles, problem.seen_room, multiprocessors(query.device))
+    return Division(config, tiles, min(splits, _MOST_SPLITS))
 
 
 def launch_attention_decode(
@@ -270,7 +279,7 @@ def launch_attention_decode(
         return
     query, value = problem.query, problem.value_cache
     (batch, heads, length, head_dim), value_dim = query.shape, value.shape[3]
-    config, tiles, splits = plan_of(problem, num_splits, config)
+    config, tiles, splits = division_of(problem, num_splits, config)
     part, statistics = output, None
     if splits > 1:
         shape = splits * batch, heads, length

@@ -7,8 +7,6 @@ Slot ``t`` of a sequence lies in an *entry* of the cache, which is a page or a b
 import triton
 import triton.language as tl
 
-from fastattn_kernels.common.arguments import Sizes
-
 
 @triton.jit
 def tokens_held(seqlens, batch, room):
@@ -17,21 +15,8 @@ def tokens_held(seqlens, batch, room):
 
 
 @triton.jit
-def sizes_of(held, last_query, seqlen_q, new, seen_room, lower, upper):
-    """The :class:`Sizes` of a sequence, of which ``last_query`` is the last query that somebody asks for. Where new
-    tokens do not fit, the queries still stand at their slots."""
-    shift = held + new - seqlen_q
-    from_first, from_last = None, None
-    if lower is not None:
-        from_first = lower + shift
-    if upper is not None:
-        from_last = upper + shift
-    return Sizes(last_query + 1, tl.minimum(held + new, seen_room), from_first, from_last, shift)
-
-
-@triton.jit
 def load_pages(slots, belongs, batch, table, PAGE_SIZE: tl.constexpr):
-    """In which pages slots lie, a tile of them or one; -1 of those that do not belong to it. 0 without a block table."""
+    """In which pages slots lie, a tile of them or one; -1 of those that do not belong to it. Without a table: 0."""
     if table is None:
         page = 0
     else:
