@@ -18,7 +18,7 @@ from fastattn.ops.attention.call import (
 from fastattn.ops.attention.contract import Alignment
 from fastattn.ops.attention.varlen import sequences
 from fastattn.ops.attention.varlen.contract import VarlenCall
-from fastattn.ops.common.checks import check_dense, check_number, is_integer, shape_of, under_autocast
+from fastattn.ops.common.checks import check_attn_mask_tensor, check_number, is_integer, shape_of, under_autocast
 from fastattn.ops.common.tracing import is_eager_on_cpu
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
@@ -45,7 +45,7 @@ def _check_integers(name: str, tensor: Any, query: Tensor, size: int | None) -> 
         raise TypeError(f"{name}: expected an int32 tensor of one dimension, got {type(tensor).__name__}")
     if tensor.dtype != torch.int32:
         raise TypeError(f"{name} is {tensor.dtype}: expected torch.int32")
-    if tensor.dim() != 1 or tensor.shape[0] == 0 or (size is not None and tensor.shape[0] != size):
+    if tensor.dim() != 1 or (tensor.shape[0] == 0 if size is None else tensor.shape[0] != size):
         # put into words only here: a graph that is open to other sizes would be tied to this one
         expected = "[sequences + 1]" if size is None else f"[{size}]"
         raise ValueError(f"{name} has shape {shape_of(tensor)}: expected {expected}")
@@ -55,13 +55,7 @@ def _check_integers(name: str, tensor: Any, query: Tensor, size: int | None) -> 
 
 def _check_bias(attn_mask: Tensor, query: Tensor, count: int) -> Tensor:
     """What is added to the scores, ``[N | 1, H | 1, longest | 1, longest | 1]``, or raise."""
-    if not isinstance(attn_mask, Tensor):
-        raise TypeError(f"attn_mask: expected a torch.Tensor or None, got {type(attn_mask).__name__}")
-    check_dense("attn_mask", attn_mask)
-    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
-        raise TypeError(f"attn_mask is {attn_mask.dtype}: expected bool (True = may attend) or floating (added)")
-    if attn_mask.device != query.device:
-        raise ValueError(f"attn_mask is on {attn_mask.device} but query is on {query.device}: expected one device")
+    check_attn_mask_tensor(attn_mask, query)
     heads = query.shape[1]
     bias = attn_mask[(None,) * (4 - attn_mask.dim())] if attn_mask.dim() <= 4 else attn_mask
     if bias.dim() != 4 or bias.shape[0] not in (1, count) or bias.shape[1] not in (1, heads):
