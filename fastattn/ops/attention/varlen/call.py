@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from fastattn.ops.attention.call import (
+    check_causality,
+    check_dropout,
     check_operand,
     check_per_head,
     check_prefix,
@@ -18,7 +20,7 @@ from fastattn.ops.attention.call import (
 from fastattn.ops.attention.contract import Alignment
 from fastattn.ops.attention.varlen import sequences
 from fastattn.ops.attention.varlen.contract import VarlenCall
-from fastattn.ops.common.checks import check_attn_mask_tensor, check_number, is_integer, shape_of, under_autocast
+from fastattn.ops.common.checks import check_attn_mask_tensor, is_integer, shape_of, under_autocast
 from fastattn.ops.common.tracing import is_eager_on_cpu
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
@@ -134,10 +136,7 @@ def make_call(
             "need_weights=True: packed sequences have no common shape of weights; call fastattn.attention on a padded "
             "batch, or on one sequence"
         )
-    if causal_alignment not in ("top_left", "bottom_right"):
-        raise ValueError(f"causal_alignment={causal_alignment!r}: expected 'top_left' or 'bottom_right'")
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal={is_causal!r}: expected True or False (causal_alignment says which diagonal)")
+    check_causality(is_causal, causal_alignment)
     left, right = check_window(window)
     packed_query, packed_key, packed_value = (t.transpose(0, 1)[None] for t in (query, key, value))
     entries = packed_query[:, :, :0].expand(count, -1, -1, -1)  # a batch entry for each sequence
@@ -150,9 +149,7 @@ def make_call(
     bias = None if attn_mask is None else _check_bias(attn_mask, packed_query, count)
     if softcap is not None:
         check_softcap(softcap)
-    check_number("dropout_p", dropout_p)
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p={dropout_p}: expected a probability between 0 and 1")
+    check_dropout(dropout_p)
     scale = check_scale(scale, query)
     lower, upper = None if left is None else -left, 0 if is_causal else right
     call = VarlenCall(
