@@ -4,7 +4,7 @@
 Each call goes to the Triton backend and to the torch backend, one of ``attention`` down every path of it that takes the
 call, with garbage where nobody may see it. Every case is drawn from a seed of its own, printed with what fails; sizes
 are free where the parity tests have levels. A failing case is made as plain as it can be while it still fails, and
-printed ready to be pasted into the parity tests, as among the named cases of ``test_attention_parity.FOUND``.
+printed ready to be pasted among the named cases, ``FOUND``, of test_attention_parity.py or test_varlen_parity.py.
 """
 
 import argparse

@@ -30,6 +30,18 @@ def test_varlen_grad_of_random_combinations_matches_reference(device):
         check("packed", Case(**{axis: rng.choice(levels) for axis, levels in AXES.items()}), "torch", device)
 
 
+# What once was wrong, by what it was.
+FOUND = {
+    # The gradient of a bias for no rows was shared among no programs: a division by zero.
+    "bias_of_no_rows": Case(lengths=([0], [55], 38), bias="pairs"),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_varlen_grad_of_found_cases_matches_reference(name, backend, device):
+    check("found cases", FOUND[name], backend, device)
+
+
 OF_ALL_SEQUENCES = [Case(alibi="heads"), Case(alibi="each"), Case(sinks=True, causal=True)] + [
     Case(bias=bias, heads=(4, 2)) for bias in ("pairs", "each", "keys")
 ]

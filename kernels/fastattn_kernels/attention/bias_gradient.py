@@ -141,11 +141,11 @@ def launch_attention_bias_bwd(
     assert bias is not None
     heads, head_dim, value_dim = query.shape[1], query.shape[3], value.shape[3]
     batch, (seqlen_q, seqlen_k) = problem.entries, problem.longest
-    if delta.numel() == 0 or batch == 0 or seqlen_k == 0:
+    wanted = (batch, heads, seqlen_q, seqlen_k)
+    if delta.numel() == 0 or 0 in wanted:
         return bias.new_zeros(bias.shape)
     load = problem.load(d_weights)
     config = config or bias_config(query.device, query.dtype, head_dim, value_dim, load)
-    wanted = (batch, heads, seqlen_q, seqlen_k)
     whole = (batch, heads, triton.cdiv(seqlen_q, config.block_m), triton.cdiv(seqlen_k, config.block_n))
     # an axis of length 1 may count as owned or as summed over: there is one tile of it in either case
     sums = [1 if have == want else n for have, want, n in zip(bias.shape, wanted, whole)]
