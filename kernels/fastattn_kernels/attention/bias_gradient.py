@@ -75,7 +75,7 @@ def _attention_bias_bwd_kernel(
         span = span_of(batch, Sizes(seqlen_q, seqlen_k, lower, upper, shift), packing)
         sizes = span.sizes
         is_seen = is_visited(col_tile, key_edges(row_start, at, sizes, rules, BLOCK_M, BLOCK_N))
-        if offsets is not None:
+        if sequences is not None:
             is_seen &= row_start < sizes.seqlen_q
         if is_seen:
             first_row, first_key = span.first_row, span.first_key
@@ -120,7 +120,7 @@ def _attention_bias_bwd_kernel(
         cols = tl.zeros([1, 1], tl.int64)
     else:
         cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)[None, :]
-    if offsets is None:
+    if sequences is None:
         inside = (rows < (1 if SUM_M else seqlen_q)) & (cols < (1 if SUM_N else seqlen_k))
     else:
         inside = (rows < (1 if SUM_M else longest_q)) & (cols < (1 if SUM_N else longest_k))
