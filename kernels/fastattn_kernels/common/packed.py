@@ -56,8 +56,8 @@ class Offsets(NamedTuple):
 
 class Packing(NamedTuple):
     """What a kernel is told of packed sequences, in arguments of their own (``arguments.RUN_TIME``), of which it builds
-    this; everything is None where nothing is packed. Whether anything is, ``sequences`` says: triton 3.6 does not compile
-    the question whether a tuple is None where one of its elements is, as ``offsets.used_ptr``.
+    this; everything is None where nothing is packed. Whether anything is, ``sequences`` says: triton 3.6 does not
+    compile the question whether a tuple is None where an element of it is, as ``offsets.used_ptr``.
 
     Attributes:
         offsets: where the sequences lie.
