@@ -1,6 +1,7 @@
 """Devices, seeds, the error table, the feature pairs that were met. Imported before any test, triton and fastattn."""
 
 import contextlib
+import gc
 import json
 import math
 import os
@@ -57,6 +58,12 @@ def pytest_collection_modifyitems(config, items):
     if len(chosen) < len(items):
         config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % config.getoption("--every")])
         items[:] = chosen
+
+
+def pytest_collection_finish():
+    """What was imported stays: no collection of garbage looks at it again, of which some tests ask for many."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item):

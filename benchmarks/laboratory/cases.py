@@ -98,12 +98,12 @@ NORM_FEATURES["everything"] = {
 }
 
 
-def norm_cases(dtype: str) -> list[Case]:
-    """Every size and every set of features."""
+def norm_cases(dtype: str, features: Iterable[str] = NORM_FEATURES) -> list[Case]:
+    """Every size with each of these sets of features."""
     return [
-        {"dtype": dtype, "size": size, **features, "name": f"norm {_SHORT[dtype]} N{size} {name}"}
+        {"dtype": dtype, "size": size, **NORM_FEATURES[name], "name": f"norm {_SHORT[dtype]} N{size} {name}"}
         for size in NORM_SIZES
-        for name, features in NORM_FEATURES.items()
+        for name in features
         if dtype != "float32" or name != "mixed"
     ]
 

@@ -32,6 +32,7 @@ def attention_varlen(
     prefix: Tensor | None = None,
     lower: int | None = None,
     upper: int | None = None,
+    dropout_keep: Tensor | None = None,
     **words: Any,
 ) -> VarlenResult:
     """:func:`attention` of every sequence by itself.
@@ -50,7 +51,8 @@ def attention_varlen(
         prefix: integer ``[N | 1]``.
         lower: a row sees keys from its position plus ``lower``; None: from the first.
         upper: a row sees keys to its position plus ``upper``; None: to the last.
-        **words: ``softcap``, ``scale``, as of :func:`attention`.
+        dropout_keep: boolean ``[N | 1, H | 1, longest | 1, longest | 1]``: the weights that dropout keeps.
+        **words: ``softcap``, ``scale``, ``dropout_p``, as of :func:`attention`.
     """
     output = query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
     lse = torch.full((query.shape[1], query.shape[0]), -torch.inf, dtype=query.dtype, device=query.device)
@@ -64,21 +66,25 @@ def attention_varlen(
         def of_sequence(tensor: Tensor | None, number: int = number) -> Tensor | None:
             return tensor if tensor is None or tensor.shape[0] == 1 else tensor[number : number + 1]
 
-        own = of_sequence(bias)
-        if own is not None:
+        def of_pairs(tensor: Tensor | None, length: int = length, width: int = width) -> Tensor | None:
+            own = of_sequence(tensor)
+            if own is None:
+                return None
             own = own if own.shape[2] == 1 else own[:, :, :length]
-            own = own if own.shape[3] == 1 else own[..., :width]
+            return own if own.shape[3] == 1 else own[..., :width]
+
         result = attention(
             query[rows].transpose(0, 1)[None],
             key[keys].transpose(0, 1)[None],
             value[keys].transpose(0, 1)[None],
-            bias=own,
+            bias=of_pairs(bias),
             alibi_slopes=of_sequence(alibi_slopes),
             sinks=sinks,
             prefix=of_sequence(prefix),
             lower=None if lower is None else lower + shift,
             upper=None if upper is None else upper + shift,
             shift=shift,
+            dropout_keep=of_pairs(dropout_keep),
             **words,
         )
         place = torch.arange(rows.start, rows.stop, device=query.device)

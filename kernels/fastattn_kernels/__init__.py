@@ -4,5 +4,7 @@ from fastattn_kernels.common.device import interpreting
 
 if interpreting():
     from fastattn_kernels.common.interpreter import repair
+else:
+    from fastattn_kernels.common.compiler import repair
 
-    repair()
+repair()

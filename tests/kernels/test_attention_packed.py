@@ -161,8 +161,9 @@ def results_of(drawn, launch_bwd=backward.launch_attention_bwd) -> dict[str, tor
     return found
 
 
-def expected_of(drawn, dtype) -> dict[str, torch.Tensor]:
-    """The same by the reference, of one sequence after another; NaN where nothing is to be written."""
+def expected_of(drawn, dtype, keep) -> dict[str, torch.Tensor]:
+    """The same by the reference, of one sequence after another, of what ``keep`` holds under dropout; NaN where nothing
+    is to be written."""
     problem = drawn.problem
     packed = problem.packed
     leaves = {
@@ -170,7 +171,6 @@ def expected_of(drawn, dtype) -> dict[str, torch.Tensor]:
         for name in ("query", "key", "value", "bias", "alibi_slopes")
         if (tensor := getattr(problem, name)) is not None
     }
-    keep = keep_of(drawn)
 
     def of_sequence(tensor: torch.Tensor | None, number: int) -> Any:
         return None if tensor is None else tensor[number : number + 1] if len(tensor) > 1 else tensor
@@ -221,7 +221,8 @@ def keep_of(drawn) -> torch.Tensor | None:
 
 
 def compare(drawn, actual):
-    truth, peer = expected_of(drawn, torch.float64), expected_of(drawn, drawn.problem.query.dtype)
+    keep = keep_of(drawn)
+    truth, peer = (expected_of(drawn, dtype, keep) for dtype in (torch.float64, drawn.problem.query.dtype))
     for name, tensor in actual.items():
         if name in ("output", "lse"):  # rows of no sequence are left as they are
             assert torch.equal(tensor.isnan(), truth[name].isnan()), name

@@ -3,6 +3,8 @@
 Each target has a process of its own, because triton decides at import whether it interprets.
 """
 
+import itertools
+
 import pytest
 
 from benchmarks.laboratory.cases import (
@@ -107,16 +109,19 @@ def test_kernels_over_a_cache_compile_without_spills_in_loops(dtype, target, hea
             assert row["counts"]["LDGSTS"] >= 2, what
 
 
+NORMS_IN_EVERY_TEST = ("bfloat16", "cuda:90", "everything")
+
+
 @pytest.mark.parametrize(
-    ("dtype", "target"),
+    ("dtype", "target", "features"),
     [
-        pytest.param(dtype, target, marks=() if (dtype, target) == ("bfloat16", "cuda:90") else pytest.mark.resources)
-        for dtype in ("bfloat16", "float32")
-        for target in TARGETS
+        pytest.param(*case, marks=() if case == NORMS_IN_EVERY_TEST else pytest.mark.resources)
+        for case in itertools.product(("bfloat16", "float32"), TARGETS, NORM_FEATURES)
+        if case[::2] != ("float32", "mixed")
     ],
 )
-def test_every_norm_configuration_compiles_without_spills(dtype, target):
-    rows = compile_for(target, norm_cases(dtype))
+def test_every_norm_configuration_compiles_without_spills(dtype, target, features):
+    rows = compile_for(target, norm_cases(dtype, [features]))
     kernels = {"_residual_norm_fwd_kernel", "_residual_norm_bwd_kernel", "_row_means_kernel", "_sum_over_groups_kernel"}
     assert kernels == {row["kernel"] for row in rows}
     for row in rows:

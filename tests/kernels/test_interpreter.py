@@ -37,3 +37,22 @@ def test_interpreted_comparisons_are_booleans(comparison):
     compared = getattr(interpreter_builder, comparison)(one, two)
     assert compared.dtype == tl.int1
     assert compared.data.dtype == np.bool_
+
+
+@pytest.mark.skipif(not interpreting(), reason="the interpreter is repaired only while it is used")
+@pytest.mark.parametrize("shape", [[], [4], [4, 8], [8, 4]], ids=str)
+def test_interpreted_values_of_one_type_share_nothing_with_those_of_another(shape):
+    """Types are made once and remembered: by their shape and their dtype, pointers as well."""
+    from triton.runtime.interpreter import TensorHandle
+
+    scalars = [tl.float32, tl.int32, tl.pointer_type(tl.float32), tl.pointer_type(tl.int32)]
+    stored = [np.float32, np.int32, np.uint64, np.uint64]
+    for _ in range(2):  # the second time everything is known
+        for scalar, kind in zip(scalars, stored):
+            type_ = tl.block_type(tl.int8, shape).with_element_ty(scalar) if shape else scalar
+            handle = TensorHandle(np.zeros(shape, dtype=kind), scalar)
+            value = tl.tensor(handle, type_)
+            assert value.handle is handle and value.type is type_
+            assert type_.scalar == value.dtype == scalar
+            assert [size.value for size in value.shape] == shape
+            assert value.numel.value == np.prod(shape)

@@ -1,116 +1,173 @@
-"""Random attention calls, checked as the parity tests check theirs: ``make fuzz SECONDS=600``.
+"""Random calls of ``attention`` and ``attention_varlen``, checked as the parity tests check theirs:
+``make fuzz SECONDS=600``.
 
-Each call goes to the Triton backend, to the torch backend, and down every path of it that takes the call, with garbage
-where nobody may see it. Every case is drawn from a seed of its own, printed with what fails; sizes are free where the
-parity tests have levels. A failing case is made as plain as it can be while it still fails, and printed ready to be
-pasted among the named cases of ``test_attention_parity.FOUND``.
+Each call goes to the Triton backend and to the torch backend, one of ``attention`` down every path of it that takes the
+call, with garbage where nobody may see it. Every case is drawn from a seed of its own, printed with what fails; sizes
+are free where the parity tests have levels. A failing case is made as plain as it can be while it still fails, and
+printed ready to be pasted among the named cases, ``FOUND``, of test_attention_parity.py or test_varlen_parity.py.
 """
 
 import argparse
 import dataclasses
+import itertools
 import os
 import random
 import sys
 import time
+from typing import Any, NamedTuple
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
-from tests.ops.attention_cases import AXES, PATHS, Case, check
+from tests.ops import attention_cases, varlen_cases
 
-BACKENDS = ("torch", *PATHS, "triton")
-# What a case costs at most: about two seconds in Triton's interpreter.
+# What a case costs at most: about a second in Triton's interpreter.
 MOST_COST = 60
-HEADS = [*AXES["heads"], (6, 2), (4, 1), (3, 3)]
+MORE_HEADS = [(6, 2), (4, 1), (3, 3)]
 
 
-def draw(seed):
+def levels_of(rng, axes, plain):
+    """A level of each axis, about half of them plain: too many features hide everything from everybody."""
+    return {
+        axis: rng.choice(choices) if axis == "dtype" or rng.random() < 0.5 else getattr(plain, axis)
+        for axis, choices in axes.items()
+    }
+
+
+def length_of(rng):
+    return rng.choice([rng.randint(1, 8), rng.randint(1, 290), 64 * rng.randint(1, 4) + rng.randint(-1, 1)])
+
+
+def side_of(rng):
+    return rng.choice([None, 0, rng.randint(0, 20), rng.randint(0, 150)])
+
+
+def free_levels(rng, axes, softcap):
+    """Of what the two have in common."""
+    return {
+        "heads": rng.choice([*axes["heads"], *MORE_HEADS]),
+        "window": rng.choice([None, (side_of(rng), side_of(rng))]),
+        "softcap": None if softcap is None else round(rng.uniform(0.5, 50), 2),
+    }
+
+
+def draw_attention(rng):
+    axes = attention_cases.AXES
+    levels = levels_of(rng, axes, attention_cases.Case())
+    levels |= free_levels(rng, axes, levels["softcap"]) | {
+        "batch": rng.randint(1, 3),
+        "seqlen_q": (rows := length_of(rng)),
+        "seqlen_k": rng.choice([rows, length_of(rng)]),
+        "head_dim": rng.choice([rng.randint(1, 80), rng.choice(axes["head_dim"])]),
+    }
+    return attention_cases.Case(**levels)
+
+
+def draw_varlen(rng):
+    """From no sequence at all to nine of them, some without rows, without keys or without either."""
+    axes = varlen_cases.AXES
+    levels = levels_of(rng, axes, varlen_cases.Case())
+
+    def lengths():
+        longest = rng.choice([8, 70, 200])
+        return [rng.choice([0, rng.randint(1, longest), rng.randint(1, longest)]) for _ in range(sequences)]
+
+    sequences = rng.choice([0, 1, *range(1, 10)])
+    rows = lengths()
+    width = rng.randint(1, 80)
+    levels |= free_levels(rng, axes, levels["softcap"]) | {
+        "lengths": (rows, rows if rng.random() < 0.3 else lengths(), rng.choice([0, 0, rng.randint(1, 70)])),
+        "widths": (width, rng.choice([width, rng.randint(1, 80)])),
+        "prefix": rng.choice([None, None, rng.randint(0, 60), "each"]),
+        "dropout": rng.choice([0.0, 0.0, 0.0, 0.3]),
+        "garbage": rng.choice([None, *attention_cases.AXES["garbage"]]),
+    }
+    return varlen_cases.Case(**levels)
+
+
+class Kind(NamedTuple):
+    """One of the functions that are fuzzed."""
+
+    draw: Any
+    cases: Any  # the module with its cases
+    backends: tuple[str, ...]
+
+
+KINDS = {
+    "attention": Kind(draw_attention, attention_cases, ("torch", *attention_cases.PATHS, "triton")),
+    "attention_varlen": Kind(draw_varlen, varlen_cases, ("torch", "triton")),
+}
+BACKENDS = KINDS["attention"].backends
+
+
+def draw(seed, kind="attention"):
     """A case that makes sense: each feature in it or not, sizes near and off the edges of tiles."""
     rng = random.Random(seed)
-
-    def length():
-        return rng.choice([rng.randint(1, 8), rng.randint(1, 290), 64 * rng.randint(1, 4) + rng.randint(-1, 1)])
-
-    def side():
-        return rng.choice([None, 0, rng.randint(0, 20), rng.randint(0, 150)])
-
     while True:
-        levels = {axis: rng.choice(choices) for axis, choices in AXES.items()}
-        for axis in AXES:  # a third of the features at most: too many hide everything from everybody
-            if rng.random() < 0.5:
-                levels[axis] = getattr(Case(), axis)
-        levels |= {
-            "dtype": rng.choice(AXES["dtype"]),
-            "batch": rng.randint(1, 3),
-            "heads": rng.choice(HEADS),
-            "seqlen_q": (rows := length()),
-            "seqlen_k": rng.choice([rows, length()]),
-            "head_dim": rng.choice([rng.randint(1, 80), rng.choice(AXES["head_dim"])]),
-            "window": rng.choice([None, (side(), side())]),
-        }
-        if levels["softcap"] is not None:
-            levels["softcap"] = round(rng.uniform(0.5, 50), 2)
-        case = Case(**levels, seed=seed)
+        case = dataclasses.replace(KINDS[kind].draw(rng), seed=seed)
         if case.makes_sense and case.cost <= MOST_COST:
             return case
 
 
-def failure(case, backend, device):
+def failure(kind, case, backend, device):
     """What is wrong with a case, or None."""
     try:
-        check("fuzz", case, backend, device)
+        KINDS[kind].cases.check("fuzz", case, backend, device)
     except Exception as error:  # a crash is a finding as much as a wrong number
         return f"{type(error).__name__}: {error}"
     return None
 
 
-def simplified(case, backend, device, seconds=60.0):
+def simplified(kind, case, backend, device, seconds=60.0):
     """The case with as many plain levels as leave it failing."""
     end = time.monotonic() + seconds
-    for field in 2 * dataclasses.fields(Case):  # twice: a level may be needed by one that goes later
+    for field in 2 * dataclasses.fields(case):  # twice: a level may be needed by one that goes later
         plainer = dataclasses.replace(case, **{field.name: field.default})
         if field.name != "seed" and plainer != case and plainer.makes_sense and time.monotonic() < end:
-            case = plainer if failure(plainer, backend, device) else case
+            case = plainer if failure(kind, plainer, backend, device) else case
     return case
 
 
 def spelled(case):
     """The case as Python, without its plain levels."""
-    levels = {f.name: getattr(case, f.name) for f in dataclasses.fields(Case) if getattr(case, f.name) != f.default}
+    levels = {f.name: getattr(case, f.name) for f in dataclasses.fields(case) if getattr(case, f.name) != f.default}
     return f"Case({', '.join(f'{name}={level!r}' for name, level in levels.items())})"
 
 
-def fuzz(seeds, backends, device, *, seconds=float("inf"), report=print):
-    """Check cases until the seeds or the seconds are used up; ``(how many were checked, how many failed)``."""
-    end, checked, failed = time.monotonic() + seconds, 0, 0
-    for seed in seeds:
+def fuzz(seeds, backends, device, *, kinds=tuple(KINDS), seconds=float("inf"), report=print):
+    """Check a case of each kind for each seed until the seeds or the seconds are used up; ``(how many were checked, how
+    many failed)`` by kind."""
+    end, counts = time.monotonic() + seconds, {kind: [0, 0] for kind in kinds}
+    for seed, kind in itertools.product(seeds, kinds):
         if time.monotonic() >= end:
             break
-        case = draw(seed)
+        case = draw(seed, kind)
         for backend in backends:
-            if case.dropout and backend in PATHS:
+            if backend not in KINDS[kind].backends or (case.dropout and backend in attention_cases.PATHS):
                 continue  # each path would draw weights of its own
-            checked += 1
-            message = failure(case, backend, device)
+            counts[kind][0] += 1
+            message = failure(kind, case, backend, device)
             if message is not None:
-                failed += 1
-                plain = simplified(case, backend, device)
-                report(f"\nFAILED on {backend}, --seed {seed}: {message}\n  {spelled(case)}\nfor FOUND, made plain:")
-                report(f'    "what it shows": {spelled(plain)},  # {backend}')
-    return checked, failed
+                counts[kind][1] += 1
+                plain = simplified(kind, case, backend, device)
+                report(f"\nFAILED: {kind} on {backend}, --seed {seed}: {message}\n  {spelled(case)}")
+                report(f'for FOUND, made plain:\n    "what it shows": {spelled(plain)},  # {backend}')
+    return {kind: tuple(count) for kind, count in counts.items()}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60.0, help="how long to draw cases (default: %(default)s)")
-    parser.add_argument("--seed", type=int, help="of the first case, the others count up; default: random")
+    parser.add_argument("--seed", type=int, help="of the first cases, the others count up; default: random")
     parser.add_argument("--backend", choices=BACKENDS, action="append", help="default: each of them")
+    parser.add_argument("--kind", choices=KINDS, action="append", help="which function; default: each of them")
     arguments = parser.parse_args()
     first = random.SystemRandom().randrange(10**6) if arguments.seed is None else arguments.seed
+    kinds = arguments.kind or tuple(KINDS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"fuzzing attention on {device} for {arguments.seconds:g} s, seeds from {first}", flush=True)
+    print(f"fuzzing {' and '.join(kinds)} on {device} for {arguments.seconds:g} s, seeds from {first}", flush=True)
 
     def seeds():
         last = time.monotonic()
@@ -120,9 +177,10 @@ def main():
                 print(f"  seed {seed}", flush=True)
             yield seed
 
-    checked, failed = fuzz(seeds(), arguments.backend or BACKENDS, device, seconds=arguments.seconds)
-    print(f"{checked} calls checked, {failed} failed")
-    return 1 if failed else 0
+    counts = fuzz(seeds(), arguments.backend or BACKENDS, device, kinds=kinds, seconds=arguments.seconds)
+    for kind, (checked, failed) in counts.items():
+        print(f"{kind}: {checked} calls checked, {failed} failed")
+    return 1 if any(failed for _, failed in counts.values()) else 0
 
 
 if __name__ == "__main__":

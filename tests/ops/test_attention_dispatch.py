@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 
 import fastattn
 from fastattn.ops.attention import on_torch, on_triton
@@ -267,3 +268,29 @@ def test_use_backend_inside_a_compiled_function():
     before = backends.default_backend.value
     torch.testing.assert_close(torch.compile(function, backend="eager", fullgraph=True)(query), function(query))
     assert backends.default_backend.value == before
+
+
+COMPILED: dict[str, Any] = {
+    "attention": lambda x: fastattn.attention(x[None], x[None], x[None]),
+    "attention_varlen": lambda x: fastattn.attention_varlen(x, x, x, torch.zeros(2, dtype=torch.int32)),
+    "additive_attention": lambda x: fastattn.additive_attention(x, x, x, x[0, 0]),
+    "layer_norm": lambda x: fastattn.layer_norm(x, x.shape[-1:]),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_auto_takes_the_kernels_in_a_compiled_function(name, device):
+    """``torch.compile`` of torch 2.11 says that it exports, and got the graph that leaves the process: torch's own
+    operators, or a refusal."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    torch._dynamo.reset()
+    targets = []
+
+    def keep(graph_module, _):
+        targets.extend(str(node.target) for node in graph_module.graph.nodes)
+        return graph_module.forward
+
+    compiler: Any = aot_autograd(fw_compiler=keep)
+    x = torch.randn(2, 4, 8, device=device)
+    torch.compile(COMPILED[name], backend=compiler, fullgraph=True)(x)
+    assert any(target.startswith("fastattn.") for target in targets), targets

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import fastattn
 from fastattn.reference import add_norm as reference
 from fastattn.testing import assert_within_budget, random_tensor
+from tests.machines import INTERPRETING
 from tests.ops.norm_cases import FUNCTIONS, Case, check
 
 KINDS = ["layer", "rms"]
@@ -233,7 +234,8 @@ def test_twenty_equal_runs(size, kind, backend, device):
     leaves = [t.requires_grad_() for t in tensors]
     names = ("x", "residual", "weight", "bias", "x_bias", "row_scale")
     runs = []
-    for _ in range(20 if size == 96 else 4):
+    # an interpreter runs one program after another, and says in the second run what it says in all
+    for _ in range(2 if INTERPRETING and backend == "triton" else 20 if size == 96 else 4):
         torch.manual_seed(3)
         results = norm(
             kind, **dict(zip(names, leaves)), dropout_p=0.2, return_residual=True, backend=backend

@@ -55,6 +55,13 @@ def test_empty_sequences(lengths):
     assert d_query is not None and d_query.shape == query.shape
 
 
+def test_no_sequence_has_no_keys_in_use():
+    """``seqused_k`` of no sequence was refused: ``has shape (0,): expected [0]``."""
+    (query, key, value), cu = packed([], rest=3)
+    output = attend(query, key, value, cu, seqused_k=torch.zeros(0, dtype=torch.int32))
+    assert output.shape == query.shape
+
+
 def test_rows_without_keys_and_keys_without_rows():
     query, (key, value) = draw(7).requires_grad_(), (draw(5, seed).requires_grad_() for seed in (1, 2))
     cu_q, cu_k = offsets([4, 0, 3]), offsets([0, 2, 3])

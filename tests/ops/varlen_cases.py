@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import zlib
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 
 import fastattn
+from fastattn.ops.attention import dropout
+from fastattn.ops.attention.varlen import operator
+from fastattn.ops.attention.varlen.call import make_call
 from fastattn.reference import attention_varlen as reference
-from fastattn.testing import assert_within_budget, measure_error, random_tensor
+from fastattn.testing import assert_within_budget, random_tensor
+from tests.ops import attention_cases
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TENSORS = ("query", "key", "value")
 # Rows and keys of each sequence, and how many lie behind the last one.
-LENGTHS: dict[str, tuple[list[int], list[int], int]] = {
+Lengths = tuple[list[int], list[int], int]
+LENGTHS: dict[str, Lengths] = {
     "same": ([5, 17, 1, 40], [5, 17, 1, 40], 0),
     "rest": ([5, 17, 1, 40], [5, 17, 1, 40], 7),
     "more_keys": ([3, 20, 1, 33], [9, 40, 70, 33], 2),
@@ -38,14 +44,15 @@ AXES: dict[str, tuple[Any, ...]] = {
     "bias": (None, "pairs", "each", "keys", "bool"),
     "used": (False, True),
     "scale": (None, -0.3),
+    "layout": ("dense", "heads_first", "every_other"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A call: a level of each axis."""
+    """A call: a level of each axis; the fuzzer draws lengths, dropout, garbage and seeds as well."""
 
-    lengths: str = "same"
+    lengths: str | Lengths = "same"
     dtype: str = "fp32"
     heads: tuple[int, int] = (2, 2)
     widths: tuple[int, int] = (16, 16)
@@ -59,13 +66,37 @@ class Case:
     bias: str | None = None
     used: bool = False
     scale: float | None = None
+    layout: str = "dense"
+    dropout: float = 0.0
+    garbage: str | None = None  # what stands where nobody may see it inside a sequence; outside there always is NaN
+    seed: int = 0  # another one draws other numbers
 
     @property
     def id(self) -> str:
-        """The levels that are not the first of their axis."""
-        plain = Case()
-        told = [f"{a}-{getattr(self, a)}" for a in AXES if getattr(self, a) != getattr(plain, a)]
-        return " ".join(told).replace("'", "") or "plain"
+        """The levels that are not plain."""
+        told = [(f.name, level) for f in dataclasses.fields(self) if (level := getattr(self, f.name)) != f.default]
+        return " ".join(f"{name}-{level}" for name, level in told).replace("'", "") or "plain"
+
+    @property
+    def parts(self) -> Lengths:
+        """Rows and keys of each sequence, and how many lie behind the last one."""
+        return LENGTHS[self.lengths] if isinstance(self.lengths, str) else self.lengths
+
+    @property
+    def makes_sense(self) -> bool:
+        """Does every level that is not plain change anything?"""
+        bounded = self.causal or self.window is not None
+        return (
+            (bounded or self.garbage is None)
+            and (bounded or self.prefix is None)
+            and (bounded or bool(self.alibi) or self.alignment == "top_left")
+        )
+
+    @property
+    def cost(self) -> float:
+        """About how many tiles of scores a kernel visits, as :attr:`attention_cases.Case.cost`."""
+        tiles = sum(-(-rows // 64) * -(-keys // 32) for rows, keys in zip(*self.parts[:2]))
+        return self.heads[0] * tiles * (32 + max(self.widths)) / 96 * (4 if self.dropout else 1)
 
 
 def offsets(lengths: list[int]) -> torch.Tensor:
@@ -100,7 +131,7 @@ class Problem:
 def make_problem(case: Case, device: Any) -> Problem:
     """Random tensors. What lies behind the last sequence, or out of use, is NaN."""
     seeds = iter(range(zlib.crc32(case.id.encode()) % 1000, 10**6))
-    of_rows, of_keys, rest = LENGTHS[case.lengths]
+    of_rows, of_keys, rest = case.parts
     count, (heads, kv_heads), (width, value_width) = len(of_rows), case.heads, case.widths
     dtype = DTYPES[case.dtype]
 
@@ -141,7 +172,16 @@ def make_problem(case: Case, device: Any) -> Problem:
     elif case.bias is not None:
         shapes = {"pairs": longest, "each": (count, heads, *longest), "keys": (count, 1, 1, longest[1])}
         leaves["attn_mask"] = draw(*shapes[case.bias])
+    for name in TENSORS:
+        leaves[name] = laid_out(leaves[name], case.layout)
     return Problem(case, leaves, cu_seqlens, words, known, sum(of_rows))
+
+
+def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same numbers ``[T, H, D]`` with other strides."""
+    if layout == "heads_first":
+        return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+    return tensor.repeat_interleave(2, dim=2)[..., ::2] if layout == "every_other" else tensor
 
 
 def results_of(
@@ -151,22 +191,129 @@ def results_of(
     output, lse = output[: problem.rows], lse[:, : problem.rows]
     of_output, of_lse = (problem.gradient_of(t) for t in (output, lse))
     total = (output * of_output).sum() + torch.where(lse.isfinite(), lse * of_lse, 0).sum()
+    total = total + sum(leaf[:0].sum() for leaf in leaves.values())  # 0: no sequence may read a leaf
     found = torch.autograd.grad(total, list(leaves.values()))
     return {"output": output, "lse": lse, **{f"d_{name}": d for name, d in zip(leaves, found)}}
 
 
-def run(problem: Problem, backend: str, function: Any = fastattn.attention_varlen) -> dict[str, torch.Tensor]:
-    """What the package finds."""
+# ------------------------------------------------------------------------------------------------ sequence by sequence
+
+
+class Alone(NamedTuple):
+    """A sequence that has rows and keys, and the call of ``attention`` that it is by itself, of views."""
+
+    number: int
+    rows: slice
+    keys: slice
+    problem: attention_cases.Problem
+
+    def of_pairs(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What a tensor that broadcasts to ``[N, H, longest, longest]`` has for the pairs of the sequence."""
+        tensor = tensor[(None,) * (4 - tensor.dim())]
+        own = tensor if len(tensor) == 1 else tensor[self.number : self.number + 1]
+        return own[:, :, : self.rows.stop - self.rows.start, : self.keys.stop - self.keys.start]
+
+
+def each_alone(problem: Problem) -> Iterator[Alone]:
+    case, leaves, words = problem.case, problem.leaves, problem.words
+    (cu_rows, cu_keys), used = (t.tolist() for t in problem.cu_seqlens), words.get("seqused_k")
+    query = leaves["query"]
+    d_output = problem.gradient_of(query.new_empty(problem.rows, case.heads[0], case.widths[1]))
+    d_lse = problem.gradient_of(query.new_empty(case.heads[0], problem.rows))
+    for number, (row, key) in enumerate(zip(cu_rows[:-1], cu_keys[:-1])):
+        rows = slice(row, cu_rows[number + 1])
+        keys = slice(key, cu_keys[number + 1] if used is None else key + int(used[number]))
+        seqlen_q, seqlen_k = rows.stop - rows.start, keys.stop - keys.start
+        if not seqlen_q or not seqlen_k:
+            continue
+        own = attention_cases.Case(
+            dtype=case.dtype, causal=case.causal, alignment=case.alignment, window=case.window, softcap=case.softcap,
+            scale=case.scale, heads=case.heads, dropout=case.dropout, outputs="lse", garbage=case.garbage,
+            seqlen_q=seqlen_q, seqlen_k=seqlen_k, head_dim=case.widths[0],
+        )  # fmt: skip
+        slopes, prefix = leaves.get("alibi_slopes"), words.get("prefix")
+        alone = attention_cases.Problem(
+            own,
+            *(leaves[name][part].transpose(0, 1)[None] for name, part in zip(TENSORS, (rows, keys, keys))),
+            attn_mask=None,
+            alibi_slopes=slopes if slopes is None or slopes.dim() == 1 else slopes[number : number + 1],
+            sinks=leaves.get("sinks"),
+            key_padding_mask=None,
+            prefix=prefix[number : number + 1] if isinstance(prefix, torch.Tensor) else prefix,
+            document_ids=None,
+            d_output=d_output[rows].transpose(0, 1)[None],
+            d_weights=None,
+            d_lse=d_lse[None, :, rows],
+        )
+        found = Alone(number, rows, keys, alone)
+        if (mask := leaves.get("attn_mask", words.get("attn_mask"))) is not None:
+            alone.attn_mask = found.of_pairs(mask)
+        yield found
+
+
+def hiding(problem: Problem) -> Problem:
+    """The problem with the case's garbage wherever nobody may see it."""
+    if problem.case.garbage is None:
+        return problem
+    leaves = problem.leaves | {name: problem.leaves[name].clone() for name in TENSORS}
+    for alone in each_alone(problem):
+        hidden = attention_cases.hiding(alone.problem)
+        for name, part in zip(TENSORS, (alone.rows, alone.keys, alone.keys)):
+            leaves[name][part] = getattr(hidden, name)[0].transpose(0, 1)
+    return dataclasses.replace(problem, leaves=leaves)
+
+
+def allowances(problem: Problem, keep: torch.Tensor | None) -> dict[str, float]:
+    """What attention may lose, see :func:`attention_cases.allowances`: at most in a sequence, or in all of them."""
+    found: dict[str, list[float]] = {}
+    for alone in each_alone(problem):
+        own = None if keep is None else alone.of_pairs(keep)
+        for name, allowed in attention_cases.allowances(alone.problem, own).items():
+            found.setdefault(name, []).append(allowed)
+    shared = ("d_attn_mask", "d_alibi_slopes", "d_sinks")
+    return {name: sum(each) if name in shared else max(each) for name, each in found.items()}
+
+
+# -------------------------------------------------------------------------------------------------------- the two sides
+
+
+def run(
+    problem: Problem, backend: str, function: Any = fastattn.attention_varlen
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """What the package finds, and what dropout kept: boolean ``[N, H, longest, longest]``."""
     leaves = {name: t.detach().clone().requires_grad_() for name, t in problem.leaves.items()}
-    rest = {name: t for name, t in leaves.items() if name not in ("query", "key", "value")}
-    output, lse = function(
-        *(leaves[name] for name in ("query", "key", "value")), *problem.cu_seqlens, **rest, **problem.words,
-        return_lse=True, backend=backend,
-    )  # fmt: skip
-    return results_of(problem, output, lse, leaves)
+    arguments: dict[str, Any] = {**leaves, **problem.words, "return_lse": True}
+    tensors = (*(arguments.pop(name) for name in TENSORS), *problem.cu_seqlens)
+    if not problem.case.dropout:
+        output, lse = function(*tensors, **arguments, backend=backend)
+        return results_of(problem, output, lse, leaves), None
+    # Below the public function, where the state is known.
+    call = make_call(*tensors, **arguments, dropout_p=problem.case.dropout)
+    size = (2 if backend == "triton" else 1,)
+    state = torch.randint(0, 2**31 - 1, size, generator=torch.Generator().manual_seed(problem.case.seed))
+    output, lse = operator.apply(call, state.to(call.device), backend)
+    assert lse is not None
+    keep = kept_weights(problem, state.to(call.device), backend)
+    return results_of(problem, output[0].transpose(0, 1), lse[0], leaves), keep
 
 
-def run_reference(problem: Problem, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def kept_weights(problem: Problem, state: torch.Tensor, backend: str) -> torch.Tensor:
+    """Boolean ``[N, H, longest, longest]``: what a dropout state keeps of each sequence."""
+    (heads, _), rows, keys = problem.case.heads, *(max(each, default=0) for each in problem.case.parts[:2])
+    keep = torch.ones(len(problem.case.parts[0]), heads, rows, keys, dtype=torch.bool, device=state.device)
+    if backend == "triton":
+        from fastattn_kernels.attention.weights import launch_dropout_keep
+
+        launch_dropout_keep(state, problem.case.dropout, keep)
+        return keep
+    for alone in each_alone(problem):
+        own = alone.of_pairs(keep)
+        parts = slice(0, 1), *(slice(0, size) for size in own.shape[2:])
+        own[:] = dropout.kept(state + alone.number, problem.case.dropout, heads, *parts)
+    return keep
+
+
+def run_reference(problem: Problem, keep: torch.Tensor | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """What is right, in float64, or what plain torch makes of it in another dtype."""
     leaves = {name: t.detach().to(dtype).requires_grad_() for name, t in problem.leaves.items()}
     words: dict[str, Any] = {
@@ -175,29 +322,24 @@ def run_reference(problem: Problem, dtype: torch.dtype) -> dict[str, torch.Tenso
     if (bias := leaves.get("attn_mask")) is not None:
         words["bias"] = bias[(None,) * (4 - bias.dim())]
     query, key, value, *_ = leaves.values()
-    found = reference(query, key, value, *problem.cu_seqlens, **words, **problem.reference_words)
+    words |= {**problem.reference_words, "dropout_keep": keep, "dropout_p": problem.case.dropout}
+    found = reference(query, key, value, *problem.cu_seqlens, **words)
     return results_of(problem, found.output, found.lse, leaves)
 
 
-def check(case: Case, backend: str, device: Any, function: Any = fastattn.attention_varlen) -> None:
-    """Hold every result and every gradient of a case to its error budget.
-
-    The peer's error is a sample of as many roundings as the result has elements. Where these are few, as in the
-    gradients of sinks and slopes, it strays from what such roundings lose on average by one part in ``sqrt(2 n)``, and
-    three such parts are allowed (as in ``attention_cases.allowances``).
-    """
+def check(feature: str, case: Case, backend: str, device: Any, function: Any = fastattn.attention_varlen) -> None:
+    """Hold every result and every gradient of a case to its error budget."""
     problem = make_problem(case, device)
-    actual = run(problem, backend, function)
-    truth, peer = run_reference(problem, torch.float64), run_reference(problem, DTYPES[case.dtype])
+    actual, keep = run(hiding(problem), backend, function)
+    truth, peer = (run_reference(problem, keep, dtype) for dtype in (torch.float64, DTYPES[case.dtype]))
+    allowed = allowances(problem, keep)
     for name, tensor in actual.items():
-        rounded = peer[name].to(tensor.dtype)
-        stray = 3 / math.sqrt(2 * max(1, tensor.numel()))
         assert_within_budget(
             tensor,
             truth=truth[name],
-            peer=rounded,
+            peer=peer[name].to(tensor.dtype),
             name=name,
-            allowance=2 * stray * measure_error(rounded.double(), truth[name]).maximum,
-            feature="packed",
+            allowance=allowed.get(name, 0.0),
+            feature=feature,
             backend=backend,
         )

@@ -136,6 +136,21 @@ def check_window(window: tuple[int | None, int | None] | None) -> tuple[int | No
     return window
 
 
+def check_causality(is_causal: object, causal_alignment: object) -> None:
+    """Raise unless the first is a boolean and the second one of the two alignments."""
+    if causal_alignment not in ("top_left", "bottom_right"):
+        raise ValueError(f"causal_alignment={causal_alignment!r}: expected 'top_left' or 'bottom_right'")
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal={is_causal!r}: expected True or False (causal_alignment says which diagonal)")
+
+
+def check_dropout(dropout_p: float) -> None:
+    """Raise unless ``dropout_p`` is a probability."""
+    check_number("dropout_p", dropout_p)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p={dropout_p}: expected a probability between 0 and 1")
+
+
 def check_softcap(softcap: float) -> None:
     """Raise unless ``softcap`` is a finite number above 0."""
     check_number("softcap", softcap)
@@ -183,10 +198,7 @@ def make_call(
         bias, mask = (None, attn_mask) if attn_mask.dtype == torch.bool else (attn_mask, None)
     if key_padding_mask is not None:
         check_key_padding_mask(key_padding_mask, key)
-    if causal_alignment not in ("top_left", "bottom_right"):
-        raise ValueError(f"causal_alignment={causal_alignment!r}: expected 'top_left' or 'bottom_right'")
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal={is_causal!r}: expected True or False (causal_alignment says which diagonal)")
+    check_causality(is_causal, causal_alignment)
     left, right = check_window(window)
     if prefix is not None:
         prefix = check_prefix(prefix, query, key)
@@ -199,9 +211,7 @@ def make_call(
         sinks = check_per_head("sinks", sinks, query, per_batch=False)
     if softcap is not None:
         check_softcap(softcap)
-    check_number("dropout_p", dropout_p)
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p={dropout_p}: expected a probability between 0 and 1")
+    check_dropout(dropout_p)
     scale = check_scale(scale, query)
 
     if is_causal:

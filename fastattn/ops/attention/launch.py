@@ -136,11 +136,16 @@ def _backward(
     if of_rows is not None and inputs.alibi_slopes is not None:
         d_alibi_slopes = of_rows.sum(2).sum_to_size(inputs.alibi_slopes.shape).to(inputs.alibi_slopes.dtype)
     if needs.needs_d_sinks and inputs.sinks is not None:
-        # A sink has no value, so dP of its pair is zero, and of its dS = P (dP - delta) only -P delta is left.
-        row_max, inverse_sum = statistics.unbind(2)
-        of_sinks = torch.exp2(inputs.sinks[:, :, None].float() * math.log2(math.e) - row_max) * inverse_sum
-        d_sinks = -(of_sinks * delta.tensor).sum(2).sum_to_size(inputs.sinks.shape).to(inputs.sinks.dtype)
+        d_sinks = sink_gradients(inputs.sinks, statistics, delta.tensor).sum(2)
+        d_sinks = d_sinks.sum_to_size(inputs.sinks.shape).to(inputs.sinks.dtype)
     return InputGradients(d_query, d_key, d_value, d_bias, d_alibi_slopes, d_sinks)
+
+
+def sink_gradients(sinks: Tensor, statistics: Tensor, delta: Tensor) -> Tensor:
+    """``[B, H, L]``: what each row adds to the gradient of its head's sink in ``[B | 1, H]``."""
+    # A sink has no value, so dP of its pair is zero, and of its dS = P (dP - delta) only -P delta is left.
+    row_max, inverse_sum = statistics.unbind(2)
+    return -torch.exp2(sinks[:, :, None].float() * math.log2(math.e) - row_max) * inverse_sum * delta
 
 
 def dropout_keep(inputs: Inputs, options: Options) -> Tensor:

@@ -76,8 +76,8 @@ def check_dense(name: str, tensor: Tensor, accepted: str = "a dense tensor") -> 
 # ---------------------------------------------------------------------------------------------------------------- masks
 
 
-def check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """Return ``attn_mask`` as a 4-D view, or raise unless it is boolean or floating and broadcasts to the scores."""
+def check_attn_mask_tensor(attn_mask: Tensor, query: Tensor) -> None:
+    """Raise unless ``attn_mask`` is a dense boolean or floating tensor on the query's device, of whatever shape."""
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"attn_mask: expected a torch.Tensor or None, got {type(attn_mask).__name__}")
     check_dense("attn_mask", attn_mask)
@@ -85,6 +85,11 @@ def check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
         raise TypeError(f"attn_mask is {attn_mask.dtype}: expected bool (True = may attend) or floating (added)")
     if attn_mask.device != query.device:
         raise ValueError(f"attn_mask is on {attn_mask.device} but query is on {query.device}: expected one device")
+
+
+def check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Return ``attn_mask`` as a 4-D view, or raise unless it is boolean or floating and broadcasts to the scores."""
+    check_attn_mask_tensor(attn_mask, query)
     scores = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     if attn_mask.dim() > 4 or not are_sizes(attn_mask.shape[::-1], scores[::-1], or_one=True):
         raise ValueError(f"attn_mask has shape {shape_of(attn_mask)}: expected one that broadcasts to {scores}")

@@ -65,7 +65,8 @@ def is_recorded() -> bool:
     operators. The graphs of ``torch.compile`` are run here and may hold ours.
     """
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        # What is_exporting() returns, were it not that torch.compile of torch 2.11 puts True in the place of that call.
+        return torch.compiler._is_exporting_flag
     if torch.jit.is_tracing() or not torch._C._len_torch_dispatch_stack():
         return torch.jit.is_tracing()
     from torch.fx.experimental.proxy_tensor import get_proxy_mode  # imports sympy, as all of torch.fx.experimental does

@@ -47,7 +47,7 @@ def _attention_bwd_careful_kernel(
     sizes = Sizes(seqlen_q, seqlen_k, lower, upper, shift)
     packing = Packing(offsets, sequences, longest_q, longest_k, bottom_right)
     query_offsets_ptr, key_offsets_ptr = None, None
-    if offsets is not None:
+    if sequences is not None:
         query_offsets_ptr, key_offsets_ptr = offsets.query_ptr, offsets.key_ptr
     tiles_m = count_tiles(seqlen_q, sequences, BLOCK_M)
     first, last = tiles_to_look_at(marks_of_rows_ptr, row_tiles, seqlen_q, BLOCK_M, query_offsets_ptr, sequences)

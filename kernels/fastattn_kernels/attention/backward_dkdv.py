@@ -154,7 +154,7 @@ def _attention_bwd_dkdv_kernel(
     tiles_n = count_tiles(seqlen_k, sequences, BLOCK_N)
     number = tl.program_id(0) % tiles_n
     col_tile, span = find_tile(number, Sizes(seqlen_q, seqlen_k, lower, upper, shift), packing, BLOCK_N, False)
-    if offsets is not None:
+    if sequences is not None:
         if col_tile < 0:
             return
     grad_of_tile_of_keys(

@@ -133,7 +133,7 @@ def _attention_bwd_dq_kernel(
     tiles_m = count_tiles(seqlen_q, sequences, BLOCK_M)
     number = tiles_m - 1 - tl.program_id(0) % tiles_m
     row_tile, span = find_tile(number, Sizes(seqlen_q, seqlen_k, lower, upper, shift), packing, BLOCK_M, True)
-    if offsets is not None:
+    if sequences is not None:
         if row_tile < 0:
             return
     grad_of_tile_of_queries(

@@ -75,7 +75,7 @@ def _attention_bias_bwd_kernel(
         span = span_of(batch, Sizes(seqlen_q, seqlen_k, lower, upper, shift), packing)
         sizes = span.sizes
         is_seen = is_visited(col_tile, key_edges(row_start, at, sizes, rules, BLOCK_M, BLOCK_N))
-        if offsets is not None:
+        if sequences is not None:
             is_seen &= row_start < sizes.seqlen_q
         if is_seen:
             first_row, first_key = span.first_row, span.first_key
@@ -120,7 +120,7 @@ def _attention_bias_bwd_kernel(
         cols = tl.zeros([1, 1], tl.int64)
     else:
         cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)[None, :]
-    if offsets is None:
+    if sequences is None:
         inside = (rows < (1 if SUM_M else seqlen_q)) & (cols < (1 if SUM_N else seqlen_k))
     else:
         inside = (rows < (1 if SUM_M else longest_q)) & (cols < (1 if SUM_N else longest_k))
@@ -141,11 +141,11 @@ def launch_attention_bias_bwd(
     assert bias is not None
     heads, head_dim, value_dim = query.shape[1], query.shape[3], value.shape[3]
     batch, (seqlen_q, seqlen_k) = problem.entries, problem.longest
-    if delta.numel() == 0 or batch == 0 or seqlen_k == 0:
+    wanted = (batch, heads, seqlen_q, seqlen_k)
+    if delta.numel() == 0 or 0 in wanted:
         return bias.new_zeros(bias.shape)
     load = problem.load(d_weights)
     config = config or bias_config(query.device, query.dtype, head_dim, value_dim, load)
-    wanted = (batch, heads, seqlen_q, seqlen_k)
     whole = (batch, heads, triton.cdiv(seqlen_q, config.block_m), triton.cdiv(seqlen_k, config.block_n))
     # an axis of length 1 may count as owned or as summed over: there is one tile of it in either case
     sums = [1 if have == want else n for have, want, n in zip(bias.shape, wanted, whole)]

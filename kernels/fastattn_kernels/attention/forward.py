@@ -222,7 +222,7 @@ def _attention_fwd_kernel(
     # the last rows see the most keys under a diagonal: longest tiles first leave no long one for the end
     entry, number = tl.program_id(0) // tiles_m, tiles_m - 1 - tl.program_id(0) % tiles_m
     row_tile, span = find_tile(number, Sizes(seqlen_q, seqlen_k, lower, upper, shift), packing, BLOCK_M, True)
-    if offsets is not None:
+    if sequences is not None:
         if row_tile < 0:
             return
     is_suspect = _attend_rows(

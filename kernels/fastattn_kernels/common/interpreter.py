@@ -1,14 +1,17 @@
 """Repairs to Triton's interpreter (3.6 to 3.9), without which ``TRITON_INTERPRET=1`` gives wrong numbers in bfloat16.
 
-Five things are repaired. The interpreter keeps bfloat16 as 16-bit integers and computes on those: products and sums of
+Six things are repaired. The interpreter keeps bfloat16 as 16-bit integers and computes on those: products and sums of
 bfloat16 tiles are garbage, float32 is truncated to bfloat16 instead of rounded, and subnormal bfloat16 becomes another
 float32. The result of comparing integers is typed as an integer, and turned into one where it is broadcast, which 3.9
-refuses as a mask. 3.6.0 with NumPy 2.4 fails on run-time loop bounds. And the interpreter rebinds Triton's whole
-language at every call of a device function, which takes half of the time: once a launch is enough.
+refuses as a mask. 3.6.0 with NumPy 2.4 fails on run-time loop bounds. And the interpreter takes four times as long as
+it has to: it rebinds Triton's whole language at every call of a device function, where once a launch is enough; it
+computes whether integers overflow, and drops the answer, since its option ``debug`` is off; and it makes the same types
+again for every operation.
 
 The repairs are installed once, and only while interpreting: compiled kernels do not depend on them.
 """
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -103,6 +106,48 @@ def _repair_patch(patch_lang: Any) -> Any:
     return repaired
 
 
+def _remembering_numpy_dtype(numpy_dtype: Any) -> Any:
+    """``numpy_dtype(dtype)``, which makes a dictionary of all dtypes at every call."""
+    known: dict[str, Any] = {}
+
+    def remembering(dtype: Any) -> Any:
+        scalar = dtype.scalar
+        if scalar.name not in known:
+            known[scalar.name] = numpy_dtype(scalar)
+        return known[scalar.name]
+
+    return remembering
+
+
+def _remembering_block_type(with_element_ty: Any) -> Any:
+    """``with_element_ty(self, scalar)``: the same type again for the same shape and dtype."""
+    known: dict[tuple[str, str], Any] = {}
+
+    def remembering(self: Any, scalar: Any) -> Any:
+        names = self.name, scalar.name  # that of a block has its shape
+        if names not in known:
+            known[names] = with_element_ty(self, scalar)
+        return known[names]
+
+    return remembering
+
+
+def _remembering_tensor(initialise: Any) -> Any:
+    """``initialise(self, handle, type)``, where all attributes but these two follow from the type's name."""
+    known: dict[str, dict[str, Any]] = {}
+
+    def remembering(self: Any, handle: Any, type: Any) -> None:
+        derived = known.get(type.name)
+        if derived is None:
+            initialise(self, handle, type)
+            known[type.name] = {name: value for name, value in vars(self).items() if name not in ("handle", "type")}
+        else:
+            self.handle, self.type = handle, type
+            vars(self).update(derived)
+
+    return remembering
+
+
 def repair() -> None:
     """Install the repairs; calling it again changes nothing."""
     builder: Any = interpreter.InterpreterBuilder
@@ -114,4 +159,9 @@ def repair() -> None:
     builder.cast_impl = _repair_cast(builder.cast_impl)
     interpreter._patch_lang_tensor = _repair_index(interpreter._patch_lang_tensor)  # type: ignore[attr-defined]
     interpreter._patch_lang = _repair_patch(interpreter._patch_lang)  # type: ignore[attr-defined]
+    of_all: Any = interpreter.interpreter_builder
+    of_all.options = dataclasses.replace(of_all.options, sanitize_overflow=False)
+    interpreter._get_np_dtype = _remembering_numpy_dtype(interpreter._get_np_dtype)
+    tl.block_type.with_element_ty = _remembering_block_type(tl.block_type.with_element_ty)
+    tl.tensor.__init__ = _remembering_tensor(tl.tensor.__init__)
     builder._fastattn_repaired = True

@@ -56,7 +56,8 @@ class Offsets(NamedTuple):
 
 class Packing(NamedTuple):
     """What a kernel is told of packed sequences, in arguments of their own (``arguments.RUN_TIME``), of which it builds
-    this; everything is None where nothing is packed.
+    this; everything is None where nothing is packed. Whether anything is, ``sequences`` says: triton 3.6 does not
+    compile the question whether a tuple is None where an element of it is, as ``offsets.used_ptr``.
 
     Attributes:
         offsets: where the sequences lie.
@@ -134,7 +135,7 @@ def span_of(sequence, sizes, packing):
     """The :class:`Span` of a packed sequence, or of any batch entry where nothing is packed. ``sizes`` are those of the
     tensors in memory."""
     offsets = packing.offsets
-    if offsets is None:
+    if packing.sequences is None:
         span = Span(sizes, None, None, None, sizes.seqlen_q, sizes.seqlen_k)
     else:
         first_row = offset_of(sequence, offsets.query_ptr, sizes.seqlen_q)
@@ -160,7 +161,7 @@ def span_of(sequence, sizes, packing):
 def find_tile(number, sizes, packing, BLOCK: tl.constexpr, OF_ROWS: tl.constexpr):
     """``(tile, span)`` of the number of a tile, of rows if OF_ROWS, else of keys; the tile is negative where the number
     is nobody's, or where all of its keys are unused. Where nothing is packed, the number is the tile."""
-    if packing.offsets is None:
+    if packing.sequences is None:
         tile = number
         span = span_of(None, sizes, packing)
     else:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from fastattn.ops.attention.call import (
+    check_causality,
+    check_dropout,
     check_operand,
     check_per_head,
     check_prefix,
@@ -19,7 +21,7 @@ from fastattn.ops.attention.call import (
 from fastattn.ops.attention.contract import Alignment
 from fastattn.ops.attention.varlen import sequences
 from fastattn.ops.attention.varlen.contract import VarlenCall
-from fastattn.ops.common.checks import check_dense, check_number, is_integer, shape_of, shapes_of, under_autocast
+from fastattn.ops.common.checks import check_attn_mask_tensor, is_integer, shape_of, shapes_of, under_autocast
 from fastattn.ops.common.tracing import is_eager_on_cpu
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
@@ -47,7 +49,7 @@ def _check_integers(name: str, tensor: Any, query: Tensor, size: int | None) -> 
         raise TypeError(f"{name}: expected an int32 tensor of one dimension, got {type(tensor).__name__}")
     if tensor.dtype != torch.int32:
         raise TypeError(f"{name} is {tensor.dtype}: expected torch.int32")
-    if tensor.dim() != 1 or tensor.shape[0] == 0 or (size is not None and tensor.shape[0] != size):
+    if tensor.dim() != 1 or (tensor.shape[0] == 0 if size is None else tensor.shape[0] != size):
         # put into words only here: a graph that is open to other sizes would be tied to this one
         expected = "[sequences + 1]" if size is None else f"[{size}]"
         raise ValueError(f"{name} has shape {shape_of(tensor)}: expected {expected}")
@@ -57,13 +59,7 @@ def _check_integers(name: str, tensor: Any, query: Tensor, size: int | None) -> 
 
 def _check_bias(attn_mask: Tensor, query: Tensor, count: int) -> Tensor:
     """What is added to the scores, ``[N | 1, H | 1, longest | 1, longest | 1]``, or raise."""
-    if not isinstance(attn_mask, Tensor):
-        raise TypeError(f"attn_mask: expected a torch.Tensor or None, got {type(attn_mask).__name__}")
-    check_dense("attn_mask", attn_mask)
-    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
-        raise TypeError(f"attn_mask is {attn_mask.dtype}: expected bool (True = may attend) or floating (added)")
-    if attn_mask.device != query.device:
-        raise ValueError(f"attn_mask is on {attn_mask.device} but query is on {query.device}: expected one device")
+    check_attn_mask_tensor(attn_mask, query)
     heads = query.shape[1]
     bias = attn_mask[(None,) * (4 - attn_mask.dim())] if attn_mask.dim() <= 4 else attn_mask
     if bias.dim() != 4 or bias.shape[0] not in (1, count) or bias.shape[1] not in (1, heads):
@@ -142,10 +138,7 @@ def make_call(
             "need_weights=True: packed sequences have no common shape of weights; call fastattn.attention on a padded "
             "batch, or on one sequence"
         )
-    if causal_alignment not in ("top_left", "bottom_right"):
-        raise ValueError(f"causal_alignment={causal_alignment!r}: expected 'top_left' or 'bottom_right'")
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal={is_causal!r}: expected True or False (causal_alignment says which diagonal)")
+    check_causality(is_causal, causal_alignment)
     left, right = check_window(window)
     packed_query, packed_key, packed_value = (t.transpose(0, 1)[None] for t in (query, key, value))
     entries = packed_query[:, :, :0].expand(count, -1, -1, -1)  # a batch entry for each sequence
@@ -158,9 +151,7 @@ def make_call(
     bias = None if attn_mask is None else _check_bias(attn_mask, packed_query, count)
     if softcap is not None:
         check_softcap(softcap)
-    check_number("dropout_p", dropout_p)
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p={dropout_p}: expected a probability between 0 and 1")
+    check_dropout(dropout_p)
     scale = check_scale(scale, query)
     lower, upper = None if left is None else -left, 0 if is_causal else right
     call = VarlenCall(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from fastattn.ops.attention.contract import InputGradients, Kept
+from fastattn.ops.attention.launch import sink_gradients
 from fastattn.ops.attention.varlen.contract import (
     VarlenInputs,
     VarlenNeeds,
@@ -103,13 +102,10 @@ def _backward(
     if of_rows is not None and inputs.alibi_slopes is not None:
         d_alibi_slopes = _sum_of_rows(of_rows, inputs.alibi_slopes, inputs.cu_seqlens_q)
     if needs.needs_d_sinks and inputs.sinks is not None:
-        # A sink has no value, so dP of its pair is zero, and of its dS = P (dP - delta) only -P delta is left.
-        row_max, inverse_sum = statistics.unbind(2)
-        of_sinks = torch.exp2(inputs.sinks[:, :, None].float() * math.log2(math.e) - row_max) * inverse_sum
         row = torch.arange(d_output.shape[2], dtype=torch.int32, device=d_output.device)
         belongs = (row >= inputs.cu_seqlens_q[0]) & (row < inputs.cu_seqlens_q[-1])  # the others are not written
-        of_rows = torch.where(belongs, of_sinks * delta.tensor, 0.0)
-        d_sinks = -of_rows.sum(2).sum_to_size(inputs.sinks.shape).to(inputs.sinks.dtype)
+        d_sinks = torch.where(belongs, sink_gradients(inputs.sinks, statistics, delta.tensor), 0.0).sum(2)
+        d_sinks = d_sinks.sum_to_size(inputs.sinks.shape).to(inputs.sinks.dtype)
     return InputGradients(d_query, d_key, d_value, d_bias, d_alibi_slopes, d_sinks)
 
 
