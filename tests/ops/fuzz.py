@@ -1,10 +1,11 @@
-"""Random calls of ``attention`` and ``attention_varlen``, checked as the parity tests check theirs:
+"""Random calls of the functions of attention, checked as the parity tests check theirs:
 ``make fuzz SECONDS=600``.
 
 Each call goes to the Triton backend and to the torch backend, one of ``attention`` down every path of it that takes the
 call, with garbage where nobody may see it. Every case is drawn from a seed of its own, printed with what fails; sizes
 are free where the parity tests have levels. A failing case is made as plain as it can be while it still fails, and
-printed ready to be pasted among the named cases, ``FOUND``, of test_attention_parity.py or test_varlen_parity.py.
+printed ready to be pasted among the named cases, ``FOUND``, of test_attention_parity.py or test_varlen_parity.py, or
+among those of test_kvcache.py.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
-from tests.ops import attention_cases, varlen_cases
+from tests.ops import attention_cases, kvcache_cases, varlen_cases
 
 # What a case costs at most: about a second in Triton's interpreter.
 MOST_COST = 60
@@ -45,7 +46,7 @@ def side_of(rng):
 
 
 def free_levels(rng, axes, softcap):
-    """Of what the two have in common."""
+    """Of what all have in common."""
     return {
         "heads": rng.choice([*axes["heads"], *MORE_HEADS]),
         "window": rng.choice([None, (side_of(rng), side_of(rng))]),
@@ -87,6 +88,21 @@ def draw_varlen(rng):
     return varlen_cases.Case(**levels)
 
 
+def draw_kvcache(rng):
+    """Up to five sequences, from one that holds nothing to one that fills its room but for the new tokens."""
+    axes = kvcache_cases.AXES
+    levels = levels_of(rng, axes, kvcache_cases.Case())
+    longest, width = rng.choice([8, 70, 300]), rng.randint(1, 80)
+    levels |= free_levels(rng, axes, levels["softcap"]) | {
+        "held": tuple(rng.choice([0, rng.randint(1, longest), longest]) for _ in range(rng.randint(1, 5))),
+        "length": rng.choice([1, 1, 2, rng.randint(1, 20)]),
+        "widths": (width, rng.choice([width, rng.randint(1, 80)])),
+        "page_size": rng.choice([None, 16, 64, rng.randint(1, 100)]),
+        "num_splits": rng.choice([0, 1, rng.randint(1, 9)]),
+    }
+    return kvcache_cases.Case(**levels)
+
+
 class Kind(NamedTuple):
     """One of the functions that are fuzzed."""
 
@@ -98,6 +114,7 @@ class Kind(NamedTuple):
 KINDS = {
     "attention": Kind(draw_attention, attention_cases, ("torch", *attention_cases.PATHS, "triton")),
     "attention_varlen": Kind(draw_varlen, varlen_cases, ("torch", "triton")),
+    "attention_with_kvcache": Kind(draw_kvcache, kvcache_cases, ("torch", "triton")),
 }
 BACKENDS = KINDS["attention"].backends
 

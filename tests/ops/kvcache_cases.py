@@ -44,9 +44,9 @@ AXES: dict[str, tuple[Any, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A call: a level of each axis."""
+    """A call: a level of each axis; the fuzzer draws what is held, sizes, splits and seeds as well."""
 
-    held: str = "alike"
+    held: str | tuple[int, ...] = "alike"
     length: int = 1
     new: bool = True
     dtype: str = "fp32"
@@ -64,20 +64,38 @@ class Case:
     sinks: bool = False
     bias: str | None = None
     scale: float | None = None
+    num_splits: int = 0
+    seed: int = 0  # another one draws other numbers
+    dropout = 0.0  # there is none over a cache
 
     @property
     def id(self) -> str:
-        """The levels that are not the first of their axis."""
-        plain = Case()
-        told = [f"{a}-{getattr(self, a)}" for a in AXES if getattr(self, a) != getattr(plain, a)]
-        return " ".join(told).replace("'", "") or "plain"
+        """The levels that are not the plain ones."""
+        told = [(f.name, level) for f in dataclasses.fields(self) if (level := getattr(self, f.name)) != f.default]
+        return " ".join(f"{name}-{level}" for name, level in told).replace("'", "") or "plain"
 
+    @property
+    def tokens(self) -> list[int]:
+        """How many tokens each sequence holds before the call."""
+        return HELD[self.held] if isinstance(self.held, str) else list(self.held)
 
-def makes_sense(levels: dict[str, Any]) -> bool:
-    """Does a call have all these levels?"""
-    if levels["rotary"] is not None and not levels["new"]:
-        return False
-    return not levels["shared"] or levels["page_size"] is not None
+    @property
+    def room(self) -> int:
+        """How many slots a sequence of a contiguous cache has."""
+        return max([60, *self.tokens]) + max(10, self.length)
+
+    @property
+    def makes_sense(self) -> bool:
+        """Does a call have all these levels?"""
+        if self.rotary is not None and (not self.new or self.widths[0] < 4):
+            return False
+        return not self.shared or self.page_size is not None
+
+    @property
+    def cost(self) -> float:
+        """About how many tiles of scores a kernel visits, as :attr:`attention_cases.Case.cost`."""
+        tiles = sum(1 + tokens // 32 for tokens in self.tokens)
+        return tiles * self.heads[1] * (1 + self.length * (self.heads[0] // self.heads[1]) // 16)
 
 
 @dataclasses.dataclass
@@ -104,8 +122,8 @@ class Problem:
 def make_problem(case: Case, device: Any = "cpu") -> Problem:
     """Random tensors. What no sequence holds, and padding, is NaN."""
     seeds = iter(range(zlib.crc32(case.id.encode()) % 1000, 10**6))
-    held, (heads, kv_heads), (width, value_width) = HELD[case.held], case.heads, case.widths
-    batch, length, dtype, room = len(held), case.length, DTYPES[case.dtype], 70
+    held, (heads, kv_heads), (width, value_width) = case.tokens, case.heads, case.widths
+    batch, length, dtype, room = len(held), case.length, DTYPES[case.dtype], case.room
 
     def draw(*shape: int) -> torch.Tensor:
         return random_tensor(*shape, seed=next(seeds), dtype=dtype, device=device)
@@ -173,18 +191,39 @@ def results_of(arguments: dict[str, Any], output: torch.Tensor, lse: torch.Tenso
     return found
 
 
-def check(
-    case: Case, backend: Any, device: Any = "cpu", *, gradients: bool = True, function: Any = None, **more: Any
-) -> None:
-    """Hold every result, and every gradient, of a case to its error budget; the caches hold the new tokens after it."""
+def check_gradients(case: Case, backend: Any, device: Any = "cpu") -> None:
+    """Hold a call in float64, and all its gradients, against the reference: nothing is rounded that needs a budget."""
     problem = make_problem(case, device)
-    arguments = problem.arguments(gradients=gradients)
-    function = function or fastattn.attention_with_kvcache
-    output, lse = function(**arguments, **more, return_lse=True, backend=backend)
+    arguments, known = problem.arguments(torch.float64), problem.arguments(torch.float64)
+    attend: Any = fastattn.attention_with_kvcache
+    actual = results_of(arguments, *attend(**arguments, return_lse=True, backend=backend))
+    expected = results_of(known, *reference(**known)[:2])
+    for name, tensor in actual.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-9, atol=1e-10)
+
+
+def check(feature: str, case: Case, backend: Any, device: Any = "cpu", *, gradients: bool | None = None) -> None:
+    """Hold every result of a case to its error budget; the caches hold the new tokens after it.
+
+    Args:
+        feature: a word for what is tested.
+        case: of the call.
+        backend: that runs it.
+        device: where the tensors lie.
+        gradients: whether gradients are held to budgets as well. None: on the torch backend they are checked in
+            float64. The roundings of a call drawn at random would need such allowances as ``attention_cases`` derives,
+            and of ``attention``'s calls this one consists.
+    """
+    if gradients is None and backend == "torch":
+        check_gradients(case, backend, device)
+    problem = make_problem(case, device)
+    arguments = problem.arguments(gradients=gradients is True)
+    attend: Any = fastattn.attention_with_kvcache
+    output, lse = attend(**arguments, num_splits=case.num_splits, return_lse=True, backend=backend)
     actual = results_of(arguments, output, lse)
     known = []
     for dtype in (torch.float64, DTYPES[case.dtype]):
-        in_dtype = problem.arguments(dtype, gradients=gradients)
+        in_dtype = problem.arguments(dtype, gradients=gradients is True)
         result = reference(**in_dtype)
         known.append((results_of(in_dtype, result.output, result.lse), result))
     (truth, exact), (peer, rounded) = known
@@ -198,5 +237,5 @@ def check(
         # of few elements the peer's error is a poor measure of what roundings lose: see varlen_cases.check
         stray = 2 * 3 / math.sqrt(2 * max(1, tensor.numel())) * measure_error(of_peer.double(), truth[name]).maximum
         assert_within_budget(
-            tensor, truth=truth[name], peer=of_peer, name=name, allowance=stray, backend=backend, feature="kvcache"
+            tensor, truth=truth[name], peer=of_peer, name=name, allowance=stray, backend=backend, feature=feature
         )

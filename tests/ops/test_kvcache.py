@@ -12,7 +12,7 @@ import fastattn.reference
 from fastattn.ops.attention.kvcache import api, on_torch, pages
 from fastattn.ops.attention.kvcache import call as checks
 from fastattn.testing import random_tensor
-from tests.ops.kvcache_cases import AXES, Case, check, make_problem, makes_sense
+from tests.ops.kvcache_cases import AXES, Case, check, make_problem
 from tests.pairwise import pairwise
 
 # Of any type: they are called with dicts of arguments
@@ -21,7 +21,7 @@ reference: Any = fastattn.reference.attention_with_kvcache
 
 FEATURES = [dataclasses.replace(Case(), **{axis: level}) for axis, levels in AXES.items() for level in levels]
 FEATURES += [Case(page_size=7, shared=True)]
-PAIRS = [Case(**levels) for levels in pairwise(AXES, makes_sense)]
+PAIRS = [Case(**levels) for levels in pairwise(AXES, lambda levels: Case(**levels).makes_sense)]
 # One query, plain scores: the pages are read where they lie
 PAGES = [
     Case(page_size=16),
@@ -38,26 +38,26 @@ def ids(cases):
 
 @pytest.mark.parametrize("case", FEATURES, ids=ids(FEATURES))
 def test_kvcache_feature_matches_reference(case):
-    check(case, "torch")
+    check("kvcache", case, "torch", gradients=True)
 
 
 @pytest.mark.parametrize("case", PAIRS, ids=ids(PAIRS))
 def test_kvcache_pairs_of_features_match_reference(case):
-    check(case, "torch")
-    check(case, "torch", gradients=False)
+    check("kvcache", case, "torch", gradients=True)
+    check("kvcache", case, "torch")
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(("num_splits", "case"), [(3 * (i % 2), c) for i, c in enumerate(PAIRS)], ids=ids(PAIRS))
-def test_kvcache_pairs_of_features_match_reference_on_kernels(num_splits, case):
-    check(case, "triton", gradients=False, num_splits=num_splits)
+@pytest.mark.parametrize("number", range(len(PAIRS)), ids=ids(PAIRS))
+def test_kvcache_pairs_of_features_match_reference_on_kernels(number):
+    check("pairs", dataclasses.replace(PAIRS[number], num_splits=3 * (number % 2)), "triton")
 
 
 @pytest.mark.parametrize("case", PAIRS, ids=ids(PAIRS))
 def test_kvcache_matches_reference_where_no_number_may_be_read(case, monkeypatch):
     """The way of graphs and of other devices, here on tensors whose numbers nobody asks for."""
     monkeypatch.setattr(on_torch, "is_eager_on_cpu", lambda tensor: False)
-    check(case, "torch")
+    check("kvcache", case, "torch", gradients=True)
 
 
 @pytest.mark.parametrize("case", PAGES, ids=ids(PAGES))
@@ -68,7 +68,7 @@ def test_kvcache_reads_pages_where_they_lie(case, most_read, monkeypatch):
     run = pages.run
     monkeypatch.setattr(pages, "_MOST_READ", most_read)
     monkeypatch.setattr(pages, "run", lambda *arguments: calls.append(1) or run(*arguments))
-    check(case, "torch", gradients=False)
+    check("kvcache", case, "torch", gradients=False)
     assert calls
 
 
