@@ -270,6 +270,31 @@ def layer_ratios(document: Document) -> str:
     return _table(("shape", "mask"), grid, ("evaluation", "training"))
 
 
+def varlen_ratios(document: Document) -> str:
+    """Packed beside the padded batch, and the fastest other where that is another."""
+    grid: Grid = {}
+    peer = peer_of(by_family(document).get("varlen", []))
+    for row in _ours(_rows(document, "varlen")):
+        shape = f"{row['batch']} sequences of 1 to {row['longest']}, H{row['heads']} D{row['head_dim']}"
+        beside = {row["best"]: row["best_ratio"], peer: row["ratio"]}
+        cells = grid.setdefault((shape, "causal" if row["causal"] else "plain"), {})
+        cells[_direction(row)] = "; ".join(filter(None, (_beside(spread, other) for other, spread in beside.items())))
+    return _table(("batch", "mask"), grid, ("evaluation", "training"))
+
+
+def decode_ratios(document: Document) -> str:
+    """A step over a contiguous cache and over pages beside torch's kernel on the contiguous one, and what plain torch
+    takes for pages."""
+    grid: Grid = {}
+    names = {OURS: "contiguous", f"{OURS}-paged": "in pages", "sdpa-gathered": "sdpa, pages copied in order"}
+    for row in _rows(document, "decode"):
+        if row["variant"] in names:
+            shape = f"B{row['batch']} H{row['heads']} Hk{row['kv_heads']} S{row['held']} D{row['head_dim']}"
+            cells = grid.setdefault((shape, str(row["page_size"])), {})
+            cells[f"{names[row['variant']]}, of sdpa"] = ratio(row["ratio"])
+    return _table(("cache", "page"), grid)
+
+
 def quality(document: Document) -> str:
     """Accuracies, and in parentheses after how many steps."""
     grid: Grid = {}
@@ -327,6 +352,8 @@ BLOCKS: dict[str, Block] = {
     "sequence-memory": sequence_memory,
     "norm-ratios": norm_ratios,
     "layer-ratios": layer_ratios,
+    "varlen-ratios": varlen_ratios,
+    "decode-ratios": decode_ratios,
     "quality": quality,
     "tiles": tiles,
     "findings": sentences,

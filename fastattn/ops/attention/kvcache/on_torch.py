@@ -40,7 +40,7 @@ def run(call: KVCacheCall) -> tuple[Tensor, Tensor | None]:
         tokens = inputs.cache_seqlens if inputs.key is None else inputs.cache_seqlens + inputs.query.shape[2]
         output, lse = _attend_unseen(read, options, tokens.long(), call.return_lse)
     elif pages.takes(read, options):
-        output, lse = pages.run(read, options, spans(inputs, options))
+        output, lse = pages.run(read, options, spans(inputs, options), call.return_lse)
     else:
         output, lse = _attend_spans(read, options, spans(inputs, options), call.return_lse)
     return output, lse if call.return_lse else None

@@ -49,8 +49,10 @@ class _Part(NamedTuple):
     stop: int
 
 
-def run(inputs: KVCacheInputs, options: KVCacheOptions, found: list[Span]) -> tuple[Tensor, Tensor]:
-    """``(output, lse)`` of a call that this :func:`takes`, whose new tokens are in the cache."""
+def run(
+    inputs: KVCacheInputs, options: KVCacheOptions, found: list[Span], return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``(output, lse or None)`` of a call that this :func:`takes`, whose new tokens are in the cache."""
     assert inputs.block_table is not None
     (batch, heads, _, width), size = inputs.query.shape, inputs.key_cache.shape[2]
     whole: list[_Part] = []
@@ -78,8 +80,8 @@ def run(inputs: KVCacheInputs, options: KVCacheOptions, found: list[Span]) -> tu
     of_sequences: list[list[int]] = [[] for _ in range(batch)]  # where in all outputs those of each sequence are
     for part, place in zip([*whole, *rest], places):
         of_sequences[part.sequence].append(place)
-    output, lse = _merge(inputs, outputs, lses, of_sequences)
-    return output.view(batch, heads, 1, -1), lse.view(batch, heads, 1)
+    output, lse = _merge(inputs, outputs, lses, of_sequences, return_lse)
+    return output.view(batch, heads, 1, -1), None if lse is None else lse.view(batch, heads, 1)
 
 
 def _whole(inputs: KVCacheInputs, options: KVCacheOptions, parts: list[_Part]) -> tuple[Tensor, Tensor, list[int]]:
@@ -88,7 +90,7 @@ def _whole(inputs: KVCacheInputs, options: KVCacheOptions, parts: list[_Part]) -
     Returns:
         Output ``[places, Hk, G, D]``, LSE ``[places, Hk, G]``, and the place of each part.
     """
-    query, keys, values = inputs.query, inputs.key_cache, inputs.value_cache
+    keys, values = inputs.key_cache, inputs.value_cache
     holders: dict[int, list[int]] = {}  # the sequences that hold a page
     for part in parts:
         holders.setdefault(part.page, []).append(part.sequence)
@@ -98,38 +100,47 @@ def _whole(inputs: KVCacheInputs, options: KVCacheOptions, parts: list[_Part]) -
         row = {page: page - first for page in holders}
     else:
         used = torch.tensor(sorted(holders))
-        keys, values = keys[used], values[used]
+        keys, values = keys.index_select(0, used), values.index_select(0, used)
         row = {page: number for number, page in enumerate(sorted(holders))}
     sequence_at = [0] * (keys.shape[0] * most)  # where a page has fewer queries, sequence 0 fills up
     for page, sequences in holders.items():
         sequence_at[row[page] * most : row[page] * most + len(sequences)] = sequences
-    queries = query[torch.tensor(sequence_at)].unflatten(0, (-1, most))
-    output, lse = _attend(queries.transpose(1, 2).flatten(2, 3), keys, values, scale=options.scale)
-    output, lse = (t.unflatten(2, (most, -1)).transpose(1, 2).flatten(0, 1) for t in (output, lse))
+    queries = inputs.query.index_select(0, torch.tensor(sequence_at))
+    if most > 1:
+        queries = queries.unflatten(0, (-1, most)).transpose(1, 2).flatten(2, 3)
+    output, lse = _attend(queries, keys, values, scale=options.scale)
+    if most > 1:
+        output, lse = (t.unflatten(2, (most, -1)).transpose(1, 2).flatten(0, 1) for t in (output, lse))
     places = [row[part.page] * most + holders[part.page].index(part.sequence) for part in parts]
     return output, lse, places
 
 
 def _merge(
-    inputs: KVCacheInputs, outputs: list[Tensor], lses: list[Tensor], of_sequences: list[list[int]]
-) -> tuple[Tensor, Tensor]:
-    """``(output [B, Hk, G, D], lse [B, Hk, G])`` of each sequence's places among all outputs, and the sinks."""
+    inputs: KVCacheInputs,
+    outputs: list[Tensor],
+    lses: list[Tensor],
+    of_sequences: list[list[int]],
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """``(output [B, Hk, G, D], lse [B, Hk, G] or None)`` of each sequence's places among all outputs, and the sinks."""
     _, kv_heads, group, width = inputs.query.shape
     dtype = statistics_dtype(inputs.query.dtype)
-    # behind all parts one that is nothing, with which sequences of fewer parts fill up
-    nothing = inputs.query.new_zeros(1, kv_heads, group, width, dtype=dtype)
-    output = torch.cat([*(t.to(dtype) for t in outputs), nothing])
-    lse = torch.cat([*lses, nothing[..., 0] + NEGATIVE_INFINITY])
-    most = max(1, *map(len, of_sequences))
-    mine = torch.tensor([own + [output.shape[0] - 1] * (most - len(own)) for own in of_sequences], dtype=torch.int64)
-    of_parts = lse[mine]  # [B, most, Hk, G]
-    largest = of_parts.amax(1)
-    if inputs.sinks is not None:
-        largest = torch.maximum(largest, inputs.sinks.to(dtype).view_as(largest[:1]))
-    largest = largest.clamp(min=torch.finfo(dtype).min)  # finite where nothing is seen
-    weights = torch.exp(of_parts - largest[:, None])
-    total = weights.sum(1)
-    if inputs.sinks is not None:
-        total = total + torch.exp(inputs.sinks.to(dtype).view_as(largest[:1]) - largest)
-    merged = (weights[..., None] * output[mine]).sum(1) / total.clamp(min=torch.finfo(dtype).tiny)[..., None]
-    return merged.to(inputs.query.dtype), largest + total.log()
+    nothing = torch.finfo(dtype).min  # the LSE of what has no weight; -inf would be NaN where there is nothing else
+    counts = list(map(len, of_sequences))
+    most = max(counts)
+    if most == 0 or min(counts) < most:  # one more part, which is nothing, fills up
+        outputs.append(inputs.query.new_zeros(1, kv_heads, group, width))
+        lses.append(inputs.query.new_full((1, kv_heads, group), nothing, dtype=dtype))
+        filling, most = sum(map(len, outputs)) - 1, max(1, most)
+        of_sequences = [own + [filling] * (most - len(own)) for own in of_sequences]
+    mine = torch.tensor(of_sequences).flatten()
+    output = torch.cat(outputs).index_select(0, mine).unflatten(0, (-1, most))  # [B, most, Hk, G, D]
+    lse = torch.cat(lses).index_select(0, mine).unflatten(0, (-1, most))
+    if inputs.sinks is not None:  # a part without a value
+        sinks = inputs.sinks.to(dtype).clamp(min=nothing).view(1, 1, kv_heads, group)
+        lse = torch.cat([lse, sinks.expand(lse.shape[0], -1, -1, -1)], 1)
+    merged = (lse.softmax(1)[:, :most, ..., None] * output).sum(1).to(inputs.query.dtype)
+    if not return_lse:
+        return merged, None
+    total = lse.logsumexp(1)
+    return merged, total.masked_fill(total < nothing / 2, NEGATIVE_INFINITY)
