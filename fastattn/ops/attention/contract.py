@@ -68,11 +68,15 @@ class AttentionCall(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Can ``F.scaled_dot_product_attention`` express all that is asked of the scores?"""
-        beyond = (
-            self.alibi_slopes, self.sinks, self.query_documents, self.key_documents, self.prefix, self.lower,
-            self.softcap,
-        )  # fmt: skip
-        return all(argument is None for argument in beyond)
+        return (
+            self.alibi_slopes is None
+            and self.sinks is None
+            and self.query_documents is None
+            and self.key_documents is None
+            and self.prefix is None
+            and self.lower is None
+            and self.softcap is None
+        )
 
 
 # ----------------------------------------------------------------------------------- the operators' groups of arguments
