@@ -109,6 +109,22 @@ def layer():
     yield row(case, "nn.TransformerEncoderLayer", 0.9, best=("fastattn", 0.9), **size)
 
 
+def varlen():
+    """A third of the padded batch, and level with each sequence by itself."""
+    case, size = "varlen-b8-h2-l64-d4-eval-float32", {"batch": 8, "heads": 2, "longest": 64, "head_dim": 4}
+    yield row(case, "fastattn", 1.0, ratio=0.33, best=("sdpa-each", 1.0), causal=False, **size)
+    yield row(case, "sdpa-padded", 3.0, best=("fastattn", 3.0), causal=False, **size)
+    yield row(case, "sdpa-each", 1.0, ratio=0.33, best=("fastattn", 1.0), causal=False, **size)
+
+
+def decode():
+    case = "decode-b2-h4-k2-s64-d4-p16-float32"
+    size = {"batch": 2, "heads": 4, "kv_heads": 2, "held": 64, "head_dim": 4, "page_size": 16}
+    for variant, ratio in (("fastattn", 0.7), ("fastattn-paged", 0.8), ("sdpa-gathered", 3.0)):
+        yield row(case, variant, ratio, ratio=ratio, best=("sdpa", ratio), **size)
+    yield row(case, "sdpa", 1.0, best=("fastattn", 1.4), **size)
+
+
 def norm():
     rate = {"tb_per_s": 0.03, "floor_ms": 0.75, "of_floor": 0.75, "moved_bytes": 10, "formula": "bytes 16 M N"}
     for size in (64, 4096):

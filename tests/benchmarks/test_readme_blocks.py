@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.reporting import readme
 from benchmarks.reporting.readme import BLOCKS, fill, outdated
-from tests.benchmarks.documents import document, module, norm, row, sequence, write
+from tests.benchmarks.documents import decode, document, module, norm, row, sequence, varlen, write
 
 RUN = "benchmarks/results/cpu/run.json"
 
@@ -214,6 +214,13 @@ def test_norm_ratios_have_the_share_of_the_floor():
 
 
 def test_other_blocks():
+    packed, cache = document(list(varlen())), document(list(decode()))
+    beside = "1.00 [0.98 1.02] of sdpa-each; 0.33 [0.32 0.34] of sdpa-padded"
+    assert cells(BLOCKS["varlen-ratios"](packed))[1] == [["8 sequences of 1 to 64, H2 D4", "plain", beside]]
+    header, lines = cells(BLOCKS["decode-ratios"](cache))
+    assert header[2:] == ["contiguous, of sdpa", "in pages, of sdpa", "sdpa, pages copied in order, of sdpa"]
+    ratios = ["0.70 [0.69 0.71]", "0.80 [0.78 0.82]", "3.00 [2.94 3.06]"]
+    assert lines == [["B2 H4 Hk2 S64 D4", "16", *ratios]]
     assert cells(BLOCKS["layer-ratios"](document()))[1] == [["B1 H2 L64 D4", "plain", "1.10 [1.08 1.12]"]]
     header, lines = cells(BLOCKS["quality"](document()))
     assert header == ["task", "a guess", "attention", "gru", "conv x2"]
@@ -224,9 +231,10 @@ def test_other_blocks():
 
 def test_every_block_ends_with_one_newline():
     """As :func:`fill` sets an empty line before the end mark."""
+    whole = document([*document()["results"], *varlen(), *decode()], **{n: document()[n] for n in ("tiles", "quality")})
     for name, made in BLOCKS.items():
-        assert made(document()).endswith("\n"), name
-        assert not made(document()).endswith("\n\n"), name
+        assert made(whole).endswith("\n"), name
+        assert not made(whole).endswith("\n\n"), name
 
 
 def test_committed_runs_are_found(root):
