@@ -49,6 +49,8 @@ PARITY_TESTS = (
     "tests/ops/test_attention_parity.py",
     "tests/ops/test_norm_parity.py",
     "tests/ops/test_additive_parity.py",
+    "tests/ops/test_varlen_parity.py",
+    "tests/ops/test_kvcache.py",
 )
 _FILES = ("answer.txt", "call.json", "run.json", first_launches.FILE, "log.txt", "cache.tar.xz", "ncu.csv")
 

@@ -37,20 +37,23 @@ def ids(cases):
 
 
 @pytest.mark.parametrize("case", FEATURES, ids=ids(FEATURES))
-def test_kvcache_feature_matches_reference(case):
-    check("kvcache", case, "torch", gradients=True)
+@pytest.mark.parity
+def test_kvcache_feature_matches_reference(case, device):
+    check("kvcache", case, "torch", device, gradients=True)
 
 
 @pytest.mark.parametrize("case", PAIRS, ids=ids(PAIRS))
-def test_kvcache_pairs_of_features_match_reference(case):
-    check("kvcache", case, "torch", gradients=True)
-    check("kvcache", case, "torch")
+@pytest.mark.parity
+def test_kvcache_pairs_of_features_match_reference(case, device):
+    check("kvcache", case, "torch", device, gradients=True)
+    check("kvcache", case, "torch", device)
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("number", range(len(PAIRS)), ids=ids(PAIRS))
-def test_kvcache_pairs_of_features_match_reference_on_kernels(number):
-    check("pairs", dataclasses.replace(PAIRS[number], num_splits=3 * (number % 2)), "triton")
+@pytest.mark.parity
+def test_kvcache_pairs_of_features_match_reference_on_triton(number, device):
+    check("kvcache", dataclasses.replace(PAIRS[number], num_splits=3 * (number % 2)), "triton", device)
 
 
 @pytest.mark.parametrize("case", PAIRS, ids=ids(PAIRS))
@@ -87,15 +90,14 @@ def test_kvcache_pages_held_by_several_sequences_are_read_once(monkeypatch):
     torch.testing.assert_close(output, expected)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("page_size", [None, 16])
-def test_kvcache_step_by_step_is_attention_to_the_whole(page_size, backend):
+def test_kvcache_step_by_step_is_attention_to_the_whole(page_size, backend, device):
     """Six tokens at once and then one at a time give what causal attention gives, with the same cache all along."""
     batch, heads, length, size = 2, 2, 40 if backend == "torch" else 20, 8
-    query, key, value = (random_tensor(batch, heads, length, size, seed=i) for i in range(3))
+    query, key, value = (random_tensor(batch, heads, length, size, seed=i, device=device) for i in range(3))
     shape = (batch, heads, length) if page_size is None else (6, heads, page_size)
-    caches = {name: torch.full((*shape, size), torch.nan) for name in ("key_cache", "value_cache")}
-    table = None if page_size is None else torch.tensor([[4, 0, 2], [1, 5, 3]], dtype=torch.int32)
+    caches = {name: torch.full((*shape, size), torch.nan, device=device) for name in ("key_cache", "value_cache")}
+    table = None if page_size is None else torch.tensor([[4, 0, 2], [1, 5, 3]], dtype=torch.int32, device=device)
     found, begin = [], 0
     for count in (6, *[1] * (length - 6)):
         new = slice(begin, begin + count)
@@ -107,50 +109,48 @@ def test_kvcache_step_by_step_is_attention_to_the_whole(page_size, backend):
     torch.testing.assert_close(torch.cat(found, 2), expected)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_kvcache_takes_one_length_for_all_and_a_batch_of_none(backend):
-    query, caches = torch.randn(0, 2, 1, 8), [torch.randn(0, 2, 5, 8) for _ in range(2)]
+def test_kvcache_takes_one_length_for_all_and_a_batch_of_none(backend, device):
+    query, caches = torch.randn(0, 2, 1, 8, device=device), [torch.randn(0, 2, 5, 8, device=device) for _ in range(2)]
     output, lse = attention_with_kvcache(query, *caches, cache_seqlens=3, return_lse=True, backend=backend)
     assert output.shape == (0, 2, 1, 8) and lse.shape == (0, 2, 1)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("page_size", [None, 4])
-def test_kvcache_query_that_sees_nothing_is_zero(page_size, with_sinks, backend):
+def test_kvcache_query_that_sees_nothing_is_zero(page_size, with_sinks, backend, device):
     """flash-attention returned what was in memory for sequences of length 0 (issues 1537 and 2421 there)."""
     shape = (2, 2, 8) if page_size is None else (5, 2, page_size)
-    caches = [torch.full((*shape, 8), torch.nan) for _ in range(2)]
-    words: dict[str, Any] = {} if page_size is None else {"block_table": torch.zeros(2, 2, dtype=torch.int32)}
+    caches = [torch.full((*shape, 8), torch.nan, device=device) for _ in range(2)]
+    words: dict[str, Any] = (
+        {} if page_size is None else {"block_table": torch.zeros(2, 2, dtype=torch.int32, device=device)}
+    )
     if with_sinks:
-        words["sinks"] = torch.tensor([0.5, -1.0])
-    query = torch.randn(2, 2, 1, 8)
+        words["sinks"] = torch.tensor([0.5, -1.0], device=device)
+    query = torch.randn(2, 2, 1, 8, device=device)
     output, lse = attention_with_kvcache(query, *caches, cache_seqlens=0, return_lse=True, backend=backend, **words)
     assert (output == 0).all()
-    expected = torch.tensor([0.5, -1.0]) if with_sinks else torch.full((2,), -torch.inf)
+    expected = torch.tensor([0.5, -1.0], device=device) if with_sinks else torch.full((2,), -torch.inf, device=device)
     torch.testing.assert_close(lse, expected[None, :, None].expand(2, 2, 1))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_kvcache_entries_of_the_table_behind_the_last_token_are_not_read(backend):
-    problem = make_problem(Case(page_size=16))
+def test_kvcache_entries_of_the_table_behind_the_last_token_are_not_read(backend, device):
+    problem = make_problem(Case(page_size=16), device)
     arguments = problem.arguments(gradients=False)
     expected = reference(**arguments).output
     arguments["block_table"][:, 3:] = -7
     torch.testing.assert_close(attention_with_kvcache(**arguments, backend=backend), expected)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("page_size", [None, 7])
-def test_kvcache_writes_nothing_out_of_bounds_where_no_number_may_be_read(page_size, backend, monkeypatch):
+def test_kvcache_writes_nothing_out_of_bounds_where_no_number_may_be_read(page_size, backend, device, monkeypatch):
     """Tokens without a slot are dropped, and those of other sequences are written."""
     monkeypatch.setattr(on_torch, "is_eager_on_cpu", lambda tensor: False)
-    problem = make_problem(Case(length=3, page_size=page_size))
+    problem = make_problem(Case(length=3, page_size=page_size), device)
     arguments = problem.arguments(gradients=False)
     room = 70
-    held = torch.tensor([room - 1, 37, room + 50], dtype=torch.int32)
+    held = torch.tensor([room - 1, 37, room + 50], dtype=torch.int32, device=device)
     before = {name: arguments[name].clone() for name in ("key_cache", "value_cache")}
-    fits = reference(**{**arguments, "cache_seqlens": torch.tensor([37, 37, 37])})
+    fits = reference(**{**arguments, "cache_seqlens": torch.tensor([37, 37, 37], device=device)})
     monkeypatch.setattr(checks, "is_eager_on_cpu", lambda tensor: False)
     if page_size is not None:
         arguments["block_table"][2] = torch.tensor([900, -1] * 5)
@@ -201,10 +201,9 @@ def test_kvcache_of_gradients_reads_a_cache_that_is_not_written():
     assert cache.grad is not None and (cache.grad[:, :, :4] != 0).any() and (cache.grad[:, :, 4:] == 0).all()
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("page_size", [None, 16])
-def test_kvcache_in_a_compiled_graph(page_size, backend):
-    problem = make_problem(Case(page_size=page_size, rotary="halves", length=3))
+def test_kvcache_in_a_compiled_graph(page_size, backend, device):
+    problem = make_problem(Case(page_size=page_size, rotary="halves", length=3), device)
     compiled = torch.compile(attention_with_kvcache, backend="aot_eager", fullgraph=True)
     arguments = problem.arguments(gradients=False)
     expected = reference(**arguments)
@@ -212,10 +211,10 @@ def test_kvcache_in_a_compiled_graph(page_size, backend):
     torch.testing.assert_close(arguments["key_cache"], expected.key_cache, equal_nan=True)
 
 
-def test_kvcache_repeats_a_call_by_the_short_way():
+def test_kvcache_repeats_a_call_by_the_short_way(device):
     """From the third call on; autograd is told each time that the caches have been written."""
     api._ARGUMENTS.clear()
-    problem = make_problem(Case(held="ragged", page_size=16, length=3))
+    problem = make_problem(Case(held="ragged", page_size=16, length=3), device)
     for repetition in range(4):
         arguments, expected = problem.arguments(gradients=False), reference(**problem.arguments(gradients=False))
         versions = [arguments[name]._version for name in ("key_cache", "value_cache")]
@@ -226,8 +225,8 @@ def test_kvcache_repeats_a_call_by_the_short_way():
         assert len(api._ARGUMENTS) == (repetition > 0)
 
 
-def test_kvcache_on_kernels_refuses_gradients():
-    arguments = make_problem(Case()).arguments()
+def test_kvcache_on_kernels_refuses_gradients(device):
+    arguments = make_problem(Case(), device).arguments()
     with pytest.raises(NotImplementedError, match=r"gradients are asked for \(query, key, value\)"):
         attention_with_kvcache(**arguments, backend="triton")
 
