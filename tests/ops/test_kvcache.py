@@ -272,6 +272,9 @@ def table(*rows):
     return torch.tensor(rows, dtype=torch.int32)
 
 
+with torch.inference_mode():
+    INFERENCE = torch.randn(3, 2, 70, 16)
+
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "query_3d": ({"query": torch.randn(3, 2, 16)}, ValueError, "query has shape (3, 2, 16): expected 4 dimensions"),
     "dtype": ({"key_cache": torch.randn(3, 2, 70, 16).half()}, TypeError, "key_cache is torch.float16 but query is"),
@@ -306,6 +309,18 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "page": ({"block_table": table([2, 1], [0, 2], [9, 1]), "cache_seqlens": 69}, ValueError, "block_table[2, 0] is 9"),
     "two_writers": (
         {"block_table": table([0], [1], [1])}, ValueError, "sequences 1 and 2 would both write into page 1"),
+    "page_twice": (
+        {"block_table": table([0, 0], [1, 2], [2, 1]), "cache_seqlens": 70}, ValueError,
+        "block_table[0] holds page 0 twice"),
+    "keys_of_one_row": ({"key_cache": torch.randn(1, 2, 70, 16).expand(3, 2, 70, 16)}, ValueError, "key_cache has str"),
+    "values_of_one_head": (
+        {"value_cache": torch.randn(3, 1, 70, 16).expand(3, 2, 70, 16)}, ValueError, "value_cache has strides"),
+    "values_of_inference": ({"value_cache": INFERENCE}, ValueError, "value_cache was made under torch.inference_mode"),
+    "seqlens_int": ({"cache_seqlens": 2**40}, ValueError, "cache_seqlens=1099511627776: expected 0 to 2147483647"),
+    "angles_type": ({"rotary_cos": [1.0], "rotary_sin": [0.0]}, TypeError, "rotary_cos: expected a torch.Tensor"),
+    "angles_0d": (
+        {"rotary_cos": torch.tensor(1.0), "rotary_sin": torch.tensor(0.0)}, ValueError,
+        "rotary_cos has shape (): expected [positions, pairs]"),
     "table_dtype": ({"block_table": torch.zeros(3, 2)}, TypeError, "block_table is torch.float32"),
 }  # fmt: skip
 
