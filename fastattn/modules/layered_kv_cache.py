@@ -17,7 +17,7 @@ lengths and, where there is one, the block table) never moves: a CUDA graph that
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,10 @@ class CacheFullError(RuntimeError):
     def __init__(self, message: str, asked: int, held: int, free: int) -> None:
         super().__init__(message)
         self.asked, self.held, self.free = asked, held, free
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What is pickled, as when a worker process hands it on: all arguments, of which ``args`` holds the message."""
+        return type(self), (str(self), self.asked, self.held, self.free)
 
 
 class LayeredKVCache(abc.ABC):
@@ -241,12 +245,13 @@ class LayeredKVCache(abc.ABC):
                 self._drop(sequence, length)
         self._write_lengths()
 
-    def free(self, sequences: Sequence[int]) -> None:
+    def free(self, sequences: Iterable[int]) -> None:
         """Forget all tokens of these sequences, and what was reserved for them.
 
         Raises:
             ValueError: there is no such sequence.
         """
+        sequences = list(sequences)  # read twice
         for sequence in sequences:
             check_number("sequences", sequence, 0, self.batch - 1, "sequences")
         for sequence in sequences:
@@ -305,7 +310,8 @@ class LayeredKVCache(abc.ABC):
         if not isinstance(sequences, slice):
             raise TypeError(f"sequences={sequences!r}: expected a slice or None, got {type(sequences).__name__}")
         chosen = range(*sequences.indices(self.batch))
-        if chosen.step != 1 or (sequences.stop is not None and sequences.stop > self.batch):
+        asked = [bound for bound in (sequences.start, sequences.stop) if bound is not None]
+        if chosen.step != 1 or max(asked, default=0) > self.batch:
             raise ValueError(f"sequences={sequences}: expected neighbours among the {self.batch} sequences")
         return chosen
 

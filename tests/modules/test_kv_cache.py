@@ -1,5 +1,6 @@
 """The caches: what they hold after appends, forks and truncations, pages counted, the errors, and fixed addresses."""
 
+import pickle
 import random
 from typing import Any, cast
 
@@ -277,6 +278,20 @@ def test_full_pool_says_what_it_has_and_changes_nothing():
     story.check()
 
 
+def test_error_of_a_full_cache_survives_pickling():
+    """A worker process hands its exceptions on by pickle."""
+    error = pickle.loads(pickle.dumps(CacheFullError("full", 3, 2, 1)))
+    assert (str(error), error.asked, error.held, error.free) == ("full", 3, 2, 1)
+
+
+@BOTH
+def test_free_reads_its_sequences_once(paged):
+    story = Story(make(paged))
+    story.append(2)
+    story.cache.free(sequence for sequence in (0, 2))
+    assert story.cache.lengths_on_host == [0, 2, 0]
+
+
 def test_room_for_copies_is_asked_for_too():
     """Two of the three that share a page may write into it only with a copy each, unless the third is gone."""
     story = Story(make(True, pages=2))
@@ -330,6 +345,7 @@ def test_sequence_has_no_more_than_max_length(paged):
         (lambda cache, x: cache.reserve(-1), ValueError, "tokens=-1: expected a number of at least 0"),
         (lambda cache, x: cache.reserve(1.5), TypeError, "tokens=1.5: expected an int"),
         (lambda cache, x: cache.reserve(1, slice(0, 3, 2)), ValueError, "expected neighbours"),
+        (lambda cache, x: cache.reserve(1, slice(5, None)), ValueError, "expected neighbours"),
         (
             lambda cache, x: cache.advance(1),
             ValueError,
