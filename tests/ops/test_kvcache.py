@@ -1,6 +1,7 @@
 """attention_with_kvcache held against the reference; what it refuses; and cases that fail elsewhere."""
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -162,6 +163,25 @@ def test_kvcache_writes_nothing_out_of_bounds_where_no_number_may_be_read(page_s
             torch.testing.assert_close(arguments[name][1], getattr(fits, name)[1], equal_nan=True)
 
 
+@pytest.mark.parametrize("page_size", [None, 4])
+@pytest.mark.parametrize("held", [3, torch.tensor([3, 1], dtype=torch.int32)], ids=["alike", "ragged"])
+def test_kvcache_of_a_vmapped_call_takes_its_own_tokens(page_size, held):
+    """Two samples of two sequences: a batch of two tokens can be mistaken for the two samples."""
+    shape = (2, 2, 8) if page_size is None else (4, 2, page_size)
+    words = {} if page_size is None else {"block_table": table([3, 0], [1, 2])}
+    stacks = [
+        random_tensor(2, *s, seed=i) for i, s in enumerate([(2, 4, 1, 8), *[(*shape, 8)] * 2, *[(2, 2, 1, 8)] * 2])
+    ]
+    copies = [stack.clone() for stack in stacks]
+    found = torch.vmap(lambda *of_sample: attention_with_kvcache(*of_sample, cache_seqlens=held, **words))(*copies)
+    for sample, output in enumerate(found):
+        lengths = torch.as_tensor(held).expand(2)
+        expected = reference(*(stack[sample] for stack in stacks), cache_seqlens=lengths, **words)
+        torch.testing.assert_close(output, expected.output)
+        torch.testing.assert_close(copies[1][sample], expected.key_cache, rtol=0, atol=0)
+        torch.testing.assert_close(copies[2][sample], expected.value_cache, rtol=0, atol=0)
+
+
 def test_kvcache_gradient_outlives_what_later_calls_write():
     """The backward of a step reads what the cache held then, not what was written behind it since."""
     problem = make_problem(Case(length=1))
@@ -230,6 +250,15 @@ def test_kvcache_on_kernels_refuses_gradients():
     arguments = make_problem(Case()).arguments()
     with pytest.raises(NotImplementedError, match=r"gradients are asked for \(query, key, value\)"):
         attention_with_kvcache(**arguments, backend="triton")
+
+
+def test_kvcache_on_kernels_refuses_transforms():
+    arguments = make_problem(Case(new=False)).arguments(gradients=False)
+    query = arguments.pop("query")
+    attend = functools.partial(attention_with_kvcache, **arguments, backend="triton")
+    for transformed in (lambda: torch.vmap(attend)(query[None]), lambda: torch.func.jvp(attend, (query,), (query,))):
+        with pytest.raises(NotImplementedError, match="under torch.func or in forward mode"):
+            transformed()
 
 
 class _Layer(torch.nn.Module):
