@@ -257,7 +257,7 @@ def test_kvcache_on_kernels_refuses_transforms():
     query = arguments.pop("query")
     attend = functools.partial(attention_with_kvcache, **arguments, backend="triton")
     for transformed in (lambda: torch.vmap(attend)(query[None]), lambda: torch.func.jvp(attend, (query,), (query,))):
-        with pytest.raises(NotImplementedError, match="under torch.func or in forward mode"):
+        with pytest.raises(NotImplementedError, match=r"under torch\.func or in forward mode"):
             transformed()
 
 
