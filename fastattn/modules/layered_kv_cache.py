@@ -76,8 +76,13 @@ class LayeredKVCache(abc.ABC):
         for name, size in (sizes | {"max_length": max_length}).items():
             check_number(name, size)
         for name in ("rotary_cos", "rotary_sin"):
-            if (table := rotary.get(name)) is not None and (table.dim() != 2 or len(table) < max_length):
-                raise ValueError(f"{name} has shape {tuple(table.shape)}: expected [at least {max_length}, R / 2]")
+            table = rotary.get(name)
+            if table is not None and not isinstance(table, Tensor):
+                raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(table).__name__}")
+            if table is not None and (table.dim() != 2 or len(table) < max_length or 2 * table.shape[1] > head_dim):
+                raise ValueError(
+                    f"{name} has shape {tuple(table.shape)}: expected [at least {max_length}, at most {head_dim // 2}]"
+                )
         self.batch, self.max_length = batch, max_length
         # Not filled: what no slot in use holds takes no part, whatever it is.
         self.key_cache = torch.empty(layers, rows, kv_heads, slots, head_dim, dtype=dtype, device=device)
@@ -163,7 +168,7 @@ class LayeredKVCache(abc.ABC):
         self._check_batch("query", query, chosen)
         if key is not None:
             self._check_batch("key", key, chosen)
-            room = min((self._reserved[sequence] for sequence in chosen), default=key.shape[2])
+            room = min([key.shape[2], *(self._reserved[sequence] for sequence in chosen)])
             if key.shape[2] > room:
                 raise ValueError(
                     f"key has {key.shape[2]} new tokens but room is reserved for {room}: call reserve({key.shape[2]}) "
@@ -310,8 +315,9 @@ class LayeredKVCache(abc.ABC):
         if not isinstance(sequences, slice):
             raise TypeError(f"sequences={sequences!r}: expected a slice or None, got {type(sequences).__name__}")
         chosen = range(*sequences.indices(self.batch))
-        asked = [bound for bound in (sequences.start, sequences.stop) if bound is not None]
-        if chosen.step != 1 or max(asked, default=0) > self.batch:
+        if chosen.step != 1 or any(
+            bound is not None and bound > self.batch for bound in (sequences.start, sequences.stop)
+        ):
             raise ValueError(f"sequences={sequences}: expected neighbours among the {self.batch} sequences")
         return chosen
 

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import fastattn
 from fastattn import CacheFullError, KVCache, PagedKVCache
@@ -378,7 +379,17 @@ def test_cache_refuses_and_changes_nothing(paged, call, error, message):
         (
             lambda: KVCache(1, 1, 1, 4, 8, rotary_cos=torch.zeros(3, 2), rotary_sin=torch.zeros(3, 2)),
             ValueError,
-            r"rotary_cos has shape \(3, 2\): expected \[at least 4, R / 2\]",
+            r"rotary_cos has shape \(3, 2\): expected \[at least 4, at most 4\]",
+        ),
+        (
+            lambda: KVCache(1, 1, 1, 4, 8, rotary_cos=torch.zeros(4, 5), rotary_sin=torch.zeros(4, 5)),
+            ValueError,
+            r"rotary_cos has shape \(4, 5\): expected \[at least 4, at most 4\]",
+        ),
+        (
+            lambda: KVCache(1, 1, 1, 4, 8, rotary_cos=cast(Any, [1.0]), rotary_sin=cast(Any, [0.0])),
+            TypeError,
+            "rotary_cos: expected a torch.Tensor or None, got list",
         ),
         (lambda: PagedKVCache(1, 1, 1, 0, 8), ValueError, "pages=0"),
         (lambda: PagedKVCache(1, 1, 1, 4, 8, page_size=0), ValueError, "page_size=0"),
@@ -425,6 +436,26 @@ def test_cache_turns_keys_by_its_tables(paged):
     turned = rotate(x[SIZE], angles[:5].cos(), angles[:5].sin(), interleaved=True)
     whole = attention(turned, turned, x[VALUE_SIZE], lower=-1, upper=0, scale=0.3).output
     torch.testing.assert_close(last, whole[:, :, 3:], rtol=0, atol=1e-13)
+
+
+@BOTH
+@pytest.mark.parametrize("sequences", [None, slice(1, 3)])
+def test_cache_is_attended_to_in_a_compiled_graph(paged, sequences):
+    """Without a break, and steps are not compiled one by one: lengths are no part of the graph."""
+    cache, counter = make(paged), CompileCounter()
+    attend = torch.compile(
+        lambda x: cache.attend(0, x, x, x[..., :VALUE_SIZE], sequences=sequences), backend=counter, fullgraph=True
+    )
+    batch = len(range(3)[sequences or slice(None)])
+    x = random_tensor(batch, KV_HEADS, 5, SIZE, seed=3, dtype=torch.float64)
+    found = []
+    for token in x.split(1, dim=2):
+        cache.reserve(1, sequences)
+        found.append(attend(token))
+        cache.advance(1, sequences)
+    expected = attention(x, x, x[..., :VALUE_SIZE], upper=0).output
+    torch.testing.assert_close(torch.cat(found, dim=2), expected, rtol=0, atol=1e-13)
+    assert counter.frame_count == 1
 
 
 def test_cache_says_how_full_it_is():
