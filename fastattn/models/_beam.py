@@ -42,7 +42,8 @@ class Beams:
             ``[B, K']``: which of the ``K`` beginnings before each of those after goes on with.
         """
         vocabulary = logits.shape[-1]
-        logs = logits.log_softmax(-1)
+        # 16 bits would round the logarithms of a long beginning's tokens by more than beginnings differ
+        logs = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         if self._end is not None:
             only_end = logs.new_full((vocabulary,), -torch.inf)
             only_end[self._end] = 0.0

@@ -22,6 +22,8 @@ def check_token(name: str, token: int, vocabulary: int) -> None:
 
 def check_temperature(temperature: float) -> None:
     """Raise unless logits can be divided by ``temperature``, or it is 0."""
+    if not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature={temperature!r}: expected a number, got {type(temperature).__name__}")
     least = torch.finfo(torch.float32).tiny  # below it what float32 logits are divided by is 0
     if not (temperature == 0.0 or least <= temperature < math.inf):
         raise ValueError(f"temperature={temperature}: expected 0 or a finite number of at least {least:.3g}")
@@ -29,6 +31,8 @@ def check_temperature(temperature: float) -> None:
 
 def check_tokens(name: str, tokens: Tensor, *, least: int = 0, batch: int | None = None) -> None:
     """Raise unless ``tokens`` are integers ``[B, at least so many]``, of this batch."""
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tokens).__name__}")
     if tokens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} is {tokens.dtype}: expected int64 or int32")
     if tokens.dim() != 2 or tokens.shape[1] < least or batch not in (None, tokens.shape[0]):

@@ -196,6 +196,7 @@ def _go_on(step: _Step, prompt: Tensor, length: int, temperature: float, seed: i
         if end is not None:
             new = torch.where(ended, end, new)
             ended |= new == end
+        new = new.to(prompt.dtype)
         tokens = torch.cat((tokens, new), dim=1)
         if end is not None and bool(ended.all()):
             break

@@ -17,7 +17,7 @@ lengths and, where there is one, the block table) never moves: a CUDA graph that
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,10 @@ class CacheFullError(RuntimeError):
     def __init__(self, message: str, asked: int, held: int, free: int) -> None:
         super().__init__(message)
         self.asked, self.held, self.free = asked, held, free
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What is pickled, as when a worker process hands it on: all arguments, of which ``args`` holds the message."""
+        return type(self), (str(self), self.asked, self.held, self.free)
 
 
 class LayeredKVCache(abc.ABC):
@@ -72,8 +76,13 @@ class LayeredKVCache(abc.ABC):
         for name, size in (sizes | {"max_length": max_length}).items():
             check_number(name, size)
         for name in ("rotary_cos", "rotary_sin"):
-            if (table := rotary.get(name)) is not None and (table.dim() != 2 or len(table) < max_length):
-                raise ValueError(f"{name} has shape {tuple(table.shape)}: expected [at least {max_length}, R / 2]")
+            table = rotary.get(name)
+            if table is not None and not isinstance(table, Tensor):
+                raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(table).__name__}")
+            if table is not None and (table.dim() != 2 or len(table) < max_length or 2 * table.shape[1] > head_dim):
+                raise ValueError(
+                    f"{name} has shape {tuple(table.shape)}: expected [at least {max_length}, at most {head_dim // 2}]"
+                )
         self.batch, self.max_length = batch, max_length
         # Not filled: what no slot in use holds takes no part, whatever it is.
         self.key_cache = torch.empty(layers, rows, kv_heads, slots, head_dim, dtype=dtype, device=device)
@@ -159,7 +168,7 @@ class LayeredKVCache(abc.ABC):
         self._check_batch("query", query, chosen)
         if key is not None:
             self._check_batch("key", key, chosen)
-            room = min((self._reserved[sequence] for sequence in chosen), default=key.shape[2])
+            room = min([key.shape[2], *(self._reserved[sequence] for sequence in chosen)])
             if key.shape[2] > room:
                 raise ValueError(
                     f"key has {key.shape[2]} new tokens but room is reserved for {room}: call reserve({key.shape[2]}) "
@@ -241,12 +250,13 @@ class LayeredKVCache(abc.ABC):
                 self._drop(sequence, length)
         self._write_lengths()
 
-    def free(self, sequences: Sequence[int]) -> None:
+    def free(self, sequences: Iterable[int]) -> None:
         """Forget all tokens of these sequences, and what was reserved for them.
 
         Raises:
             ValueError: there is no such sequence.
         """
+        sequences = list(sequences)  # read twice
         for sequence in sequences:
             check_number("sequences", sequence, 0, self.batch - 1, "sequences")
         for sequence in sequences:
@@ -305,7 +315,9 @@ class LayeredKVCache(abc.ABC):
         if not isinstance(sequences, slice):
             raise TypeError(f"sequences={sequences!r}: expected a slice or None, got {type(sequences).__name__}")
         chosen = range(*sequences.indices(self.batch))
-        if chosen.step != 1 or (sequences.stop is not None and sequences.stop > self.batch):
+        if chosen.step != 1 or any(
+            bound is not None and bound > self.batch for bound in (sequences.start, sequences.stop)
+        ):
             raise ValueError(f"sequences={sequences}: expected neighbours among the {self.batch} sequences")
         return chosen
 

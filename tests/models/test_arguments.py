@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import math
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -144,6 +144,7 @@ TAKES = {
         ({"beam": 0}, ValueError, "beam=0: expected a number of at least 1"),
         ({"beam": 2, "temperature": 0.5}, ValueError, "beam=2, temperature=0.5: a beam search draws nothing"),
         ({"page_size": 0}, ValueError, "page_size=0: expected a number of at least 1"),
+        ({"temperature": "1"}, TypeError, "temperature='1': expected a number, got str"),
         ({"temperature": math.nan}, ValueError, "temperature=nan: expected 0 or a finite number"),
         ({"temperature": math.inf}, ValueError, "temperature=inf"),
         ({"temperature": -1.0}, ValueError, "temperature=-1"),
@@ -293,3 +294,9 @@ def test_decoder_refuses_tokens_of_another_batch():
     decoder = AttentionDecoder(5, 4, hidden=8)
     with pytest.raises(ValueError, match=r"tokens has shape \(1, 3\): expected \[2, at least 1\]"):
         decoder(ids(1, 3), Memory(torch.zeros(2, 3, 4), torch.zeros(2, 4)))
+
+
+def test_prompt_that_is_no_tensor_is_refused():
+    model = TransformerLanguageModel(5, TransformerConfig(8, 2, 1))
+    with pytest.raises(TypeError, match=r"prompt: expected a torch\.Tensor, got list"):
+        model.generate(cast(Any, [[1, 2]]), 3)

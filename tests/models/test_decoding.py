@@ -8,6 +8,7 @@ import torch
 
 import fastattn
 from fastattn import CacheFullError, KVCache
+from fastattn.models._beam import Beams
 from fastattn.models.transformer import TransformerTrunk
 from fastattn.testing import assert_within_budget
 from tests.models.transformer_cases import (
@@ -297,6 +298,25 @@ def test_sampled_generation_draws_from_the_softmax():
     expected = (model(x[:1])[0, -1] / 0.5).softmax(-1)
     found = torch.bincount(drawn, minlength=VOCABULARY) / 4000
     assert (found - expected).abs().max() < 5 * (0.25 / 4000) ** 0.5  # five deviations of the widest
+
+
+@pytest.mark.parametrize("choice", [{}, {"temperature": 1.0, "seed": 0}, {"beam": 2}, {"end": 0}], ids=str)
+def test_generation_is_of_the_prompts_integers(choice):
+    model, x = language_model(), tokens(2, 3)
+    said = model.generate(x.int(), 4, **choice)
+    assert said.dtype == torch.int32 and torch.equal(said, model.generate(x, 4, **choice).int())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_beam_search_adds_up_what_its_logits_say(dtype):
+    """Of logits with 16 bits no probability is rounded to 16 bits."""
+    beams, logits = Beams(tokens(1, 1), 3), (3 * torch.randn(4, 1, VOCABULARY)).to(dtype)
+    expected = torch.zeros(1, dtype=torch.float64)
+    for one in logits:
+        origin = beams.extend(one.expand(1, beams.last.shape[1], VOCABULARY))
+        said = beams.tokens[0, :, -1]
+        expected = expected[origin[0]] + one[0].double().log_softmax(-1)[said]
+    torch.testing.assert_close(beams.log_probability[0].double(), expected, rtol=0, atol=1e-5)
 
 
 def test_generation_ends():

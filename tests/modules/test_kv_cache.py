@@ -1,10 +1,12 @@
 """The caches: what they hold after appends, forks and truncations, pages counted, the errors, and fixed addresses."""
 
+import pickle
 import random
 from typing import Any, cast
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import fastattn
 from fastattn import CacheFullError, KVCache, PagedKVCache
@@ -277,6 +279,20 @@ def test_full_pool_says_what_it_has_and_changes_nothing():
     story.check()
 
 
+def test_error_of_a_full_cache_survives_pickling():
+    """A worker process hands its exceptions on by pickle."""
+    error = pickle.loads(pickle.dumps(CacheFullError("full", 3, 2, 1)))
+    assert (str(error), error.asked, error.held, error.free) == ("full", 3, 2, 1)
+
+
+@BOTH
+def test_free_reads_its_sequences_once(paged):
+    story = Story(make(paged))
+    story.append(2)
+    story.cache.free(sequence for sequence in (0, 2))
+    assert story.cache.lengths_on_host == [0, 2, 0]
+
+
 def test_room_for_copies_is_asked_for_too():
     """Two of the three that share a page may write into it only with a copy each, unless the third is gone."""
     story = Story(make(True, pages=2))
@@ -330,6 +346,7 @@ def test_sequence_has_no_more_than_max_length(paged):
         (lambda cache, x: cache.reserve(-1), ValueError, "tokens=-1: expected a number of at least 0"),
         (lambda cache, x: cache.reserve(1.5), TypeError, "tokens=1.5: expected an int"),
         (lambda cache, x: cache.reserve(1, slice(0, 3, 2)), ValueError, "expected neighbours"),
+        (lambda cache, x: cache.reserve(1, slice(5, None)), ValueError, "expected neighbours"),
         (
             lambda cache, x: cache.advance(1),
             ValueError,
@@ -362,7 +379,17 @@ def test_cache_refuses_and_changes_nothing(paged, call, error, message):
         (
             lambda: KVCache(1, 1, 1, 4, 8, rotary_cos=torch.zeros(3, 2), rotary_sin=torch.zeros(3, 2)),
             ValueError,
-            r"rotary_cos has shape \(3, 2\): expected \[at least 4, R / 2\]",
+            r"rotary_cos has shape \(3, 2\): expected \[at least 4, at most 4\]",
+        ),
+        (
+            lambda: KVCache(1, 1, 1, 4, 8, rotary_cos=torch.zeros(4, 5), rotary_sin=torch.zeros(4, 5)),
+            ValueError,
+            r"rotary_cos has shape \(4, 5\): expected \[at least 4, at most 4\]",
+        ),
+        (
+            lambda: KVCache(1, 1, 1, 4, 8, rotary_cos=cast(Any, [1.0]), rotary_sin=cast(Any, [0.0])),
+            TypeError,
+            "rotary_cos: expected a torch.Tensor or None, got list",
         ),
         (lambda: PagedKVCache(1, 1, 1, 0, 8), ValueError, "pages=0"),
         (lambda: PagedKVCache(1, 1, 1, 4, 8, page_size=0), ValueError, "page_size=0"),
@@ -409,6 +436,26 @@ def test_cache_turns_keys_by_its_tables(paged):
     turned = rotate(x[SIZE], angles[:5].cos(), angles[:5].sin(), interleaved=True)
     whole = attention(turned, turned, x[VALUE_SIZE], lower=-1, upper=0, scale=0.3).output
     torch.testing.assert_close(last, whole[:, :, 3:], rtol=0, atol=1e-13)
+
+
+@BOTH
+@pytest.mark.parametrize("sequences", [None, slice(1, 3)])
+def test_cache_is_attended_to_in_a_compiled_graph(paged, sequences):
+    """Without a break, and steps are not compiled one by one: lengths are no part of the graph."""
+    cache, counter = make(paged), CompileCounter()
+    attend = torch.compile(
+        lambda x: cache.attend(0, x, x, x[..., :VALUE_SIZE], sequences=sequences), backend=counter, fullgraph=True
+    )
+    batch = len(range(3)[sequences or slice(None)])
+    x = random_tensor(batch, KV_HEADS, 5, SIZE, seed=3, dtype=torch.float64)
+    found = []
+    for token in x.split(1, dim=2):
+        cache.reserve(1, sequences)
+        found.append(attend(token))
+        cache.advance(1, sequences)
+    expected = attention(x, x, x[..., :VALUE_SIZE], upper=0).output
+    torch.testing.assert_close(torch.cat(found, dim=2), expected, rtol=0, atol=1e-13)
+    assert counter.frame_count == 1
 
 
 def test_cache_says_how_full_it_is():

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import fastattn
 from fastattn.ops.attention import blocks
 from fastattn.reference import attention as reference
 from fastattn.testing import (
@@ -437,3 +438,18 @@ def test_attention_jacobian_of_a_gradient(backend, device, seed):
     together = torch.func.vmap(pullback)(directions)[0]
     one_by_one = torch.stack([pullback(direction)[0] for direction in directions])
     torch.testing.assert_close(together, one_by_one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_attention_window_wider_than_any_integer_hides_nothing(backend):
+    """Some say "no limit" with 2**63 - 1, and some with a power of ten."""
+    query, key, value = (random_tensor(1, 2, 5, 8, seed=i) for i in range(3))
+    held: Any = {"cache_seqlens": 5, "is_causal": False}
+    expected = fastattn.attention(query, key, value, backend=backend)
+    for wide in (2**63 - 1, 10**30):
+        for window in ((wide, wide), (None, wide), (wide, None)):
+            of_both: Any = {"window": window, "backend": backend}
+            found = fastattn.attention(query, key, value, causal_alignment="bottom_right", **of_both)
+            torch.testing.assert_close(found, expected)
+            cached = fastattn.attention_with_kvcache(query, key, value, **held, **of_both)
+            torch.testing.assert_close(cached, expected)

@@ -1,6 +1,7 @@
 """attention_with_kvcache held against the reference; what it refuses; and cases that fail elsewhere."""
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -162,6 +163,25 @@ def test_kvcache_writes_nothing_out_of_bounds_where_no_number_may_be_read(page_s
             torch.testing.assert_close(arguments[name][1], getattr(fits, name)[1], equal_nan=True)
 
 
+@pytest.mark.parametrize("page_size", [None, 4])
+@pytest.mark.parametrize("held", [3, torch.tensor([3, 1], dtype=torch.int32)], ids=["alike", "ragged"])
+def test_kvcache_of_a_vmapped_call_takes_its_own_tokens(page_size, held):
+    """Two samples of two sequences: a batch of two tokens can be mistaken for the two samples."""
+    shape = (2, 2, 8) if page_size is None else (4, 2, page_size)
+    words = {} if page_size is None else {"block_table": table([3, 0], [1, 2])}
+    stacks = [
+        random_tensor(2, *s, seed=i) for i, s in enumerate([(2, 4, 1, 8), *[(*shape, 8)] * 2, *[(2, 2, 1, 8)] * 2])
+    ]
+    copies = [stack.clone() for stack in stacks]
+    found = torch.vmap(lambda *of_sample: attention_with_kvcache(*of_sample, cache_seqlens=held, **words))(*copies)
+    for sample, output in enumerate(found):
+        lengths = torch.as_tensor(held).expand(2)
+        expected = reference(*(stack[sample] for stack in stacks), cache_seqlens=lengths, **words)
+        torch.testing.assert_close(output, expected.output)
+        torch.testing.assert_close(copies[1][sample], expected.key_cache, rtol=0, atol=0)
+        torch.testing.assert_close(copies[2][sample], expected.value_cache, rtol=0, atol=0)
+
+
 def test_kvcache_gradient_outlives_what_later_calls_write():
     """The backward of a step reads what the cache held then, not what was written behind it since."""
     problem = make_problem(Case(length=1))
@@ -231,6 +251,15 @@ def test_kvcache_on_kernels_refuses_gradients(device):
         attention_with_kvcache(**arguments, backend="triton")
 
 
+def test_kvcache_on_kernels_refuses_transforms():
+    arguments = make_problem(Case(new=False)).arguments(gradients=False)
+    query = arguments.pop("query")
+    attend = functools.partial(attention_with_kvcache, **arguments, backend="triton")
+    for transformed in (lambda: torch.vmap(attend)(query[None]), lambda: torch.func.jvp(attend, (query,), (query,))):
+        with pytest.raises(NotImplementedError, match=r"under torch\.func or in forward mode"):
+            transformed()
+
+
 class _Layer(torch.nn.Module):
     """Its caches are buffers, which an exported program writes as the module does."""
 
@@ -271,6 +300,9 @@ def table(*rows):
     return torch.tensor(rows, dtype=torch.int32)
 
 
+with torch.inference_mode():
+    INFERENCE = torch.randn(3, 2, 70, 16)
+
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "query_3d": ({"query": torch.randn(3, 2, 16)}, ValueError, "query has shape (3, 2, 16): expected 4 dimensions"),
     "dtype": ({"key_cache": torch.randn(3, 2, 70, 16).half()}, TypeError, "key_cache is torch.float16 but query is"),
@@ -305,6 +337,18 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "page": ({"block_table": table([2, 1], [0, 2], [9, 1]), "cache_seqlens": 69}, ValueError, "block_table[2, 0] is 9"),
     "two_writers": (
         {"block_table": table([0], [1], [1])}, ValueError, "sequences 1 and 2 would both write into page 1"),
+    "page_twice": (
+        {"block_table": table([0, 0], [1, 2], [2, 1]), "cache_seqlens": 70}, ValueError,
+        "block_table[0] holds page 0 twice"),
+    "keys_of_one_row": ({"key_cache": torch.randn(1, 2, 70, 16).expand(3, 2, 70, 16)}, ValueError, "key_cache has str"),
+    "values_of_one_head": (
+        {"value_cache": torch.randn(3, 1, 70, 16).expand(3, 2, 70, 16)}, ValueError, "value_cache has strides"),
+    "values_of_inference": ({"value_cache": INFERENCE}, ValueError, "value_cache was made under torch.inference_mode"),
+    "seqlens_int": ({"cache_seqlens": 2**40}, ValueError, "cache_seqlens=1099511627776: expected 0 to 2147483647"),
+    "angles_type": ({"rotary_cos": [1.0], "rotary_sin": [0.0]}, TypeError, "rotary_cos: expected a torch.Tensor"),
+    "angles_0d": (
+        {"rotary_cos": torch.tensor(1.0), "rotary_sin": torch.tensor(0.0)}, ValueError,
+        "rotary_cos has shape (): expected [positions, pairs]"),
     "table_dtype": ({"block_table": torch.zeros(3, 2)}, TypeError, "block_table is torch.float32"),
 }  # fmt: skip
 

@@ -133,7 +133,9 @@ def check_window(window: tuple[int | None, int | None] | None) -> tuple[int | No
             raise TypeError(f"window={window!r}: expected ints, or None for a side without a limit")
         if side is not None and side < 0:
             raise ValueError(f"window={window!r}: expected 0 or more keys on each side, or None for no limit")
-    return window
+    # Operators take 64 bits, in which offsets are added to these; a limit as wide as that hides nothing.
+    left, right = (None if isinstance(side, int) and side > 2**62 else side for side in window)
+    return left, right
 
 
 def check_causality(is_causal: object, causal_alignment: object) -> None:

@@ -95,7 +95,8 @@ def attention_with_kvcache(
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: shapes, devices or numbers do not fit, the cache has no room, two sequences would write into one
-            page; the message shows them, and nothing has been written.
+            page or one twice, a cache cannot be written (a stride of 0, an inference tensor); the message shows them,
+            and nothing has been written.
         NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
     """
     signature = None

@@ -17,8 +17,10 @@ from fastattn.ops.attention.call import (
 )
 from fastattn.ops.attention.kvcache.contract import KVCacheCall, KVCacheInputs, KVCacheOptions
 from fastattn.ops.common.checks import check_attn_mask, check_tensor, is_integer, shape_of, shapes_of, under_autocast
-from fastattn.ops.common.tracing import are_sizes, is_eager_on_cpu
+from fastattn.ops.common.tracing import are_sizes, is_eager_on_cpu, is_traced
 from fastattn.reference.attention import NEGATIVE_INFINITY
+
+_MOST_TOKENS = 2**31 - 1  # lengths are int32
 
 
 def _check_caches(query: Tensor, key_cache: Tensor, value_cache: Tensor, is_paged: bool) -> None:
@@ -45,6 +47,20 @@ def _check_caches(query: Tensor, key_cache: Tensor, value_cache: Tensor, is_page
         raise ValueError(f"{shapes_of(query, key_cache, value_cache, of='_cache')}: expected {wanted}")
 
 
+def _check_writable(name: str, cache: Tensor) -> None:
+    """Raise unless new tokens can be written into ``cache``, before the other cache is written and this one is not."""
+    if any(size > 1 and stride == 0 for size, stride in zip(cache.shape, cache.stride())):
+        raise ValueError(
+            f"{name} has strides {cache.stride()}: new tokens are written into it, and where a stride is 0 they would "
+            "be written over each other; expected memory of its own for each element, which .contiguous() gives"
+        )
+    if cache.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{name} was made under torch.inference_mode(): new tokens are written into it, which torch allows there "
+            "only; expected the call under it as well, or a cache that was made outside"
+        )
+
+
 def _check_new(query: Tensor, key_cache: Tensor, value_cache: Tensor, key: Tensor | None, value: Tensor | None) -> None:
     """Raise unless there is neither a new key nor a new value, or both fit the queries and the caches."""
     if key is None or value is None:
@@ -60,6 +76,9 @@ def _check_new(query: Tensor, key_cache: Tensor, value_cache: Tensor, key: Tenso
                 f"{name} has shape {shape_of(tensor)}: expected {expected}, which is [batch, heads of {name}_cache, "
                 "length of query, head_dim]"
             )
+    if not is_traced():
+        _check_writable("key_cache", key_cache)
+        _check_writable("value_cache", value_cache)
     if torch.is_grad_enabled() and (key_cache.requires_grad or value_cache.requires_grad):
         raise ValueError(
             "key_cache or value_cache requires grad, and a new key would be written into it: expected caches without "
@@ -84,6 +103,8 @@ def _check_integers(name: str, tensor: Any, query: Tensor, axes: tuple[str, ...]
 def _check_held(cache_seqlens: int | Tensor, query: Tensor) -> Tensor:
     """Return how many tokens are held as int32 ``[B]``, or raise."""
     if isinstance(cache_seqlens, (int, torch.SymInt)) and not isinstance(cache_seqlens, bool):
+        if isinstance(cache_seqlens, int) and not 0 <= cache_seqlens <= _MOST_TOKENS:
+            raise ValueError(f"cache_seqlens={cache_seqlens}: expected 0 to {_MOST_TOKENS}")
         return torch.full(query.shape[:1], cache_seqlens, dtype=torch.int32, device=query.device)
     _check_integers("cache_seqlens", cache_seqlens, query, ("batch",))
     return cast(Tensor, cache_seqlens)
@@ -96,8 +117,11 @@ def _check_rotary(query: Tensor, key: Tensor | None, cos: Tensor | None, sin: Te
     if cos is None or sin is None:
         given, other = ("rotary_cos", "rotary_sin") if sin is None else ("rotary_sin", "rotary_cos")
         raise TypeError(f"{other} is None but {given} is given: expected both, or neither")
+    if isinstance(cos, Tensor) and cos.dim() != 2:
+        raise ValueError(f"rotary_cos has shape {shape_of(cos)}: expected [positions, pairs]")
+    sizes = cos.shape if isinstance(cos, Tensor) else (0, 0)  # check_tensor refuses what is no tensor
     for name, tensor in (("rotary_cos", cos), ("rotary_sin", sin)):
-        check_tensor(name, tensor, query, [("positions", cos.shape[0]), ("pairs", cos.shape[-1])])
+        check_tensor(name, tensor, query, [("positions", sizes[0]), ("pairs", sizes[1])])
         if not tensor.is_floating_point():
             raise TypeError(f"{name} is {tensor.dtype}: expected a floating dtype")
     if 2 * cos.shape[1] > query.shape[3]:
@@ -149,11 +173,17 @@ def _check_table(inputs: KVCacheInputs, held: list[int], new: int) -> None:
             if not 0 <= page < pages:
                 raise ValueError(f"block_table[{sequence}, {position}] is {page}: expected a page, 0 to {pages - 1}")
         for page in used[held[sequence] // page_size :] if new else ():
-            if written.setdefault(page, sequence) != sequence:
+            if used.count(page) > 1:
+                raise ValueError(
+                    f"block_table[{sequence}] holds page {page} twice, and new tokens would be written into it; "
+                    "expected another page at each position"
+                )
+            if page in written:
                 raise ValueError(
                     f"block_table: sequences {written[page]} and {sequence} would both write into page {page}; "
                     "expected a page of its own for each sequence that grows"
                 )
+            written[page] = sequence
 
 
 def make_call(

@@ -10,6 +10,7 @@ from fastattn.ops.attention.kvcache import operator
 from fastattn.ops.attention.kvcache.contract import KVCacheCall
 from fastattn.ops.attention.on_triton import MAX_HEAD_DIM
 from fastattn.ops.common import backends
+from fastattn.ops.common.tracing import is_transformed
 
 
 def refusals(call: KVCacheCall) -> list[str]:
@@ -22,6 +23,8 @@ def refusals(call: KVCacheCall) -> list[str]:
     reasons += backends.dtype_refusals(
         ("attn_mask", inputs.bias), ("alibi_slopes", inputs.alibi_slopes), ("sinks", inputs.sinks)
     )
+    if is_transformed():
+        reasons.append("the call is under torch.func or in forward mode: the kernels over a cache have no rules for it")
     asking = [
         "attn_mask" if name == "bias" else name
         for name, tensor in inputs._asdict().items()

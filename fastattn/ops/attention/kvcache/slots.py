@@ -78,14 +78,15 @@ class _Place(NamedTuple):
         if isinstance(self.rows, slice) or isinstance(self.slots, slice):
             cache[self.rows, :, self.slots] = new
             return
+        cache = cache.transpose(1, 2)  # indices side by side: of others torch.vmap mixes up the dimensions
         rows, slots, exists = self.rows, self.slots, self.exists
         new = new.transpose(1, 2).flatten(0, 1)  # [B L, heads, size], as an index gives them
         if exists is not None:
             # A token without a place is written as another that has one, again; if none has, what was there is.
             chosen = torch.where(exists, torch.arange(exists.shape[0], device=cache.device), exists.int().argmax())
             rows, slots = rows[chosen], slots[chosen]
-            new = torch.where(exists.any(), new[chosen], cache[rows, :, slots])
-        cache[rows, :, slots] = new
+            new = torch.where(exists.any(), new[chosen], cache[rows, slots])
+        cache[rows, slots] = new
 
 
 def _place(inputs: KVCacheInputs, slots: Tensor, looks: bool) -> _Place:
