@@ -65,6 +65,7 @@ ROWS = (
     Row("tile map", "ptx", (KERNELS + "test_attention_tile_map.py",)),
     Row("packed sequences, 1 in 6", "ptx", (KERNELS + "test_attention_packed.py", EVERY, "6")),
     Row("over a cache, 1 in 3", "ptx", (KERNELS + "test_attention_decode.py", EVERY, "3")),
+    Row("over a cache, many turns of the loop", "ptx", ("tests/machines/test_decode.py",)),
     Row("over a cache", "ttgir", (KERNELS + "test_attention_decode.py",), LOCKED),
     Row("residual norm", "ptx", (KERNELS + "test_residual_norm.py",)),
     Row("additive attention", "ptx", (KERNELS + "test_additive.py", *RUN)),
