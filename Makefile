@@ -33,7 +33,7 @@ UPGRADE ?= --upgrade
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal
 	FASTATTN_MACHINE=ttgir $(BIN)/python -m pytest -n auto --dist worksteal -m machine tests/kernels tests/machines
-	FASTATTN_MACHINE=ptx $(BIN)/python -m pytest -n 0 tests/machines/test_soft_gpu.py
+	FASTATTN_MACHINE=ptx $(BIN)/python -m pytest -n 0 -k "soft_gpu or decode_whole" tests/machines
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks --quick --out build/bench

@@ -157,6 +157,7 @@ QUICK_ATTENTION = [
     ("float32", "hip:gfx942", 128),
 ]
 QUICK_NORMS = [("bfloat16", "cuda:90"), ("float32", "hip:gfx942")]
+QUICK_DECODING = ("bfloat16", "cuda:90", 128)
 _TABLE_ATTENTION = [
     *(("bfloat16", target, head_dim) for target in ("cuda:80", "cuda:90", "hip:gfx942") for head_dim in (64, 128, 256)),
     *(case for case in QUICK_ATTENTION if case[0] == "float32" or case[2] == 512),
@@ -179,4 +180,7 @@ def table_jobs() -> list[Job]:
     jobs += [(target, one_pass_cases(size)) for target in ("cuda:80", "cuda:90") for size in (64, 128)]
     jobs += [("cuda:90", hopper_cases(size, [one])) for size in (64, 128) for one in ("fwd", "pair", "one pass")]
     jobs += [("cuda:90", hopper_cases(256, ["fwd"]))]
+    targets = "cuda:80", "cuda:90", "hip:gfx942"
+    jobs += [(target, packed_cases("bfloat16", size)) for target in targets for size in (64, 128)]
+    jobs += [(target, decode_cases("bfloat16", size)) for target in targets for size in (64, 128, 256)]
     return sorted(jobs, key=lambda job: TARGETS.index(job[0]))

@@ -25,7 +25,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--write",
         action="store_true",
-        help=f"write {table.PATH.name} anew, with --with {pairs.PATH.name}, too; takes all rows",
+        help=f"write {table.PATH.name} anew, with --with {pairs.PATH.name}, too, which takes all rows; with --only "
+        "and the name of a case, or a part of it, the other cases' rows stay",
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows, with all opcodes and loops, to FILE")
     parser.add_argument("--sass", metavar="DIR", type=Path, help="write machine code to DIR")
@@ -46,14 +47,17 @@ def main(arguments: list[str]) -> int:
     """The command line. Its exit status is 1 where a case does not compile; the page then stays as it is."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.write and (options.target or options.only):
-        parser.error("--write writes all rows: it goes without --target and --only")
+    if options.write and (options.target or (options.only and options.others)):
+        parser.error("--write writes all targets, and with --with all cases: it goes without --target and --only")
     if options.schedules:
         show(schedule.table())
         return 0
     jobs = [(target, cases) for target, cases in table_jobs() if options.target in (None, target)]
     # a text that no case has is a kernel's name, and which cases launch that is known once they are compiled
-    if any(options.only in case["name"] for _, cases in jobs for case in cases):
+    names_cases = any(options.only in case["name"] for _, cases in jobs for case in cases)
+    if options.write and not names_cases:
+        parser.error(f"--write with --only takes what is in the name of a case: {options.only!r} is not")
+    if names_cases:
         chosen = [(target, [case for case in cases if options.only in case["name"]]) for target, cases in jobs]
         jobs = [(target, cases) for target, cases in chosen if cases]
     if options.sass:
@@ -82,7 +86,8 @@ def main(arguments: list[str]) -> int:
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     if options.write and not failures:
-        table.PATH.write_text(table.document(rows))
+        kept = table.rows_without(options.only, rows[0]["triton"]) if options.only else {}
+        table.PATH.write_text(table.document(rows, kept))
         print(f"written: {table.PATH}")
         if beside is not None:
             pairs.PATH.write_text(beside.document())

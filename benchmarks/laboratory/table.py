@@ -5,8 +5,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from benchmarks.laboratory.compile import ROOT, Row
@@ -22,11 +23,13 @@ _ABOUT = """# What the kernels take
 Compiled by triton {version}, read from the binaries: nothing here has run on a GPU. `make resources` writes this page
 anew, and `make test` holds a part of it to its rows: at most {grace} more registers, no byte more spilled or shared,
 the same tensor-core instruction. `python -m benchmarks laboratory --only TEXT` prints rows, `--sass DIR` the machine
-code behind them.
+code behind them; `--write --only TEXT` writes the rows of the cases with TEXT anew, behind the others, which stay.
 
 - **case**: dtype, head size (N: of a norm, Dv: of values), and what a tile of scores carries: `plain` is causal,
   `masked` has every mask, `biased` a bias and ALiBi as well, `heavy` softcap, dropout and a gradient of the weights,
-  too. A kernel stands under the heaviest load that has its tile. **tile** is rows x keys.
+  too. A kernel stands under the heaviest load that has its tile. `packed` is three packed sequences, without masks and
+  weights. `decode` is a cache with 4096 slots for each sequence, divided between two programs, for one query and 4
+  heads a head of keys, or for 3 or 32 queries and 8 heads. **tile** is rows x keys.
 - **registers** of a thread (AMD: VGPRs), **spilled** bytes of a thread, **LDL/STL**: instructions
   that load and store what is spilled, **shared** bytes of a block.
 - **blocks**: resident on a multiprocessor, as registers, shared memory and warps allow, and in brackets the warps
@@ -51,6 +54,7 @@ class Key(NamedTuple):
 
 
 Cells = dict[str, str]
+_NO_ROWS: Mapping[Key, Cells] = MappingProxyType({})
 
 
 def keyed(rows: Iterable[Row]) -> Iterator[tuple[Key, Row]]:
@@ -97,24 +101,28 @@ def cells(key: Key, row: Row) -> Cells:
     }
 
 
-def tables(rows: Iterable[Row]) -> dict[str, Table]:
-    """For each target the rows, those of the same binary once."""
+def tables(rows: Iterable[Row], kept: Mapping[Key, Cells] = _NO_ROWS) -> dict[str, Table]:
+    """For each target the rows, those of the same binary once, behind those that are ``kept`` of a page."""
     found: dict[str, list[Cells]] = {}
-    seen = set()
+    for key, line in kept.items():
+        found.setdefault(key.target, []).append(line)
+    seen, columns = set(), ()
     for key, row in keyed(rows):
         if (key.target, row["hash"]) not in seen:
             seen.add((key.target, row["hash"]))
-            found.setdefault(key.target, []).append(cells(key, row))
-    return {
-        target: table_of(target, tuple(lines[0]), [tuple(line.values()) for line in lines])
+            line = cells(key, row)
+            found.setdefault(key.target, []).append(line)
+            columns = tuple(line)
+    return {  # a page has left out the columns that were empty throughout
+        target: table_of(target, columns, [tuple(line.get(name, "") for name in columns) for line in lines])
         for target, lines in found.items()
     }
 
 
-def document(rows: list[Row]) -> str:
-    """The page."""
+def document(rows: list[Row], kept: Mapping[Key, Cells] = _NO_ROWS) -> str:
+    """The page, with rows of the one before that are ``kept``."""
     text = _ABOUT.format(version=rows[0]["triton"], grace=REGISTERS_OF_GRACE, clock=CLOCK_HERTZ / 1e9)
-    return text + "".join(f"\n## {target}\n\n{as_markdown(table)}" for target, table in tables(rows).items())
+    return text + "".join(f"\n## {target}\n\n{as_markdown(table)}" for target, table in tables(rows, kept).items())
 
 
 # -------------------------------------------------------------------------------------------------------------- guard
@@ -146,6 +154,18 @@ def read(path: Path = PATH) -> Committed:
             row = dict(zip((name.strip() for name in header), (cell.strip() for cell in line)))
             rows[Key(target, row["case"], row["kernel"])] = row
     return Committed(version[1], rows)
+
+
+def rows_without(text: str, triton: str) -> dict[Key, Cells]:
+    """The page's rows of cases whose name does not hold the text.
+
+    Raises:
+        ValueError: another triton than the one named compiled them.
+    """
+    committed = read(PATH)
+    if committed.triton != triton:
+        raise ValueError(f"the rows that would stay are of triton {committed.triton}, not {triton}: write all of them")
+    return {key: row for key, row in committed.rows.items() if text not in key.case}
 
 
 def regressions(rows: list[Row], committed: Committed) -> list[str]:

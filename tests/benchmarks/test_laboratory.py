@@ -317,6 +317,10 @@ def test_committed_page_has_the_rows_that_tests_compile():
         names = {case["name"] for case in cases.norm_cases(dtype)}
         kernels = {key.kernel for key in page.rows if key.target == target and key.case in names}
         assert {"residual_norm_fwd", "residual_norm_bwd"} <= kernels, (dtype, target)
+    dtype, target, head_dim = cases.QUICK_DECODING
+    names = {case["name"] for case in cases.decode_cases(dtype, head_dim)}
+    kernels = {key.kernel for key in page.rows if key.target == target and key.case in names}
+    assert {"append", "attention_decode", "merge"} <= kernels
 
 
 def test_committed_page_is_of_the_triton_that_make_installs():
@@ -343,7 +347,7 @@ def compiled(monkeypatch, tmp_path):
 
 
 def test_laboratory_compiles_and_prints_what_is_asked_for(compiled, capsys):
-    assert command_line.main(["laboratory", "--target", "cuda:90", "--only", "bf16 D128 plain"]) == 0
+    assert command_line.main(["laboratory", "--target", "cuda:90", "--only", "attention bf16 D128 plain"]) == 0
     assert [(target, [case["name"] for case in of]) for target, of in compiled] == [
         ("cuda:90", ["attention bf16 D128 plain"]),
         ("cuda:90", ["attention bf16 D128 plain one pass"]),
@@ -381,7 +385,32 @@ def test_laboratory_writes_no_page_where_a_case_does_not_compile(monkeypatch, ca
 
 
 @pytest.mark.usefixtures("compiled")
-def test_laboratory_writes_no_page_of_a_part(capsys):
+def test_laboratory_writes_rows_of_some_cases_and_keeps_the_others():
+    other = {**ROW, "case": {"name": "norm"}, "hash": "another", "registers": 77}
+    outdated = {**ROW, "registers": 1}
+    table.PATH.write_text(table.document([outdated, other]))
+    assert command_line.main(["laboratory", "--write", "--only", "attention bf16 D128"]) == 0
+    registers = {(key.case, key.kernel): row["registers"] for key, row in table.read(table.PATH).rows.items()}
+    assert registers == {
+        ("norm", "attention_fwd"): "77",
+        ("attention bf16 D128 plain", "attention_fwd"): str(ROW["registers"]),
+        ("attention bf16 D128 plain", "attention_fwd careful"): str(CAREFUL["registers"]),
+    }
+
+
+@pytest.mark.usefixtures("compiled")
+def test_laboratory_keeps_no_rows_of_another_triton():
+    table.PATH.write_text(table.document([{**ROW, "triton": "3.6.0"}]))
+    with pytest.raises(ValueError, match=r"of triton 3\.6\.0, not"):
+        command_line.main(["laboratory", "--write", "--only", "attention"])
+    assert "triton 3.6.0" in table.PATH.read_text()
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize(
+    "options", [["--only", "attention_fwd"], ["--target", "cuda:90"], ["--only", "norm", "--with", "python"]], ids=str
+)
+def test_laboratory_writes_no_page_of_what_is_no_set_of_cases(options, capsys):
     with pytest.raises(SystemExit):
-        command_line.main(["laboratory", "--write", "--only", "norm"])
+        command_line.main(["laboratory", "--write", *options])
     assert "--write" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from benchmarks.laboratory.cases import (
     HOPPER_FEATURES,
     LOADS,
     NORM_FEATURES,
+    QUICK_DECODING,
     TARGETS,
     attention_cases,
     decode_cases,
@@ -77,6 +78,7 @@ def test_packed_kernels_spill_outside_of_loops_only(target, head_dim):
             loops = loops[:1]
         assert loops or row["kernel"] == "_delta_kernel", what
         assert all(loop["spills"] == 0 for loop in loops), what
+    hold_to_table(rows)
 
 
 DECODING = [
@@ -87,10 +89,7 @@ DECODING = [
 
 @pytest.mark.parametrize(
     ("dtype", "target", "head_dim"),
-    [
-        pytest.param(*case, marks=() if case == ("bfloat16", "cuda:90", 128) else pytest.mark.resources)
-        for case in DECODING
-    ],
+    [pytest.param(*case, marks=() if case == QUICK_DECODING else pytest.mark.resources) for case in DECODING],
 )
 def test_kernels_over_a_cache_compile_without_spills_in_loops(dtype, target, head_dim):
     rows = compile_for(target, decode_cases(dtype, head_dim))
@@ -107,6 +106,7 @@ def test_kernels_over_a_cache_compile_without_spills_in_loops(dtype, target, hea
             assert row["blocks"] >= 1, what
             # keys and values come 16 bytes at a time, past the registers
             assert row["counts"]["LDGSTS"] >= 2, what
+    hold_to_table(rows)
 
 
 NORMS_IN_EVERY_TEST = ("bfloat16", "cuda:90", "everything")

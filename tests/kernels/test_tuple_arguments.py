@@ -5,14 +5,14 @@ import torch
 from triton.runtime.interpreter import GridExecutor
 from triton.runtime.jit import JITFunction
 
-from benchmarks.laboratory.cases import LOADS, decode_cases, hopper_cases, packed_cases, table_jobs
+from benchmarks.laboratory.cases import LOADS, hopper_cases, table_jobs
 from benchmarks.laboratory.launch_case import launch
 from fastattn_kernels.common.arguments import Rules
 
 # all passes of a case, whichever tiles a heavier load has
 CASES = {
     case["name"]: {name: value for name, value in case.items() if name != "unless_under"}
-    for _, cases in [*table_jobs(), ("", packed_cases("bfloat16", 64)), ("", decode_cases("bfloat16", 64))]
+    for _, cases in table_jobs()
     for case in cases
 }
 # Softcap and ALiBi alone, and a gradient of weights alone: what triton 3.6 once did not compile.

@@ -203,10 +203,29 @@ def additive() -> None:
     checks.test_additive_under_any_tile("small", -3, machines.DEVICE, None)
 
 
+# ------------------------------------------------------------------------------------------------------------- decoding
+
+
+def _decode(**case: Any) -> None:
+    checks = _checks("test_attention_decode.py")
+    checks.check(checks.Case(length=3, **case), 1, machines.DEVICE)
+
+
+def decode_whole() -> None:
+    """New keys, turned, into a contiguous cache; two shares of what two heads a group see there; their merge."""
+    _decode(dtype=torch.bfloat16, rotary="interleaved", lower=-9, splits=2)
+
+
+def decode_in_pages() -> None:
+    """The same in pages that tiles do not divide, for heads of odd sizes, of which a part is turned; more shares than
+    some sequences have tiles."""
+    _decode(heads=(3, 1), sizes=(59, 59), page_size=48, rotary="halves of a part", leftpad=True, splits=3)
+
+
 CASES: dict[str, Callable[[], None]] = {
     case.__name__: case
     for case in (
         gluon_forward, gluon_forward_of_few_keys, gluon_pair, gluon_pair_with_bias, gluon_one_pass, plain_attention,
-        plain_one_pass, plain_careful, norm_forward, norm_backward, additive,
+        plain_one_pass, plain_careful, norm_forward, norm_backward, additive, decode_whole, decode_in_pages,
     )
 }  # fmt: skip

@@ -254,6 +254,22 @@ FAULTS: dict[str, Fault] = {
         "additive", "additive_attention/forward.py", "w = tl.where(first + offset < size, w * LOG2_E, 0.0)",
         "w = tl.where(first + offset <= size, w * LOG2_E, 0.0)", (WRONG,), quick=False,
     ),
+    "tokens past the last one appended": Fault(
+        "decode_whole", "attention/decode/append.py", "fits = (token < new) & (slot < room)", "fits = slot < room",
+        ("out of bounds", "race", WRONG),
+    ),
+    "statistics of two shares in one place": Fault(
+        "decode_whole", "attention/decode/forward.py", "tl.cast(split, tl.int64) * 2 * call.all_rows",
+        "tl.cast(split, tl.int64) * call.all_rows", ("race",),
+    ),
+    "a share merged that nobody made": Fault(
+        "decode_in_pages", "attention/decode/merge.py", "tl.load(ptrs + all_rows, mask=number < splits, other=0.0)",
+        "tl.load(ptrs + all_rows, mask=number <= splits, other=0.0)", ("out of bounds",),
+    ),
+    "keys and queries turned the other way": Fault(
+        "decode_in_pages", "attention/decode/rotary.py", "tl.where(is_first, -other, other)",
+        "tl.where(is_first, other, -other)", (WRONG,), quick=False,
+    ),
 }  # fmt: skip
 
 
