@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastattn.modules._common import check_number
 from fastattn.ops import attention_with_kvcache
+from fastattn.ops.common.checks import DTYPES
 
 
 class CacheFullError(RuntimeError):
@@ -75,6 +76,8 @@ class LayeredKVCache(abc.ABC):
         sizes = {"layers": layers, "batch": batch, "kv_heads": kv_heads, "head_dim": head_dim, "value_dim": value_dim}
         for name, size in (sizes | {"max_length": max_length}).items():
             check_number(name, size)
+        if dtype is not None and dtype not in DTYPES:
+            raise TypeError(f"dtype={dtype}: expected float16, bfloat16, float32 or float64")
         for name in ("rotary_cos", "rotary_sin"):
             table = rotary.get(name)
             if table is not None and not isinstance(table, Tensor):

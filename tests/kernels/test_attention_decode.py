@@ -412,3 +412,10 @@ def test_slots_are_divided_by_the_fewest_programs_that_fill_the_machine(tiles, r
     assert splits == 1 or tiles * (splits - 1) < 2 * 132 or splits <= 8
     if room == 131072:
         assert tiles * splits >= 132
+
+
+def test_no_share_is_without_a_tile(device):
+    """However many programs somebody asks for: each would take memory for what it does not find."""
+    drawn = draw(Case(), 0, device)
+    config, _, splits = forward.division_of(drawn.problem, 10**9)
+    assert splits == -(-drawn.problem.room // config.block_n)

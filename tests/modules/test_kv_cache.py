@@ -464,3 +464,9 @@ def test_cache_says_how_full_it_is():
         story.append(5)
     assert repr(contiguous.cache) == "KVCache(layers=2, batch=3, kv_heads=2, head_dim=8, 15 of 48 slots held)"
     assert repr(paged.cache).endswith("head_dim=8, 6 of 12 pages of 4 tokens held)")
+
+
+@pytest.mark.parametrize("cache", [KVCache, PagedKVCache])
+def test_cache_of_a_dtype_that_attention_does_not_take_is_refused(cache):
+    with pytest.raises(TypeError, match=r"dtype=torch.int32: expected float16, bfloat16, float32 or float64"):
+        cache(1, 1, 1, 4, 8, dtype=torch.int32)

@@ -260,7 +260,9 @@ def division_of(problem: CacheProblem, num_splits: int = 0, config: Config | Non
     )
     tiles = query.shape[0] * cache.shape[1] * triton.cdiv(problem.rows, config.block_m)
     splits = num_splits or splits_for(tiles, problem.seen_room, multiprocessors(query.device))
-    return Division(config, tiles, min(splits, _MOST_SPLITS))
+    # A share without a tile would be a program, and a part of the workspace, for nothing.
+    most = max(1, min(_MOST_SPLITS, triton.cdiv(problem.seen_room, config.block_n)))
+    return Division(config, tiles, min(splits, most))
 
 
 def launch_attention_decode(
