@@ -60,7 +60,7 @@ class SdpaPatch(contextlib.ContextDecorator):
 
 
 def patch_sdpa() -> SdpaPatch:
-    """Route ``F.scaled_dot_product_attention`` to :func:`fastattn.scaled_dot_product_attention` inside a ``with`` block.
+    """Route ``F.scaled_dot_product_attention`` to :func:`fastattn.scaled_dot_product_attention` in a ``with`` block.
 
     It is undone on leaving, by an exception too. Blocks may be nested, and the innermost counts. Only the thread that
     is inside is affected. What ours refuses runs on torch's function and is counted by reason. As a decorator it does

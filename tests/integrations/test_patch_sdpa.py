@@ -50,7 +50,8 @@ def test_patch_is_undone_by_an_exception_and_blocks_are_nested():
             patches.extend((outer, inner))
             raise KeyError
 
-    pytest.raises(KeyError, fail)
+    with pytest.raises(KeyError):
+        fail()
     assert [patch.routed for patch in patches] == [2, 1]
     assert F.scaled_dot_product_attention is TORCH
 
