@@ -1,6 +1,6 @@
 """Exact, fused attention for PyTorch: a drop-in for ``nn.MultiheadAttention`` on Triton kernels."""
 
-from fastattn.integrations import Fusion, fuse
+from fastattn.integrations import Fusion, SdpaPatch, fuse, patch_sdpa
 from fastattn.modules import (
     AdditiveAttention,
     AddLayerNorm,
@@ -45,6 +45,7 @@ __all__ = [
     "LearnedPositionalEncoding",
     "MultiheadAttention",
     "PagedKVCache",
+    "SdpaPatch",
     "SelfAttention2d",
     "TransformerDecoderLayer",
     "TransformerEncoderLayer",
@@ -58,6 +59,7 @@ __all__ = [
     "fuse",
     "layer_norm",
     "pack",
+    "patch_sdpa",
     "rms_norm",
     "scaled_dot_product_attention",
     "unpack",

@@ -27,6 +27,9 @@ from fastattn.ops.common.tracing import is_left_open, is_traced, saved_tensors
 from fastattn.reference import visibility
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
+# Torch's own, whatever stands in its place later (integrations.sdpa).
+_torch_sdpa = F.scaled_dot_product_attention
+
 # Elements of a mask that may be made from several, or be converted by torch: 4 MiB of float32. More would be memory
 # quadratic in the length, where tiles and blocks of rows make a piece at a time.
 MOST_MERGED = 1 << 20
@@ -124,7 +127,7 @@ def attend(call: AttentionCall, mask: Tensor | None) -> Tensor:
     of_heads = query.shape
     if query.shape[1] != key.shape[1] and _sees_alike(call, mask):
         query = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
-    output = F.scaled_dot_product_attention(
+    output = _torch_sdpa(
         query,
         key,
         value,
