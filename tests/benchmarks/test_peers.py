@@ -21,6 +21,7 @@ import fastattn
 from benchmarks.cases import AttentionCase, Kind, Mask, NormCase
 from benchmarks.families import attention, families, peers
 from benchmarks.families.additive import AdditiveCase
+from benchmarks.families.decode import DecodeCase
 from benchmarks.measure.accuracy import Gate
 from benchmarks.variants import Refused
 
@@ -114,6 +115,8 @@ def test_every_compiled_variant_passes(family, variant):
         case = NormCase("norm", "rms", 37, 12)
     elif family == "additive":
         case = AdditiveCase("additive", 2, 37, 8)
+    elif family == "decode":
+        case = DecodeCase("decode", 2, 4, 2, 64, 16, page_size=16)
     gate = Gate(families()[family], case)
     assert _outcome(families()[family], variant, case, gate) is None
 

@@ -22,8 +22,8 @@ def draw(device, *, is_new=True) -> KVCacheInputs:
 
     return KVCacheInputs(
         query=normal(2, 2, 4, 16).transpose(1, 2),
-        key_cache=normal(2, 2, 20, 16),
-        value_cache=normal(2, 2, 20, 32),
+        key_cache=normal(2, 2, 40, 16),
+        value_cache=normal(2, 2, 40, 32),
         key=normal(2, 2, 2, 16) if is_new else None,
         value=normal(2, 2, 2, 32) if is_new else None,
         cache_seqlens=torch.tensor([3, 16], dtype=torch.int32, device=device),
@@ -102,5 +102,5 @@ def test_kernels_over_a_cache_refuse_gradients_and_what_they_do_not_take(device)
     double = inputs._replace(query=inputs.query.double(), sinks=torch.zeros(1, 4, dtype=torch.float64, device=device))
     reasons = on_triton.refusals(KVCacheCall(double, OPTIONS, False))
     assert [reason.partition(" ")[0] for reason in reasons] == ["query", "sinks"]
-    wide = inputs._replace(value_cache=torch.zeros(2, 2, 20, 640, device=device))
+    wide = inputs._replace(value_cache=torch.zeros(2, 2, 40, 640, device=device))
     assert on_triton.refusals(KVCacheCall(wide, OPTIONS, False)) == ["value head_dim=640: it takes 1 to 512"]
