@@ -133,8 +133,11 @@ def _is_plain(*tensors: object) -> bool:
     return all(type(tensor) in (Tensor, Parameter) for tensor in tensors)
 
 
-@torch.compiler.assume_constant_result
 def _count_traced() -> int:
     """Called once for each call that is traced, and never by the graph."""
     _of_all[-1].traced += 1
     return 0
+
+
+# All that ``torch.compiler.assume_constant_result`` does, but for importing Dynamo, which takes two seconds.
+setattr(_count_traced, "_dynamo_marked_constant", True)  # noqa: B010, functions have no such attribute to type checkers
