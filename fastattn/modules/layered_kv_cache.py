@@ -317,7 +317,7 @@ class LayeredKVCache(abc.ABC):
             return range(self.batch)
         if not isinstance(sequences, slice):
             raise TypeError(f"sequences={sequences!r}: expected a slice or None, got {type(sequences).__name__}")
-        chosen = range(*sequences.indices(self.batch))
+        chosen = range(self.batch)[sequences]
         if chosen.step != 1 or any(
             bound is not None and bound > self.batch for bound in (sequences.start, sequences.stop)
         ):
