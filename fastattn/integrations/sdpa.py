@@ -139,5 +139,5 @@ def _count_traced() -> int:
     return 0
 
 
-# All that ``torch.compiler.assume_constant_result`` does, but for importing Dynamo, which takes two seconds.
+# All that ``torch.compiler.assume_constant_result`` does, but for importing Dynamo, and triton with it.
 setattr(_count_traced, "_dynamo_marked_constant", True)  # noqa: B010, functions have no such attribute to type checkers
