@@ -155,7 +155,8 @@ def test_patch_is_seen_by_torch_compile():
     torch.testing.assert_close(compiled(*inputs), expected)
     with fastattn.patch_sdpa() as again:
         torch.testing.assert_close(compiled(*inputs), expected)
-    assert patch.traced + again.traced <= 2
+    assert patch.traced == 1, "outside torch's was traced, or its graph ran again"
+    assert again.traced <= 1, "the graph of the first block may serve the second"
 
 
 def test_importing_patches_nothing():
