@@ -1,0 +1,84 @@
+"""Making this package known to transformers by a name."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+
+class Registration:
+    """What :func:`register` returns. As a context manager it undoes that on leaving.
+
+    Attributes:
+        name: for ``attn_implementation``.
+    """
+
+    def __init__(self, name: str) -> None:
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        from fastattn.integrations.transformers.attention import attention_forward
+        from fastattn.integrations.transformers.masks import attention_mask
+
+        self.name = name
+        self._before = []
+        for interface, function in ((AttentionInterface, attention_forward), (AttentionMaskInterface, attention_mask)):
+            functions = interface._global_mapping
+            self._before.append((functions, functions.get(name)))
+            interface.register(name, function)
+
+    def undo(self) -> None:
+        """Forget the name, or give it back to what had it before. A second call does nothing.
+
+        Models that are set to a name that nobody has raise at their next call.
+        """
+        for functions, function in self._before:
+            if function is None:
+                functions.pop(self.name, None)
+            else:
+                functions[self.name] = function
+        self._before = []
+
+    def __enter__(self) -> Registration:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.undo()
+
+
+def register(name: str = "fastattn") -> Registration:
+    """Let models of transformers (5.0 or newer) run on this package, by ``attn_implementation="fastattn"``.
+
+    ::
+
+        fastattn.integrations.transformers.register()
+        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="fastattn")
+        model.set_attn_implementation("fastattn")  # or later
+
+    Which backend runs is said by :func:`fastattn.use_backend`, as everywhere.
+
+    Args:
+        name: another one than ``"fastattn"``. ``"sdpa"`` replaces what transformers has under this name, so that every
+            model that was loaded with it runs on this package, continuous batching (``generate_batch``) too, which takes
+            no other name. No name may contain ``"flash"``, by which transformers knows another protocol.
+
+    Returns:
+        A :class:`Registration`: call its ``undo()``, or use it as a context manager; or forget it.
+
+    Raises:
+        ImportError: transformers is not installed, or older than 5.0.
+        TypeError, ValueError: ``name`` is no such name.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected a str, got {type(name).__name__}")
+    if not name or "flash" in name or "|" in name or name == "eager":
+        raise ValueError(f"name={name!r}: expected a name without 'flash' and '|' in it, and not 'eager'")
+    try:
+        import transformers
+
+        version = transformers.__version__
+    except ImportError as error:
+        raise ImportError("transformers is not installed: pip install 'fastattn[transformers]'") from error
+    if int(version.partition(".")[0]) < 5:
+        raise ImportError(f"transformers {version} is installed: fastattn works with 5.0 or newer")
+    return Registration(name)
