@@ -99,13 +99,13 @@ def _without_mask(
 ) -> dict[str, Any]:
     """What hides keys where the model made no mask."""
     if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
+        is_causal = bool(getattr(module, "is_causal", True))
     if queries == 1 or not (is_causal or sliding_window is not None):
         return {}  # one query is the newest token
     if queries != keys:
         raise ValueError(
             f"attention_mask=None, {queries} queries and {keys} keys in a {type(module).__name__} with "
-            f"is_causal={bool(is_causal)}, sliding_window={sliding_window}: it cannot be said which keys a query sees; "
+            f"is_causal={is_causal}, sliding_window={sliding_window}: it cannot be said which keys a query sees; "
             "expected as many queries as keys, one query, or a mask"
         )
     if sliding_window is None:

@@ -1,8 +1,8 @@
-"""The mask function: numbers and padding in place of ``[B, 1, L, S]`` booleans, wherever a model's mask is made of such.
+"""The mask function: numbers and padding in place of ``[B, 1, L, S]`` booleans, where a model's mask is made of such.
 
 transformers describes a mask by a function of indices, ``mask_function(batch, head, query, key)``, composed of a few
-known ones. Those are recognised here, and what they stand for goes to the kernels as it is. Any other function, one that
-a model or a user composed, gives the exact mask that the "sdpa" implementation gets.
+known ones. Those are recognised here, and what they stand for goes to the kernels as it is. Any other function, one
+that a model or a user wrote, gives the exact mask that the "sdpa" implementation gets.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from torch.utils._pytree import tree_map
 from transformers import masking_utils
 
 Integer = int | Tensor
+MaskFunction = Callable[..., Any]  # of the indices of batch, head, query and key
 
 
 class LazyMask(Tensor):
-    """A boolean mask ``[B, 1, L, S]`` (True = may attend) that keeps what it is made of, and has no elements of its own.
+    """A boolean mask ``[B, 1, L, S]`` (True = may attend) that keeps what it is made of and has no elements.
 
     Attention of this package reads :attr:`words`. Whatever else is done to it, by a model that cuts, adds or compares
     masks, makes the exact mask first: transformers' own.
@@ -34,10 +35,11 @@ class LazyMask(Tensor):
     keys: int
     _arguments: dict[str, Any]
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[bad-override]
 
     @staticmethod
     def __new__(cls, words: dict[str, Any], keys: int, arguments: dict[str, Any]) -> LazyMask:
+        """A mask of which transformers would make the exact one by these arguments."""
         shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=arguments["device"])
         self.words, self.keys, self._arguments = words, keys, arguments
@@ -48,18 +50,18 @@ class LazyMask(Tensor):
         return exact_mask(**self._arguments)
 
     @classmethod
-    def __torch_dispatch__(
-        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    def __torch_dispatch__(  # type: ignore[bad-override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return args[0]
-        return function(*tree_map(_made, args), **tree_map(_made, kwargs or {}))
+        return func(*tree_map(_made, args), **tree_map(_made, kwargs or {}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LazyMask:
         return self
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.exact().__reduce_ex__(protocol)
+    def __reduce_ex__(self, proto: Any) -> Any:
+        return self.exact().__reduce_ex__(proto)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"LazyMask({tuple(self.shape)}, {self.words}, keys={self.keys})"
@@ -75,7 +77,7 @@ def attention_mask(
     kv_length: int,
     q_offset: Integer = 0,
     kv_offset: Integer = 0,
-    mask_function: Callable[..., Tensor] = masking_utils.causal_mask_function,
+    mask_function: MaskFunction = masking_utils.causal_mask_function,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
@@ -189,7 +191,8 @@ class Pattern(NamedTuple):
         return self._replace(left=None if reaches_first else self.left, right=None if reaches_last else self.right)
 
     def words(self, queries: Tensor, keys: Tensor, offset: int) -> dict[str, Any] | None:
-        """The arguments of :func:`fastattn.attention` for queries and keys at these positions; None where it has none."""
+        """The arguments of :func:`fastattn.attention` for these positions of queries and keys, the first query
+        ``offset`` behind the first key; None where they have no words for it."""
         words: dict[str, Any] = {}
         if self.left is not None or self.right is not None:
             if offset not in (0, len(keys) - len(queries)):
@@ -203,7 +206,7 @@ class Pattern(NamedTuple):
         return words
 
 
-def _known(mask_function: Callable[..., Tensor]) -> Pattern | None:
+def _known(mask_function: MaskFunction) -> Pattern | None:
     """The pattern of a function that has no arguments of its own."""
     if mask_function is masking_utils.causal_mask_function:
         return Pattern(right=0)
@@ -212,7 +215,7 @@ def _known(mask_function: Callable[..., Tensor]) -> Pattern | None:
     return None
 
 
-def _recognised(mask_function: Callable[..., Tensor]) -> Pattern | None:
+def _recognised(mask_function: MaskFunction) -> Pattern | None:
     """The pattern that ``mask_function`` describes, or None where it is not made of what transformers has.
 
     What a function was made with is read from its closure: transformers has no other description of it.
@@ -233,7 +236,7 @@ def _recognised(mask_function: Callable[..., Tensor]) -> Pattern | None:
     return None
 
 
-def _conjunction(functions: tuple[Callable[..., Tensor], ...]) -> Pattern | None:
+def _conjunction(functions: tuple[MaskFunction, ...]) -> Pattern | None:
     """The pattern that is allowed by all of the functions.
 
     Packed sequences come as a pair: one function compares the sequences of query and key, the other has the positions
@@ -256,7 +259,7 @@ def _conjunction(functions: tuple[Callable[..., Tensor], ...]) -> Pattern | None
     return pattern
 
 
-def _maker(function: Callable[..., Tensor]) -> tuple[str, dict[str, Any]]:
+def _maker(function: MaskFunction) -> tuple[str, dict[str, Any]]:
     """Which function of transformers made this one, and with which values; an empty name where none that is known."""
     code = getattr(function, "__code__", None)
     made_by = _MAKERS.get(code) if code is not None else None
@@ -266,9 +269,9 @@ def _maker(function: Callable[..., Tensor]) -> tuple[str, dict[str, Any]]:
 
 
 def _code_of_what_it_makes(made_by: str) -> CodeType:
-    """The code that all functions made by this one share: the only code among its constants."""
-    maker = getattr(masking_utils, made_by)
-    return next(constant for constant in maker.__code__.co_consts if isinstance(constant, CodeType))
+    """The code that all functions made by this one share: among its constants, that with the four indices."""
+    constants = getattr(masking_utils, made_by).__code__.co_consts
+    return next(code for code in constants if isinstance(code, CodeType) and code.co_argcount == 4)
 
 
 _MAKERS = {

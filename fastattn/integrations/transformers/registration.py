@@ -47,7 +47,7 @@ class Registration:
 
 
 def register(name: str = "fastattn") -> Registration:
-    """Let models of transformers (5.0 or newer) run on this package, by ``attn_implementation="fastattn"``.
+    """Let models of transformers (5.4 or newer) run on this package, by ``attn_implementation="fastattn"``.
 
     ::
 
@@ -58,15 +58,15 @@ def register(name: str = "fastattn") -> Registration:
     Which backend runs is said by :func:`fastattn.use_backend`, as everywhere.
 
     Args:
-        name: another one than ``"fastattn"``. ``"sdpa"`` replaces what transformers has under this name, so that every
-            model that was loaded with it runs on this package, continuous batching (``generate_batch``) too, which takes
-            no other name. No name may contain ``"flash"``, by which transformers knows another protocol.
+        name: another one than ``"fastattn"``. ``"sdpa"`` replaces what transformers has under this name, so that
+            every model that was loaded with it runs on this package, continuous batching (``generate_batch``) too,
+            which takes no other name. No name may contain ``"flash"``, by which transformers knows another protocol.
 
     Returns:
         A :class:`Registration`: call its ``undo()``, or use it as a context manager; or forget it.
 
     Raises:
-        ImportError: transformers is not installed, or older than 5.0.
+        ImportError: transformers is not installed, or older than 5.4.
         TypeError, ValueError: ``name`` is no such name.
     """
     if not isinstance(name, str):
@@ -74,11 +74,10 @@ def register(name: str = "fastattn") -> Registration:
     if not name or "flash" in name or "|" in name or name == "eager":
         raise ValueError(f"name={name!r}: expected a name without 'flash' and '|' in it, and not 'eager'")
     try:
-        import transformers
-
-        version = transformers.__version__
+        from transformers import __version__ as version
     except ImportError as error:
         raise ImportError("transformers is not installed: pip install 'fastattn[transformers]'") from error
-    if int(version.partition(".")[0]) < 5:
-        raise ImportError(f"transformers {version} is installed: fastattn works with 5.0 or newer")
+    major, minor = version.split(".")[:2]
+    if (int(major), int(minor)) < (5, 4):
+        raise ImportError(f"transformers {version} is installed: fastattn works with 5.4 or newer")
     return Registration(name)
