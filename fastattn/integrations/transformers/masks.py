@@ -54,7 +54,8 @@ class LazyMask(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return args[0]
+            mask = args[0]
+            return LazyMask(mask.words, mask.keys, mask._arguments)  # torch refuses a view that is the tensor itself
         return func(*tree_map(_made, args), **tree_map(_made, kwargs or {}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LazyMask:
