@@ -131,7 +131,7 @@ def attention_mask(
     causal, local = pattern.right == 0, pattern.left is not None or pattern.right not in (None, 0)
     if not causal and not local and pattern.documents is None:
         if visible is None:
-            may_skip = allow_is_causal_skip if q_length == 1 else allow_is_bidirectional_skip
+            may_skip = allow_is_bidirectional_skip or (allow_is_causal_skip and q_length == 1)
             visible = None if may_skip else torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
         return None if visible is None else visible[:, None, None, :].expand(batch_size, 1, q_length, kv_length)
     if traced:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from fastattn.ops.attention import on_torch, on_triton
+from fastattn.ops.attention import direct, on_torch, on_triton
 from fastattn.ops.attention.call import make_call
 from fastattn.ops.attention.contract import Alignment, Arguments, AttentionCall
 from fastattn.ops.attention.jagged import attention_jagged
@@ -137,6 +137,14 @@ def attention(
         signature = _ARGUMENTS.key(values, numbers)
         if signature is not None and (entry := _ARGUMENTS.find(signature, values + numbers)) is not None:
             return entry(values)
+    elif (
+        window is prefix is document_ids is alibi_slopes is softcap is sinks is None
+        and dropout_p == 0.0
+        and not (need_weights or return_lse)
+        and (direct_output := direct.attend(query, key, value, attn_mask, key_padding_mask, is_causal, scale, backend))
+        is not None
+    ):
+        return direct_output
     words = {
         "attn_mask": attn_mask,
         "key_padding_mask": key_padding_mask,

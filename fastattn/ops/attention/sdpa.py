@@ -28,7 +28,7 @@ from fastattn.reference import visibility
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
 # Torch's own, whatever stands in its place later (integrations.sdpa).
-_torch_sdpa = F.scaled_dot_product_attention
+torch_sdpa = F.scaled_dot_product_attention
 
 # Elements of a mask that may be made from several, or be converted by torch: 4 MiB of float32. More would be memory
 # quadratic in the length, where tiles and blocks of rows make a piece at a time.
@@ -127,7 +127,7 @@ def attend(call: AttentionCall, mask: Tensor | None) -> Tensor:
     of_heads = query.shape
     if query.shape[1] != key.shape[1] and _sees_alike(call, mask):
         query = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
-    output = _torch_sdpa(
+    output = torch_sdpa(
         query,
         key,
         value,
@@ -138,7 +138,7 @@ def attend(call: AttentionCall, mask: Tensor | None) -> Tensor:
         # A branch, and not the comparison: under torch.jit.trace that is a tensor, in a dynamic graph a SymBool.
         **({"enable_gqa": True} if query.shape[1] != key.shape[1] else {}),
     )
-    _guard_gradients(output, looks=mask is not None)  # before it is cut: the hook is on the kernel's own node
+    guard_gradients(output, looks=mask is not None)  # before it is cut: the hook is on the kernel's own node
     if query.shape != of_heads:
         output = output.reshape(of_heads)
     return output if output.shape[3] == call.value.shape[3] else output[..., : call.value.shape[3]]
@@ -245,7 +245,7 @@ def run_unseen(call: AttentionCall) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ gradients
 
 
-def _guard_gradients(output: Tensor, looks: bool) -> None:
+def guard_gradients(output: Tensor, looks: bool) -> None:
     """Replace the CPU kernel's gradients by those of our operators in two cases: where they are to be differentiated
     again, which torch's kernel cannot, and, if it ``looks``, where they are not finite because of NaN at a hidden pair.
 

@@ -47,6 +47,11 @@ def is_looked_at() -> bool:
     )
 
 
+def is_plain(value: Any) -> bool:
+    """Whether this is a tensor of torch's own class, and not one that overloads what is done to it."""
+    return type(value) in _PLAIN
+
+
 def lies_with_kernels(first: Any) -> bool:
     """Whether a call whose first tensor this is may reach the kernels at all. A caller asks before it puts together
     what :meth:`ShortWay.key` wants: on a CPU that would take a tenth of a small norm's time, for nothing."""
