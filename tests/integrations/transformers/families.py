@@ -275,8 +275,8 @@ FAMILIES = (
         "DeepSeek-V3", "DeepseekV3ForCausalLM", "DeepseekV3Config",
         _DECODER | {"num_key_value_heads": 4, "head_dim": 4, "kv_lora_rank": 16, "q_lora_rank": 16,
                     "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6,
-                    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16,
-                    "first_k_dense_replace": 1, "experts_implementation": "eager"},
+                    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+                    "moe_intermediate_size": 16, "first_k_dense_replace": 1, "experts_implementation": "eager"},
         "decoder", text, 2, norms=("DeepseekV3RMSNorm",), remark="values of another size than keys",
     ),
     Family(
@@ -357,3 +357,26 @@ FAMILIES = (
     ),
 )  # fmt: skip
 BY_NAME = {family.name: family for family in FAMILIES}
+# Families whose layers compute attention themselves, all of it or that of the encoder.
+_ALIBI = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_FALCON = _ALIBI | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "multi_query": True}
+NOT_REACHED = (
+    Family("Falcon", "FalconForCausalLM", "FalconConfig", _FALCON | {"alibi": False}, "decoder", masked_text, 0,
+           softmaxes=2, remark="raises; loaded with `\"sdpa\"` it runs on this package inside `fastattn.patch_sdpa()`"),
+    Family("Falcon (ALiBi)", "FalconForCausalLM", "FalconConfig", _FALCON | {"alibi": True}, "decoder", masked_text, 0,
+           softmaxes=2, remark="raises; with `\"sdpa\"` transformers itself leaves ALiBi out"),
+    Family("MPT", "MptForCausalLM", "MptConfig", _ALIBI | {"d_model": 32, "n_heads": 4, "n_layers": 2,
+                                                           "max_seq_len": 32}, "decoder", masked_text, 0,
+           softmaxes=2, remark="raises"),
+    Family("BLOOM", "BloomForCausalLM", "BloomConfig", _ALIBI | {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+           "decoder", masked_text, 0, softmaxes=2, remark="raises"),
+    Family("MPNet", "MPNetForMaskedLM", "MPNetConfig",
+           {key: value for key, value in _ENCODER.items() if key not in ("cls_token_id", "sep_token_id")},
+           "encoder", masked_text, 0, softmaxes=2, remark="raises"),
+    Family("WavLM", "WavLMForCTC", "WavLMConfig", BY_NAME["Wav2Vec2"].sizes, "audio", sound, 0, softmaxes=2,
+           remark="takes the name and computes what it does with `\"eager\"`"),
+    Family("LongT5", "LongT5ForConditionalGeneration", "LongT5Config",
+           _T5 | {"local_radius": 3, "encoder_attention_type": "local"}, "encoder-decoder", source_and_target, 4,
+           softmaxes=2, remark="its decoder is ours, its encoder's local attention is not"),
+)  # fmt: skip
+BY_NAME |= {family.name: family for family in NOT_REACHED}
