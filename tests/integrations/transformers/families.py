@@ -35,6 +35,7 @@ class Family(NamedTuple):
         norms: the classes of norms that :func:`fastattn.fuse` is told to be torch's RMS norm.
         norms_left: so many modules of norms stay theirs, because they compute something else.
         carries: what attention gets beside query, key and value, in a batch with padding.
+        spread: the standard deviation of what is added to each weight; less where scores are not scaled down.
         remark: for the table.
     """
 
@@ -49,6 +50,7 @@ class Family(NamedTuple):
     norms: tuple[str, ...] = ()
     norms_left: int = 0
     carries: tuple[str, ...] = ()
+    spread: float = 0.2
     remark: str = ""
 
     @property
@@ -71,7 +73,7 @@ def build(family: Family, *, seed: int = 0, **changes: Any) -> Any:
     model = getattr(transformers, family.model)._from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+            parameter.add_(family.spread * torch.randn_like(parameter))
     return model
 
 
@@ -268,14 +270,14 @@ FAMILIES = (
     Family(
         "GPT-OSS", "GptOssForCausalLM", "GptOssConfig",
         _DECODER | {"sliding_window": 4, "layer_types": _layers("sliding", "full"), "num_local_experts": 4,
-                    "num_experts_per_tok": 2, "rope_parameters": _ROPE, "experts_implementation": "eager"},
+                    "num_experts_per_tok": 4, "rope_parameters": _ROPE, "experts_implementation": "eager"},
         "decoder", text, 2, softmaxes=2, norms=("GptOssRMSNorm",), carries=("window", "sinks"),
     ),
     Family(
         "DeepSeek-V3", "DeepseekV3ForCausalLM", "DeepseekV3Config",
         _DECODER | {"num_key_value_heads": 4, "head_dim": 4, "kv_lora_rank": 16, "q_lora_rank": 16,
                     "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6,
-                    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+                    "n_routed_experts": 4, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1,
                     "moe_intermediate_size": 16, "first_k_dense_replace": 1, "experts_implementation": "eager"},
         "decoder", text, 2, norms=("DeepseekV3RMSNorm",), remark="values of another size than keys",
     ),
@@ -313,12 +315,13 @@ FAMILIES = (
                     "rel_2d_pos_bins": 8, "max_rel_2d_pos": 32},
         "encoder", boxes_and_text, 2, carries=("bias",),
     ),
-    Family("T5", "T5ForConditionalGeneration", "T5Config", _T5, "encoder-decoder", source_and_target, 6,
-           norms=("T5LayerNorm",), carries=("bias",)),
+    Family("T5", "T5ForConditionalGeneration", "T5Config", _T5 | {"feed_forward_proj": "gated-gelu"},
+           "encoder-decoder", source_and_target, 6,
+           norms=("T5LayerNorm",), carries=("bias",), spread=0.1),
     Family("mT5", "MT5ForConditionalGeneration", "MT5Config", _T5, "encoder-decoder", source_and_target, 6,
-           norms=("MT5LayerNorm",), carries=("bias",)),
+           norms=("MT5LayerNorm",), carries=("bias",), spread=0.1),
     Family("UMT5", "UMT5ForConditionalGeneration", "UMT5Config", _T5, "encoder-decoder", source_and_target, 6,
-           norms=("UMT5LayerNorm",), carries=("bias",)),
+           norms=("UMT5LayerNorm",), carries=("bias",), spread=0.1),
     Family(
         "Pix2Struct", "Pix2StructForConditionalGeneration", "Pix2StructConfig",
         {
@@ -327,7 +330,7 @@ FAMILIES = (
             "text_config": {"vocab_size": VOCABULARY, "hidden_size": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2,
                             "num_heads": 4, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 1},
         },
-        "encoder-decoder", patches, 6, norms=("Pix2StructLayerNorm",), carries=("bias",),
+        "encoder-decoder", patches, 6, norms=("Pix2StructLayerNorm",), carries=("bias",), spread=0.1,
     ),
     Family("ViT", "ViTForImageClassification", "ViTConfig", _VISION, "vision", image, 2),
     Family("DINOv2", "Dinov2Model", "Dinov2Config", _VISION, "vision", image, 2),
