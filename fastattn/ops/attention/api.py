@@ -137,7 +137,7 @@ def attention(
         signature = _ARGUMENTS.key(values, numbers)
         if signature is not None and (entry := _ARGUMENTS.find(signature, values + numbers)) is not None:
             return entry(values)
-    elif (
+    if (
         window is prefix is document_ids is alibi_slopes is softcap is sinks is None
         and dropout_p == 0.0
         and not (need_weights or return_lse)

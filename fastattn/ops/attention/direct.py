@@ -100,13 +100,15 @@ def _with_padding(attn_mask: Tensor | None, key_padding_mask: Tensor, batch: int
 
 
 def _takes_mask(mask: Tensor, query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Is this a call without gradients, of too few rows for tiles, and of a mask that torch's kernel takes?"""
-    shape, of_query = mask.shape, query.shape
-    if not is_plain(mask) or mask.device != query.device or of_query[2] >= tiles.FEWEST_ROWS or len(shape) != 4:
+    """Is this a call without gradients, and of a mask that torch's kernel takes and that leaves no tiles out?"""
+    shape, of_query, boolean = mask.shape, query.shape, mask.dtype == torch.bool
+    if not is_plain(mask) or mask.device != query.device or len(shape) != 4:
         return False
     if any(have != want and have != 1 for have, want in zip(shape, (*of_query[:3], key.shape[2]))):
         return False
-    if mask.dtype != query.dtype and (mask.dtype != torch.bool or mask.numel() > sdpa.MOST_MERGED):
+    if boolean and (mask.numel() > sdpa.MOST_MERGED or (shape[1] == 1 and of_query[2] >= tiles.FEWEST_ROWS)):
+        return False
+    if not boolean and mask.dtype != query.dtype:
         return False
     return not (
         torch.is_grad_enabled()

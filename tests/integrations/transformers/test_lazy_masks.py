@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -83,6 +84,7 @@ def seen(mask, queries, keys):
     query, key = random_tensor(BATCH, 1, queries, 4, seed=0), random_tensor(BATCH, 1, keys, 4, seed=1)
     module = torch.nn.Module()
     _, weights = attention_forward(module, query, key, key, mask, output_attentions=True)
+    assert weights is not None
     return torch.nn.functional.pad(weights > 0, (0, keys - weights.shape[3]))
 
 
@@ -130,7 +132,7 @@ def test_other_functions_make_the_exact_mask(name):
 
 def test_padding_alone_is_stored_once_for_all_queries():
     mask, _ = make(FUNCTIONS["bidirectional"], PLACES["training"], "left")
-    assert mask.stride(2) == 0 and mask.untyped_storage().nbytes() == BATCH * 9
+    assert mask is not None and mask.stride(2) == 0 and mask.untyped_storage().nbytes() == BATCH * 9
 
 
 def test_positions_without_their_sequences_are_no_packed_mask():
@@ -157,13 +159,15 @@ def test_lazy_mask_becomes_the_exact_one_where_it_is_used():
 
 def test_without_a_mask_the_layer_says_what_is_seen():
     query = random_tensor(1, 2, 5, 4, seed=0)
-    layer = torch.nn.Module()
+    layer: Any = torch.nn.Module()
     causal = torch.ones(5, 5, dtype=torch.bool).tril()
     near = (torch.arange(5)[:, None] - torch.arange(5)).abs() < 2
 
     def weights(**words):
         with fastattn.use_backend("torch"):
-            return attention_forward(layer, query, query, query, None, output_attentions=True, **words)[1][0, 0] > 0
+            _, weights = attention_forward(layer, query, query, query, None, output_attentions=True, **words)
+        assert weights is not None
+        return weights[0, 0] > 0
 
     assert torch.equal(weights(), causal)
     assert weights(is_causal=False).all()

@@ -1,0 +1,147 @@
+"""The short way on the CPU says what the long way says, and takes no call that it could get wrong."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import fastattn
+from fastattn import reference
+from fastattn.ops.attention import direct
+from fastattn.testing import assert_within_budget, random_tensor
+
+NAN, INF = math.nan, math.inf
+
+
+def qkv(heads=4, kv_heads=4, length=6, keys=7, size=8, dtype=torch.float32):
+    shapes = (2, heads, length, size), (2, kv_heads, keys, size), (2, kv_heads, keys, size)
+    return [random_tensor(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
+
+
+def bools(*shape):
+    return random_tensor(*shape, seed=7) > -0.5
+
+
+def padding():
+    hidden = torch.zeros(2, 7, dtype=torch.bool)
+    hidden[0, :2] = hidden[1, 5:] = True
+    return hidden
+
+
+def assert_right(output, query, key, value, attn_mask=None, key_padding_mask=None, is_causal=False, scale=None, **_):
+    """The output of a call beside the reference's, in float64 and in the dtype of the call."""
+
+    def referred(dtype):
+        words: dict[str, Any] = {
+            "key_padding_mask": key_padding_mask,
+            "scale": scale,
+            "upper": 0 if is_causal else None,
+        }
+        if attn_mask is not None:
+            attn_mask_ = attn_mask[(None,) * (4 - attn_mask.dim())]
+            words |= {"mask": attn_mask_} if attn_mask.dtype == torch.bool else {"bias": attn_mask_.to(dtype)}
+        return reference.attention(*(t.detach().to(dtype) for t in (query, key, value)), **words).output
+
+    if output.dtype == torch.float64:
+        torch.testing.assert_close(output, referred(torch.float64))
+    else:
+        assert_within_budget(output, truth=referred(torch.float64), peer=referred(output.dtype), name="output")
+
+
+@pytest.fixture(autouse=True)
+def _torch_backend():
+    with fastattn.use_backend("torch"):
+        yield
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Whether the short way took each call."""
+    seen, attend = [], direct.attend
+    monkeypatch.setattr(direct, "attend", lambda *args: (seen.append(attend(*args)), seen[-1])[1])
+    return lambda: [output is not None for output in seen]
+
+
+TAKEN = {
+    "plain": ({}, {}),
+    "scale": ({}, {"scale": 0.3}),
+    "bfloat16": ({"dtype": torch.bfloat16}, {}),
+    "float64": ({"dtype": torch.float64}, {}),
+    "causal": ({"keys": 6}, {"is_causal": True}),
+    "grouped": ({"kv_heads": 2}, {}),
+    "bool_mask": ({}, {"attn_mask": bools(2, 4, 6, 7)}),
+    "bool_broadcast": ({}, {"attn_mask": bools(1, 1, 6, 7)}),
+    "bias": ({}, {"attn_mask": random_tensor(1, 4, 6, 7, seed=8)}),
+    "padding": ({}, {"key_padding_mask": padding()}),
+    "padding_grouped": ({"kv_heads": 2}, {"key_padding_mask": padding()}),
+    "padding_and_mask": ({}, {"key_padding_mask": padding(), "attn_mask": bools(1, 4, 6, 1)}),
+    "padding_and_bias": ({}, {"key_padding_mask": padding(), "attn_mask": random_tensor(1, 4, 6, 7, seed=8)}),
+    "one_query_bias_grouped": ({"kv_heads": 2, "length": 1}, {"attn_mask": random_tensor(1, 4, 1, 7, seed=8)}),
+    "row_without_keys": ({}, {"attn_mask": torch.zeros(2, 1, 6, 7, dtype=torch.bool)}),
+    "long_bias": ({"length": 300}, {"attn_mask": random_tensor(1, 4, 300, 7, seed=8)}),
+}
+
+
+@pytest.mark.parametrize(("sizes", "words"), TAKEN.values(), ids=TAKEN)
+def test_direct_call_matches_the_reference(sizes, words, taken):
+    query, key, value = qkv(**sizes)
+    output = fastattn.attention(query, key, value, **words)
+    assert taken() == [True]
+    assert_right(output, query, key, value, **words)
+
+
+LEFT = {
+    "narrow_values": lambda q, k, v: ((q, k, v[..., :4]), {}),
+    "columns_first": lambda q, k, v: ((q.mT.contiguous().mT, k, v), {}),
+    "negative_scale": lambda q, k, v: ((q, k, v), {"scale": -1.0}),
+    "grouped_causal": lambda q, k, v: ((q[:, :, :6], k[:, :2, :6], v[:, :2, :6]), {"is_causal": True}),
+    "causal_with_more_keys": lambda q, k, v: ((q, k, v), {"is_causal": True}),
+    "causal_with_a_mask": lambda q, k, v: ((q, k, v), {"is_causal": True, "attn_mask": bools(1, 1, 6, 7)}),
+    "bias_of_another_dtype": lambda q, k, v: ((q, k, v), {"attn_mask": random_tensor(6, 7, seed=1).double()}),
+    "empty": lambda q, k, v: ((q, k[:, :, :0], v[:, :, :0]), {}),
+    "trained_under_a_mask": lambda q, k, v: ((q.requires_grad_(), k, v), {"key_padding_mask": padding()}),
+    "trained_bias": lambda q, k, v: ((q, k, v), {"attn_mask": random_tensor(1, 4, 6, 7, seed=1).requires_grad_()}),
+    "long_mask": lambda q, k, v: ((q.repeat(1, 1, 50, 1), k, v), {"attn_mask": bools(1, 1, 300, 7)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", LEFT.values(), ids=LEFT)
+def test_other_calls_are_left_to_the_long_way(make, taken):
+    args, words = make(*qkv())
+    output = fastattn.attention(*args, **words)
+    assert taken() == [False]
+    assert_right(output, *args, **words)
+
+
+@pytest.mark.parametrize("garbage", [NAN, INF, -INF, 3e38])
+@pytest.mark.parametrize("where", ["key", "value"])
+def test_direct_call_throws_away_what_garbage_at_hidden_keys_spoils(garbage, where):
+    query, key, value = qkv()
+    hidden = padding()
+    expected = fastattn.attention(query, key, value, key_padding_mask=hidden)
+    (key if where == "key" else value).masked_fill_(hidden[:, None, :, None], garbage)
+    torch.testing.assert_close(fastattn.attention(query, key, value, key_padding_mask=hidden), expected)
+
+
+BAD = {
+    "padding_of_another_batch": ({"key_padding_mask": torch.zeros(1, 7, dtype=torch.bool)}, ValueError),
+    "padding_of_numbers": ({"key_padding_mask": torch.zeros(2, 7)}, TypeError),
+    "mask_of_another_length": ({"attn_mask": torch.zeros(1, 1, 6, 8)}, ValueError),
+    "mask_of_integers": ({"attn_mask": torch.zeros(1, 1, 6, 7, dtype=torch.long)}, TypeError),
+    "causal_by_a_word": ({"is_causal": "yes"}, TypeError),
+    "infinite_scale": ({"scale": INF}, ValueError),
+    "backend": ({"backend": "cuda"}, ValueError),
+}
+
+
+@pytest.mark.parametrize(("words", "error"), BAD.values(), ids=BAD)
+def test_wrong_arguments_keep_their_errors(words, error):
+    with pytest.raises(error):
+        fastattn.attention(*qkv(), **words)
+
+
+def test_direct_call_gives_gradients_of_every_order(taken):
+    inputs = [t.double().requires_grad_() for t in qkv(length=3, keys=3, size=2)]
+    assert torch.autograd.gradgradcheck(lambda *t: fastattn.attention(*t, is_causal=True), inputs)
+    assert all(taken())
