@@ -37,6 +37,7 @@ class Family(NamedTuple):
         carries: what attention gets beside query, key and value, in a batch with padding.
         spread: the standard deviation of what is added to each weight; less where scores are not scaled down.
         remark: for the table.
+        since: the first transformers in which it asks for attention by a name.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Family(NamedTuple):
     carries: tuple[str, ...] = ()
     spread: float = 0.2
     remark: str = ""
+    since: tuple[int, int] = (5, 4)
 
     @property
     def pads(self) -> tuple[Padding, ...]:
@@ -313,7 +315,7 @@ FAMILIES = (
         _ENCODER | {"coordinate_size": 4, "shape_size": 8, "input_size": 16, "patch_size": 8,
                     "max_2d_position_embeddings": 80, "rel_pos_bins": 8, "max_rel_pos": 16,
                     "rel_2d_pos_bins": 8, "max_rel_2d_pos": 32},
-        "encoder", boxes_and_text, 2, carries=("bias",),
+        "encoder", boxes_and_text, 2, carries=("bias",), since=(5, 24),
     ),
     Family("T5", "T5ForConditionalGeneration", "T5Config", _T5 | {"feed_forward_proj": "gated-gelu"},
            "encoder-decoder", source_and_target, 6,

@@ -180,8 +180,11 @@ def drawn(
         prepare(model)
         with InFloat64() if dtype == torch.float64 else contextlib.nullcontext():
             steps.append(step(model, inputs_of(name, padding, dtype=dtype, seed=seed)))
-    gradients = {name: torch.stack([results.gradients[name] for results in steps]) for name in steps[0].gradients}
-    return Results(*(torch.stack([results[i] for results in steps]) for i in range(2)), gradients)
+    return Results(
+        torch.stack([results.output for results in steps]),
+        torch.stack([results.loss for results in steps]),
+        {key: torch.stack([results.gradients[key] for results in steps]) for key in steps[0].gradients},
+    )
 
 
 @functools.cache

@@ -5,8 +5,6 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-import fastattn
-from fastattn.integrations.transformers import register
 from fastattn.testing import assert_within_budget
 from tests.integrations.transformers.families import BATCH, BY_NAME, FAMILIES, LENGTH, tokens
 from tests.integrations.transformers.harness import (
@@ -19,13 +17,7 @@ from tests.integrations.transformers.harness import (
     watching,
 )
 
-pytestmark = pytest.mark.parity
-
-
-@pytest.fixture(autouse=True, scope="module")
-def registered():
-    with register(), fastattn.use_backend("torch"):
-        yield
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("registered")]
 
 
 def budgets(name, padding):
@@ -37,6 +29,7 @@ def budgets(name, padding):
 CHECKPOINTED = ["Llama", "Gemma 2", "GPT-OSS", "BERT", "T5", "ViT", "Whisper", "Mllama"]
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # in newer ones
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", CHECKPOINTED)
 def test_checkpointed_model_matches_eager(name, reentrant):

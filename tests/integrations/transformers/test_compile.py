@@ -5,16 +5,10 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-import fastattn
-from fastattn.integrations.transformers import register
 from tests.integrations.transformers.families import BY_NAME
 from tests.integrations.transformers.harness import inputs_of, model_with, step
 
-
-@pytest.fixture(autouse=True, scope="module")
-def registered():
-    with register(), fastattn.use_backend("torch"):
-        yield
+pytestmark = pytest.mark.usefixtures("registered")
 
 
 class Graphs:

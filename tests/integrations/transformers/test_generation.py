@@ -7,8 +7,6 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-import fastattn
-from fastattn.integrations.transformers import register
 from fastattn.testing import assert_within_budget
 from tests.integrations.transformers.families import FAMILIES
 from tests.integrations.transformers.harness import InFloat64, inputs_of, model_with, watching
@@ -23,13 +21,7 @@ WAYS = {
     "no_cache": {"use_cache": False},
 }
 
-pytestmark = pytest.mark.parity
-
-
-@pytest.fixture(autouse=True, scope="module")
-def registered():
-    with register(), fastattn.use_backend("torch"):
-        yield
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("registered", "family")]
 
 
 def generate(name, implementation, dtype=torch.float32, **words):

@@ -15,11 +15,7 @@ from tests.integrations.transformers.harness import inputs_of, model_of, model_w
 RAISING = [family.name for family in NOT_REACHED if family.remark.startswith("raises")]
 SERVED = [family.name for family in NOT_REACHED if family.name not in RAISING]
 
-
-@pytest.fixture(autouse=True, scope="module")
-def registered():
-    with register(), fastattn.use_backend("torch"):
-        yield
+pytestmark = pytest.mark.usefixtures("registered")
 
 
 def loaded(name, implementation):

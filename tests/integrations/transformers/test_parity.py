@@ -6,7 +6,6 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 import fastattn
-from fastattn.integrations.transformers import register
 from fastattn.testing import assert_within_budget
 from tests.integrations.transformers.families import BY_NAME, FAMILIES
 from tests.integrations.transformers.harness import (
@@ -32,13 +31,7 @@ WORDS = {"window": "window", "softcap": "softcap", "sinks": "sinks", "bias": "at
 ON_KERNELS = [("Mistral", "left"), ("Gemma 2", "right"), ("GPT-OSS", "left"), ("DeepSeek-V3", "none"),
               ("LayoutLMv3", "right"), ("ModernBERT", "right"), ("T5", "right"), ("Mllama", "left")]  # fmt: skip
 
-pytestmark = pytest.mark.parity
-
-
-@pytest.fixture(autouse=True, scope="module")
-def registered():
-    with register(), fastattn.use_backend("torch"):
-        yield
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("registered", "family")]
 
 
 def truth_and_peer(name, padding, dtype=torch.float32, draws=DRAWS):
@@ -107,11 +100,13 @@ def test_what_is_lost_is_noticed(name, what, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "padding"), ON_KERNELS)
-def test_kernels_get_what_the_model_says(name, padding):
+def test_kernels_get_what_the_model_says(name, padding, request):
+    budget = truth_and_peer(name, padding, draws=1)
+    request.getfixturevalue("poisoned")
     with watching() as watch, fastattn.use_backend("triton"):
         actual = drawn(name, padding, "fastattn", draws=1)
     assert len(watch.calls) == BY_NAME[name].calls
-    assert_results_within_budget(actual, **truth_and_peer(name, padding, draws=1), feature=name)
+    assert_results_within_budget(actual, **budget, feature=name)
 
 
 @pytest.mark.parametrize("name", NAMES)
