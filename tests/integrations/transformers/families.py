@@ -270,6 +270,13 @@ FAMILIES = (
         remark="its norms multiply by 1 + weight",
     ),
     Family(
+        "Llama 4", "Llama4ForCausalLM", "Llama4TextConfig",
+        _DECODER | {"intermediate_size_mlp": 48, "attention_chunk_size": 4, "layer_types": _layers("chunked", "full"),
+                    "num_local_experts": 2, "num_experts_per_tok": 2, "rope_parameters": _ROPE,
+                    "experts_implementation": "eager"},
+        "decoder", text, 2, norms=("Llama4TextRMSNorm",), carries=("documents",), remark="its chunks are documents",
+    ),
+    Family(
         "GPT-OSS", "GptOssForCausalLM", "GptOssConfig",
         _DECODER | {"sliding_window": 4, "layer_types": _layers("sliding", "full"), "num_local_experts": 4,
                     "num_experts_per_tok": 4, "rope_parameters": _ROPE, "experts_implementation": "eager"},

@@ -64,3 +64,14 @@ def test_compiled_layers_match_eager(name, graphs):
     expected = step(model_with(name, "fastattn"), inputs_of(name, "right"))
     torch.testing.assert_close(actual, expected)
     assert graphs.callers
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+def test_compiled_steps_on_a_static_cache_give_eagers_tokens(name, graphs):
+    inputs = {key: value for key, value in inputs_of(name, "left").items() if key in ("input_ids", "attention_mask")}
+    words = {"do_sample": False, "min_new_tokens": 5, "max_new_tokens": 5}
+    model = model_with(name, "fastattn")
+    model.forward = torch.compile(model.forward, backend=graphs, fullgraph=True)
+    tokens = model.generate(**inputs, **words, cache_implementation="static")
+    assert len(graphs.callers) == BY_NAME[name].calls
+    assert torch.equal(tokens, model_with(name, "eager").generate(**inputs, **words))

@@ -56,3 +56,13 @@ def test_generated_tokens_are_those_of_eager(name, way):
     assert torch.equal(tokens, peers)
     assert torch.equal(tokens, truths)
     assert_within_budget(logits, truth=truth, peer=peer, name="logits", feature=name, backend="transformers")
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma 2", "GPT-OSS", "Llama 4"])
+def test_prompt_may_be_read_in_chunks(name):
+    """Each chunk sees the cache before it: its queries stand behind the first key."""
+    tokens, logits = generate(name, "fastattn", prefill_chunk_size=4)
+    peers, peer = generate(name, "eager")
+    truth = generate(name, "eager", torch.float64)[1]
+    assert torch.equal(tokens, peers)
+    assert_within_budget(logits, truth=truth, peer=peer, name="logits", feature=name, backend="transformers")

@@ -26,7 +26,7 @@ PADDED = [(family.name, padding) for family in FAMILIES for padding in family.pa
 CARRIED = [(family.name, what) for family in FAMILIES for what in (*family.carries, "padding")]
 # Some have no padding, and CLIP's text, read causally, ends before it begins.
 CARRIED = [(name, what) for name, what in CARRIED if what != "padding" or (BY_NAME[name].pads[1:] and name != "CLIP")]
-WORDS = {"window": "window", "softcap": "softcap", "sinks": "sinks", "bias": "attn_mask", "padding": "key_padding_mask"}
+WORDS = {"documents": "document_ids", "bias": "attn_mask", "padding": "key_padding_mask"}  # others by the same word
 # What the kernels have to get beside query, key and value, each once.
 ON_KERNELS = [("Mistral", "left"), ("Gemma 2", "right"), ("GPT-OSS", "left"), ("DeepSeek-V3", "none"),
               ("LayoutLMv3", "right"), ("ModernBERT", "right"), ("T5", "right"), ("Mllama", "left")]  # fmt: skip
@@ -88,7 +88,7 @@ def test_what_is_lost_is_noticed(name, what, monkeypatch):
         if what == "padding" and attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = None
         words["attn_mask"] = attn_mask
-        words.pop(WORDS[what], None)
+        words.pop(WORDS.get(what, what), None)
         return run(query, key, value, **words)
 
     monkeypatch.setattr(attention, "attention", forgetful)
