@@ -5,6 +5,7 @@
 # the versions that are there and adds what is missing. make compat: the tests with other versions of python, torch and
 # triton, each in an environment of its own under build/compat; writes docs/compat.md. make resources-pairs: what kernels
 # take, as make resources writes it, and beside it as the tritons of two of those environments compile them.
+# make families: families of transformers beside eager attention; writes the tables of docs/transformers.md.
 # make proof: compiled kernels executed on the CPU, with the oldest triton and the locked one; writes docs/proof.md, within
 # an hour on two cores. Rows that were run with these sources are not run again.
 # make gpu CALL=1, then CALL=2 AFTER=the folder of call 1: right and fast on a GPU that is there for a quarter of an hour?
@@ -28,7 +29,7 @@ TTSEM  := ttsem==0.1.0
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: -c constraints.txt
 UPGRADE ?= --upgrade
 
-.PHONY: test lint bench report parity resources resources-pairs fuzz lock compat proof gpu gpu-cache clean
+.PHONY: test lint bench report parity resources resources-pairs fuzz lock compat families proof gpu gpu-cache clean
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal
@@ -67,6 +68,9 @@ lock: $(BIN)/python
 
 compat: $(STAMP)
 	$(BIN)/python -m tests.compat
+
+families: $(STAMP)
+	PYTHONPATH=.:kernels $(BIN)/python -m tests.integrations.transformers.table
 
 proof: $(STAMP)
 	$(BIN)/python -m tests.proof

@@ -54,3 +54,19 @@ def test_torchs_encoder_keeps_its_embeddings_when_fused_and_undone(original_embe
             assert_same(encoder(tokens, padding), original_embeddings)
         assert torch.equal(encoder(tokens, padding), before)
     assert_same(before, original_embeddings)
+
+
+def test_encoder_loaded_by_transformers_embeds_as_with_eager(backend, original_embeddings):
+    """All sentences in one padded batch, each attention one of this package's."""
+    from transformers import AutoModel
+
+    from fastattn.integrations.transformers import register
+    from tests.integrations.transformers.harness import watching
+
+    tokens, padding = tokenize(SENTENCES)
+    with register(), fastattn.use_backend(backend), torch.no_grad(), watching(elsewhere=True) as watch:
+        model = AutoModel.from_pretrained(wheel_folder(), local_files_only=True, attn_implementation="fastattn").eval()
+        embeddings = pool(model(tokens, attention_mask=(~padding).long()).last_hidden_state, padding)
+    assert (len(watch.calls), watch.elsewhere.total()) == (model.config.num_hidden_layers, 0)
+    assert watch.carried == {"padding"}
+    assert_same(embeddings, original_embeddings)

@@ -23,8 +23,8 @@ MaskFunction = Callable[..., Any]  # of the indices of batch, head, query and ke
 class LazyMask(Tensor):
     """A boolean mask ``[B, 1, L, S]`` (True = may attend) that keeps what it is made of and has no elements.
 
-    Attention of this package reads :attr:`words`. Whatever else is done to it, by a model that cuts, adds or compares
-    masks, makes the exact mask first: transformers' own.
+    Attention of this package reads :attr:`words`. Whatever else is done to it, by a model that cuts, joins or compares
+    masks, makes the exact mask first: transformers' own. Adding it raises: only code that expects numbers would.
 
     Attributes:
         words: the keyword arguments of :func:`fastattn.attention` that say the same.
@@ -53,8 +53,16 @@ class LazyMask(Tensor):
     def __torch_dispatch__(  # type: ignore[bad-override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+        if func is torch.ops.aten.detach.default:
             return args[0]
+        if func is torch.ops.aten.alias.default:  # torch refuses a view that is the tensor itself
+            mask = args[0]
+            return LazyMask(mask.words, mask.keys, mask._arguments)
+        if func in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor):
+            raise ValueError(
+                "a boolean mask (True = may attend) is added to scores: this layer attends by itself and does not ask "
+                'for attention by its name; load the model with attn_implementation="eager"'
+            )
         return func(*tree_map(_made, args), **tree_map(_made, kwargs or {}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LazyMask:

@@ -15,10 +15,14 @@ class Registration:
     def __init__(self, name: str) -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
 
+        from fastattn.integrations.transformers import support
         from fastattn.integrations.transformers.attention import attention_forward
         from fastattn.integrations.transformers.masks import attention_mask
 
         self.name = name
+        self._asked_about = support.names
+        self._asked_about.add(name)
+        support.install()
         self._before = []
         for interface, function in ((AttentionInterface, attention_forward), (AttentionMaskInterface, attention_mask)):
             functions = interface._global_mapping
@@ -33,6 +37,7 @@ class Registration:
         for functions, function in self._before:
             if function is None:
                 functions.pop(self.name, None)
+                self._asked_about.discard(self.name)
             else:
                 functions[self.name] = function
         self._before = []
@@ -55,7 +60,8 @@ def register(name: str = "fastattn") -> Registration:
         model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="fastattn")
         model.set_attn_implementation("fastattn")  # or later
 
-    Which backend runs is said by :func:`fastattn.use_backend`, as everywhere.
+    Which backend runs is said by :func:`fastattn.use_backend`, as everywhere. A model that computes attention in its
+    own layers and would misread masks that are made for this package raises a ValueError where it is given the name.
 
     Args:
         name: another one than ``"fastattn"``. ``"sdpa"`` replaces what transformers has under this name, so that

@@ -19,11 +19,13 @@ from fastattn.integrations.transformers.attention import attention_forward  # no
 BATCH = 2
 IDS = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [0, 0, 0, 0, 0, 1, 1, 1, 1]])
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 0, 1, 2, 3]])
+REMAPS = hasattr(masking_utils, "remap_positions_for_packed_sequence")  # newer ones
 
 
 def packed(function):
-    remapped = masking_utils.remap_positions_for_packed_sequence(function, POSITIONS)
-    return masking_utils.and_masks(remapped, masking_utils.packed_sequence_mask_function(IDS))
+    if REMAPS:
+        function = masking_utils.remap_positions_for_packed_sequence(function, POSITIONS)
+    return masking_utils.and_masks(function, masking_utils.packed_sequence_mask_function(IDS))
 
 
 def own(batch, head, query, key):
@@ -135,6 +137,7 @@ def test_padding_alone_is_stored_once_for_all_queries():
     assert mask is not None and mask.stride(2) == 0 and mask.untyped_storage().nbytes() == BATCH * 9
 
 
+@pytest.mark.skipif(not REMAPS, reason="this transformers has no positions of packed sequences")
 def test_positions_without_their_sequences_are_no_packed_mask():
     """Positions that start anew hide nothing by themselves: they may be of two images in one sequence."""
     remapped = masking_utils.remap_positions_for_packed_sequence(masking_utils.causal_mask_function, POSITIONS)

@@ -1,0 +1,51 @@
+"""An error for models that would misread our masks, where they are told to use this package.
+
+About 40 families of transformers compute attention in their own layers, and still make their masks by the name of an
+implementation: they would add our boolean masks to scores. transformers asks each model whether it supports one of
+transformers' own implementations, but not about one that was registered; this adds that question.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, masking_utils
+
+names: set[str] = set()  # that models are asked about
+
+
+def misreads_masks(kind: type[nn.Module]) -> bool:
+    """Does the module of this class make masks by a name, while none of its attention layers is called by it?"""
+    module = sys.modules.get(kind.__module__)
+    if module is None or hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
+        return False
+    own = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
+    layers = [value for value in own if isinstance(value, type) and issubclass(value, nn.Module)]
+    makes_masks = any(
+        getattr(value, "__module__", None) == masking_utils.__name__ and name.startswith("create_")
+        for name, value in vars(module).items()
+    )
+    return makes_masks and any("Attention" in layer.__name__ for layer in layers)
+
+
+def install() -> None:
+    """From now on ask models about :data:`names`, where transformers asks them about its own implementations."""
+    check = PreTrainedModel.get_correct_attn_implementation
+    if getattr(check, "_asks_about_names", False):
+        return
+
+    @functools.wraps(check)
+    def checked(self: PreTrainedModel, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+        # About "sdpa" transformers asks: layers may call F.scaled_dot_product_attention, which reads boolean masks.
+        if requested_attention in names - {"sdpa"} and misreads_masks(type(self)):
+            raise ValueError(
+                f"attn_implementation={requested_attention!r}: {type(self).__name__} computes attention in its own "
+                'layers, which fastattn does not reach: use another, such as "eager" or "sdpa"'
+            )
+        return check(self, requested_attention, *args, **kwargs)
+
+    setattr(checked, "_asks_about_names", True)  # noqa: B010, functions have no such attribute to type checkers
+    PreTrainedModel.get_correct_attn_implementation = checked
