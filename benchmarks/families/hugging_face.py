@@ -7,6 +7,7 @@ otherwise. Dropout is off, so that there is one right result.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from benchmarks.cases import Case
 from benchmarks.variants import Family, Refused, Step, Variant
 
-HIDDEN, HEADS, LAYERS, VOCABULARY = 512, 8, 2, 1024
+HEADS, LAYERS, VOCABULARY = 8, 2, 1024
 WINDOW = 64
 # So much padding a text has. It is less than a window, so that no row sees padding alone: "eager" makes NaN of such a
 # row in float64, where it is to be the truth.
@@ -29,16 +30,18 @@ class ModelCase(Case):
     """One model and a batch for it. ``backward`` is a training step: the loss, and all gradients of the parameters.
 
     Attributes:
-        model: a key of :data:`MODELS`.
+        model: a key of :func:`models`.
         batch: texts or images.
         seqlen: tokens of a text; images have as many patches as their model's size says.
         padded: whether every second text lacks its last tokens.
+        hidden: size of the hidden state; images are a fourth as wide, in patches of 8.
     """
 
     model: str
     batch: int = 2
     seqlen: int = 256
     padded: bool = True
+    hidden: int = 512
 
     @property
     def name(self) -> str:
@@ -47,7 +50,7 @@ class ModelCase(Case):
         return "-".join([*parts, *(["padded"] if self.padded else []), self.dtype_name])
 
     def tiny(self) -> ModelCase:
-        return dataclasses.replace(self, batch=2, seqlen=8)
+        return dataclasses.replace(self, batch=2, seqlen=8, hidden=64)
 
 
 # ---------------------------------------------------------------------------------------------------------- the models
@@ -93,7 +96,11 @@ def _text_and_target(case: ModelCase) -> Inputs:
 
 
 def _image(case: ModelCase) -> Inputs:
-    return {"pixel_values": case.draw(case.batch, 3, 128, 128, dtype=case.dtype, generator=case.generator())}
+    return {
+        "pixel_values": case.draw(
+            case.batch, 3, case.hidden // 4, case.hidden // 4, dtype=case.dtype, generator=case.generator()
+        )
+    }
 
 
 def _image_and_text(case: ModelCase) -> Inputs:
@@ -113,108 +120,117 @@ def _wave(case: ModelCase) -> Inputs:
     return {"input_values": wave, "labels": _ids(case)[:, : case.seqlen // 8]}
 
 
-_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_ENCODER: dict[str, Any] = _TOKENS | {
-    "vocab_size": VOCABULARY,
-    "hidden_size": HIDDEN,
-    "intermediate_size": 4 * HIDDEN,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "max_position_embeddings": 2048,
-}
-_DECODER = _ENCODER | {"num_key_value_heads": 2, "head_dim": HIDDEN // HEADS}
-_SLIDING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
-_T5 = _TOKENS | {
-    "vocab_size": VOCABULARY,
-    "d_model": HIDDEN,
-    "d_kv": HIDDEN // HEADS,
-    "d_ff": 4 * HIDDEN,
-    "num_layers": LAYERS,
-    "num_heads": HEADS,
-    "decoder_start_token_id": 1,
-}
-_VISION: dict[str, Any] = {
-    "hidden_size": HIDDEN,
-    "intermediate_size": 4 * HIDDEN,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "image_size": 128,
-    "patch_size": 8,
-}
-_TEXT_OF_TWO = {key: value for key, value in _ENCODER.items() if key not in _TOKENS} | {"eos_token_id": VOCABULARY - 1}
+@functools.cache
+def models(hidden: int) -> dict[str, Model]:
+    """Every model by name, with hidden states of this size."""
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    encoder: dict[str, Any] = tokens | {
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "max_position_embeddings": 2048,
+    }
+    decoder = encoder | {"num_key_value_heads": 2, "head_dim": hidden // HEADS}
+    sliding = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+    t5 = tokens | {
+        "vocab_size": VOCABULARY,
+        "d_model": hidden,
+        "d_kv": hidden // HEADS,
+        "d_ff": 4 * hidden,
+        "num_layers": LAYERS,
+        "num_heads": HEADS,
+        "decoder_start_token_id": 1,
+    }
+    vision: dict[str, Any] = {
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "image_size": hidden // 4,
+        "patch_size": 8,
+    }
+    text_of_two = {key: value for key, value in encoder.items() if key not in tokens} | {"eos_token_id": VOCABULARY - 1}
 
-MODELS = {
-    "llama": Model("LlamaForCausalLM", "LlamaConfig", _DECODER, _text),
-    "mistral": Model("MistralForCausalLM", "MistralConfig", _DECODER | {"sliding_window": WINDOW}, _text),
-    "qwen3": Model("Qwen3ForCausalLM", "Qwen3Config", _DECODER, _text),
-    "phi3": Model("Phi3ForCausalLM", "Phi3Config", _DECODER, _text),
-    "gemma2": Model(
-        "Gemma2ForCausalLM", "Gemma2Config", _DECODER | _SLIDING, _text, sdpa_cannot='"sdpa" has no softcap'
-    ),
-    "gemma3": Model("Gemma3ForCausalLM", "Gemma3TextConfig", _DECODER | _SLIDING, _text),
-    "gpt_oss": Model(
-        "GptOssForCausalLM",
-        "GptOssConfig",
-        _DECODER | _SLIDING | {"num_local_experts": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-        _text,
-        sdpa_cannot='"sdpa" has no sinks',
-    ),
-    "gpt2": Model(
-        "GPT2LMHeadModel",
-        "GPT2Config",
-        _TOKENS | {"vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS},
-        _text,
-    ),
-    "gpt_neox": Model("GPTNeoXForCausalLM", "GPTNeoXConfig", _ENCODER, _text),
-    "deepseek_v3": Model(
-        "DeepseekV3ForCausalLM",
-        "DeepseekV3Config",
-        _ENCODER
-        | {"num_key_value_heads": HEADS, "kv_lora_rank": 128, "q_lora_rank": 256, "first_k_dense_replace": LAYERS},
-        _text,
-    ),
-    "bert": Model("BertForMaskedLM", "BertConfig", _ENCODER, _text),
-    "roberta": Model("RobertaForMaskedLM", "RobertaConfig", _ENCODER, _text),
-    "modernbert": Model(
-        "ModernBertForMaskedLM", "ModernBertConfig", _ENCODER | {"cls_token_id": 1, "sep_token_id": 2}, _text
-    ),
-    "t5": Model("T5ForConditionalGeneration", "T5Config", _T5, _text_and_target),
-    "mt5": Model("MT5ForConditionalGeneration", "MT5Config", _T5, _text_and_target),
-    "vit": Model("ViTForImageClassification", "ViTConfig", _VISION, _image),
-    "dinov2": Model("Dinov2Model", "Dinov2Config", _VISION, _image),
-    "clip": Model("CLIPModel", "CLIPConfig", {"text_config": _TEXT_OF_TWO, "vision_config": _VISION}, _image_and_text),
-    "siglip": Model(
-        "SiglipModel",
-        "SiglipConfig",
-        {"text_config": _TEXT_OF_TWO | {"projection_size": HIDDEN}, "vision_config": _VISION},
-        _image_and_text,
-    ),
-    "whisper": Model(
-        "WhisperForConditionalGeneration",
-        "WhisperConfig",
-        _TOKENS
-        | {
-            "vocab_size": VOCABULARY,
-            "d_model": HIDDEN,
-            "encoder_layers": LAYERS,
-            "decoder_layers": LAYERS,
-            "encoder_attention_heads": HEADS,
-            "decoder_attention_heads": HEADS,
-            "encoder_ffn_dim": 4 * HIDDEN,
-            "decoder_ffn_dim": 4 * HIDDEN,
-            "max_source_positions": 256,
-            "decoder_start_token_id": 1,
-        },
-        _sound,
-    ),
-    "wav2vec2": Model(
-        "Wav2Vec2ForCTC",
-        "Wav2Vec2Config",
-        {key: value for key, value in _ENCODER.items() if key != "max_position_embeddings"}
-        | {"apply_spec_augment": False, "conv_dim": (64,) * 7, "ctc_zero_infinity": True},
-        _wave,
-    ),
-}
+    return {
+        "llama": Model("LlamaForCausalLM", "LlamaConfig", decoder, _text),
+        "mistral": Model("MistralForCausalLM", "MistralConfig", decoder | {"sliding_window": WINDOW}, _text),
+        "qwen3": Model("Qwen3ForCausalLM", "Qwen3Config", decoder, _text),
+        "phi3": Model("Phi3ForCausalLM", "Phi3Config", decoder, _text),
+        "gemma2": Model(
+            "Gemma2ForCausalLM", "Gemma2Config", decoder | sliding, _text, sdpa_cannot='"sdpa" has no softcap'
+        ),
+        "gemma3": Model("Gemma3ForCausalLM", "Gemma3TextConfig", decoder | sliding, _text),
+        "gpt_oss": Model(
+            "GptOssForCausalLM",
+            "GptOssConfig",
+            decoder
+            | sliding
+            | {"num_local_experts": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            _text,
+            sdpa_cannot='"sdpa" has no sinks',
+        ),
+        "gpt2": Model(
+            "GPT2LMHeadModel",
+            "GPT2Config",
+            tokens | {"vocab_size": VOCABULARY, "n_embd": hidden, "n_layer": LAYERS, "n_head": HEADS},
+            _text,
+        ),
+        "gpt_neox": Model("GPTNeoXForCausalLM", "GPTNeoXConfig", encoder, _text),
+        "deepseek_v3": Model(
+            "DeepseekV3ForCausalLM",
+            "DeepseekV3Config",
+            encoder
+            | {"num_key_value_heads": HEADS, "kv_lora_rank": 128, "q_lora_rank": 256, "first_k_dense_replace": LAYERS},
+            _text,
+        ),
+        "bert": Model("BertForMaskedLM", "BertConfig", encoder, _text),
+        "roberta": Model("RobertaForMaskedLM", "RobertaConfig", encoder, _text),
+        "modernbert": Model(
+            "ModernBertForMaskedLM", "ModernBertConfig", encoder | {"cls_token_id": 1, "sep_token_id": 2}, _text
+        ),
+        "t5": Model("T5ForConditionalGeneration", "T5Config", t5, _text_and_target),
+        "mt5": Model("MT5ForConditionalGeneration", "MT5Config", t5, _text_and_target),
+        "vit": Model("ViTForImageClassification", "ViTConfig", vision, _image),
+        "dinov2": Model("Dinov2Model", "Dinov2Config", vision, _image),
+        "clip": Model(
+            "CLIPModel", "CLIPConfig", {"text_config": text_of_two, "vision_config": vision}, _image_and_text
+        ),
+        "siglip": Model(
+            "SiglipModel",
+            "SiglipConfig",
+            {"text_config": text_of_two | {"projection_size": hidden}, "vision_config": vision},
+            _image_and_text,
+        ),
+        "whisper": Model(
+            "WhisperForConditionalGeneration",
+            "WhisperConfig",
+            tokens
+            | {
+                "vocab_size": VOCABULARY,
+                "d_model": hidden,
+                "encoder_layers": LAYERS,
+                "decoder_layers": LAYERS,
+                "encoder_attention_heads": HEADS,
+                "decoder_attention_heads": HEADS,
+                "encoder_ffn_dim": 4 * hidden,
+                "decoder_ffn_dim": 4 * hidden,
+                "max_source_positions": 256,
+                "decoder_start_token_id": 1,
+            },
+            _sound,
+        ),
+        "wav2vec2": Model(
+            "Wav2Vec2ForCTC",
+            "Wav2Vec2Config",
+            {key: value for key, value in encoder.items() if key != "max_position_embeddings"}
+            | {"apply_spec_augment": False, "conv_dim": (64,) * 7, "ctc_zero_infinity": True},
+            _wave,
+        ),
+    }
+
+
 # Those whose inputs are of one size, without padding.
 _UNPADDED = (_image, _sound, _wave)
 
@@ -225,7 +241,11 @@ _UNPADDED = (_image, _sound, _wave)
 def _build(implementation: str) -> Callable[[ModelCase, torch.dtype], Step]:
     def build(case: ModelCase, dtype: torch.dtype) -> Step:
         model, inputs = _model(case, implementation, dtype), _inputs(case, dtype)
-        kept = inputs.get("attention_mask") if "decoder_start_token_id" not in MODELS[case.model].sizes else None
+        kept = (
+            inputs.get("attention_mask")
+            if "decoder_start_token_id" not in models(case.hidden)[case.model].sizes
+            else None
+        )
 
         def shown(output: Any) -> Tensor:
             """What the model computes, as one tensor; what it says about padding is nobody's concern."""
@@ -273,7 +293,7 @@ def _model(case: ModelCase, implementation: str, dtype: torch.dtype) -> Any:
     import fastattn.integrations.transformers
 
     fastattn.integrations.transformers.register()
-    entry = MODELS[case.model]
+    entry = models(case.hidden)[case.model]
     config = getattr(transformers, entry.configuration)(**entry.sizes)
     for name in vars(config):
         if "dropout" in name or "pdrop" in name or name == "layerdrop":
@@ -290,7 +310,7 @@ def _model(case: ModelCase, implementation: str, dtype: torch.dtype) -> Any:
 
 
 def _inputs(case: ModelCase, dtype: torch.dtype) -> Inputs:
-    inputs = MODELS[case.model].inputs(case)
+    inputs = models(case.hidden)[case.model].inputs(case)
     return {key: t.to(dtype) if t.is_floating_point() else t for key, t in inputs.items()}
 
 
@@ -299,7 +319,7 @@ def _applies(case: ModelCase) -> str | None:
 
 
 def _sdpa_applies(case: ModelCase) -> str | None:
-    return _applies(case) or MODELS[case.model].sdpa_cannot
+    return _applies(case) or models(case.hidden)[case.model].sdpa_cannot
 
 
 FAMILY = Family(
@@ -325,7 +345,7 @@ def more_cases() -> list[ModelCase]:
     """Every model, and two that train on longer texts, where memory is what counts."""
     cases = [
         ModelCase("hugging_face", name, backward=backward, padded=model.inputs not in _UNPADDED)
-        for name, model in MODELS.items()
+        for name, model in models(ModelCase.hidden).items()
         for backward in (False, True)
     ]
     return [*cases, *(ModelCase("hugging_face", name, 1, 1024, backward=True) for name in ("t5", "gemma2"))]

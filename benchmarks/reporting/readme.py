@@ -295,6 +295,23 @@ def decode_ratios(document: Document) -> str:
     return _table(("cache", "page"), grid)
 
 
+def hugging_face_ratios(document: Document) -> str:
+    """Whole models beside "sdpa", or beside "eager" where "sdpa" cannot: time, and peak memory of a training step."""
+    grid: Grid = {}
+    rows = _rows(document, "hugging_face")
+    peaks = {(row["case"], row["variant"]): row["peak_mib"] for row in rows}
+    for row in _ours(rows):
+        # Without "sdpa", which the ratio is to, the fastest other is the only other
+        peer, beside = (peer_of(rows), row["ratio"]) if row["ratio"] is not None else (row["best"], row["best_ratio"])
+        batch = f"B{row['batch']} L{row['seqlen']}, {'padding' if row['padded'] else 'no padding'}"
+        cells = grid.setdefault((row["model"], batch, peer or ""), {})
+        cells[_direction(row)] = ratio(beside)
+        if row["backward"] and row["peak_mib"]:
+            both = row["peak_mib"], peaks.get((row["case"], peer))
+            cells["peak MiB of training, ours; beside"] = "; ".join(number(peak) or _MISSING for peak in both)
+    return _table(("model", "batch", "beside"), grid)
+
+
 def quality(document: Document) -> str:
     """Accuracies, and in parentheses after how many steps."""
     grid: Grid = {}
@@ -354,6 +371,7 @@ BLOCKS: dict[str, Block] = {
     "layer-ratios": layer_ratios,
     "varlen-ratios": varlen_ratios,
     "decode-ratios": decode_ratios,
+    "hugging-face-ratios": hugging_face_ratios,
     "quality": quality,
     "tiles": tiles,
     "findings": sentences,

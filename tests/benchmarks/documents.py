@@ -125,6 +125,21 @@ def decode():
     yield row(case, "sdpa", 1.0, best=("fastattn", 1.4), **size)
 
 
+def hugging_face():
+    """A model that "sdpa" has, and one that it has not."""
+    for model, beside in (("llama", "sdpa"), ("gemma2", "eager")):
+        for way in ("eval", "train"):
+            case = f"hugging_face-{model}-b2-l64-{way}-padded-float32"
+            size = {"model": model, "batch": 2, "seqlen": 64, "padded": True}
+            has = beside == "sdpa"
+            yield row(case, "fastattn", 1.0, ratio=0.9 if has else None, best=(beside, 0.9), peak_mib=20.0, **size)
+            yield row(case, "eager", 1.2, ratio=1.3 if has else None, best=("fastattn", 1.2), peak_mib=30.0, **size)
+            if has:
+                yield row(case, "sdpa", 1.1, best=("fastattn", 1.1), peak_mib=25.0, **size)
+            else:
+                yield refused(case, "sdpa", "has no softcap", **size)
+
+
 def norm():
     rate = {"tb_per_s": 0.03, "floor_ms": 0.75, "of_floor": 0.75, "moved_bytes": 10, "formula": "bytes 16 M N"}
     for size in (64, 4096):

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.reporting import readme
 from benchmarks.reporting.readme import BLOCKS, fill, outdated
-from tests.benchmarks.documents import decode, document, module, norm, row, sequence, varlen, write
+from tests.benchmarks.documents import decode, document, hugging_face, module, norm, row, sequence, varlen, write
 
 RUN = "benchmarks/results/cpu/run.json"
 
@@ -229,9 +229,20 @@ def test_other_blocks():
     assert "- recall 8 pairs: attention learns it best" in BLOCKS["findings"](document())
 
 
+def test_hugging_face_ratios_are_beside_what_computes_the_model():
+    header, lines = cells(BLOCKS["hugging-face-ratios"](document([*hugging_face()])))
+    assert header == ["model", "batch", "beside", "evaluation", "training", "peak MiB of training, ours; beside"]
+    ratios = ["0.90 [0.88 0.92]"] * 2
+    assert lines == [
+        ["llama", "B2 L64, padding", "sdpa", *ratios, "20; 25"],
+        ["gemma2", "B2 L64, padding", "eager", *ratios, "20; 30"],
+    ]
+
+
 def test_every_block_ends_with_one_newline():
     """As :func:`fill` sets an empty line before the end mark."""
-    whole = document([*document()["results"], *varlen(), *decode()], **{n: document()[n] for n in ("tiles", "quality")})
+    more = (*varlen(), *decode(), *hugging_face())
+    whole = document([*document()["results"], *more], **{n: document()[n] for n in ("tiles", "quality")})
     for name, made in BLOCKS.items():
         assert made(whole).endswith("\n"), name
         assert not made(whole).endswith("\n\n"), name
