@@ -5,11 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.cases import Case
-from benchmarks.families import additive, attention, decode, kernels, layer, module, norm, sequence, varlen
+from benchmarks.families import (
+    additive,
+    attention,
+    decode,
+    hugging_face,
+    kernels,
+    layer,
+    module,
+    norm,
+    sequence,
+    varlen,
+)
 from benchmarks.variants import Family
 
 # In the order in which a run meets them: one that ends early has met the first.
-_MODULES: tuple[Any, ...] = (sequence, attention, norm, layer, module, additive, varlen, decode, kernels)
+_MODULES: tuple[Any, ...] = (sequence, attention, norm, layer, module, additive, varlen, decode, hugging_face, kernels)
 
 
 def families() -> dict[str, Family[Any]]:
