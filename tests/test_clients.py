@@ -1,6 +1,7 @@
 """What `make clients` runs, on a model that needs no other package; and that the committed page is of these clients."""
 
 import re
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 import fastattn
 from fastattn.integrations import _routing
 from tests.clients import CLIENTS, page, parity
+from tests.clients import __main__ as command
 from tests.clients.cases import Client, make
 from tests.clients.runs import calls_of_sdpa, train
 from tests.compat import ROOT
@@ -124,6 +126,43 @@ def test_calls_are_counted_by_who_calls():
     assert calls_of_sdpa(make(TOY), TOY.inputs(torch.Generator().manual_seed(0)), train).total() == 2
 
 
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """``python -m tests.clients`` of the toy alone, and the page that it writes."""
+    written = tmp_path / "clients.md"
+    written.write_text(page.PAGE.read_text())
+    monkeypatch.setattr(page, "PAGE", written)
+    monkeypatch.setattr(command, "prepare", lambda: None)
+    monkeypatch.setattr(command, "CLIENTS", (TOY,))
+    monkeypatch.setattr(command, "INSTALLED", ("torch",))
+    return command.main
+
+
+def test_run_writes_its_row_and_leaves_the_rest(run, monkeypatch):
+    times = page.rows(page.TIMES)
+    monkeypatch.setattr(command, "compare", lambda client: tuple(page.COLUMNS[page.PARITY]))
+    assert run([]) == 0
+    assert page.rows(page.PARITY) == [{column: column for column in page.COLUMNS[page.PARITY]}]
+    assert page.rows(page.TIMES) == times
+    assert page.read(page.VERSIONS) == f"torch {metadata.version('torch')}.\n"
+
+
+def test_run_that_fails_says_so_and_writes_nothing(run, monkeypatch, capsys):
+    before = page.PAGE.read_text()
+    monkeypatch.setattr(_routing, "scaled_dot_product_attention", off_by(1e-5))
+    assert run([]) == 1
+    assert "toy | FAILED" in (said := capsys.readouterr().out)
+    assert "times the original's" in said and "0 passed, 1 failed" in said
+    assert run(["no such model"]) == 1
+    assert page.PAGE.read_text() == before
+
+
+def test_times_of_a_client_are_over_the_originals(run):
+    assert run(["--times", "--seconds", "0.01"]) == 0
+    (row,) = page.rows(page.TIMES)
+    assert tuple(row) == page.COLUMNS[page.TIMES] and row["model"] == "toy"
+
+
 def test_committed_page_is_of_these_clients():
     """`make clients` writes it anew, and `make clients TIMES=1` its times."""
     named = [(client.package, client.name) for client in CLIENTS]
@@ -142,8 +181,8 @@ def test_committed_page_has_no_failures():
         for backend in ("torch", "kernels"):
             assert 0.5 <= float(row[backend]) <= parity.LIMIT, row
     for row in page.rows(page.TIMES):
-        for column in ("inference", "training"):
-            assert re.fullmatch(r"[\d.]+ \[[\d.]+ [\d.]+\]", row[column]), row
+        for column in page.COLUMNS[page.TIMES][2:]:
+            assert re.fullmatch(r"[\d.]+ \[[\d.]+ [\d.]+\]( \(contended\))?", row[column]), row
 
 
 def test_committed_page_is_of_the_locked_versions():

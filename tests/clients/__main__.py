@@ -18,12 +18,6 @@ from pathlib import Path
 
 import torch
 
-if "--times" not in sys.argv:  # triton has to know when it is imported that it interprets
-    from tests import machines
-
-    machines.install()
-
-# isort: split
 from tests.clients import CLIENTS, page, parity, timing
 from tests.clients.cases import Client, resolve
 
@@ -37,22 +31,24 @@ def compare(client: Client) -> page.Row:
     return page.parity_row(client, on_torch, parity.examine(client, "triton", (parity.BOTH, *by_registry)))
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """Look at the clients that are asked for, or time them; 1 where one failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.clients", description=__doc__)
     parser.add_argument("words", nargs="*", metavar="WORD", help="of the packages or names of models; default: all")
     parser.add_argument("--times", action="store_true", help="time them, and compare nothing")
-    parser.add_argument("--seconds", type=float, default=1.5, help="of a model's inference, and of its training")
-    asked = parser.parse_args()
+    parser.add_argument("--seconds", type=float, default=0.8, help="of each time of a model")
+    asked = parser.parse_args(arguments)
+    prepare()
     part: str = page.PARITY
     row: Callable[[Client], page.Row] = compare
     if asked.times:
         part, row = page.TIMES, lambda client: page.times_row(client, timing.measure(client, asked.seconds))
+    else:
+        # Its import has Triton interpret kernels, whose own import, by the first launch, has yet to come.
+        from tests import machines
 
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # those of the packages
-    define_missing_operators()
-    resolve("diffusers.utils.logging:set_verbosity_error")()
+        machines.install()
+
     chosen = [c for c in CLIENTS if not asked.words or any(word in f"{c.package} {c.name}" for word in asked.words)]
     rows, failed = [], 0
     for client in chosen:
@@ -71,6 +67,14 @@ def main() -> int:
     return int(failed > 0 or not chosen)
 
 
+def prepare() -> None:
+    """One thread; no warnings of the packages, of which none is about us; torchvision such that it can be imported."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    define_missing_operators()
+    resolve("diffusers.utils.logging:set_verbosity_error")()
+
+
 def define_missing_operators() -> None:
     """Let torchvision be imported where its library of operators, built for CUDA, does not load.
 
@@ -86,4 +90,4 @@ def define_missing_operators() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

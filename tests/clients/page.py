@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks.measure.timing import Timing
 from tests.clients.cases import Client
 from tests.clients.parity import Outcome
+from tests.clients.timing import BATCHES
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "clients.md"
@@ -16,7 +17,7 @@ PAGE = ROOT / "docs" / "clients.md"
 PARITY, TIMES, VERSIONS = "parity", "times", "versions"
 COLUMNS = {
     PARITY: ("package", "model", "calls of SDPA", "fused", "not ours", "torch", "kernels"),
-    TIMES: ("package", "model", "inference", "training"),
+    TIMES: ("package", "model", *(f"{what}, batch {batch}" for batch in BATCHES for what in ("inference", "training"))),
 }
 NOTHING = "-"
 
