@@ -1,10 +1,11 @@
 # make test | lint | bench | report | parity | resources | fuzz: each makes .venv once, of the versions in constraints.txt,
 # and works on a fresh machine, GPU or not. make report writes the reports and the measured tables of README and docs
 # anew from the committed runs.
-# make lock: constraints.txt anew, with the newest release of everything that constraints.in does not pin; UPGRADE= keeps
-# the versions that are there and adds what is missing. make compat: the tests with other versions of python, torch and
-# triton, each in an environment of its own under build/compat; writes docs/compat.md. make resources-pairs: what kernels
-# take, as make resources writes it, and beside it as the tritons of two of those environments compile them.
+# make lock: constraints.txt anew, with the newest release of everything that constraints.in does not pin, and that of
+# make clients; UPGRADE= keeps the versions that are there and adds what is missing.
+# make compat: the tests with other versions of python, torch and triton, each in an environment of its own under
+# build/compat; writes docs/compat.md. make resources-pairs: what kernels take, as make resources writes it, and beside it
+# as the tritons of two of those environments compile them.
 # make clients: models of timm, torchvision, open_clip and diffusers on fastattn, in an environment of their own under
 # build/clients; writes docs/clients.md. TIMES=1 times them instead, within three minutes.
 # make proof: compiled kernels executed on the CPU, with the oldest triton and the locked one; writes docs/proof.md, within

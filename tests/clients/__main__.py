@@ -18,6 +18,12 @@ from pathlib import Path
 
 import torch
 
+if __name__ == "__main__" and "--times" not in sys.argv:
+    from tests import machines  # its interpreter runs the kernels, which has to be known when fastattn is imported
+
+    machines.install()
+
+# isort: split
 from tests.clients import CLIENTS, page, parity, timing
 from tests.clients.cases import Client, resolve
 
@@ -43,11 +49,6 @@ def main(arguments: list[str]) -> int:
     row: Callable[[Client], page.Row] = compare
     if asked.times:
         part, row = page.TIMES, lambda client: page.times_row(client, timing.measure(client, asked.seconds))
-    else:
-        # Its import has Triton interpret kernels, whose own import, by the first launch, has yet to come.
-        from tests import machines
-
-        machines.install()
 
     chosen = [c for c in CLIENTS if not asked.words or any(word in f"{c.package} {c.name}" for word in asked.words)]
     rows, failed = [], 0
