@@ -1,10 +1,13 @@
 # make test | lint | bench | report | parity | resources | fuzz: each makes .venv once, of the versions in constraints.txt,
 # and works on a fresh machine, GPU or not. make report writes the reports and the measured tables of README and docs
 # anew from the committed runs.
-# make lock: constraints.txt anew, with the newest release of everything that constraints.in does not pin; UPGRADE= keeps
-# the versions that are there and adds what is missing. make compat: the tests with other versions of python, torch and
-# triton, each in an environment of its own under build/compat; writes docs/compat.md. make resources-pairs: what kernels
-# take, as make resources writes it, and beside it as the tritons of two of those environments compile them.
+# make lock: constraints.txt anew, with the newest release of everything that constraints.in does not pin, and that of
+# make clients; UPGRADE= keeps the versions that are there and adds what is missing.
+# make compat: the tests with other versions of python, torch and triton, each in an environment of its own under
+# build/compat; writes docs/compat.md. make resources-pairs: what kernels take, as make resources writes it, and beside it
+# as the tritons of two of those environments compile them.
+# make clients: models of timm, torchvision, open_clip and diffusers on fastattn, in an environment of their own under
+# build/clients; writes docs/clients.md. TIMES=1 times them instead, within three minutes.
 # make families: families of transformers beside eager attention; writes the tables of docs/transformers.md.
 # make proof: compiled kernels executed on the CPU, with the oldest triton and the locked one; writes docs/proof.md, within
 # an hour on two cores. Rows that were run with these sources are not run again.
@@ -22,14 +25,16 @@ DEVICE ?= 3.12-2.11.0-3.6.0
 PARITY ?= 1800
 SECONDS ?= 60
 STAMP  := $(VENV)/.installed
+CLIENTS := build/clients
 # Executes compiled kernels in `make test`. It asks for Python 3.12 and runs on older ones, so that no requirement can
 # name it; tests/machines/ttgir/repairs.py says which version its repairs are for.
 TTSEM  := ttsem==0.1.0
 
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: -c constraints.txt
+PIP     := -m pip install --quiet --disable-pip-version-check --only-binary :all:
+INSTALL := $(BIN)/python $(PIP) -c constraints.txt
 UPGRADE ?= --upgrade
 
-.PHONY: test lint bench report parity resources resources-pairs fuzz lock compat families proof gpu gpu-cache clean
+.PHONY: test lint bench report parity resources resources-pairs fuzz lock compat clients families proof gpu gpu-cache clean
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal
@@ -65,9 +70,16 @@ lock: $(BIN)/python
 	$(INSTALL) uv
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --universal --python-version 3.10 \
 		--no-emit-index-url $(UPGRADE) --extra dev --output-file constraints.txt pyproject.toml constraints.in
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
+		--no-emit-index-url $(UPGRADE) --extra clients -c constraints.txt --output-file constraints-clients.txt \
+		pyproject.toml constraints.in
 
 compat: $(STAMP)
 	$(BIN)/python -m tests.compat
+
+clients: $(CLIENTS)/.installed
+	$(CLIENTS)/bin/python -m pytest -q tests/integrations/test_diffusers.py tests/integrations/test_patch_sdpa.py
+	PYTHONPATH=.:kernels OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m tests.clients $(if $(TIMES),--times)
 
 families: $(STAMP)
 	PYTHONPATH=.:kernels $(BIN)/python -m tests.integrations.transformers.table
@@ -90,6 +102,12 @@ $(STAMP): pyproject.toml setup.py constraints.txt | $(BIN)/python
 	$(INSTALL) pip setuptools
 	$(INSTALL) --no-build-isolation -e '.[dev]'
 	$(INSTALL) --no-deps --ignore-requires-python $(TTSEM)
+	touch $@
+
+$(CLIENTS)/.installed: pyproject.toml setup.py constraints-clients.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python $(PIP) -c constraints-clients.txt pip setuptools
+	$(CLIENTS)/bin/python $(PIP) -c constraints-clients.txt --no-build-isolation -e '.[clients]'
 	touch $@
 
 clean:

@@ -25,6 +25,7 @@ from tests import machines  # noqa: E402  # chooses, and so comes before fastatt
 from fastattn import testing  # noqa: E402
 from tests import pairwise  # noqa: E402
 from tests.machines import INTERPRETING  # noqa: E402
+from tests.poison import poisoned_memory  # noqa: E402
 
 machines.install()
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
@@ -156,21 +157,7 @@ def seed(request):
 
 
 @pytest.fixture
-def poisoned(monkeypatch):
+def poisoned():
     """Every buffer that Python code allocates uninitialised starts as NaN, so that an unwritten element shows."""
-
-    def poisoning(allocate):
-        def allocate_and_poison(*args, **kwargs):
-            tensor = allocate(*args, **kwargs)
-            if tensor.is_floating_point():
-                return tensor.fill_(float("nan"))
-            return tensor if tensor.dtype == torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).max)
-
-        return allocate_and_poison
-
-    for owner, names in (
-        (torch, ("empty", "empty_like", "empty_strided", "empty_permuted")),
-        (torch.Tensor, ("new_empty", "new_empty_strided")),
-    ):
-        for name in names:
-            monkeypatch.setattr(owner, name, poisoning(getattr(owner, name)))
+    with poisoned_memory():
+        yield

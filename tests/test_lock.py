@@ -9,7 +9,11 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-LOCK = (Path(__file__).parents[1] / "constraints.txt").read_text()
+from tests import clients
+
+ROOT = Path(__file__).parents[1]
+LOCK = (ROOT / "constraints.txt").read_text()
+CLIENTS = (ROOT / "constraints-clients.txt").read_text()
 BUILD_TOOLS = ("pip", "setuptools")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
@@ -93,9 +97,23 @@ def test_lock_pins_one_version_for_each_python(python):
         assert [specifier.operator for specifier in requirement.specifier] == ["=="], requirement
 
 
-def test_lock_names_no_place():
+@pytest.mark.parametrize("python", [python for python in PYTHONS if python != "3.10"])
+def test_clients_have_the_versions_of_the_lock(python):
+    """`make clients` has packages of its own, and of what `make test` installs, torch above all, the same versions."""
+    on_linux = {"platform_system": "Linux", "sys_platform": "linux", "platform_machine": "x86_64"}
+    where = {**on_linux, "python_version": python, "python_full_version": f"{python}.0"}
+    locked, of_clients = pins(LOCK, **where), pins(CLIENTS, **where)
+    packages = {canonicalize_name(client.package) for client in clients.CLIENTS}
+    assert packages | {"torch", "triton", "pytest", "pip", "setuptools"} <= of_clients.keys()
+    assert {name: of_clients[name].specifier for name in locked.keys() & of_clients.keys()} == {
+        name: locked[name].specifier for name in locked.keys() & of_clients.keys()
+    }
+
+
+@pytest.mark.parametrize("lock", [LOCK, CLIENTS], ids=["constraints.txt", "constraints-clients.txt"])
+def test_lock_names_no_place(lock):
     """A machine takes its packages from where it likes (a CPU build of torch, a mirror): no URL, no hash, no option."""
-    for line in LOCK.splitlines():
+    for line in lock.splitlines():
         assert "://" not in line, line
         assert " @ " not in line, line
         assert not line.lstrip().startswith("-"), line

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import Counter
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Parameter
 
+from fastattn.integrations._routing import Routing, constant_in_graphs, is_plain
 from fastattn.ops import scaled_dot_product_attention
 
 _torch_sdpa = F.scaled_dot_product_attention
 
 
-class SdpaPatch(contextlib.ContextDecorator):
+class SdpaPatch(Routing, contextlib.ContextDecorator):
     """What :func:`patch_sdpa` returns: a context manager, a decorator, and what has happened inside.
 
     Attributes:
@@ -32,9 +31,7 @@ class SdpaPatch(contextlib.ContextDecorator):
     """
 
     def __init__(self) -> None:
-        self.routed = 0
-        self.traced = 0
-        self.refused: Counter[str] = Counter()
+        super().__init__()
         self._entered: list[list[SdpaPatch]] = []  # the lists of the threads that are inside
 
     def __enter__(self) -> SdpaPatch:
@@ -53,10 +50,6 @@ class SdpaPatch(contextlib.ContextDecorator):
                 patches.reverse()
             if not _of_all:
                 _put(_torch_sdpa)
-
-    def __str__(self) -> str:
-        lines = [f"{self.routed} calls on fastattn, {self.traced} traced, {self.refused.total()} to torch"]
-        return "\n".join([*lines, *(f"  {count} to torch: {reason}" for reason, count in self.refused.most_common())])
 
 
 def patch_sdpa() -> SdpaPatch:
@@ -109,35 +102,18 @@ def _routed(
     arguments = query, key, value, attn_mask, dropout_p, is_causal
     words: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
     if torch.compiler.is_compiling():  # which has no threads, and sees what is open while it traces
-        if _of_all and _is_plain(query, key, value):
+        if _of_all and is_plain(query, key, value):
             _count_traced()
             return scaled_dot_product_attention(*arguments, **words)
         return _torch_sdpa(*arguments, **words)
     if not _of_thread.patches:
         return _torch_sdpa(*arguments, **words)
-    patch, reason = _of_thread.patches[-1], "a tensor of another class than torch.Tensor"
-    if _is_plain(query, key, value):
-        try:
-            output = scaled_dot_product_attention(*arguments, **words)
-        except (TypeError, ValueError, NotImplementedError) as refusal:  # before anything was computed
-            reason = str(refusal)
-        else:
-            patch.routed += 1
-            return output
-    patch.refused[reason] += 1
-    return _torch_sdpa(*arguments, **words)
+    output = _of_thread.patches[-1].attend(*arguments, **words)
+    return _torch_sdpa(*arguments, **words) if output is None else output
 
 
-def _is_plain(*tensors: object) -> bool:
-    """Other classes have an attention of their own, or are traced: torch's function hands them on."""
-    return all(type(tensor) in (Tensor, Parameter) for tensor in tensors)
-
-
+@constant_in_graphs
 def _count_traced() -> int:
     """Called once for each call that is traced, and never by the graph."""
     _of_all[-1].traced += 1
     return 0
-
-
-# All that ``torch.compiler.assume_constant_result`` does, but for importing Dynamo, and triton with it.
-setattr(_count_traced, "_dynamo_marked_constant", True)  # noqa: B010, functions have no such attribute to type checkers
