@@ -54,12 +54,13 @@ def attend(
         return None
     if scale is not None and not (type(scale) is float and 0.0 < scale < math.inf):
         return None
-    mask = attn_mask
-    if key_padding_mask is not None and (mask := _with_padding(attn_mask, key_padding_mask, batch, keys)) is None:
+    mask = attn_mask if attn_mask is None or attn_mask.dim() != 2 else attn_mask[None, None]
+    if key_padding_mask is not None and (mask := _with_padding(mask, key_padding_mask, batch, keys)) is None:
         return None
     if is_causal and (type(is_causal) is not bool or mask is not None or length != keys):
         return None
-    if mask is not None and not _takes_mask(mask, query, key, value):
+    trains = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if mask is not None and (mask.requires_grad or not _takes_mask(mask, query, trains, keys)):
         return None
     grouped = heads != kv_heads
     if grouped:  # as rows of one head they read the keys once, as a group of heads several times
@@ -71,11 +72,10 @@ def attend(
             return None
         query = query.reshape(batch, kv_heads, -1, size)
     output = sdpa.torch_sdpa(query, key, value, mask, 0.0, is_causal, scale=scale)
-    if mask is not None:
-        if not math.isfinite(output.sum(dtype=statistics_dtype(dtype)).item()):
-            return None
-    elif output.requires_grad:
-        sdpa.guard_gradients(output, looks=False)
+    if mask is not None and not math.isfinite(output.detach().sum(dtype=statistics_dtype(dtype)).item()):
+        return None
+    if trains:
+        sdpa.guard_gradients(output, looks=mask is not None)
     return output.reshape(of_query) if grouped else output
 
 
@@ -99,18 +99,13 @@ def _with_padding(attn_mask: Tensor | None, key_padding_mask: Tensor, batch: int
     return torch.where(padding, NEGATIVE_INFINITY, attn_mask)
 
 
-def _takes_mask(mask: Tensor, query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Is this a call without gradients, and of a mask that torch's kernel takes and that leaves no tiles out?"""
-    shape, of_query, boolean = mask.shape, query.shape, mask.dtype == torch.bool
+def _takes_mask(mask: Tensor, query: Tensor, trains: bool, keys: int) -> bool:
+    """Does torch's kernel take this mask as it is, and would the long way leave no tiles out?"""
+    shape, of_query = mask.shape, query.shape
     if not is_plain(mask) or mask.device != query.device or len(shape) != 4:
         return False
-    if any(have != want and have != 1 for have, want in zip(shape, (*of_query[:3], key.shape[2]))):
+    if any(have != want and have != 1 for have, want in zip(shape, (*of_query[:3], keys))):
         return False
-    if boolean and (mask.numel() > sdpa.MOST_MERGED or (shape[1] == 1 and of_query[2] >= tiles.FEWEST_ROWS)):
-        return False
-    if not boolean and mask.dtype != query.dtype:
-        return False
-    return not (
-        torch.is_grad_enabled()
-        and (query.requires_grad or key.requires_grad or value.requires_grad or mask.requires_grad)
-    )
+    if mask.dtype == torch.bool:
+        return mask.numel() <= sdpa.MOST_MERGED and (trains or shape[1] != 1 or of_query[2] < tiles.FEWEST_ROWS)
+    return mask.dtype == query.dtype and not trains  # a bias may be too large for the kernel's gradients
