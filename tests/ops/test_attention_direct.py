@@ -100,7 +100,7 @@ LEFT = {
     "causal_with_a_mask": lambda q, k, v: ((q, k, v), {"is_causal": True, "attn_mask": bools(1, 1, 6, 7)}),
     "bias_of_another_dtype": lambda q, k, v: ((q, k, v), {"attn_mask": random_tensor(6, 7, seed=1).double()}),
     "empty": lambda q, k, v: ((q, k[:, :, :0], v[:, :, :0]), {}),
-    "trained_under_a_mask": lambda q, k, v: ((q.requires_grad_(), k, v), {"key_padding_mask": padding()}),
+    "trained_under_a_bias": lambda q, k, v: ((q.requires_grad_(), k, v), {"attn_mask": random_tensor(6, 7, seed=1)}),
     "trained_bias": lambda q, k, v: ((q, k, v), {"attn_mask": random_tensor(1, 4, 6, 7, seed=1).requires_grad_()}),
     "long_mask": lambda q, k, v: ((q.repeat(1, 1, 50, 1), k, v), {"attn_mask": bools(1, 1, 300, 7)}),
 }  # fmt: skip
@@ -132,13 +132,70 @@ BAD = {
     "causal_by_a_word": ({"is_causal": "yes"}, TypeError),
     "infinite_scale": ({"scale": INF}, ValueError),
     "backend": ({"backend": "cuda"}, ValueError),
+    "alignment": ({"causal_alignment": "bottom"}, ValueError),
+    "causal_by_a_number": ({"is_causal": 0}, TypeError),
+    "dropout_in_a_tensor": ({"dropout_p": torch.tensor(0.0)}, TypeError),
+    "mask_in_a_list": ({"attn_mask": [True]}, TypeError),
+    "sparse_mask": ({"attn_mask": torch.zeros(1, 1, 6, 7).to_sparse()}, TypeError),
+    "sparse_padding": ({"key_padding_mask": padding().to_sparse()}, TypeError),
+    "nested_mask": ({"attn_mask": torch.nested.nested_tensor([torch.zeros(4, 6, 7)] * 2)}, TypeError),
+    "integers_beside_padding": (
+        {"attn_mask": torch.zeros(1, 1, 6, 7, dtype=torch.long), "key_padding_mask": padding()},
+        TypeError,
+    ),
+    "another_batch_beside_padding": (
+        {"attn_mask": torch.zeros(3, 1, 6, 7), "key_padding_mask": padding()},
+        ValueError,
+    ),
 }
 
 
 @pytest.mark.parametrize(("words", "error"), BAD.values(), ids=BAD)
 def test_wrong_arguments_keep_their_errors(words, error):
-    with pytest.raises(error):
+    with pytest.raises(error, match=rf"^({'|'.join(words)})"):
         fastattn.attention(*qkv(), **words)
+
+
+@pytest.mark.parametrize("position", range(3))
+def test_nested_tensors_keep_their_error(position):
+    inputs = qkv(keys=6)
+    inputs[position] = torch.nested.nested_tensor(list(inputs[position]))
+    with pytest.raises(TypeError, match="is a nested tensor: expected a dense tensor"):
+        fastattn.attention(*inputs)
+
+
+def test_small_scale_keeps_scores_whose_products_overflow(taken):
+    """Products of query and key near -1e40, and scores near -10: torch's kernel would scale -inf."""
+    query, key, value = qkv()
+    query, key = query.abs() * 1e10, -key.abs() * 1e29
+    words = {"attn_mask": bools(1, 1, 6, 7), "scale": 1e-39}
+    output = fastattn.attention(query, key, value, **words)
+    assert taken() == [False]
+    truth = reference.attention(*(t.double() for t in (query, key, value)), mask=words["attn_mask"], scale=1e-39).output
+    torch.testing.assert_close(output, truth.float())
+
+
+@pytest.mark.parametrize("garbage", [0.0, NAN, 3e38])
+def test_direct_call_trains_under_a_mask(garbage, taken):
+    """Huge values that nobody sees give a finite output, and gradients of the scores that overflow."""
+    query, key, value = qkv(kv_heads=2)
+    hidden, d_output = padding(), random_tensor(2, 4, 6, 8, seed=9)
+    spoilt = value.masked_fill(hidden[:, None, :, None], garbage).requires_grad_()
+
+    def gradients(leaves, dtype):
+        output = reference.attention(*leaves, key_padding_mask=hidden).output
+        return torch.autograd.grad(output, leaves, d_output.to(dtype))
+
+    leaves = [query.requires_grad_(), key.requires_grad_(), spoilt]
+    output = fastattn.attention(*leaves, key_padding_mask=hidden)
+    assert taken() == [garbage == garbage]
+    found = torch.autograd.grad(output, leaves, d_output)
+    truth, peer = (
+        gradients([t.detach().to(dtype).requires_grad_() for t in (query, key, value)], dtype)
+        for dtype in (torch.float64, torch.float32)
+    )
+    for name, actual, *others in zip(("dq", "dk", "dv"), found, truth, peer):
+        assert_within_budget(actual, truth=others[0], peer=others[1], name=name)
 
 
 def test_direct_call_gives_gradients_of_every_order(taken):
