@@ -132,13 +132,47 @@ BAD = {
     "causal_by_a_word": ({"is_causal": "yes"}, TypeError),
     "infinite_scale": ({"scale": INF}, ValueError),
     "backend": ({"backend": "cuda"}, ValueError),
+    "alignment": ({"causal_alignment": "bottom"}, ValueError),
+    "causal_by_a_number": ({"is_causal": 0}, TypeError),
+    "dropout_in_a_tensor": ({"dropout_p": torch.tensor(0.0)}, TypeError),
+    "mask_in_a_list": ({"attn_mask": [True]}, TypeError),
+    "sparse_mask": ({"attn_mask": torch.zeros(1, 1, 6, 7).to_sparse()}, TypeError),
+    "sparse_padding": ({"key_padding_mask": padding().to_sparse()}, TypeError),
+    "nested_mask": ({"attn_mask": torch.nested.nested_tensor([torch.zeros(4, 6, 7)] * 2)}, TypeError),
+    "integers_beside_padding": (
+        {"attn_mask": torch.zeros(1, 1, 6, 7, dtype=torch.long), "key_padding_mask": padding()},
+        TypeError,
+    ),
+    "another_batch_beside_padding": (
+        {"attn_mask": torch.zeros(3, 1, 6, 7), "key_padding_mask": padding()},
+        ValueError,
+    ),
 }
 
 
 @pytest.mark.parametrize(("words", "error"), BAD.values(), ids=BAD)
 def test_wrong_arguments_keep_their_errors(words, error):
-    with pytest.raises(error):
+    with pytest.raises(error, match=rf"^({'|'.join(words)})"):
         fastattn.attention(*qkv(), **words)
+
+
+@pytest.mark.parametrize("position", range(3))
+def test_nested_tensors_keep_their_error(position):
+    inputs = qkv(keys=6)
+    inputs[position] = torch.nested.nested_tensor(list(inputs[position]))
+    with pytest.raises(TypeError, match="is a nested tensor: expected a dense tensor"):
+        fastattn.attention(*inputs)
+
+
+def test_small_scale_keeps_scores_whose_products_overflow(taken):
+    """Products of query and key near -1e40, and scores near -10: torch's kernel would scale -inf."""
+    query, key, value = qkv()
+    query, key = query.abs() * 1e10, -key.abs() * 1e29
+    words = {"attn_mask": bools(1, 1, 6, 7), "scale": 1e-39}
+    output = fastattn.attention(query, key, value, **words)
+    assert taken() == [False]
+    truth = reference.attention(*(t.double() for t in (query, key, value)), mask=words["attn_mask"], scale=1e-39).output
+    torch.testing.assert_close(output, truth.float())
 
 
 def test_direct_call_gives_gradients_of_every_order(taken):

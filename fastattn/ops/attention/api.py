@@ -139,12 +139,15 @@ def attention(
             return entry(values)
     if (
         window is prefix is document_ids is alibi_slopes is softcap is sinks is None
+        and type(dropout_p) is float
         and dropout_p == 0.0
         and not (need_weights or return_lse)
-        and (direct_output := direct.attend(query, key, value, attn_mask, key_padding_mask, is_causal, scale, backend))
-        is not None
     ):
-        return direct_output
+        output = direct.attend(
+            query, key, value, attn_mask, key_padding_mask, is_causal, causal_alignment, scale, backend
+        )
+        if output is not None:
+            return output
     words = {
         "attn_mask": attn_mask,
         "key_padding_mask": key_padding_mask,

@@ -20,6 +20,9 @@ from fastattn.ops.common.checks import DTYPES
 from fastattn.ops.common.short_way import is_looked_at, is_plain
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
+# torch's kernel scales the products of query and key. Below this scale a product may overflow whose score matters.
+_LEAST_SCALE = 1e-6
+
 
 def attend(
     query: Tensor,
@@ -28,6 +31,7 @@ def attend(
     attn_mask: Tensor | None,
     key_padding_mask: Tensor | None,
     is_causal: bool,
+    causal_alignment: str,
     scale: float | None,
     backend: str | None,
 ) -> Tensor | None:
@@ -36,7 +40,9 @@ def attend(
     torch's kernel adds its masks, so that NaN, inf and overflows at hidden places become NaN in rows that do not see
     them. So an output under a mask that is not finite is thrown away.
     """
-    if is_looked_at() or not (is_plain(query) and is_plain(key) and is_plain(value)):
+    if is_looked_at() or not (_is_dense(query) and _is_dense(key) and _is_dense(value)):
+        return None
+    if type(is_causal) is not bool or causal_alignment not in ("top_left", "bottom_right"):
         return None
     device, dtype = query.device, query.dtype
     if device.type != "cpu" or backends.default_for(device, backend) != "torch" or torch._C._is_any_autocast_enabled():
@@ -52,12 +58,12 @@ def attend(
         return None
     if query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:
         return None
-    if scale is not None and not (type(scale) is float and 0.0 < scale < math.inf):
+    if scale is not None and not (type(scale) is float and _LEAST_SCALE <= scale < math.inf):
         return None
     mask = attn_mask
-    if key_padding_mask is not None and (mask := _with_padding(attn_mask, key_padding_mask, batch, keys)) is None:
+    if key_padding_mask is not None and (mask := _with_padding(attn_mask, key_padding_mask, query, keys)) is None:
         return None
-    if is_causal and (type(is_causal) is not bool or mask is not None or length != keys):
+    if is_causal and (mask is not None or length != keys):
         return None
     if mask is not None and not _takes_mask(mask, query, key, value):
         return None
@@ -79,10 +85,16 @@ def attend(
     return output.reshape(of_query) if grouped else output
 
 
-def _with_padding(attn_mask: Tensor | None, key_padding_mask: Tensor, batch: int, keys: int) -> Tensor | None:
+def _is_dense(tensor: object) -> bool:
+    """Is this a tensor of torch's own class that has sizes and strides?"""
+    return is_plain(tensor) and isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_nested
+
+
+def _with_padding(attn_mask: Tensor | None, key_padding_mask: Tensor, query: Tensor, keys: int) -> Tensor | None:
     """One mask that stands for both; None where it would be large, or one of them is not as it has to be."""
+    batch = query.shape[0]
     if (
-        not is_plain(key_padding_mask)
+        not _is_dense(key_padding_mask)
         or key_padding_mask.dtype != torch.bool
         or key_padding_mask.shape != (batch, keys)
     ):
@@ -90,7 +102,9 @@ def _with_padding(attn_mask: Tensor | None, key_padding_mask: Tensor, batch: int
     padding = key_padding_mask[:, None, None, :]
     if attn_mask is None:
         return ~padding
-    if not is_plain(attn_mask) or attn_mask.dim() != 4 or attn_mask.shape[3] not in (1, keys):
+    if not _is_dense(attn_mask) or attn_mask.dim() != 4 or attn_mask.dtype not in (torch.bool, query.dtype):
+        return None
+    if attn_mask.shape[0] not in (1, batch) or attn_mask.shape[3] not in (1, keys):
         return None
     if attn_mask.device != padding.device or math.prod(attn_mask.shape[1:3]) * batch * keys > sdpa.MOST_MERGED:
         return None
@@ -101,9 +115,9 @@ def _with_padding(attn_mask: Tensor | None, key_padding_mask: Tensor, batch: int
 
 def _takes_mask(mask: Tensor, query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Is this a call without gradients, and of a mask that torch's kernel takes and that leaves no tiles out?"""
-    shape, of_query, boolean = mask.shape, query.shape, mask.dtype == torch.bool
-    if not is_plain(mask) or mask.device != query.device or len(shape) != 4:
+    if not _is_dense(mask) or mask.device != query.device or mask.dim() != 4:
         return False
+    shape, of_query, boolean = mask.shape, query.shape, mask.dtype == torch.bool
     if any(have != want and have != 1 for have, want in zip(shape, (*of_query[:3], key.shape[2]))):
         return False
     if boolean and (mask.numel() > sdpa.MOST_MERGED or (shape[1] == 1 and of_query[2] >= tiles.FEWEST_ROWS)):
