@@ -172,6 +172,8 @@ def test_without_a_mask_the_layer_says_what_is_seen():
         assert weights is not None
         return weights[0, 0] > 0
 
+    assert weights().all()
+    layer.is_causal = True
     assert torch.equal(weights(), causal)
     assert weights(is_causal=False).all()
     assert torch.equal(weights(sliding_window=2), causal & near)
@@ -185,7 +187,7 @@ def test_without_a_mask_more_keys_than_queries_are_refused():
     """As when a model keeps the last queries alone, while the mask was to be None: the diagonal's place is unknown."""
     query, key = random_tensor(1, 2, 3, 4, seed=0), random_tensor(1, 2, 5, 4, seed=1)
     with pytest.raises(ValueError, match=r"attention_mask=None, 3 queries and 5 keys in a Module with is_causal=True"):
-        attention_forward(torch.nn.Module(), query, key, key, None)
+        attention_forward(torch.nn.Module(), query, key, key, None, is_causal=True)
     with fastattn.use_backend("torch"):
         output, weights = attention_forward(torch.nn.Module(), query[:, :, :1], key, key, None)
     assert output.shape == (1, 1, 2, 4) and weights is None
