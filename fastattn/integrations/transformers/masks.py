@@ -120,8 +120,8 @@ def attention_mask(
 
     Returns:
         None for one query that sees all keys, and in a graph that is being traced where all keys are seen, or all up to
-        the query's own; a :class:`LazyMask`; padding ``[B, 1, 1, S]`` expanded to ``[B, 1, L, S]``; or the exact
-        ``[B, 1, L, S]``.
+        the query's own: elsewhere layers would ask None for their own causality and window. Padding ``[B, 1, 1, S]``
+        expanded to ``[B, 1, L, S]`` in the same two cases. Else a :class:`LazyMask`, or the exact ``[B, 1, L, S]``.
     """
     arguments = {
         "batch_size": batch_size,
@@ -145,9 +145,7 @@ def attention_mask(
     pattern = pattern.without_what_hides_nothing(offset, q_length, kv_length)
     visible = _visible_keys(attention_mask, int(kv_offset), kv_length, looks=not traced)
     causal, local = pattern.right == 0, pattern.left is not None or pattern.right not in (None, 0)
-    if not causal and not local and pattern.documents is None:
-        if visible is None and not traced and q_length > 1:  # layers would ask None for their causality and windows
-            return LazyMask({}, kv_length, arguments)
+    if not causal and not local and pattern.documents is None and (traced or q_length == 1):
         if visible is None:
             may_skip = allow_is_bidirectional_skip or (allow_is_causal_skip and q_length == 1)
             visible = None if may_skip else torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)

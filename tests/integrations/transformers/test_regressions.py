@@ -66,6 +66,26 @@ def test_layer_that_does_not_say_so_is_asked_for_it_in_a_graph():
     torch.jit.trace(lambda q: attention_forward(layer, q, q, q, None)[0], query)
 
 
+def test_model_that_appends_numbers_to_masks_is_refused():
+    config = transformers.DeepseekV4Config(num_hidden_layers=1, hidden_size=32, vocab_size=61)
+    with torch.device("meta"), pytest.raises(ValueError, match="DeepseekV4Model appends numbers to masks"):
+        transformers.DeepseekV4Model._from_config(config, attn_implementation="fastattn")
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_layer_that_adds_padding_to_scores_raises(padded):
+    """The encoder of BigBird-Pegasus, beside a decoder that is ours."""
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "d_model": 32}
+    config = transformers.BigBirdPegasusConfig(
+        **sizes, vocab_size=61, encoder_attention_heads=4, decoder_attention_heads=4, attention_type="original_full"
+    )
+    inputs = {"input_ids": tokens(seed=0), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    if padded:
+        inputs["attention_mask"][0, -3:] = 0
+    with pytest.raises(ValueError, match=r"a boolean mask .* is added to scores"):
+        outputs("BigBirdPegasusModel", config, inputs)
+
+
 WRITES = {
     "masked_fill_": lambda mask: mask.masked_fill_(torch.arange(5) == 0, False),
     "and": lambda mask: mask.__iand__(torch.arange(5) != 0),
