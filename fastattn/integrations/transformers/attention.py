@@ -43,7 +43,8 @@ def attention_forward(
             keys; or None.
         dropout: probability of dropping a weight.
         scaling: multiplies the scores; default ``1/sqrt(D)``.
-        is_causal: without a mask, do queries see no later keys? Default: ``module.is_causal``, or True.
+        is_causal: without a mask, do queries see no later keys? Default: ``module.is_causal``. Layers that do not say
+            it are not causal: to the "eager" implementation no mask hides nothing.
         sliding_window: without a mask, a query sees so many keys up to its own, and if not causal as many from it on.
         softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask.
         s_aux: ``[H]``, one more score for each softmax of a head.
@@ -71,6 +72,8 @@ def attention_forward(
         query = query.expand(key.shape[0], -1, -1, -1)
     words: dict[str, Any] = {"scale": scaling, "dropout_p": dropout, "softcap": softcap}
     mask = attention_mask
+    if isinstance(mask, LazyMask) and mask.kept is not None:
+        mask = mask.kept
     if isinstance(mask, LazyMask):
         words |= mask.words
         key, value, mask = key[:, :, : mask.keys], value[:, :, : mask.keys], None
@@ -98,10 +101,21 @@ def _without_mask(
     module: nn.Module, is_causal: bool | None, sliding_window: int | None, queries: int, keys: int
 ) -> dict[str, Any]:
     """What hides keys where the model made no mask."""
+    if queries == 1:
+        return {}  # the newest token
+    if (
+        is_causal is None
+        and not hasattr(module, "is_causal")
+        and (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    ):
+        raise ValueError(
+            f"attention_mask=None in a {type(module).__name__} without the attribute is_causal: in a graph that is "
+            "being traced None may stand for a causal mask or for none; expected a mask, or the attribute"
+        )
     if is_causal is None:
-        is_causal = bool(getattr(module, "is_causal", True))
-    if queries == 1 or not (is_causal or sliding_window is not None):
-        return {}  # one query is the newest token
+        is_causal = bool(getattr(module, "is_causal", False))
+    if not (is_causal or sliding_window is not None):
+        return {}
     if queries != keys:
         raise ValueError(
             f"attention_mask=None, {queries} queries and {keys} keys in a {type(module).__name__} with "

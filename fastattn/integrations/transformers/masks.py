@@ -29,10 +29,12 @@ class LazyMask(Tensor):
     Attributes:
         words: the keyword arguments of :func:`fastattn.attention` that say the same.
         keys: so many keys are seen at all, the first ones. ``words`` are about those alone.
+        kept: the exact mask, once somebody took a view of it or wrote to it: from then on it counts, and not ``words``.
     """
 
     words: dict[str, Any]
     keys: int
+    kept: Tensor | None
     _arguments: dict[str, Any]
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[bad-override]
@@ -42,12 +44,12 @@ class LazyMask(Tensor):
         """A mask of which transformers would make the exact one by these arguments."""
         shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=arguments["device"])
-        self.words, self.keys, self._arguments = words, keys, arguments
+        self.words, self.keys, self.kept, self._arguments = words, keys, None, arguments
         return self
 
     def exact(self) -> Tensor:
         """The mask as transformers makes it, ``[B, 1, L, S]``."""
-        return exact_mask(**self._arguments)
+        return exact_mask(**self._arguments) if self.kept is None else self.kept
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[bad-override]
@@ -57,12 +59,18 @@ class LazyMask(Tensor):
             return args[0]
         if func is torch.ops.aten.alias.default:  # torch refuses a view that is the tensor itself
             mask = args[0]
-            return LazyMask(mask.words, mask.keys, mask._arguments)
+            same = LazyMask(mask.words, mask.keys, mask._arguments)
+            same.kept = mask.kept
+            return same
         if func in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor):
             raise ValueError(
                 "a boolean mask (True = may attend) is added to scores: this layer attends by itself and does not ask "
                 'for attention by its name; load the model with attn_implementation="eager"'
             )
+        if any(argument.alias_info is not None for argument in func._schema.arguments):
+            for mask in args:
+                if isinstance(mask, LazyMask):
+                    mask.kept = mask.exact()
         return func(*tree_map(_made, args), **tree_map(_made, kwargs or {}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LazyMask:
@@ -111,8 +119,9 @@ def attention_mask(
         device: of the mask.
 
     Returns:
-        None where all keys are seen, or all up to the query's own in a graph that is being traced; a
-        :class:`LazyMask`; padding ``[B, 1, 1, S]`` expanded to ``[B, 1, L, S]``; or the exact ``[B, 1, L, S]``.
+        None for one query that sees all keys, and in a graph that is being traced where all keys are seen, or all up to
+        the query's own: elsewhere layers would ask None for their own causality and window. Padding ``[B, 1, 1, S]``
+        expanded to ``[B, 1, L, S]`` in the same two cases. Else a :class:`LazyMask`, or the exact ``[B, 1, L, S]``.
     """
     arguments = {
         "batch_size": batch_size,
@@ -136,7 +145,7 @@ def attention_mask(
     pattern = pattern.without_what_hides_nothing(offset, q_length, kv_length)
     visible = _visible_keys(attention_mask, int(kv_offset), kv_length, looks=not traced)
     causal, local = pattern.right == 0, pattern.left is not None or pattern.right not in (None, 0)
-    if not causal and not local and pattern.documents is None:
+    if not causal and not local and pattern.documents is None and (traced or q_length == 1):
         if visible is None:
             may_skip = allow_is_bidirectional_skip or (allow_is_causal_skip and q_length == 1)
             visible = None if may_skip else torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
+from typing import Any
+
+_held: dict[str, list[Registration]] = {}  # the registrations of each name that are not undone
+_before: dict[str, list[tuple[dict[str, Any], Callable[..., Any] | None]]] = {}  # what had each name before the first
 
 
 class Registration:
@@ -20,27 +25,34 @@ class Registration:
         from fastattn.integrations.transformers.masks import attention_mask
 
         self.name = name
-        self._asked_about = support.names
-        self._asked_about.add(name)
-        support.install()
-        self._before = []
-        for interface, function in ((AttentionInterface, attention_forward), (AttentionMaskInterface, attention_mask)):
-            functions = interface._global_mapping
-            self._before.append((functions, functions.get(name)))
+        interfaces = (AttentionInterface, attention_forward), (AttentionMaskInterface, attention_mask)
+        if name not in _held:
+            mappings = [interface._global_mapping for interface, _ in interfaces]
+            _before[name] = [(functions, functions.get(name)) for functions in mappings]
+        _held.setdefault(name, []).append(self)
+        support.ask_about(name)
+        for interface, function in interfaces:
             interface.register(name, function)
 
     def undo(self) -> None:
-        """Forget the name, or give it back to what had it before. A second call does nothing.
+        """Forget the name, or give it back to what had it before, unless another registration holds it still.
 
-        Models that are set to a name that nobody has raise at their next call.
+        A second call does nothing. Models that are set to a name that nobody has raise at their next call.
         """
-        for functions, function in self._before:
+        if self not in _held.get(self.name, []):
+            return
+        _held[self.name].remove(self)
+        if _held[self.name]:
+            return
+        from fastattn.integrations.transformers import support
+
+        del _held[self.name]
+        support.forget(self.name)
+        for functions, function in _before.pop(self.name):
             if function is None:
                 functions.pop(self.name, None)
-                self._asked_about.discard(self.name)
             else:
                 functions[self.name] = function
-        self._before = []
 
     def __enter__(self) -> Registration:
         return self

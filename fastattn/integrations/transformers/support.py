@@ -15,6 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel, masking_utils
 
 names: set[str] = set()  # that models are asked about
+# Models whose layers append numbers to a mask, turned into its dtype: of booleans 0 would hide, and -inf would show.
+_APPENDING = ("DeepseekV4PreTrainedModel",)
 
 
 def misreads_masks(kind: type[nn.Module]) -> bool:
@@ -31,21 +33,37 @@ def misreads_masks(kind: type[nn.Module]) -> bool:
     return makes_masks and any("Attention" in layer.__name__ for layer in layers)
 
 
-def install() -> None:
-    """From now on ask models about :data:`names`, where transformers asks them about its own implementations."""
-    check = PreTrainedModel.get_correct_attn_implementation
-    if getattr(check, "_asks_about_names", False):
-        return
+def objection(kind: type[nn.Module]) -> str | None:
+    """Why a model of this class cannot be given our masks, to be read behind its name; None where it can."""
+    if any(base.__name__ in _APPENDING for base in kind.__mro__):
+        return "appends numbers to masks, which are booleans here"
+    if misreads_masks(kind):
+        return "computes attention in its own layers, which fastattn does not reach"
+    return None
 
-    @functools.wraps(check)
-    def checked(self: PreTrainedModel, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
-        # About "sdpa" transformers asks: layers may call F.scaled_dot_product_attention, which reads boolean masks.
-        if requested_attention in names - {"sdpa"} and misreads_masks(type(self)):
-            raise ValueError(
-                f"attn_implementation={requested_attention!r}: {type(self).__name__} computes attention in its own "
-                'layers, which fastattn does not reach: use another, such as "eager" or "sdpa"'
-            )
-        return check(self, requested_attention, *args, **kwargs)
 
-    setattr(checked, "_asks_about_names", True)  # noqa: B010, functions have no such attribute to type checkers
-    PreTrainedModel.get_correct_attn_implementation = checked
+def ask_about(name: str) -> None:
+    """From now on ask models about this name, where transformers asks them about its own implementations."""
+    names.add(name)
+    PreTrainedModel.get_correct_attn_implementation = _checked
+
+
+def forget(name: str) -> None:
+    """No longer ask about this name; after the last one transformers is as it was, unless somebody else changed it."""
+    names.discard(name)
+    if not names and PreTrainedModel.get_correct_attn_implementation is _checked:
+        PreTrainedModel.get_correct_attn_implementation = _check
+
+
+_check = PreTrainedModel.get_correct_attn_implementation
+
+
+@functools.wraps(_check)
+def _checked(self: PreTrainedModel, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+    # About "sdpa" transformers asks: layers may call F.scaled_dot_product_attention, which reads boolean masks.
+    if requested_attention in names - {"sdpa"} and (reason := objection(type(self))) is not None:
+        raise ValueError(
+            f"attn_implementation={requested_attention!r}: {type(self).__name__} {reason}: use another, such as "
+            '"eager" or "sdpa"'
+        )
+    return _check(self, requested_attention, *args, **kwargs)
