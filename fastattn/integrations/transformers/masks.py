@@ -138,6 +138,8 @@ def attention_mask(
     static = isinstance(q_offset, Tensor) or isinstance(kv_offset, Tensor)
     if static and (traced or q_length == 1):
         return exact_mask(**arguments)
+    if static:  # a static cache goes on counting in the same tensors, while the exact mask may be made later
+        arguments |= {"q_offset": int(q_offset), "kv_offset": int(kv_offset)}
     offset = int(q_offset) - int(kv_offset)
     pattern = _known(mask_function) if traced else _recognised(mask_function)
     if pattern is None:

@@ -66,6 +66,16 @@ def test_layer_that_does_not_say_so_is_asked_for_it_in_a_graph():
     torch.jit.trace(lambda q: attention_forward(layer, q, q, q, None)[0], query)
 
 
+def test_exact_mask_is_that_of_when_the_mask_was_made():
+    """A static cache counts its tokens in place, between the mask and a layer that reads it, as those of Doge do."""
+    offset = torch.tensor(3)
+    mask = masks.attention_mask(2, 4, 12, q_offset=offset)
+    assert isinstance(mask, masks.LazyMask)
+    expected = mask.exact().clone()
+    offset.add_(4)
+    assert torch.equal(mask.exact(), expected)
+
+
 def test_model_that_appends_numbers_to_masks_is_refused():
     config = transformers.DeepseekV4Config(num_hidden_layers=1, hidden_size=32, vocab_size=61)
     with torch.device("meta"), pytest.raises(ValueError, match="DeepseekV4Model appends numbers to masks"):
