@@ -66,6 +66,17 @@ def test_layer_that_does_not_say_so_is_asked_for_it_in_a_graph():
     torch.jit.trace(lambda q: attention_forward(layer, q, q, q, None)[0], query)
 
 
+def test_weights_are_as_wide_as_the_cache():
+    """Of a static cache, whose empty places no query sees."""
+    query, key = random_tensor(2, 1, 4, 8, seed=0), random_tensor(2, 1, 12, 8, seed=1)
+    mask = masks.attention_mask(2, 4, 12)
+    assert isinstance(mask, masks.LazyMask) and mask.keys == 4
+    for average in (False, True):
+        words = {"output_attentions": True, "average_attn_weights": average}
+        _, weights = attention_forward(torch.nn.Module(), query, key, key, mask, **words)
+        assert weights is not None and torch.equal(weights.view(2, 1, 4, 12) > 0, mask.exact())
+
+
 def test_exact_mask_is_that_of_when_the_mask_was_made():
     """A static cache counts its tokens in place, between the mask and a layer that reads it, as those of Doge do."""
     offset = torch.tensor(3)
