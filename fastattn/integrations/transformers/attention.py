@@ -71,7 +71,7 @@ def attention_forward(
     if query.shape[0] == 1 != key.shape[0]:
         query = query.expand(key.shape[0], -1, -1, -1)
     words: dict[str, Any] = {"scale": scaling, "dropout_p": dropout, "softcap": softcap}
-    mask = attention_mask
+    mask, keys = attention_mask, key.shape[2]
     if isinstance(mask, LazyMask) and mask.kept is not None:
         mask = mask.kept
     if isinstance(mask, LazyMask):
@@ -94,6 +94,8 @@ def attention_forward(
     else:
         output, weights = attention(query, key, value, attn_mask=mask, sinks=sinks, **words), None
     assert isinstance(output, Tensor)
+    if weights is not None and weights.shape[-1] != keys:  # those of keys that no query sees, which were cut off
+        weights = nn.functional.pad(weights, (0, keys - weights.shape[-1]))
     return output.transpose(1, 2).contiguous(), weights
 
 

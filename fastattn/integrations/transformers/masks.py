@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers import masking_utils
 
+from fastattn.ops.common.tracing import is_functorch_active
+
 Integer = int | Tensor
 MaskFunction = Callable[..., Any]  # of the indices of batch, head, query and key
 
@@ -138,12 +140,15 @@ def attention_mask(
     static = isinstance(q_offset, Tensor) or isinstance(kv_offset, Tensor)
     if static and (traced or q_length == 1):
         return exact_mask(**arguments)
+    if static:  # a static cache goes on counting in the same tensors, while the exact mask may be made later
+        arguments |= {"q_offset": int(q_offset), "kv_offset": int(kv_offset)}
     offset = int(q_offset) - int(kv_offset)
     pattern = _known(mask_function) if traced else _recognised(mask_function)
     if pattern is None:
         return exact_mask(**arguments)
     pattern = pattern.without_what_hides_nothing(offset, q_length, kv_length)
-    visible = _visible_keys(attention_mask, int(kv_offset), kv_length, looks=not traced)
+    looks = not traced and not is_functorch_active() and torch.device(device).type != "meta"
+    visible = _visible_keys(attention_mask, int(kv_offset), kv_length, looks=looks)
     causal, local = pattern.right == 0, pattern.left is not None or pattern.right not in (None, 0)
     if not causal and not local and pattern.documents is None and (traced or q_length == 1):
         if visible is None:

@@ -15,8 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel, masking_utils
 
 names: set[str] = set()  # that models are asked about
-# Models whose layers append numbers to a mask, turned into its dtype: of booleans 0 would hide, and -inf would show.
-_APPENDING = ("DeepseekV4PreTrainedModel",)
+# Models whose layers take masks for numbers, of which 0 shows a key, beside attention that is called by its name.
+_TAKING_NUMBERS = {
+    "DeepseekV4PreTrainedModel": "appends numbers to masks",
+    "NllbMoePreTrainedModel": "reads masks in its routers",
+}
 
 
 def misreads_masks(kind: type[nn.Module]) -> bool:
@@ -35,8 +38,9 @@ def misreads_masks(kind: type[nn.Module]) -> bool:
 
 def objection(kind: type[nn.Module]) -> str | None:
     """Why a model of this class cannot be given our masks, to be read behind its name; None where it can."""
-    if any(base.__name__ in _APPENDING for base in kind.__mro__):
-        return "appends numbers to masks, which are booleans here"
+    for base in kind.__mro__:
+        if base.__name__ in _TAKING_NUMBERS:
+            return f"{_TAKING_NUMBERS[base.__name__]}, which are booleans here"
     if misreads_masks(kind):
         return "computes attention in its own layers, which fastattn does not reach"
     return None

@@ -66,10 +66,52 @@ def test_layer_that_does_not_say_so_is_asked_for_it_in_a_graph():
     torch.jit.trace(lambda q: attention_forward(layer, q, q, q, None)[0], query)
 
 
-def test_model_that_appends_numbers_to_masks_is_refused():
-    config = transformers.DeepseekV4Config(num_hidden_layers=1, hidden_size=32, vocab_size=61)
-    with torch.device("meta"), pytest.raises(ValueError, match="DeepseekV4Model appends numbers to masks"):
-        transformers.DeepseekV4Model._from_config(config, attn_implementation="fastattn")
+def test_weights_are_as_wide_as_the_cache():
+    """Of a static cache, whose empty places no query sees."""
+    query, key = random_tensor(2, 1, 4, 8, seed=0), random_tensor(2, 1, 12, 8, seed=1)
+    mask = masks.attention_mask(2, 4, 12)
+    assert isinstance(mask, masks.LazyMask) and mask.keys == 4
+    for average in (False, True):
+        words = {"output_attentions": True, "average_attn_weights": average}
+        _, weights = attention_forward(torch.nn.Module(), query, key, key, mask, **words)
+        assert weights is not None and torch.equal(weights.view(2, 1, 4, 12) > 0, mask.exact())
+
+
+def test_exact_mask_is_that_of_when_the_mask_was_made():
+    """A static cache counts its tokens in place, between the mask and a layer that reads it, as those of Doge do."""
+    offset = torch.tensor(3)
+    mask = masks.attention_mask(2, 4, 12, q_offset=offset)
+    assert isinstance(mask, masks.LazyMask)
+    expected = mask.exact().clone()
+    offset.add_(4)
+    assert torch.equal(mask.exact(), expected)
+
+
+def test_gradients_of_each_sample_with_padding():
+    """Under ``torch.func.vmap``, where no numbers may be read."""
+    ids, mask = tokens(seed=0), torch.ones(2, 9, dtype=torch.long)
+    mask[0, -3:] = 0
+    found = []
+    for implementation in ("eager", "fastattn"):
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(**ENCODER)
+        model = transformers.LlamaForCausalLM._from_config(config, attn_implementation=implementation).eval()
+
+        def loss(parameters, row, seen, model=model):
+            inputs = {"input_ids": row[None], "attention_mask": seen[None], "use_cache": False}
+            return torch.func.functional_call(model, parameters, (), inputs).logits[0, :6].square().sum()
+
+        parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        found.append(torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, ids, mask))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("DeepseekV4", "appends numbers to"), ("NllbMoe", "reads")])
+def test_model_that_takes_masks_for_numbers_is_refused(name, reason):
+    config = getattr(transformers, f"{name}Config")()
+    with torch.device("meta"), pytest.raises(ValueError, match=f"{name}Model {reason} masks"):
+        getattr(transformers, f"{name}Model")._from_config(config, attn_implementation="fastattn")
 
 
 @pytest.mark.parametrize("padded", [False, True])
