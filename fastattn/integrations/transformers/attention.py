@@ -66,7 +66,7 @@ def attention_forward(
         if others.get(name) is not None:
             raise NotImplementedError(
                 f"{name}: {type(module).__name__} selects keys by it, and fastattn would attend to all: "
-                'use attn_implementation="sdpa", with fastattn.patch_sdpa()'
+                'use attn_implementation="eager"'
             )
     if query.shape[0] == 1 != key.shape[0]:
         query = query.expand(key.shape[0], -1, -1, -1)

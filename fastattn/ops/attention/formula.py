@@ -23,8 +23,8 @@ from fastattn.reference.attention import NEGATIVE_INFINITY
 # would compute them again: 22 ms for a step of 4 sequences of 256 with 8 heads of 32, and 17 in this form.
 _KEPT_KEYS = 8
 _KEPT_BLOCKS = 4
-# The norm of values from which on they may be garbage that nobody sees.
-_LARGE = 1e18
+# The norm of values from which on they may be garbage that nobody sees, whose products with a gradient overflow.
+_LARGE = 1e9
 
 
 def takes(call: AttentionCall) -> bool:
