@@ -1,8 +1,8 @@
-"""An error for models that would misread our masks, where they are told to use this package.
+"""Models whose layers compute attention themselves, where they are told to use this package: ours runs, or an error.
 
-About 40 families of transformers compute attention in their own layers, and still make their masks by the name of an
-implementation: they would add our boolean masks to scores. transformers asks each model whether it supports one of
-transformers' own implementations, but not about one that was registered; this adds that question.
+About 40 families of transformers do, and still make their masks by the name of an implementation: they would add our
+boolean masks to scores. transformers asks each model whether it supports one of transformers' own implementations, but
+not about one that was registered; this adds that question. Some have layers for which there is a forward of ours.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, masking_utils
+
+from fastattn.integrations.transformers import dispatch
 
 names: set[str] = set()  # that models are asked about
 
@@ -33,19 +35,35 @@ def misreads_masks(kind: type[nn.Module]) -> bool:
 
 def install() -> None:
     """From now on ask models about :data:`names`, where transformers asks them about its own implementations."""
+    for module in dispatch.FAMILIES:
+        dispatch.reach(module, names)
     check = PreTrainedModel.get_correct_attn_implementation
     if getattr(check, "_asks_about_names", False):
         return
+    can_set, finish = PreTrainedModel._can_set_attn_implementation, PreTrainedModel.post_init
 
     @functools.wraps(check)
     def checked(self: PreTrainedModel, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+        reached = dispatch.reach(type(self).__module__, names)
         # About "sdpa" transformers asks: layers may call F.scaled_dot_product_attention, which reads boolean masks.
-        if requested_attention in names - {"sdpa"} and misreads_masks(type(self)):
+        if not reached and requested_attention in names - {"sdpa"} and misreads_masks(type(self)):
             raise ValueError(
                 f"attn_implementation={requested_attention!r}: {type(self).__name__} computes attention in its own "
                 'layers, which fastattn does not reach: use another, such as "eager" or "sdpa"'
             )
+        dispatch.tell(self)
         return check(self, requested_attention, *args, **kwargs)
+
+    @functools.wraps(can_set.__func__)
+    def may_be_set(cls: type[PreTrainedModel]) -> bool:
+        return dispatch.reach(cls.__module__, names) or can_set.__func__(cls)
+
+    @functools.wraps(finish)
+    def finished(self: PreTrainedModel) -> None:
+        finish(self)
+        dispatch.tell(self)
 
     setattr(checked, "_asks_about_names", True)  # noqa: B010, functions have no such attribute to type checkers
     PreTrainedModel.get_correct_attn_implementation = checked
+    setattr(PreTrainedModel, "_can_set_attn_implementation", classmethod(may_be_set))  # noqa: B010, as above
+    PreTrainedModel.post_init = finished
