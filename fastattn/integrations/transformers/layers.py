@@ -226,8 +226,9 @@ def wavlm_attention(
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
     position_bias: Tensor | None = None,
-    index: int = 0,
+    *,
     output_attentions: bool | None = None,
+    index: int = 0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """``WavLMAttention.forward``: ``attention_mask`` is ``[B, L]``, True = no padding.

@@ -26,7 +26,8 @@ def budgets(name, padding):
 
 # ------------------------------------------------------------------------------------------------------ checkpointing
 
-CHECKPOINTED = ["Llama", "Gemma 2", "GPT-OSS", "BERT", "T5", "ViT", "Whisper", "Mllama"]
+CHECKPOINTED = ["Llama", "Gemma 2", "GPT-OSS", "BERT", "T5", "ViT", "Whisper", "Mllama", "BLOOM", "MPT", "Falcon",
+                "Falcon (ALiBi)", "WavLM"]  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # in newer ones
