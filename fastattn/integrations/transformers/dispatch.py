@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastattn.integrations.transformers import layers
 
@@ -58,7 +59,8 @@ def reach(name: str, names: set[str]) -> bool:
     for layer, ours in family.forwards.items():
         kind = getattr(module, layer)
         if not hasattr(kind.forward, "_is_theirs_or_ours"):
-            kind.forward = _theirs_or(ours, kind.forward, names)
+            # A subclass is what transformers wraps with its checkpointing, which only the outermost wrapper does.
+            kind.forward = type(layer, (kind,), {"forward": _theirs_or(ours, kind.forward, names)}).forward
     if family.holds_masks and not hasattr(vars(module)["create_causal_mask"], "_is_theirs_or_ours"):
         vars(module)["create_causal_mask"] = _held(vars(module)["create_causal_mask"], names)
     if family.classes is not None:
@@ -100,8 +102,12 @@ def _is_ours(config: Any, names: set[str]) -> bool:
 def _theirs_or(ours: Callable[..., Any], theirs: Callable[..., Any], names: set[str]) -> Callable[..., Any]:
     @functools.wraps(theirs)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        run = ours if _is_ours(getattr(self, "config", None), names) else theirs
-        return run(self, *args, **kwargs)
+        config = getattr(self, "config", None)
+        if _is_ours(config, names):
+            return ours(self, *args, **kwargs)
+        if config is not None:  # a name that nobody has any more is a KeyError: masks are not made for it
+            ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, theirs)
+        return theirs(self, *args, **kwargs)
 
     setattr(forward, "_is_theirs_or_ours", True)  # noqa: B010, functions have no such attribute to type checkers
     return forward

@@ -21,6 +21,7 @@ class Registration:
 
         self.name = name
         self._asked_about = support.names
+        self._is_new = name not in self._asked_about
         self._asked_about.add(name)
         support.install()
         self._before = []
@@ -34,10 +35,11 @@ class Registration:
 
         Models that are set to a name that nobody has raise at their next call.
         """
+        if self._before and self._is_new:
+            self._asked_about.discard(self.name)
         for functions, function in self._before:
             if function is None:
                 functions.pop(self.name, None)
-                self._asked_about.discard(self.name)
             else:
                 functions[self.name] = function
         self._before = []
@@ -60,8 +62,9 @@ def register(name: str = "fastattn") -> Registration:
         model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="fastattn")
         model.set_attn_implementation("fastattn")  # or later
 
-    Which backend runs is said by :func:`fastattn.use_backend`, as everywhere. A model that computes attention in its
-    own layers and would misread masks that are made for this package raises a ValueError where it is given the name.
+    Which backend runs is said by :func:`fastattn.use_backend`, as everywhere. Of models that compute attention in their
+    own layers, BLOOM, MPT, Falcon, MPNet and WavLM get forwards of this package for these; one that has none, and would
+    misread masks that are made for this package, raises a ValueError where it is given the name.
 
     Args:
         name: another one than ``"fastattn"``. ``"sdpa"`` replaces what transformers has under this name, so that

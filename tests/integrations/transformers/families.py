@@ -237,6 +237,7 @@ _SOUND = {key: value for key, value in _ENCODER.items() if key != "max_position_
     "apply_spec_augment": False,
     "feat_extract_norm": "layer",
     "ctc_zero_infinity": True,
+    "layerdrop": 0.0,
 }
 _TEXT_OF_TWO = {key: value for key, value in _ENCODER.items() if "token_id" not in key} | {
     "eos_token_id": END,
