@@ -60,7 +60,8 @@ def reach(name: str, names: set[str]) -> bool:
         kind = getattr(module, layer)
         if not hasattr(kind.forward, "_is_theirs_or_ours"):
             # A subclass is what transformers wraps with its checkpointing, which only the outermost wrapper does.
-            kind.forward = type(layer, (kind,), {"forward": _theirs_or(ours, kind.forward, names)}).forward
+            wrapped = type(layer, (kind,), {"forward": _theirs_or(ours, kind.forward, names)})
+            kind.forward = vars(wrapped)["forward"]
     if family.holds_masks and not hasattr(vars(module)["create_causal_mask"], "_is_theirs_or_ours"):
         vars(module)["create_causal_mask"] = _held(vars(module)["create_causal_mask"], names)
     if family.classes is not None:

@@ -24,10 +24,10 @@ OWN = ["BLOOM", "MPT", "Falcon", "Falcon (grouped)", "Falcon (ALiBi)", "MPNet", 
 pytestmark = pytest.mark.usefixtures("registered")
 
 
-def output(model, name, padding="right", **words):
-    inputs = inputs_of(name, padding)
+def output(model, name):
+    inputs = inputs_of(name, "right")
     with torch.no_grad():
-        return real_output(model(**inputs, **words), inputs)
+        return real_output(model(**inputs), inputs)
 
 
 # ------------------------------------------------------------------------------------------------------------ dispatch
