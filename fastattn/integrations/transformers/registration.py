@@ -72,8 +72,9 @@ def register(name: str = "fastattn") -> Registration:
         model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="fastattn")
         model.set_attn_implementation("fastattn")  # or later
 
-    Which backend runs is said by :func:`fastattn.use_backend`, as everywhere. A model that computes attention in its
-    own layers and would misread masks that are made for this package raises a ValueError where it is given the name.
+    Which backend runs is said by :func:`fastattn.use_backend`, as everywhere. Of models that compute attention in their
+    own layers, BLOOM, MPT, Falcon, MPNet and WavLM get forwards of this package for these; one that has none, and would
+    misread masks that are made for this package, raises a ValueError where it is given the name.
 
     Args:
         name: another one than ``"fastattn"``. ``"sdpa"`` replaces what transformers has under this name, so that

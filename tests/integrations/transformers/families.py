@@ -37,6 +37,7 @@ class Family(NamedTuple):
         carries: what attention gets beside query, key and value, in a batch with padding.
         spread: the standard deviation of what is added to each weight; less where scores are not scaled down.
         remark: for the table.
+        peer: transformers' own attention to compare with.
         since: the first transformers in which it asks for attention by a name.
     """
 
@@ -53,6 +54,7 @@ class Family(NamedTuple):
     carries: tuple[str, ...] = ()
     spread: float = 0.2
     remark: str = ""
+    peer: str = "eager"
     since: tuple[int, int] = (5, 4)
 
     @property
@@ -225,6 +227,18 @@ _VISION = {
     "image_size": 16,
     "patch_size": 4,
 }
+_SOUND = {key: value for key, value in _ENCODER.items() if key != "max_position_embeddings"} | {
+    "conv_dim": (16, 16),
+    "conv_kernel": (8, 4),
+    "conv_stride": (6, 3),
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "apply_spec_augment": False,
+    "feat_extract_norm": "layer",
+    "ctc_zero_infinity": True,
+    "layerdrop": 0.0,
+}
 _TEXT_OF_TWO = {key: value for key, value in _ENCODER.items() if "token_id" not in key} | {
     "eos_token_id": END,
     "pad_token_id": 0,
@@ -241,6 +255,8 @@ _T5 = {
     "eos_token_id": 2,
     "decoder_start_token_id": 1,
 }
+_ALIBI = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_FALCON = _ALIBI | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
@@ -297,6 +313,25 @@ FAMILIES = (
         "decoder", text, 2,
     ),
     Family("GPT-NeoX", "GPTNeoXForCausalLM", "GPTNeoXConfig", _DECODER, "decoder", text, 2),
+    Family("Falcon", "FalconForCausalLM", "FalconConfig", _FALCON | {"multi_query": True}, "decoder", masked_text, 2),
+    Family(
+        "Falcon (grouped)", "FalconForCausalLM", "FalconConfig",
+        _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}, "decoder", masked_text, 2,
+        remark="its cache holds the keys of a group once",
+    ),
+    Family(
+        "Falcon (ALiBi)", "FalconForCausalLM", "FalconConfig",
+        _FALCON | {"alibi": True, "multi_query": False, "parallel_attn": False}, "decoder", masked_text, 2,
+        carries=("bias",), peer="sdpa", remark='beside `"sdpa"`: transformers\' `"eager"` adds ALiBi twice',
+    ),
+    Family(
+        "MPT", "MptForCausalLM", "MptConfig", _ALIBI | {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 32},
+        "decoder", masked_text, 2, carries=("bias",),
+    ),
+    Family(
+        "BLOOM", "BloomForCausalLM", "BloomConfig", _ALIBI | {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+        "decoder", masked_text, 2, carries=("bias",),
+    ),
     Family(
         "Mllama", "MllamaForConditionalGeneration", "MllamaConfig",
         {
@@ -316,6 +351,11 @@ FAMILIES = (
         "ModernBERT", "ModernBertForMaskedLM", "ModernBertConfig",
         _ENCODER | {"local_attention": 4, "layer_types": _layers("full", "sliding")},
         "encoder", masked_text, 2, carries=("window",),
+    ),
+    Family(
+        "MPNet", "MPNetForMaskedLM", "MPNetConfig",
+        {key: value for key, value in _ENCODER.items() if key not in ("cls_token_id", "sep_token_id")},
+        "encoder", masked_text, 2, carries=("bias",),
     ),
     Family(
         "LayoutLMv3", "LayoutLMv3ForTokenClassification", "LayoutLMv3Config",
@@ -359,34 +399,17 @@ FAMILIES = (
          "begin_suppress_tokens": None},
         "encoder-decoder", spectrum, 6,
     ),
-    Family(
-        "Wav2Vec2", "Wav2Vec2ForCTC", "Wav2Vec2Config",
-        {key: value for key, value in _ENCODER.items() if key != "max_position_embeddings"}
-        | {"conv_dim": (16, 16), "conv_kernel": (8, 4), "conv_stride": (6, 3), "num_feat_extract_layers": 2,
-           "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "apply_spec_augment": False,
-           "feat_extract_norm": "layer", "ctc_zero_infinity": True},
-        "audio", sound, 2,
-    ),
+    Family("Wav2Vec2", "Wav2Vec2ForCTC", "Wav2Vec2Config", _SOUND, "audio", sound, 2),
+    Family("WavLM", "WavLMForCTC", "WavLMConfig", _SOUND, "audio", sound, 2, carries=("bias",)),
 )  # fmt: skip
 BY_NAME = {family.name: family for family in FAMILIES}
 # Families whose layers compute attention themselves, all of it or that of the encoder.
-_ALIBI = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_FALCON = _ALIBI | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "multi_query": True}
 NOT_REACHED = (
-    Family("Falcon", "FalconForCausalLM", "FalconConfig", _FALCON | {"alibi": False}, "decoder", masked_text, 0,
-           softmaxes=2, remark="raises; loaded with `\"sdpa\"` it runs on this package inside `fastattn.patch_sdpa()`"),
-    Family("Falcon (ALiBi)", "FalconForCausalLM", "FalconConfig", _FALCON | {"alibi": True}, "decoder", masked_text, 0,
-           softmaxes=2, remark="raises; with `\"sdpa\"` transformers itself leaves ALiBi out"),
-    Family("MPT", "MptForCausalLM", "MptConfig", _ALIBI | {"d_model": 32, "n_heads": 4, "n_layers": 2,
-                                                           "max_seq_len": 32}, "decoder", masked_text, 0,
+    Family("Megatron-BERT", "MegatronBertForMaskedLM", "MegatronBertConfig", _ENCODER, "encoder", masked_text, 0,
            softmaxes=2, remark="raises"),
-    Family("BLOOM", "BloomForCausalLM", "BloomConfig", _ALIBI | {"hidden_size": 32, "n_layer": 2, "n_head": 4},
-           "decoder", masked_text, 0, softmaxes=2, remark="raises"),
-    Family("MPNet", "MPNetForMaskedLM", "MPNetConfig",
-           {key: value for key, value in _ENCODER.items() if key not in ("cls_token_id", "sep_token_id")},
-           "encoder", masked_text, 0, softmaxes=2, remark="raises"),
-    Family("WavLM", "WavLMForCTC", "WavLMConfig", BY_NAME["Wav2Vec2"].sizes, "audio", sound, 0, softmaxes=2,
-           remark="takes the name and computes what it does with `\"eager\"`"),
+    Family("XGLM", "XGLMForCausalLM", "XGLMConfig",
+           _ALIBI | {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4}, "decoder", masked_text, 0,
+           softmaxes=2, remark="raises"),
     Family("LongT5", "LongT5ForConditionalGeneration", "LongT5Config",
            _T5 | {"local_radius": 3, "encoder_attention_type": "local"}, "encoder-decoder", source_and_target, 4,
            softmaxes=2, remark="its decoder is ours, its encoder's local attention is not"),

@@ -190,7 +190,7 @@ def drawn(
 @functools.cache
 def eager(name: str, padding: Padding, dtype: torch.dtype = torch.float32, draws: int = DRAWS) -> Results:
     """:func:`drawn` with transformers' own attention; in float64 the truth."""
-    return drawn(name, padding, "eager", dtype, draws=draws)
+    return drawn(name, padding, BY_NAME[name].peer, dtype, draws=draws)
 
 
 def real_output(result: Any, inputs: Inputs) -> Tensor:

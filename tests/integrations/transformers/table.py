@@ -38,7 +38,7 @@ def row(family: Family, errors: Ratios | None = None) -> Row:
         str(family.calls),
         ", ".join((*(["padding"] if family.pads[1:] else []), *family.carries)),
         *(f"{error:.2f}" if errors else "" for error in errors or ("", "")),
-        "as eager" if family.generates else "",
+        f"as {family.peer}" if family.generates else "",
         f"{ours} of {norms}",
         family.remark,
     )

@@ -26,13 +26,17 @@ def budgets(name, padding):
 
 # ------------------------------------------------------------------------------------------------------ checkpointing
 
-CHECKPOINTED = ["Llama", "Gemma 2", "GPT-OSS", "BERT", "T5", "ViT", "Whisper", "Mllama"]
+CHECKPOINTED = ["Llama", "Gemma 2", "GPT-OSS", "BERT", "T5", "ViT", "Whisper", "Mllama", "BLOOM", "MPT", "Falcon",
+                "Falcon (ALiBi)", "WavLM"]  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # in newer ones
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", CHECKPOINTED)
 def test_checkpointed_model_matches_eager(name, reentrant):
+    if name == "WavLM" and reentrant:
+        pytest.skip("its backward does not end with eager attention, either")
+
     def checkpoint(model):
         model.train()  # without dropout, of which the tiny models have none
         for part in model.modules():
@@ -104,7 +108,9 @@ def test_mask_of_the_caller_matches_eager(name, kind):
     assert_within_budget(outputs[0], truth=outputs[1], peer=outputs[2], name="logits", feature=name)
 
 
-@pytest.mark.parametrize("name", [family.name for family in FAMILIES if family.kind in ("decoder", "encoder")])
+@pytest.mark.parametrize(
+    "name", [family.name for family in FAMILIES if family.kind in ("decoder", "encoder") and family.peer == "eager"]
+)
 def test_weights_of_each_layer_match_eager(name):
     """Where a call asks for them, which transformers allows with any implementation."""
     inputs = inputs_of(name, "right")

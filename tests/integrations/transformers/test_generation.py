@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from fastattn.testing import assert_within_budget
-from tests.integrations.transformers.families import FAMILIES
+from tests.integrations.transformers.families import BY_NAME, FAMILIES
 from tests.integrations.transformers.harness import InFloat64, inputs_of, model_with, watching
 
 NAMES = [family.name for family in FAMILIES if family.generates]
@@ -26,8 +26,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("registered", "family"
 
 def generate(name, implementation, dtype=torch.float32, **words):
     """Tokens ``[B, n]``, and the logits they were chosen by, of a prompt with padding at its left."""
-    family = next(family for family in FAMILIES if family.name == name)
-    inputs = inputs_of(name, family.pads[-1], dtype=dtype)
+    inputs = inputs_of(name, BY_NAME[name].pads[-1], dtype=dtype)
     for word in ("labels", "position_ids"):
         inputs.pop(word, None)
     torch.manual_seed(0)
@@ -46,10 +45,12 @@ def generate(name, implementation, dtype=torch.float32, **words):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", NAMES)
 def test_generated_tokens_are_those_of_eager(name, way):
+    if (name, way) == ("Falcon (ALiBi)", "static"):
+        pytest.skip("transformers hands it a mask of four axes, of which it cannot make ALiBi")
     with watching() as watch:
         tokens, logits = generate(name, "fastattn", **WAYS[way])
-    peers, peer = generate(name, "eager", **WAYS[way])
-    truths, truth = generate(name, "eager", torch.float64, **WAYS[way])
+    peers, peer = generate(name, BY_NAME[name].peer, **WAYS[way])
+    truths, truth = generate(name, BY_NAME[name].peer, torch.float64, **WAYS[way])
     assert len(watch.calls) > NEW
     if way != "static":  # where one query's row of the mask is made, since nobody reads the cache's length
         assert watch.exact_masks == 0

@@ -29,7 +29,9 @@ CARRIED = [(name, what) for name, what in CARRIED if what != "padding" or (BY_NA
 WORDS = {"documents": "document_ids", "bias": "attn_mask", "padding": "key_padding_mask"}  # others by the same word
 # What the kernels have to get beside query, key and value, each once.
 ON_KERNELS = [("Mistral", "left"), ("Gemma 2", "right"), ("GPT-OSS", "left"), ("DeepSeek-V3", "none"),
-              ("LayoutLMv3", "right"), ("ModernBERT", "right"), ("T5", "right"), ("Mllama", "left")]  # fmt: skip
+              ("LayoutLMv3", "right"), ("ModernBERT", "right"), ("T5", "right"), ("Mllama", "left"), ("BLOOM", "left"),
+              ("MPT", "right"), ("Falcon (grouped)", "left"), ("Falcon (ALiBi)", "right"), ("MPNet", "right"),
+              ("WavLM", "right")]  # fmt: skip
 
 pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("registered", "family")]
 
@@ -60,7 +62,7 @@ def test_nothing_else_attends(name):
     assert len(watch.calls) == family.calls
     assert watch.elsewhere.total() == family.softmaxes
     with watching(elsewhere=True) as watch, torch.no_grad():
-        model_with(name, "eager")(**inputs)
+        model_with(name, family.peer)(**inputs)
     assert watch.elsewhere.total() == family.softmaxes + family.calls, "what looks for attention does not see eager's"
 
 
