@@ -102,7 +102,7 @@ LEFT = {
     "empty": lambda q, k, v: ((q, k[:, :, :0], v[:, :, :0]), {}),
     "trained_under_a_bias": lambda q, k, v: ((q.requires_grad_(), k, v), {"attn_mask": random_tensor(6, 7, seed=1)}),
     "trained_bias": lambda q, k, v: ((q, k, v), {"attn_mask": random_tensor(1, 4, 6, 7, seed=1).requires_grad_()}),
-    "long_mask": lambda q, k, v: ((q.repeat(1, 1, 50, 1), k, v), {"attn_mask": bools(1, 1, 300, 7)}),
+    "long_mask": lambda q, k, v: ((q.repeat(1, 1, 70, 1), k, v), {"attn_mask": bools(1, 1, 420, 7)}),
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 
 import fastattn
-from fastattn.ops.attention import on_torch, on_triton
+from fastattn.ops.attention import direct, on_torch, on_triton
 from fastattn.ops.common import backends
 from fastattn.testing import attention_inputs
 from tests.ops.attention_cases import attend
@@ -33,6 +33,14 @@ def ran(monkeypatch):
             return original(call)
 
         monkeypatch.setattr(module, "run", run)
+
+    def attend(*arguments, original=direct.attend):
+        output = original(*arguments)
+        if output is not None:
+            names.append("torch")
+        return output
+
+    monkeypatch.setattr(direct, "attend", attend)
     return names
 
 

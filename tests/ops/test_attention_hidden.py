@@ -33,8 +33,8 @@ CASES = {
     "weights": Case(mask="bool-full", padding=True, batch=2, outputs="average", seqlen_q=30, seqlen_k=20),
     "weights_of_heads": Case(mask="additive-full", causal=True, outputs="heads", dtype="fp16", seqlen_q=9, seqlen_k=9),
     "grouped_heads": Case(mask="bool-key", heads=(4, 2), batch=2, outputs="lse", seqlen_q=20, seqlen_k=6),
-    "long": Case(mask="bool-blocks", causal=True, heads=(1, 1), seqlen_q=300, seqlen_k=300, head_dim=8),
-    "long_padding": Case(padding=True, causal=True, batch=2, heads=(1, 1), seqlen_q=300, seqlen_k=257, head_dim=8),
+    "long": Case(mask="bool-blocks", causal=True, heads=(1, 1), seqlen_q=400, seqlen_k=400, head_dim=8),
+    "long_padding": Case(padding=True, causal=True, batch=2, heads=(1, 1), seqlen_q=400, seqlen_k=257, head_dim=8),
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from fastattn.ops.attention.call import make_call
 from fastattn.reference import attention as reference
 from fastattn.testing import assert_within_budget, attention_inputs
 
-LENGTH, KEYS = 333, 290
+LENGTH, KEYS = 461, 290
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def rules(name: str, batch: int, rows: int, keys: int) -> dict[str, Any]:
     blocks = torch.rand(9, 9, generator=generator).repeat_interleave(64, 0).repeat_interleave(64, 1)[:rows, :keys]
     return {
         "padding": {"key_padding_mask": torch.arange(keys) >= torch.tensor([[40], [keys - 7], [0]])[:batch]},
-        "sparse": {"attn_mask": blocks < 0.3},
+        "sparse": {"attn_mask": blocks < 0.15},
         "of_each_entry": {"attn_mask": torch.stack([blocks < 0.3, blocks > 0.7, blocks > 2])[:batch, None]},
         "documents": {"document_ids": (torch.arange(rows)[None] // 50, torch.arange(keys)[None] // 50)},
         "window": {"window": (37, 5)},
@@ -81,8 +81,8 @@ def test_whole_tiles_have_no_mask(tiles):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"attn_mask": torch.rand(300, 300, generator=torch.Generator().manual_seed(0)) < 0.9},
-        {"attn_mask": torch.rand(1, 2, 300, 300, generator=torch.Generator().manual_seed(0)) < 0.1},
+        {"attn_mask": torch.rand(400, 400, generator=torch.Generator().manual_seed(0)) < 0.9},
+        {"attn_mask": torch.rand(1, 2, 400, 400, generator=torch.Generator().manual_seed(0)) < 0.1},
         {"is_causal": True},
         {"window": (3, 3), "softcap": 2.0},
         {"window": (3, 3), "return_lse": True},
@@ -92,12 +92,12 @@ def test_whole_tiles_have_no_mask(tiles):
     ids=["dense", "mask_of_heads", "causal", "softcap", "lse", "dropout", "plain"],
 )
 def test_other_calls_run_whole(arguments, tiles):
-    attend(attention_inputs(1, 2, 300, 300, 16, seed=1), **arguments)
+    attend(attention_inputs(1, 2, 400, 400, 16, seed=1), **arguments)
     assert not tiles
 
 
 def test_training_runs_whole(tiles):
-    tensors = [t.requires_grad_() for t in attention_inputs(1, 2, 300, 300, 16, seed=1)]
+    tensors = [t.requires_grad_() for t in attention_inputs(1, 2, 400, 400, 16, seed=1)]
     output = fastattn.attention(*tensors, window=(3, 3), backend="torch")
     assert isinstance(output, torch.Tensor)
     output.sum().backward()
@@ -106,8 +106,8 @@ def test_training_runs_whole(tiles):
 
 def test_rows_that_see_nothing_are_zero_and_what_a_tile_may_not_see_never_leaks(tiles):
     """NaN and inf behind the mask send the call to the blocks, whose roundings are others."""
-    query, key, value = attention_inputs(1, 2, 256, 256, 16, seed=1)
-    mask = torch.zeros(256, 256, dtype=torch.bool)
+    query, key, value = attention_inputs(1, 2, 384, 384, 16, seed=1)
+    mask = torch.zeros(384, 384, dtype=torch.bool)
     mask[:100, :100] = True
     clean = attend((query, key, value), attn_mask=mask)
     assert tiles == [(128, 100, True)]
@@ -119,12 +119,12 @@ def test_rows_that_see_nothing_are_zero_and_what_a_tile_may_not_see_never_leaks(
 
 
 def test_output_lies_as_the_query_does(tiles):
-    packed = torch.randn(2, 300, 4, 16).transpose(1, 2)
+    packed = torch.randn(2, 400, 4, 16).transpose(1, 2)
     output = attend((packed, packed, packed), window=(8, 0))
     assert tiles and output.transpose(1, 2).is_contiguous()
 
 
 def test_an_empty_batch_is_no_tile(tiles):
-    tensors = [t[:0] for t in attention_inputs(1, 2, 300, 300, 16, seed=1)]
-    output = attend(tensors, key_padding_mask=torch.zeros(0, 300, dtype=torch.bool))
-    assert output.shape == (0, 2, 300, 16) and not tiles
+    tensors = [t[:0] for t in attention_inputs(1, 2, 400, 400, 16, seed=1)]
+    output = attend(tensors, key_padding_mask=torch.zeros(0, 400, dtype=torch.bool))
+    assert output.shape == (0, 2, 400, 16) and not tiles

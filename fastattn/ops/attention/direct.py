@@ -13,15 +13,11 @@ import math
 import torch
 from torch import Tensor
 
-from fastattn.ops.attention import sdpa, tiles
+from fastattn.ops.attention import sdpa
 from fastattn.ops.common import backends
-from fastattn.ops.common.blocks import statistics_dtype
 from fastattn.ops.common.checks import DTYPES
 from fastattn.ops.common.short_way import is_looked_at, is_plain
 from fastattn.reference.attention import NEGATIVE_INFINITY
-
-# torch's kernel scales the products of query and key. Below this scale a product may overflow whose score matters.
-_LEAST_SCALE = 1e-6
 
 
 def attend(
@@ -35,11 +31,7 @@ def attend(
     scale: float | None,
     backend: str | None,
 ) -> Tensor | None:
-    """The output of a call that has no other arguments than these; None where it has to take the long way.
-
-    torch's kernel adds its masks, so that NaN, inf and overflows at hidden places become NaN in rows that do not see
-    them. So an output under a mask that is not finite is thrown away.
-    """
+    """The output of a call that has no other arguments than these; None where it has to take the long way."""
     if is_looked_at() or not (_is_dense(query) and _is_dense(key) and _is_dense(value)):
         return None
     if type(is_causal) is not bool or causal_alignment not in ("top_left", "bottom_right"):
@@ -58,7 +50,7 @@ def attend(
         return None
     if query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:
         return None
-    if scale is not None and not (type(scale) is float and _LEAST_SCALE <= scale < math.inf):
+    if scale is not None and not (type(scale) is float and sdpa.LEAST_SCALE <= scale < math.inf):
         return None
     mask = attn_mask
     if mask is not None and _is_dense(mask) and mask.dim() == 2:
@@ -80,7 +72,7 @@ def attend(
             return None
         query = query.reshape(batch, kv_heads, -1, size)
     output = sdpa.torch_sdpa(query, key, value, mask, 0.0, is_causal, scale=scale)
-    if mask is not None and not math.isfinite(output.detach().sum(dtype=statistics_dtype(dtype)).item()):
+    if mask is not None and not sdpa.is_finite(output):
         return None
     if trains:
         sdpa.guard_gradients(output, looks=mask is not None)
@@ -123,5 +115,5 @@ def _takes_mask(mask: Tensor, query: Tensor, trains: bool, keys: int) -> bool:
     if any(have != want and have != 1 for have, want in zip(shape, (*of_query[:3], keys))):
         return False
     if mask.dtype == torch.bool:
-        return mask.numel() <= sdpa.MOST_MERGED and (trains or shape[1] != 1 or of_query[2] < tiles.FEWEST_ROWS)
+        return mask.numel() <= sdpa.MOST_MERGED and (trains or shape[1] != 1 or of_query[2] < sdpa.FEWEST_ROWS_OF_TILES)
     return mask.dtype == query.dtype and not trains  # a bias may be too large for the kernel's gradients

@@ -47,15 +47,13 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     whole = torch_sdpa.takes(call)
     if whole and not torch_sdpa.hides(call):
         return torch_sdpa.attend(torch_sdpa.without_keys_past_the_diagonal(call), None), None, None
-    by_tiles = tiles.takes(call)
-    if (by_tiles or whole) and torch_sdpa.is_tame(call):
-        output = None
-        if by_tiles:
-            output = tiles.run(call, *operator.operands(call, None, "torch"), may_decline=whole)
-        if output is None and whole:
-            output = torch_sdpa.run(call)
-        if output is not None:
-            return output, None, None
+    output, by_tiles = None, tiles.takes(call)
+    if by_tiles and torch_sdpa.is_tame(call):
+        output = tiles.run(call, *operator.operands(call, None, "torch"), may_decline=whole)
+    if output is None and whole:
+        output = torch_sdpa.run(call)
+    if output is not None:
+        return output, None, None
     keep = None if call.dropout_p == 0.0 else dropout.draw(call.query, call.key.shape[2], call.dropout_p)
     if formula.takes(call) and (found := formula.run(call, keep)) is not None:
         return *found, None

@@ -2,8 +2,8 @@
 
 On a CPU its kernel is fast and linear in memory, and wrong in three cases, which the code around it excludes:
 
-* NaN, inf, or an overflowing product at a hidden pair becomes NaN in the whole row, since its masks are added. A call
-  with hidden pairs is run here only if no score can be infinite.
+* NaN, inf, or an overflowing product at a hidden pair becomes NaN in the whole row, since its masks are added. The
+  output of a call with hidden pairs is looked at, and thrown away if it is not finite.
 * A NaN in the gradient of a row that sees nothing, or an overflow at a hidden pair, reaches the gradient of every key.
   A hook reads the gradients, and has the blocks compute them again where they are not finite.
 * Its backward recomputes the weights from a rounded LSE, and loses the sum of a row whose every key carries a bias like
@@ -33,6 +33,12 @@ torch_sdpa = F.scaled_dot_product_attention
 # Elements of a mask that may be made from several, or be converted by torch: 4 MiB of float32. More would be memory
 # quadratic in the length, where tiles and blocks of rows make a piece at a time.
 MOST_MERGED = 1 << 20
+# With fewer rows one call over everything is faster than tiles of rows: at 256 by a sixth, even with a window of 64.
+FEWEST_ROWS_OF_TILES = 384
+# So many times the kernel's time for a score the blocks take, in training.
+_BLOCKS_AS_SLOW = 2.5
+# torch's kernel scales the products of query and key. Below this scale a product may overflow whose score matters.
+LEAST_SCALE = 1e-6
 # Scores are far from overflowing while the product of the norms of query and key is below this.
 _LARGEST_SCORE = 1e37
 # The largest bias for all keys of a row beside which the kernel's LSE keeps weights right to 4e-6.
@@ -46,14 +52,33 @@ def can_express(call: AttentionCall) -> bool:
 
 def hides(call: AttentionCall) -> bool:
     """Does anything hide keys but causality with the diagonal at key 0, which is a flag of the kernel?"""
-    return not (call.mask is None and call.bias is None and call.key_padding_mask is None and call.upper in (None, 0))
+    hiding = (call.mask, call.bias, call.key_padding_mask, call.lower, call.query_documents)
+    return any(argument is not None for argument in hiding) or call.upper not in (None, 0)
+
+
+def is_worth_a_mask(call: AttentionCall) -> bool:
+    """Is a window, or are documents, all that torch's kernel has no words for, in a call so short that a mask of them
+    beats what computes the visible scores alone?
+
+    In evaluation that is so where the call has no tiles yet. The blocks, which train it, take twice the time of the
+    kernel for as many scores, and compute those of a band twice as wide as the window.
+    """
+    beyond = (call.alibi_slopes, call.sinks, call.softcap, call.prefix)
+    if call.weights != "none" or call.return_lse or any(argument is not None for argument in beyond):
+        return False
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (call.query, call.key, call.value))
+    if not trains:
+        return call.query.shape[2] < FEWEST_ROWS_OF_TILES
+    if call.lower is None or call.upper is None or call.query_documents is not None:
+        return False
+    return 2 * (call.upper - call.lower + 1) * _BLOCKS_AS_SLOW > call.key.shape[2]
 
 
 def takes(call: AttentionCall) -> bool:
     """Can the CPU kernel run this call in linear memory, judged by the shapes and dtypes of its tensors?"""
     bias = call.bias
     return (
-        can_express(call)
+        (can_express(call) or is_worth_a_mask(call))
         and call.dropout_p == 0.0
         and call.query.numel() > 0  # torch 2.11's kernel divides by zero for empty tensors, which kills the process
         and call.key.numel() > 0
@@ -72,12 +97,14 @@ def needs_care(bias: Tensor, query: Tensor) -> bool:
 def merged_elements(call: AttentionCall) -> int:
     """How many elements the mask has that is made for torch, or that torch makes of a boolean one."""
     query, key, padding = call.query, call.key, call.key_padding_mask
-    if call.mask is None and call.bias is None and padding is None and call.upper in (None, 0):
+    if not hides(call):
         return 0
     shapes: list[tuple[int, ...]] = [t.shape for t in (call.mask, call.bias) if t is not None]
     if padding is not None:
         shapes.append((padding.shape[0], 1, 1, padding.shape[1]))
-    if call.upper is not None and (shapes or call.upper != 0):
+    if call.query_documents is not None:
+        shapes.append((call.query_documents.shape[0], 1, query.shape[2], key.shape[2]))
+    if call.lower is not None or (call.upper is not None and (shapes or call.upper != 0)):
         shapes.append((1, 1, query.shape[2], key.shape[2]))
     if not shapes or (len(shapes) == 1 and call.bias is not None and call.bias.dtype in (query.dtype, torch.float32)):
         return 0
@@ -97,13 +124,22 @@ def is_tame(call: AttentionCall) -> bool:
 
 
 def run(call: AttentionCall) -> Tensor | None:
-    """The output of an eager call that :func:`takes` and :func:`is_tame`; None where the backward would be wrong."""
+    """The output of an eager call that :func:`takes`; None where it, or what its backward would make, is wrong."""
+    if abs(call.scale) < LEAST_SCALE and not is_tame(call):
+        return None
     call = without_keys_past_the_diagonal(call)
     mask = merged_mask(call, leaves_causality=True)
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (call.query, call.key, call.value))
     if trains and mask is not None and call.bias is not None and _is_large(mask):
         return None
-    return attend(call, mask)
+    output = attend(call, mask)
+    return output if mask is None or is_finite(output) else None
+
+
+def is_finite(output: Tensor) -> bool:
+    """Is every element finite? Under a mask, NaN, inf and overflows at hidden places become NaN in rows that do not see
+    them; so an output that is finite has none of them."""
+    return math.isfinite(output.detach().sum(dtype=statistics_dtype(output.dtype)).item())
 
 
 def _is_large(mask: Tensor) -> bool:
@@ -185,13 +221,14 @@ def without_keys_past_the_diagonal(call: AttentionCall) -> AttentionCall:
     if stop >= keys:
         return call
     bias, mask = (t if t is None or t.shape[3] == 1 else t[..., :stop] for t in (call.bias, call.mask))
-    padding = call.key_padding_mask
+    padding, documents = (None if t is None else t[:, :stop] for t in (call.key_padding_mask, call.key_documents))
     return call._replace(
         key=call.key[:, :, :stop],
         value=call.value[:, :, :stop],
         bias=bias,
         mask=mask,
-        key_padding_mask=None if padding is None else padding[:, :stop],
+        key_padding_mask=padding,
+        key_documents=documents,
     )
 
 
@@ -207,10 +244,14 @@ def merged_mask(call: AttentionCall, *, leaves_causality: bool = False) -> Tenso
     if padding is not None:
         unpadded = ~padding[:, None, None, :]
         visible = unpadded if visible is None else visible & unpadded
-    alone = visible is None and call.bias is None
-    if call.upper is not None and not (leaves_causality and alone and call.upper == 0):
-        below = visibility(query.shape[2], key.shape[2], upper=call.upper, device=query.device)
-        visible = below if visible is None else visible & below
+    if call.query_documents is not None and call.key_documents is not None:
+        same = call.query_documents[:, None, :, None] == call.key_documents[:, None, None, :]
+        visible = same if visible is None else visible & same
+    alone = visible is None and call.bias is None and call.lower is None
+    bounded = call.lower is not None or call.upper is not None
+    if bounded and not (leaves_causality and alone and call.upper == 0):
+        band = visibility(query.shape[2], key.shape[2], lower=call.lower, upper=call.upper, device=query.device)
+        visible = band if visible is None else visible & band
     if call.bias is None:
         return visible
     bias = call.bias

@@ -19,12 +19,10 @@ from fastattn.reference import visibility
 
 # Rows of a tile: with fewer rows more keys are left out, but every tile costs some 30 microseconds.
 ROWS = 128
-# With fewer rows a call has no tiles.
-FEWEST_ROWS = 2 * ROWS
 # A slice of the keys, which is no copy, is taken instead of gathering them if it is at most this many times as long.
 _WASTE = 1.1
 # If more than this share of the keys remains visible, one call over everything is as fast.
-_WORTH_IT = 0.9
+_WORTH_IT = 0.7
 
 
 def takes(call: AttentionCall) -> bool:
@@ -43,7 +41,7 @@ def takes(call: AttentionCall) -> bool:
         and call.dropout_p == 0.0
         and all(argument is None for argument in beyond)
         and (any(argument is not None for argument in hides) or call.upper not in (None, 0))
-        and call.query.shape[2] >= FEWEST_ROWS
+        and call.query.shape[2] >= sdpa.FEWEST_ROWS_OF_TILES
         and call.query.numel() > 0
         and call.key.numel() > 0
         and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable))
