@@ -287,12 +287,18 @@ def _allowance(case: ModelCase, result: Tensor) -> float:
     return torch.finfo(torch.float32).eps * (case.batch * case.seqlen / 24) ** 0.5 if case.backward else 0.0
 
 
-def _model(case: ModelCase, implementation: str, dtype: torch.dtype) -> Any:
-    import transformers
-
+@functools.cache
+def _registered() -> None:
+    """Make the name known, once for all models."""
     import fastattn.integrations.transformers
 
     fastattn.integrations.transformers.register()
+
+
+def _model(case: ModelCase, implementation: str, dtype: torch.dtype) -> Any:
+    import transformers
+
+    _registered()
     entry = models(case.hidden)[case.model]
     config = getattr(transformers, entry.configuration)(**entry.sizes)
     for name in vars(config):
