@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
@@ -22,6 +25,16 @@ from fastattn.testing import assert_within_budget, measure_error
 from tests.integrations.transformers.families import BY_NAME, Family, Inputs, Padding, build
 
 DRAWS = 4  # models and inputs whose errors are looked at together: the largest of a few roundings is a matter of luck
+
+
+def said_by(code: str) -> str:
+    """What ``code`` prints in a process of its own; a failure shows its traceback."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
 
 # ------------------------------------------------------------------------------------------------------------ watching
 

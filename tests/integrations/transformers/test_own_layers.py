@@ -1,8 +1,5 @@
 """Attention layers that ask for no attention by a name: whose forward runs, and what it gets, stores and returns."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -17,7 +14,15 @@ import fastattn
 from fastattn.integrations.transformers import dispatch, register
 from fastattn.testing import assert_within_budget
 from tests.integrations.transformers.families import BATCH, BY_NAME, LENGTH, build
-from tests.integrations.transformers.harness import InFloat64, inputs_of, model_of, model_with, real_output, watching
+from tests.integrations.transformers.harness import (
+    InFloat64,
+    inputs_of,
+    model_of,
+    model_with,
+    real_output,
+    said_by,
+    watching,
+)
 
 OWN = ["BLOOM", "MPT", "Falcon", "Falcon (grouped)", "Falcon (ALiBi)", "MPNet", "WavLM"]
 
@@ -75,8 +80,7 @@ def test_layers_that_were_built_before_the_name_was_known_run_on_ours():
         "torch.testing.assert_close(model(ids).logits, expected)\n"
         "print(model.transformer.h[0].self_attention.config._attn_implementation)"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout
-    assert said == "fastattn\n"
+    assert said_by(code) == "fastattn\n"
 
 
 def test_registering_imports_no_models():
@@ -84,8 +88,7 @@ def test_registering_imports_no_models():
         "import sys, fastattn.integrations.transformers as integration; integration.register()\n"
         "print([name for name in sys.modules if '.modeling_bloom' in name or '.modeling_wavlm' in name])"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout
-    assert said == "[]\n"
+    assert said_by(code) == "[]\n"
 
 
 def test_name_that_is_undone_can_be_left():

@@ -1,8 +1,6 @@
 """Models and calls that were once silently wrong beside "eager"."""
 
 import itertools
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -14,6 +12,7 @@ from fastattn.integrations.transformers import masks, register  # noqa: E402, ne
 from fastattn.integrations.transformers.attention import attention_forward  # noqa: E402
 from fastattn.testing import random_tensor  # noqa: E402
 from tests.integrations.transformers.families import tokens  # noqa: E402
+from tests.integrations.transformers.harness import said_by  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("registered")
 ENCODER = {
@@ -174,4 +173,4 @@ def test_transformers_is_as_it_was_when_nothing_is_registered():
         "one.undo(), other.undo()\n"
         "assert transformers.PreTrainedModel.get_correct_attn_implementation is before\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    said_by(code)
