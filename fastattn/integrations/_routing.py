@@ -6,9 +6,9 @@ from collections import Counter
 from typing import Any
 
 from torch import Tensor
-from torch.nn import Parameter
 
 from fastattn.ops import scaled_dot_product_attention
+from fastattn.ops.common.short_way import is_plain
 
 
 class Routing:
@@ -32,7 +32,7 @@ class Routing:
     def attend(self, *arguments: Any, **words: Any) -> Tensor | None:
         """:func:`fastattn.scaled_dot_product_attention` of these, or None where it refuses them; either is counted."""
         reason = "a tensor of another class than torch.Tensor"
-        if is_plain(*arguments[:3]):
+        if are_plain(*arguments[:3]):
             try:
                 output = scaled_dot_product_attention(*arguments, **words)
             except (TypeError, ValueError, NotImplementedError) as refusal:  # before anything was computed
@@ -44,9 +44,9 @@ class Routing:
         return None
 
 
-def is_plain(*tensors: object) -> bool:
+def are_plain(*tensors: object) -> bool:
     """Other classes have an attention of their own, or are traced: torch's function hands them on."""
-    return all(type(tensor) in (Tensor, Parameter) for tensor in tensors)
+    return all(is_plain(tensor) for tensor in tensors)
 
 
 def constant_in_graphs(function: Any) -> Any:

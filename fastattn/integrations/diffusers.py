@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.integrations._routing import Routing, constant_in_graphs, is_plain
+from fastattn.integrations._routing import Routing, are_plain, constant_in_graphs
 from fastattn.ops import scaled_dot_product_attention
 
 _DISPATCH = "diffusers.models.attention_dispatch"
@@ -144,7 +144,7 @@ def _function(routing: Routing, own: Callable[..., Any]) -> Callable[..., Any]:
 
         past_us = "context parallelism" if _parallel_config is not None else "return_lse" if return_lse else None
         if torch.compiler.is_compiling():
-            if past_us or not is_plain(query, key, value):
+            if past_us or not are_plain(query, key, value):
                 return by_its_own()
         elif past_us:
             routing.refused[past_us] += 1

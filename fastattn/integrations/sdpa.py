@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.integrations._routing import Routing, constant_in_graphs, is_plain
+from fastattn.integrations._routing import Routing, are_plain, constant_in_graphs
 from fastattn.ops import scaled_dot_product_attention
 
 _torch_sdpa = F.scaled_dot_product_attention
@@ -102,7 +102,7 @@ def _routed(
     arguments = query, key, value, attn_mask, dropout_p, is_causal
     words: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
     if torch.compiler.is_compiling():  # which has no threads, and sees what is open while it traces
-        if _of_all and is_plain(query, key, value):
+        if _of_all and are_plain(query, key, value):
             _count_traced()
             return scaled_dot_product_attention(*arguments, **words)
         return _torch_sdpa(*arguments, **words)

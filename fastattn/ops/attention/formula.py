@@ -20,7 +20,7 @@ from fastattn.reference.attention import NEGATIVE_INFINITY
 
 # A call that trains a bias may keep its weights for the backward while they are this many times as long as a head is
 # wide, so that they take no more than a few times the memory of query, key and value, and as many blocks. The blocks
-# would compute them again: 22 ms for a step of 4 sequences of 256 with 8 heads of 32, and 17 in this form.
+# would compute them again: 22 ms for a step of 4 sequences of 256 with 8 heads of 32, and 13 in this form.
 _KEPT_KEYS = 8
 _KEPT_BLOCKS = 4
 # The norm of values from which on they may be garbage that nobody sees, whose products with a gradient overflow.

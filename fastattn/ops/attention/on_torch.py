@@ -90,5 +90,4 @@ def sdpa_takes_unseen(call: AttentionCall) -> bool:
     if bias.dtype != call.query.dtype and not (on_cpu and bias.dtype == torch.float32):
         return False
     # The CPU kernel's gradients are wrong where all keys of a row carry a large bias, which only the values would show.
-    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (call.query, call.key, call.value))
-    return not (on_cpu and trains) or is_recorded()
+    return not (on_cpu and torch_sdpa.trains(call)) or is_recorded()
