@@ -8,6 +8,7 @@ python -m benchmarks --budget 900 --out DIR --resume    what that one, or Ctrl-C
 python -m benchmarks lecture --out DIR           the lecture's systems: each learns, and is drawn
 python -m benchmarks compare A.json B.json       did anything become slower? (the exit status says so, too)
 python -m benchmarks report RUN.json             a run as Markdown, CSV and pictures
+python -m benchmarks cookbook                    docs/cookbook.md anew, from the functions that it shows
 python -m benchmarks host                        what a call costs before its kernel runs, beside torch's
 python -m benchmarks take DIR                    what came back of `make gpu` into benchmarks/results
 python -m benchmarks laboratory --target cuda:90 what the kernels take, compiled for GPUs that need not be here
@@ -35,6 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
         from benchmarks.lecture import command_line as lecture
 
         return lecture.main(arguments[1:])
+    if arguments == ["cookbook"]:
+        from benchmarks.cookbook import page
+
+        return page.main()
     if arguments[:1] == ["host"]:
         from benchmarks.host import command_line as host
 

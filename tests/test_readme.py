@@ -17,6 +17,14 @@ DIFFERENTIABLE = {"requires_grad": True}
 
 # What each row of the support matrix means, as calls: (query options, arguments of attention). ``order`` says what is
 # done with a call beside running it.
+# What a score_mod reads, and a mask_mod.
+LEARNED = torch.ones(4, 16, requires_grad=True)
+
+
+def SEEN(batch, head, query_index, key_index):
+    return (query_index + key_index + batch) % 3 < 2
+
+
 CALLS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "float16, bfloat16, float32": [({"dtype": d}, {}) for d in (torch.float16, torch.bfloat16, torch.float32)],
     "float64": [({"dtype": torch.float64}, {})],
@@ -41,6 +49,9 @@ CALLS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({}, {"alibi_slopes": torch.ones(shape, requires_grad=True)}) for shape in ((4,), (2, 4))
     ],
     "softcap": [({}, {"softcap": 5.0})],
+    "functions on scores and masks, with gradient of what they read": [
+        ({}, {"score_mod": (lambda score, b, h, i, j, table: score + table[h, i - j], LEARNED), "mask_mod": SEEN})
+    ],
     "sinks, with gradient": [({}, {"sinks": torch.zeros(4, requires_grad=True)})],
     "grouped-query heads": [({"kv_heads": 2}, {}), ({"kv_heads": 1}, {})],
     "dropout": [({}, {"dropout_p": 0.5})],
@@ -122,6 +133,9 @@ PACKED: dict[str, list[dict[str, Any]]] = {
         {"window": (2, 1), "alibi_slopes": torch.ones(2)},
         {"attn_mask": torch.zeros(4, 4), "seqused_k": torch.tensor([2, 0, 3], dtype=torch.int32)},
     ],
+    "functions on scores and masks of packed sequences": [
+        {"score_mod": (lambda score, b, h, i, j, table: score * table[h, b], LEARNED), "mask_mod": SEEN}
+    ],
     "every derivative of packed sequences, the LSE's too": [
         {"order": order, "return_lse": True} for order in (2, "jvp", "twice")
     ],
@@ -144,6 +158,9 @@ CACHE: dict[str, list[dict[str, Any]]] = {
     "causality, windows, softcap, sinks, ALiBi, masks by slots, grouped heads, LSE over a cache": [
         {"is_causal": False, "window": (2, 1), "softcap": 5.0, "sinks": torch.zeros(4)},
         {"alibi_slopes": torch.ones(4), "attn_mask": torch.ones(2, 8, dtype=torch.bool), "return_lse": True},
+    ],
+    "functions on scores and masks over a cache": [
+        {"score_mod": (lambda score, b, h, i, j, table: score + table[h, i - j], LEARNED.detach()), "mask_mod": SEEN}
     ],
     "gradients over a cache": [{"sinks": torch.zeros(4, requires_grad=True)}],
 }

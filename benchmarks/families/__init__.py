@@ -9,6 +9,7 @@ from benchmarks.families import (
     additive,
     attention,
     decode,
+    functions,
     hugging_face,
     kernels,
     layer,
@@ -20,7 +21,19 @@ from benchmarks.families import (
 from benchmarks.variants import Family
 
 # In the order in which a run meets them: one that ends early has met the first.
-_MODULES: tuple[Any, ...] = (sequence, attention, norm, layer, module, additive, varlen, decode, hugging_face, kernels)
+_MODULES: tuple[Any, ...] = (
+    sequence,
+    attention,
+    norm,
+    layer,
+    module,
+    additive,
+    varlen,
+    decode,
+    functions,
+    hugging_face,
+    kernels,
+)
 
 
 def families() -> dict[str, Family[Any]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 import fastattn
 from benchmarks.cases import AttentionCase, Mask
 from benchmarks.families import peers
-from benchmarks.families.masks import PAIRS_IN_SYMBOLS, inputs, masks, step, visible_pairs
+from benchmarks.families.masks import PAIRS_IN_SYMBOLS, in_words_of_reference, inputs, masks, step, visible_pairs
 from benchmarks.variants import Family, Step, Variant, Work
 from fastattn.ops.attention.call import make_call
 from fastattn.reference import attention as reference
@@ -91,12 +91,10 @@ def _formula(
     case: AttentionCase, tensors: list[Tensor], arguments: dict[str, Any]
 ) -> Callable[..., tuple[Tensor, ...]]:
     """The definition under these arguments of ``fastattn.attention``, of tensors like these."""
-    call = make_call(*tensors[:3], **arguments)._asdict()
-    for name in ("query", "key", "value", "dropout_p", "weights", "return_lse"):
-        del call[name]
+    rules = in_words_of_reference(make_call(*tensors[:3], **arguments))
 
     def function(*qkv: Tensor) -> tuple[Tensor, ...]:
-        result = reference(*qkv, **call)
+        result = reference(*qkv, **rules)
         return (result.output, result.weights.mean(dim=1)) if case.weights else (result.output,)
 
     return function

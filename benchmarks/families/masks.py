@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.cases import AttentionCase, KernelCase
 from benchmarks.variants import Step, backward_alone, differentiated
+from fastattn.ops.attention.contract import AttentionCall
 
 SOFTCAP = 30.0
 
@@ -56,6 +57,13 @@ def masks(case: AttentionCase, dtype: torch.dtype) -> dict[str, Any]:
     if case.mask == "softcap":
         return causal | {"softcap": SOFTCAP}
     return causal
+
+
+def in_words_of_reference(call: AttentionCall) -> dict[str, Any]:
+    """What rules the scores of a call, as the keyword arguments of :func:`fastattn.reference.attention`."""
+    others = ("query", "key", "value", "dropout_p", "weights", "return_lse")
+    others += ("score_mod", "mask_mod", "first_batch", "first_row", "first_key")  # which such a call has not
+    return {name: rule for name, rule in call._asdict().items() if name not in others}
 
 
 @functools.lru_cache(maxsize=2)

@@ -24,6 +24,7 @@ from benchmarks.cases import AttentionCase, Case
 from benchmarks.families.masks import SOFTCAP, inputs, masks, step, window
 from benchmarks.variants import Refused, Step, Variant
 from fastattn.ops.attention.call import make_call
+from fastattn.ops.attention.contract import AttentionCall
 from fastattn.reference import distances, visibility
 
 # Above this many scores a variant that makes them all is not worth its minutes: a training step of 2^27 took 7 s on a
@@ -117,21 +118,27 @@ def _in_words_of_sdpa(case: AttentionCase, dtype: torch.dtype) -> dict[str, Any]
     if case.mask in ("none", "causal", "boolean", "sparse", "bias"):
         return arguments
     query, key, value, _ = inputs(case, dtype)
-    call = make_call(query, key, value, **arguments)
-    visible = visibility(
-        case.seqlen,
-        case.seqlen,
-        lower=call.lower,
-        upper=call.upper,
-        key_padding_mask=call.key_padding_mask,
-        query_documents=call.query_documents,
-        key_documents=call.key_documents,
-        device=query.device,
-    )
-    if call.alibi_slopes is None:
-        return {"attn_mask": visible}
-    bias = -call.alibi_slopes[..., None, None] * distances(case.seqlen, case.seqlen, 0, query.device)
-    return {"attn_mask": bias.masked_fill(~visible, float("-inf")).to(dtype)}
+    return {"attn_mask": whole_mask(make_call(query, key, value, **arguments))}
+
+
+def whole_mask(call: AttentionCall) -> Tensor | None:
+    """All that a call adds to its scores and hides, but softcap and sinks, as one mask in the shape of the scores.
+
+    It is boolean where the call only hides, of the query's dtype where it adds, and None where it does neither.
+    """
+    rows, keys = call.query.shape[2], call.key.shape[2]
+    names = ("lower", "upper", "prefix", "mask", "key_padding_mask", "query_documents", "key_documents")
+    rules = {name: getattr(call, name) for name in names}
+    bias = call.bias
+    if call.alibi_slopes is not None:
+        slopes = call.alibi_slopes[..., None, None]
+        alibi = -slopes * distances(rows, keys, call.shift, call.device)
+        bias = alibi if bias is None else bias + alibi
+    bias = bias if bias is None else bias.to(call.query.dtype)
+    if all(rule is None for rule in rules.values()):
+        return bias
+    visible = visibility(rows, keys, **rules, device=call.device)
+    return visible if bias is None else torch.where(visible, bias, float("-inf"))
 
 
 def _sdpa_pinned(kind: str, backend: SDPBackend) -> Variant[AttentionCase]:

@@ -12,6 +12,7 @@ from benchmarks.cases import AttentionCase, Case, Kind, Mask
 from benchmarks.families import decode, kernels, sequence
 from benchmarks.families.additive import of_tangents
 from benchmarks.families.decode import DecodeCase
+from benchmarks.families.functions import FunctionCase
 from benchmarks.families.norm import of_elements
 from benchmarks.families.varlen import VarlenCase
 
@@ -143,6 +144,10 @@ def _beside_compilers() -> dict[Case, tuple[str, ...]]:
         for backward in (False, True):
             options: dict[str, Any] = {"mask": mask, "dtype": torch.bfloat16, "backward": backward, "device": "cuda"}
             cases[AttentionCase("attention", 2, 16, 4096, 128, **options)] = ("fastattn", "sdpa", "flex")
+    for example in ("window_with_globals", "t5_bias", "pair_bias"):
+        more: dict[str, Any] = {"dtype": torch.bfloat16, "backward": True, "device": "cuda"}
+        case = FunctionCase("functions", example, 1, 16, 2048, 128, **more)
+        cases[case] = ("fastattn", "fastattn-words", "sdpa", "flex")
     for backward in (False, True):
         options = {"dtype": torch.bfloat16, "backward": backward, "device": "cuda"}
         for kind in get_args(Kind):

@@ -115,11 +115,32 @@ def _attention(words: str, length: int, train: bool, place: Place) -> Step:
         options["key_padding_mask"] = _padding(place, length)
     elif words == "averaged weights":
         options["need_weights"] = True
+    elif words == "score_mod":
+        return _step(_with_table, (*_inputs(place, length), _table(place)), train)
     return _step(functools.partial(fastattn.attention, **options), _inputs(place, length), train)
 
 
+def _table(place: Place) -> Tensor:
+    """``[H, distances]``, what a score_mod adds to scores."""
+    return place.draw(2, 2 * place.rows(64, small=16))
+
+
+def _with_table(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Any:
+    def score_mod(score: Tensor, batch: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
+        return score + table[head, query_index - key_index]
+
+    return fastattn.attention(query, key, value, score_mod=score_mod)
+
+
+def _sdpa_with_table(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
+    rows = torch.arange(query.shape[2], device=query.device)
+    return F.scaled_dot_product_attention(query, key, value, table[:, rows[:, None] - rows])
+
+
 def _sdpa(words: str, length: int, train: bool, place: Place) -> Step:
-    """Padding is made the mask that it takes in every step; weights it has none."""
+    """Padding is made the mask that it takes in every step, and a function a bias; weights it has none."""
+    if words == "score_mod":
+        return _step(_sdpa_with_table, (*_inputs(place, length), _table(place)), train)
     padding = _padding(place, length) if words == "padding" else None
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -222,10 +243,12 @@ def all_cases() -> list[HostCase]:
         _of_attention(False, "padding", 512, quick=True),
         _of_attention(False, "causal", 512),
         _of_attention(False, "averaged weights", 64),
+        _of_attention(False, "score_mod", 64),
         _of_attention(True, "plain", 64, quick=True),
         _of_attention(True, "causal", 64),
         _of_attention(True, "padding", 512),
         _of_attention(True, "averaged weights", 64),
+        _of_attention(True, "score_mod", 64),
         _of_attention(False, "causal", 64, "gluon"),
         _of_attention(True, "causal", 64, "gluon"),
         _of_attention(False, "plain", 64, "triton"),

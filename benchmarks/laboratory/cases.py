@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from benchmarks.cookbook.examples import EXAMPLES, by_name
 from benchmarks.laboratory.compile import Job
 from benchmarks.laboratory.launch_case import Case
 
@@ -49,6 +50,41 @@ def one_pass_cases(head_dim: int) -> list[Case]:
     ]  # fmt: skip
 
 
+COOKBOOK = tuple(example.name for example in EXAMPLES)
+FUNCTION_FEATURES: dict[str, dict[str, Any]] = {
+    "score": {"causal": True, "score_mod": 30.0, "passes": ["fwd", "dkdv", "dq", "captured"]},
+    "mask": {"mask_mod": True, "passes": ["fwd", "dkdv", "dq"]},
+}
+FUNCTION_FEATURES["everything"] = {
+    **dict.fromkeys(("causal", "bias", "softcap", "mask_mod"), True),
+    "score_mod": 30.0,
+    "passes": ["fwd", "dkdv", "dq", "captured"],
+}
+
+
+def function_cases(dtype: str, head_dim: int, features: Iterable[str] = tuple(FUNCTION_FEATURES)) -> list[Case]:
+    """Functions of a user's: of scores, in the predicate, and both beside much else."""
+    return [
+        {
+            "dtype": dtype, "head_dim": head_dim, **FUNCTION_FEATURES[name],
+            "name": f"functions {_SHORT[dtype]} D{head_dim} {name}",
+        }
+        for name in features
+    ]  # fmt: skip
+
+
+def cookbook_cases(dtype: str, head_dim: int, examples: Iterable[str] = COOKBOOK) -> list[Case]:
+    """Functions of the cookbook, as tracing writes them: both directions, and what each place where scores read what
+    is learned adds to its gradient."""
+    return [
+        {
+            "dtype": dtype, "head_dim": head_dim, "cookbook": name, "passes": ["fwd", "dkdv", "dq", "reads"],
+            "length": 16 if by_name(name).drafts else 256, "name": f"cookbook {_SHORT[dtype]} D{head_dim} {name}",
+        }
+        for name in examples
+    ]  # fmt: skip
+
+
 def packed_cases(dtype: str, head_dim: int) -> list[Case]:
     """Three packed sequences under every load, as far as these have no masks, and do not return weights."""
     without = ("mask", "padding", "documents", "weights")
@@ -70,6 +106,7 @@ DECODE_FEATURES: dict[str, dict[str, Any]] = {
     "few queries": {"length": 3, "group": 8},
     "many queries": {"length": 32, "group": 8},
     "everything": {"length": 3, "group": 8, "page_size": 16, **dict.fromkeys(_OVER_A_CACHE, True)},
+    "functions": {"length": 3, "group": 8, "score_mod": 30.0, "mask_mod": True},
 }
 
 
@@ -183,4 +220,6 @@ def table_jobs() -> list[Job]:
     targets = "cuda:80", "cuda:90", "hip:gfx942"
     jobs += [(target, packed_cases("bfloat16", size)) for target in targets for size in (64, 128)]
     jobs += [(target, decode_cases("bfloat16", size)) for target in targets for size in (64, 128, 256)]
+    jobs += [(target, function_cases("bfloat16", size)) for target in targets[:2] for size in (64, 128)]
+    jobs += [(target, cookbook_cases("bfloat16", size)) for target in targets[:2] for size in (64, 128)]
     return sorted(jobs, key=lambda job: TARGETS.index(job[0]))

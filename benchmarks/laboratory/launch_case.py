@@ -9,9 +9,12 @@ else of attention, by the kernels for Hopper if it says ``hopper``.
 
 from __future__ import annotations
 
+import collections
 from typing import Any
 
 import torch
+
+from benchmarks.laboratory import functions
 
 Case = dict[str, Any]
 PASSES = ("fwd", "dkdv", "dq", "bias", "weights")
@@ -36,6 +39,8 @@ def launch(case: Case) -> None:
 
 def launch_attention(case: Case) -> None:
     """Launch the ``passes`` of attention; with ``unless_under`` without those whose tile that heavier load has, too."""
+    from fastattn.ops.attention.functions.launch import gradients_of_reads
+    from fastattn.ops.attention.functions.program import Program
     from fastattn_kernels.attention import backward, backward_one_pass, bias_gradient, forward
     from fastattn_kernels.attention import weights as weights_kernels
     from fastattn_kernels.common.delta import launch_delta
@@ -70,6 +75,16 @@ def launch_attention(case: Case) -> None:
         )
     if "bias" in passes:
         bias_gradient.launch_attention_bias_bwd(problem, output, statistics, lse, d_weights)
+    if "captured" in passes:
+        bias_gradient.launch_attention_captured_bwd(
+            problem, output, statistics, lse, d_weights, functions.of_table(case["score_mod"]),
+            (False, True, True, True), (0, 64),
+        )  # fmt: skip
+    traced = functions.of_cookbook(case["cookbook"], query, key).get("score_mod") if "reads" in passes else None
+    if traced is not None:
+        for number, access in enumerate(Program.of(traced.text).accesses):
+            saved = output, statistics, lse, d_weights
+            collections.deque(gradients_of_reads(problem, traced.text, number, access, *saved), maxlen=0)
     if "weights" in passes:
         weights = torch.empty(batch, length, keys, dtype=dtype)
         weights_kernels.launch_attention_weights(problem, statistics, weights, average=True)
@@ -135,6 +150,8 @@ def launch_decode(case: Case) -> None:
         lower=only("window", -100),
         upper=0,
         softcap=only("softcap", 30.0),
+        score_mod=functions.score_mod(heads, case["score_mod"]) if "score_mod" in case else None,
+        mask_mod=functions.mask_mod(batch, room) if "mask_mod" in case else None,
     )
     launch_append(problem)
     launch_attention_decode(problem, output, lse, case.get("splits", 2))
@@ -143,6 +160,7 @@ def launch_decode(case: Case) -> None:
 def attention_problem(case: Case) -> Any:
     """Of two batch entries, or so many sequences as are ``packed``, and four heads in two groups, with the dtype, sizes
     and features of the case."""
+    from fastattn.ops.attention.functions.launch import modifier
     from fastattn_kernels.common.packed import Packed
     from fastattn_kernels.common.problem import Problem
 
@@ -156,9 +174,17 @@ def attention_problem(case: Case) -> Any:
         batch, in_memory = case["packed"], 1
         offsets, used = (torch.zeros(size, dtype=torch.int32) for size in (batch + 1, batch))
         packed = Packed(offsets, offsets, used, bottom_right=True)
+    query = torch.empty(in_memory, heads, length, head_dim, dtype=dtype)
+    key = torch.empty(in_memory, kv_heads, keys, head_dim, dtype=dtype)
+    traced = functions.of_cookbook(case["cookbook"], query, key) if "cookbook" in case else {}
+    modifiers = {kind: modifier(*each, trains=kind == "score_mod") for kind, each in traced.items()}
+    if "score_mod" in case:
+        modifiers["score_mod"] = functions.score_mod(heads, case["score_mod"])
+    if case.get("mask_mod"):
+        modifiers["mask_mod"] = functions.mask_mod(batch, max(length, keys))
     return Problem(
-        query=torch.empty(in_memory, heads, length, head_dim, dtype=dtype),
-        key=torch.empty(in_memory, kv_heads, keys, head_dim, dtype=dtype),
+        query=query,
+        key=key,
         value=torch.empty(in_memory, kv_heads, keys, case.get("value_dim", head_dim), dtype=dtype),
         scale=0.1,
         bias=only("bias", torch.empty(1, heads, length, keys, dtype=dtype)),
@@ -176,6 +202,7 @@ def attention_problem(case: Case) -> Any:
         seed=only("dropout", torch.zeros(2, dtype=torch.int64)),
         dropout_p=0.1 if case.get("dropout") else 0.0,
         packed=packed,
+        **modifiers,
     )
 
 

@@ -28,8 +28,10 @@ code behind them; `--write --only TEXT` writes the rows of the cases with TEXT a
 - **case**: dtype, head size (N: of a norm, Dv: of values), and what a tile of scores carries: `plain` is causal,
   `masked` has every mask, `biased` a bias and ALiBi as well, `heavy` softcap, dropout and a gradient of the weights,
   too. A kernel stands under the heaviest load that has its tile. `packed` is three packed sequences, without masks and
-  weights. `decode` is a cache with 4096 slots for each sequence, divided between two programs, for one query and 4
-  heads a head of keys, or for 3 or 32 queries and 8 heads. **tile** is rows x keys.
+  weights. `functions` are a user's: a causal `score`, a `mask`, or both beside a bias and a softcap; `cookbook` are
+  those of docs/cookbook.md, as tracing writes them. `decode` is a cache with 4096 slots for each sequence, divided
+  between two programs, for one query and 4 heads a head of keys, or for 3 or 32 queries and 8 heads. **tile** is rows x
+  keys.
 - **registers** of a thread (AMD: VGPRs), **spilled** bytes of a thread, **LDL/STL**: instructions
   that load and store what is spilled, **shared** bytes of a block.
 - **blocks**: resident on a multiprocessor, as registers, shared memory and warps allow, and in brackets the warps

@@ -312,6 +312,21 @@ def hugging_face_ratios(document: Document) -> str:
     return _table(("model", "batch", "beside"), grid)
 
 
+def function_times(document: Document) -> str:
+    """Of the longest: a line an example, a column a variant, each evaluation / training."""
+    rows = _rows(document, "functions")
+    rows = [row for row in rows if row["seqlen"] == max(row["seqlen"] for row in rows)]
+    found: dict[tuple[str, str], dict[bool, str]] = {}
+    for row in rows:
+        cells = found.setdefault((row["example"], row["variant"]), {})
+        cells[row["backward"]] = number(row["wall_ms"]["median"])
+    grid: Grid = {}
+    for (example, variant), cells in found.items():
+        grid.setdefault((f"`{example}`",), {})[variant] = _both_ways(cells)
+    text = _table(("example",), grid)
+    return f"{_shape(rows[0])}, {rows[0]['dtype']}; milliseconds of a step, evaluation / training:\n\n{text}"
+
+
 def quality(document: Document) -> str:
     """Accuracies, and in parentheses after how many steps."""
     grid: Grid = {}
@@ -371,6 +386,7 @@ BLOCKS: dict[str, Block] = {
     "layer-ratios": layer_ratios,
     "varlen-ratios": varlen_ratios,
     "decode-ratios": decode_ratios,
+    "function-times": function_times,
     "hugging-face-ratios": hugging_face_ratios,
     "quality": quality,
     "tiles": tiles,

@@ -2,6 +2,7 @@
 
 from fastattn.ops.additive_attention.api import additive_attention
 from fastattn.ops.attention.api import attention, scaled_dot_product_attention
+from fastattn.ops.attention.functions.flex import flex_attention
 from fastattn.ops.attention.kvcache.api import attention_with_kvcache
 from fastattn.ops.attention.varlen.api import attention_varlen
 from fastattn.ops.common.backends import Explanation, use_backend, use_kernels
@@ -17,6 +18,7 @@ __all__ = [
     "attention_varlen",
     "attention_with_kvcache",
     "explain",
+    "flex_attention",
     "layer_norm",
     "rms_norm",
     "scaled_dot_product_attention",

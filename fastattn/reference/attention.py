@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -69,6 +70,18 @@ def distances(seqlen_q: int, seqlen_k: int, shift: int, device: torch.device | N
     return (positions[:, None] - torch.arange(seqlen_k, device=device)).abs()
 
 
+def _places(query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+    """Batch entries, heads, query indices and key indices as ``score_mod`` and ``mask_mod`` get them."""
+    sizes = (*query.shape[:3], key.shape[2])
+    shapes = [[-1 if axis == own else 1 for axis in range(4)] for own in range(4)]
+    numbers = (torch.arange(size, dtype=torch.int32, device=query.device) for size in sizes)
+    return tuple(number.view(shape) for number, shape in zip(numbers, shapes))
+
+
+def _capped(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -86,6 +99,8 @@ def attention(
     upper: int | None = None,
     shift: int = 0,
     softcap: float | None = None,
+    score_mod: Callable[..., Tensor] | None = None,
+    mask_mod: Callable[..., Tensor] | None = None,
     scale: float | None = None,
     dropout_keep: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -109,6 +124,10 @@ def attention(
         upper: the last key that query ``i`` sees is ``i + upper``.
         shift: query ``i`` stands at key position ``i + shift``.
         softcap: scores become ``softcap * tanh(scores / softcap)`` before anything is added (arXiv:2408.00118).
+        score_mod: what becomes of the scores before anything is added to them: a function of the scores ``[B, H, L,
+            S]`` and of batch entry, head, query index and key index, int32 tensors that broadcast against them
+            (FlexAttention, arXiv:2412.05496). A score of ``-inf`` hides the pair.
+        mask_mod: a function of the same four, True where the key may be seen.
         scale: multiplies the scores; default ``1/sqrt(D)``.
         dropout_keep: boolean ``[B, H, L, S]``: the weights that dropout keeps; None: all.
         dropout_p: what the kept weights are divided by, as ``1 - dropout_p``.
@@ -137,15 +156,22 @@ def attention(
     )
     if bias is not None:
         visible = visible & (bias != NEGATIVE_INFINITY)
+    places = _places(query, key)
+    if mask_mod is not None:
+        visible = visible & mask_mod(*places)
+    if score_mod is not None:
+        with torch.no_grad():
+            found = score_mod(_capped(scale * (query @ key.transpose(-2, -1)), softcap), *places)
+            visible = visible & (found != NEGATIVE_INFINITY)
     # 0 * NaN is NaN, so what nobody sees has to go before it is multiplied
     row_sees, seen_by_somebody = visible.any(dim=-1, keepdim=True), visible.any(dim=-2)[..., None]
     query = torch.where(row_sees, query, 0)
     key, value = (torch.where(seen_by_somebody, t, 0) for t in (key, value))
 
-    scores = scale * (query @ key.transpose(-2, -1))
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = _capped(scale * (query @ key.transpose(-2, -1)), softcap)
     dtype = scores.dtype
+    if score_mod is not None:
+        scores = score_mod(scores, *places).expand(scores.shape)
     if bias is not None:
         scores = scores + torch.where(visible, bias, 0)  # wider than the scores, it widens them
     if alibi_slopes is not None:

@@ -140,6 +140,19 @@ def hugging_face():
                 yield refused(case, "sdpa", "has no softcap", **size)
 
 
+def functions():
+    """FlexAttention evaluates alone, and SDPA has no softcap."""
+    for example in ("t5_bias", "softcap"):
+        for way, times in (("eval", (1.0, 2.0, 3.0)), ("train", (4.0, 8.0, None))):
+            case = f"functions-{example}-b2-h2-l64-d4-{way}-float32"
+            size = {"example": example, "batch": 2, "heads": 2, "seqlen": 64, "head_dim": 4}
+            for variant, time in zip(("fastattn", "sdpa", "flex"), times):
+                if time is None or (example, variant) == ("softcap", "sdpa"):
+                    yield refused(case, variant, "cannot", **size)
+                else:
+                    yield row(case, variant, time, best=("fastattn", 2.0), **size)
+
+
 def norm():
     rate = {"tb_per_s": 0.03, "floor_ms": 0.75, "of_floor": 0.75, "moved_bytes": 10, "formula": "bytes 16 M N"}
     for size in (64, 4096):

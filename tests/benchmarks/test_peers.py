@@ -22,6 +22,7 @@ from benchmarks.cases import AttentionCase, Kind, Mask, NormCase
 from benchmarks.families import attention, families, peers
 from benchmarks.families.additive import AdditiveCase
 from benchmarks.families.decode import DecodeCase
+from benchmarks.families.functions import FunctionCase
 from benchmarks.measure.accuracy import Gate
 from benchmarks.variants import Refused
 
@@ -117,6 +118,8 @@ def test_every_compiled_variant_passes(family, variant):
         case = AdditiveCase("additive", 2, 37, 8)
     elif family == "decode":
         case = DecodeCase("decode", 2, 4, 2, 64, 16, page_size=16)
+    elif family == "functions":
+        case = FunctionCase("functions", "t5_bias", 2, 2, 37, 8)
     gate = Gate(families()[family], case)
     assert _outcome(families()[family], variant, case, gate) is None
 

@@ -6,7 +6,18 @@ import pytest
 
 from benchmarks.reporting import readme
 from benchmarks.reporting.readme import BLOCKS, fill, outdated
-from tests.benchmarks.documents import decode, document, hugging_face, module, norm, row, sequence, varlen, write
+from tests.benchmarks.documents import (
+    decode,
+    document,
+    functions,
+    hugging_face,
+    module,
+    norm,
+    row,
+    sequence,
+    varlen,
+    write,
+)
 
 RUN = "benchmarks/results/cpu/run.json"
 
@@ -239,9 +250,19 @@ def test_hugging_face_ratios_are_beside_what_computes_the_model():
     ]
 
 
+def test_function_times_have_a_column_for_each_variant():
+    """Of the longest; a quick case of an example is another one."""
+    shorter = [{**r, "case": f"{r['case']}-short", "seqlen": 8, "backward": False} for r in functions()]
+    text = BLOCKS["function-times"](document([*functions(), *shorter]))
+    assert text.startswith("B2 H2 L64 D4, float32; milliseconds of a step, evaluation / training:\n\n")
+    header, lines = cells(text)
+    assert header == ["example", "fastattn", "sdpa", "flex"]
+    assert lines == [["`t5_bias`", "1 / 4", "2 / 8", "3 / -"], ["`softcap`", "1 / 4", "-", "3 / -"]]
+
+
 def test_every_block_ends_with_one_newline():
     """As :func:`fill` sets an empty line before the end mark."""
-    more = (*varlen(), *decode(), *hugging_face())
+    more = (*varlen(), *decode(), *hugging_face(), *functions())
     whole = document([*document()["results"], *more], **{n: document()[n] for n in ("tiles", "quality")})
     for name, made in BLOCKS.items():
         assert made(whole).endswith("\n"), name

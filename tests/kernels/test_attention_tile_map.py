@@ -56,7 +56,7 @@ def problem_of(arguments, device) -> Any:
     query, key, value = attention_inputs(B, H, L, S, D, kv_heads=HK, device=device)
     arguments: dict[str, Any] = {name: _on(device, value) for name, value in arguments.items()}
     call: dict[str, Any] = make_call(query, key, value, **arguments)._asdict()
-    left_out = ("dropout_p", "weights", "return_lse")
+    left_out = ("dropout_p", "weights", "return_lse", "first_batch", "first_row", "first_key")
     problem = Problem(**{name: value for name, value in call.items() if name not in left_out})
     rules = ("lower", "upper", "prefix", "mask", "key_padding_mask", "query_documents", "key_documents")
     seen = visibility(L, S, **{name: call[name] for name in rules}, device=device)

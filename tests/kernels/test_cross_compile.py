@@ -8,13 +8,17 @@ import itertools
 import pytest
 
 from benchmarks.laboratory.cases import (
+    COOKBOOK,
+    FUNCTION_FEATURES,
     HOPPER_FEATURES,
     LOADS,
     NORM_FEATURES,
     QUICK_DECODING,
     TARGETS,
     attention_cases,
+    cookbook_cases,
     decode_cases,
+    function_cases,
     hopper_cases,
     norm_cases,
     packed_cases,
@@ -25,7 +29,7 @@ from tests.kernels.cross_compile import SHARED_MEMORY, compile_for, hold_to_tabl
 FLOAT = ["cuda:90", "hip:gfx942"]  # the tiles of float32 are the same on every NVIDIA architecture
 # All of them are compiled by `make resources`, which takes a quarter of an hour; these by `make test`, too: one of
 # either vendor, of 16 bits and of float32.
-IN_EVERY_TEST = [("bfloat16", "cuda:90", 128), ("float32", "hip:gfx942", 128)]
+IN_EVERY_TEST = [("bfloat16", "cuda:90", 128), ("float32", "hip:gfx942", 64)]
 EVERY = [
     (dtype, target, head_dim)
     for dtype, targets in (("bfloat16", TARGETS), ("float32", FLOAT))
@@ -79,6 +83,64 @@ def test_packed_kernels_spill_outside_of_loops_only(target, head_dim):
         assert loops or row["kernel"] == "_delta_kernel", what
         assert all(loop["spills"] == 0 for loop in loops), what
     hold_to_table(rows)
+
+
+FUNCTIONS = [
+    (dtype, target, head_dim, features)
+    for dtype, target in (
+        ("bfloat16", "cuda:80"), ("bfloat16", "cuda:90"), ("float16", "cuda:90"), ("float32", "cuda:90"),
+    )
+    for head_dim in (64, 128)
+    for features in FUNCTION_FEATURES
+]  # fmt: skip
+
+
+@pytest.mark.resources
+@pytest.mark.parametrize(("dtype", "target", "head_dim", "features"), FUNCTIONS)
+def test_kernels_that_call_functions_compile_without_spills(dtype, target, head_dim, features):
+    rows = compile_for(target, function_cases(dtype, head_dim, [features]))
+    assert {"_attention_fwd_kernel", "_attention_bwd_dkdv_kernel", "_attention_bwd_dq_kernel"} <= {
+        row["kernel"] for row in rows
+    }
+    hold_to_no_spills(rows, most=16 if dtype == "float32" else 0)  # ptxas leaves a few numbers of float32 there
+    hold_to_table(rows)
+
+
+@pytest.mark.resources
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
+@pytest.mark.parametrize("example", COOKBOOK)
+def test_functions_of_the_cookbook_compile_without_spills(example, target, head_dim):
+    """As tracing writes them: forward, backward, and gradients of what is learned."""
+    rows = compile_for(target, cookbook_cases("bfloat16", head_dim, [example]))
+    assert {"_attention_fwd_kernel", "_attention_bwd_dkdv_kernel", "_attention_bwd_dq_kernel"} <= {
+        row["kernel"] for row in rows
+    }
+    hold_to_no_spills(rows)
+    hold_to_table(rows)
+
+
+# All kernels of all examples take ten minutes, and are compiled by `make resources`.
+def test_some_kernels_of_the_cookbook_compile_without_spills():
+    """A mask in dK and dV, and a gradient of what is learned; the latter is the same kernel at any length."""
+    (masked,), (learned,) = (cookbook_cases("bfloat16", 64, [example]) for example in ("documents", "alibi"))
+    learned = {**learned, "passes": ["reads"], "length": 97}
+    rows = compile_for("cuda:90", [{**masked, "passes": ["dkdv"]}, learned, {**learned, "length": 511, "keys": 131}])
+    compiled = {row["kernel"] for row in rows}
+    assert {"_attention_bwd_dkdv_kernel", "_attention_bias_bwd_kernel"} <= compiled
+    assert len({row["hash"] for row in rows if row["kernel"] == "_attention_bias_bwd_kernel"}) == 1
+    hold_to_no_spills(rows)
+
+
+def hold_to_no_spills(rows, most=0):
+    """Of kernels that call functions: the careful loops of a forward may wait in local memory, and ``most`` bytes."""
+    for row in rows:
+        what = f"{row['kernel']} for {row['target']}: {row}"
+        assert row["shared"] <= SHARED_MEMORY[row["target"]], what
+        assert row["spilled"] <= (128 if row["again"] else most), what
+        assert all(loop["spills"] == 0 for loop in row["loops"][:2]), what
+        multiplies = row["kernel"].startswith("_attention") and row["case"]["dtype"] != "float32"
+        assert not multiplies or row["tensor_core_products"] > 0, what
 
 
 DECODING = [

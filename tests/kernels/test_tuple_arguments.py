@@ -3,7 +3,7 @@
 import pytest
 import torch
 from triton.runtime.interpreter import GridExecutor
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, KernelInterface
 
 from benchmarks.laboratory.cases import LOADS, hopper_cases, table_jobs
 from benchmarks.laboratory.launch_case import launch
@@ -23,14 +23,16 @@ for name, features in (("softcap and slopes", ("softcap", "slopes")), ("weights"
 
 def loses_constants(argument):
     """Whether triton 3.6 may take a constant for None in a tuple of kernel arguments, inside a loop: where tuples stand
-    in it, it has to end in None, or to hold nothing but tensors in front of them, and nothing behind."""
+    in it, it has to end in a constant, None or a function, or to hold nothing but tensors in front of them, and nothing
+    behind."""
     if not isinstance(argument, tuple) or not any(isinstance(item, tuple) for item in argument):
         return False
     first = next(i for i, item in enumerate(argument) if isinstance(item, tuple))
     in_order = all(isinstance(item, torch.Tensor) for item in argument[:first]) and all(
         isinstance(item, tuple) for item in argument[first:]
     )
-    return not (argument[-1] is None or in_order) or any(map(loses_constants, argument))
+    ends_in_constant = argument[-1] is None or isinstance(argument[-1], KernelInterface)
+    return not (ends_in_constant or in_order) or any(map(loses_constants, argument))
 
 
 @pytest.fixture

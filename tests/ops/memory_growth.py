@@ -13,13 +13,23 @@ import torch
 import fastattn
 from benchmarks.measure.memory import peak_mib
 from fastattn.ops.attention import blocks, dropout, sdpa
+from fastattn.ops.attention.functions import as_words
 
 B, H, D = 1, 2, 8
 LENGTH = 1024
+TABLE = torch.linspace(0, 1, 4 * LENGTH, requires_grad=True).expand(H, 4 * LENGTH)  # what functions on scores read
 
 
 def draw(*shape, **options):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0), **options)
+
+
+def _added(score, batch, head, query_index, key_index, table):
+    return score + table[head, query_index - key_index]
+
+
+def _bent(score, *places):
+    return torch.tanh(_added(score, *places))
 
 
 def inputs(name, length):
@@ -63,6 +73,9 @@ def inputs(name, length):
         "bfloat16_causal_padding": {"is_causal": True, "key_padding_mask": padding},
         "float16": {},
         "wider_value": {"key_padding_mask": padding},
+        "score_mod": {"score_mod": (_bent, TABLE[:, : 2 * length])},
+        "score_mod_that_adds": {"score_mod": (_added, TABLE[:, : 2 * length])},
+        "mask_mod": {"mask_mod": lambda b, h, i, j: (i - j) % 7 < 3},
     }
     if name.startswith("more_keys"):
         query = query[:, :, length // 2 :]
@@ -104,6 +117,8 @@ def main():
     blocks.BLOCK_ELEMENTS //= 4
     sdpa.MOST_MERGED //= 4
     dropout.MOST_DRAWN_WHOLE //= 4
+    as_words.MOST //= 4
+    as_words.MOST_TO_EVALUATE //= 4
     found = {
         f"{name}-{mode}": [peak(name, length, mode == "training") for length in (LENGTH, 2 * LENGTH)]
         for name in NAMES

@@ -11,7 +11,7 @@ from tests.pairwise import pairwise
 
 pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("poisoned")]
 
-RANDOM_CASES = 40
+RANDOM_CASES = 20
 MOST_COST = 40  # thousand elements
 
 # Levels that mean nothing by themselves, and what they need.

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastattn
+from benchmarks.families.masks import in_words_of_reference
 from fastattn.ops.attention import tiles as torch_tiles
 from fastattn.ops.attention.call import make_call
 from fastattn.reference import attention as reference
@@ -62,8 +63,7 @@ def test_tiles_match_reference(name, dtype, tiles):
     tensors = attention_inputs(3, 4, LENGTH, KEYS, 24, kv_heads=2, dtype=dtype, seed=7)
     arguments = rules(name, 3, LENGTH, KEYS)
     output = attend(tensors, **arguments)
-    call = make_call(*tensors, **arguments)._asdict()
-    words = {n: v for n, v in call.items() if n not in ("query", "key", "value", "dropout_p", "weights", "return_lse")}
+    words = in_words_of_reference(make_call(*tensors, **arguments))
     truth = reference(*(t.double() for t in tensors), **words).output
     peer = reference(*tensors, **words).output
     assert_within_budget(output, truth=truth, peer=peer, name=name)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from fastattn.ops.attention import direct, on_torch, on_triton
 from fastattn.ops.attention.call import make_call
-from fastattn.ops.attention.contract import Alignment, Arguments, AttentionCall
+from fastattn.ops.attention.contract import Alignment, Arguments, AttentionCall, MaskMod, ScoreMod
+from fastattn.ops.attention.functions.contract import ModifiedCall, modified_call
 from fastattn.ops.attention.jagged import attention_jagged
 from fastattn.ops.common import backends
 from fastattn.ops.common.row_short_way import RowShortWay
@@ -28,22 +31,26 @@ def _short_of_call() -> RowShortWay:
     return short.OF_CALL
 
 
+def _short_of_modified() -> RowShortWay:
+    from fastattn.ops.attention import short  # imports triton
+
+    return short.OF_MODIFIED
+
+
 _ARGUMENTS = ShortWay(_short_of_arguments, Arguments, casts=3)
 _CALLS = ShortWay(_short_of_call, AttentionCall)
+_MODIFIED = ShortWay(_short_of_modified, ModifiedCall)
 _TENSORS = AttentionCall._fields.index("lower")  # so many fields of a call are tensors, the first of them
 
 
 def run(call: AttentionCall, backend: backends.Backend | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(output, weights or None, lse or None)`` of a validated call on the backend that ``backends.choose`` names."""
     signature = None
-    if lies_with_kernels(call.query):
+    if lies_with_kernels(call.query) and not call.is_modified:
         values = call[:_TENSORS]
         signature = _CALLS.key(values, (*call[_TENSORS:], backend))
         if signature is not None and (entry := _CALLS.find(signature, call)) is not None:
-            found = entry(values)
-            output, *rest = found if isinstance(found, tuple) else (found,)
-            weights = rest.pop(0) if call.weights != "none" else None
-            return output, weights, rest.pop() if call.return_lse else None
+            return _results(call, entry(values))
     chosen = backends.choose(call, backend, on_triton.refusals)
     if signature is not None and chosen == "triton":
         _CALLS.remember(signature)
@@ -53,9 +60,37 @@ def run(call: AttentionCall, backend: backends.Backend | None) -> tuple[Tensor, 
 def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """:func:`run` on this backend."""
     # A branch and not a table of modules: torch.compile follows it without guarding on module attributes.
-    if backend == "triton":
+    if backend != "triton":
+        return on_torch.run(call)
+    if not call.is_modified:
         return on_triton.run(call)
-    return on_torch.run(call)
+    values, words = modified_call(call)
+    signature = _MODIFIED.key(values, words)
+    if signature is not None and (entry := _MODIFIED.find(signature, values + words)) is not None:
+        return _results(call, entry(values))
+    found = on_triton.run(call)
+    if signature is not None:
+        _MODIFIED.remember(signature)
+    return found
+
+
+def _results(call: AttentionCall, found: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``(output, weights or None, lse or None)`` of what the short way has returned."""
+    output, *rest = found if isinstance(found, tuple) else (found,)
+    weights = rest.pop(0) if call.weights != "none" else None
+    return output, weights, rest.pop() if call.return_lse else None
+
+
+def _run_in_graph(
+    query: Tensor, key: Tensor, value: Tensor, words: dict[str, Any], backend: backends.Backend | None
+) -> Tensor | tuple[Tensor, ...]:
+    """A call with functions, inside ``torch.compile``."""
+    from fastattn.ops.attention.functions import in_graphs  # imports the tracer
+
+    functions = {kind: words.pop(kind) for kind in ("score_mod", "mask_mod")}
+    call = make_call(query, key, value, **words)
+    found = in_graphs.run(call, **functions, backend=backend)
+    return found[0] if len(found) == 1 else found
 
 
 def attention(
@@ -78,6 +113,8 @@ def attention(
     need_weights: bool = False,
     average_attn_weights: bool = True,
     return_lse: bool = False,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
     backend: backends.Backend | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Exact softmax attention in memory linear in the sequence length (arXiv:2205.14135, arXiv:2307.08691).
@@ -113,6 +150,13 @@ def attention(
         need_weights: also return the weights, after dropout, differentiable.
         average_attn_weights: the weights averaged over heads, in memory O(B L S), instead of one set a head.
         return_lse: also return the log-sum-exp of the scores, natural log, differentiable; for merging partial results.
+        score_mod: a function of a score and of where it stands, ``score_mod(score, batch, head, query_index,
+            key_index)``, numbers all of them, that returns what becomes of the score, behind scale and softcap and
+            before anything is added. ``-inf`` hides the pair. It is FlexAttention's (arXiv:2412.05496): it may do
+            arithmetic, compare, choose by ``torch.where``, and read tensors that it captures by integer indices
+            (``table[head, query_index - key_index]``), which get their gradients. Or a tuple of such a function and of
+            tensors that it takes behind its other arguments. See docs/cookbook.md.
+        mask_mod: a function of the last four that returns True where the query may see the key.
         backend: ``"auto"`` (kernels where they run, but in graphs that others will run: ``torch.export`` and the like),
             ``"triton"`` or ``"torch"``; default what :func:`fastattn.use_backend` or the environment variable
             ``FASTATTN_BACKEND`` says.
@@ -128,7 +172,8 @@ def attention(
         NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
     """
     signature = None
-    if lies_with_kernels(query):
+    is_modified = score_mod is not None or mask_mod is not None
+    if lies_with_kernels(query) and not is_modified:
         values = query, key, value, attn_mask, key_padding_mask, window, prefix, document_ids, alibi_slopes, sinks
         numbers = (
             is_causal, causal_alignment, softcap, scale, dropout_p, need_weights, average_attn_weights, return_lse,
@@ -141,7 +186,7 @@ def attention(
         window is prefix is document_ids is alibi_slopes is softcap is sinks is None
         and type(dropout_p) is float
         and dropout_p == 0.0
-        and not (need_weights or return_lse)
+        and not (need_weights or return_lse or is_modified)
     ):
         output = direct.attend(
             query, key, value, attn_mask, key_padding_mask, is_causal, causal_alignment, scale, backend
@@ -164,11 +209,15 @@ def attention(
         "need_weights": need_weights,
         "average_attn_weights": average_attn_weights,
         "return_lse": return_lse,
+        "score_mod": score_mod,
+        "mask_mod": mask_mod,
     }
     if has_torch_function_variadic(query, key, value) and is_symbolically_traced(query, key, value):
         return recorded(attention, query, key, value, **words, backend=backend)
     if isinstance(query, Tensor) and query.layout is torch.jagged:
         return attention_jagged(query, key, value, words, backend)
+    if is_modified and torch.compiler.is_dynamo_compiling():
+        return _run_in_graph(query, key, value, words, backend)
     call = make_call(query, key, value, **words)
     chosen = backends.choose(call, backend, on_triton.refusals)
     output, weights, lse = _run(call, chosen)

@@ -18,7 +18,7 @@ anything, they run again in a careful form, in which a weight of 0 times anythin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ from fastattn.ops.attention.contract import (
     Results,
     weights_shape,
 )
+from fastattn.ops.attention.functions import on_torch as functions
+from fastattn.ops.attention.functions.sums import CapturedGradients
 from fastattn.ops.common.blocks import OF_KEYS, OF_ROWS, SCORES, Axes, Block, empty_in_order_of, statistics_dtype
 from fastattn.ops.common.checks import without_autocast
 from fastattn.reference import distances, visibility
@@ -59,16 +61,25 @@ _AXES_BY_NAME: dict[str, Axes] = {
     "prefix": ("batch",),
     "dropout_state": SCORES,
 }
-INPUT_AXES = tuple(_AXES_BY_NAME[name] for name in Inputs._fields)
+
+
+def axes_of(names: Iterable[str]) -> tuple[Axes, ...]:
+    """How inputs of these names follow the blocks; what functions read is whole in every block."""
+    return tuple(_AXES_BY_NAME.get(name, ()) for name in names)
 
 
 # -------------------------------------------------------------------------------------------------- cutting into blocks
 
 
 def cut(block: Block, inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
-    """The call that a block is by itself; its dropout state is the block's kept weights."""
-    own: list[Any] = [t if t is None else block.of(t, axes) for t, axes in zip(inputs, INPUT_AXES)]
-    tensors = Inputs(*own)
+    """The call that a block is by itself; its dropout state is the block's kept weights, and what a mask_mod says of
+    its pairs is part of its mask."""
+    own: list[Any] = [t if t is None else block.of(t, axes) for t, axes in zip(inputs, axes_of(inputs._fields))]
+    tensors = type(inputs)(*own)
+    if options.mask_mod:
+        places = functions.places_of(block, inputs.query.shape[1], options, inputs.query.device)
+        seen = functions.visible(places, options.mask_mod, functions.read_by_mask_mod(inputs, options))
+        tensors = tensors._replace(mask=seen if tensors.mask is None else tensors.mask & seen)
     if tensors.dropout_state is not None and dropout.is_seed(tensors.dropout_state):
         kept = dropout.kept(
             tensors.dropout_state, options.dropout_p, inputs.query.shape[1], block.batch, block.rows, block.keys
@@ -81,6 +92,7 @@ def cut(block: Block, inputs: Inputs, options: Options) -> tuple[Inputs, Options
         lower=None if options.lower is None else options.lower + row - key,
         upper=None if options.upper is None else options.upper + row - key,
         shift=options.shift + row - key,
+        mask_mod="",
     )
 
 
@@ -162,7 +174,7 @@ def _masks(inputs: Inputs) -> Iterator[Tensor]:
 def _hides(inputs: Inputs, options: Options) -> bool:
     """May there be keys that a row does not see?"""
     hiding = (inputs.bias, inputs.mask, inputs.key_padding_mask, inputs.query_documents, options.lower, options.upper)
-    return any(argument is not None for argument in hiding)
+    return any(argument is not None for argument in hiding) or bool(options.score_mod or options.mask_mod)
 
 
 def _visible(own: Inputs, options: Options) -> Tensor:
@@ -212,7 +224,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, careful: bool) -> N
 # ----------------------------------------------------------------------------------------------------- one block's work
 
 
-def _compute_dtype(inputs: Inputs) -> torch.dtype:
+def _compute_dtype(inputs: Inputs, options: Options) -> torch.dtype:
     """The dtype that a block is computed in, at least float32.
 
     Products of 16-bit tensors would round scores to 16 bits (by up to 0.06 at 30 in bfloat16) and overflow float16 at
@@ -220,8 +232,9 @@ def _compute_dtype(inputs: Inputs) -> torch.dtype:
     time, and makes small ones three times as fast, since float16 and bfloat16 have no fast path there.
     """
     dtype = statistics_dtype(inputs.query.dtype)
-    for added in (inputs.bias, inputs.alibi_slopes):
-        if added is not None:
+    read = functions.read_by_score_mod(inputs, options) if options.score_mod else []
+    for added in (inputs.bias, inputs.alibi_slopes, *read):
+        if added is not None and added.is_floating_point():
             dtype = torch.promote_types(dtype, added.dtype)
     return dtype
 
@@ -332,7 +345,7 @@ def forward(inputs: Inputs, options: Options) -> Results:
 
 def _forward(inputs: Inputs, options: Options, careful: bool) -> tuple[Tensor, Tensor, Tensor]:
     query, sinks, statistics = inputs.query, inputs.sinks, statistics_dtype(inputs.query.dtype)
-    compute, heads, kv_heads = _compute_dtype(inputs), query.shape[1], inputs.key.shape[1]
+    compute, heads, kv_heads = _compute_dtype(inputs, options), query.shape[1], inputs.key.shape[1]
     hides, looks, keep_scale = _hides(inputs, options), query.device.type == "cpu", _keep_scale(options)
     output = empty_in_order_of(query, (*query.shape[:3], inputs.value.shape[3]))
     lse = query.new_full(query.shape[:3], math.nan, dtype=statistics)
@@ -348,6 +361,8 @@ def _forward(inputs: Inputs, options: Options, careful: bool) -> tuple[Tensor, T
             queries = _heads_as_rows(own.query, kv_heads, compute) * options.scale
             visible = _visible(own, rules) if careful else None
             scores, _ = _products(queries, keys[:, block.keys], own, rules)
+            if rules.score_mod:
+                scores, visible = functions.modified_of(scores, block, own, rules, visible)
             scores = _masked(scores, own, rules, visible)
             measured = options.keeps_statistics or sinks is not None
             top = scores.amax(dim=-1, keepdim=True) if hides or measured else scores[..., :1]
@@ -389,7 +404,7 @@ def _backward(
 ) -> InputGradients:
     d_output, d_lse, d_weights = gradients
     query, sinks, statistics = inputs.query, inputs.sinks, statistics_dtype(inputs.query.dtype)
-    compute, heads, kv_heads = _compute_dtype(inputs), query.shape[1], inputs.key.shape[1]
+    compute, heads, kv_heads = _compute_dtype(inputs, options), query.shape[1], inputs.key.shape[1]
     hides, looks, keep_scale = _hides(inputs, options), query.device.type == "cpu", _keep_scale(options)
     d_query, d_key, d_value = (empty_in_order_of(t, tuple(t.shape)) for t in (query, inputs.key, inputs.value))
     if hides or not (d_query.numel() and d_key.numel()):
@@ -397,6 +412,7 @@ def _backward(
     d_bias = _zeros_like(inputs.bias, needs.needs_d_bias, statistics)
     d_alibi_slopes = _zeros_like(inputs.alibi_slopes, needs.needs_d_alibi_slopes, statistics)
     d_sinks = _zeros_like(sinks, needs.needs_d_sinks, statistics)
+    of_captured = CapturedGradients(inputs, options, needs)
     # A sink's weight in each row, 1 where the row sees no key, and the mean of dP under the keys' weights
     sink_weight, means = (None, None) if d_sinks is None else (torch.ones_like(lse), torch.zeros_like(lse))
     # The average's gradient reaches every head, divided; and dropout scales what reaches a kept weight.
@@ -415,6 +431,9 @@ def _backward(
                 d_rows = d_rows * keep_scale
             visible = _visible(own, rules) if careful else None
             scores, bent = _products(queries, keys[:, block.keys], own, rules)
+            unmodified = scores
+            if rules.score_mod:
+                scores, visible = functions.modified_of(scores, block, own, rules, visible)
             scores = _masked(scores, own, rules, visible)
             if own.sinks is None:
                 p = _softmax(scores, lse[batch, :, block.rows, None] == NEGATIVE_INFINITY if hides else None)
@@ -444,6 +463,13 @@ def _backward(
                 of_slopes = block.of(d_alibi_slopes, ("batch",))
                 by_head = (ds * _distances(ds, rules)).sum(dim=-1).sum(dim=-1).to(d_alibi_slopes.dtype)
                 of_slopes -= by_head.sum_to_size(of_slopes.shape)
+            if rules.score_mod:
+                places = functions.places_of(block, heads, options, query.device)
+                read = functions.read_by_score_mod(inputs, options)
+                ds, d_reads = functions.pulled_back(ds, unmodified, places, rules.score_mod, read)
+                ds = _cleared(ds, visible)
+                for number, _ in of_captured.accesses:
+                    of_captured.add(number, _cleared(d_reads[number].expand(ds.shape).clone(), visible), places)
             if bent is not None:
                 ds = _cleared(torch.ops.aten.tanh_backward(ds, bent), visible)
             ds = ds.view(flat)
@@ -459,7 +485,8 @@ def _backward(
         d_sinks += of_rows.sum(dim=-1).sum_to_size(d_sinks.shape)
     optional = ((d_bias, inputs.bias), (d_alibi_slopes, inputs.alibi_slopes), (d_sinks, sinks))
     found = (query.new_empty(0) if g is None or t is None else g.to(t.dtype) for g, t in optional)
-    return InputGradients(d_query, d_key, d_value, *found)
+    plain = InputGradients(d_query, d_key, d_value, *found)
+    return of_captured.found(plain) if options.score_mod or options.mask_mod else plain
 
 
 def _zeros_like(tensor: Tensor | None, needed: bool, at_least: torch.dtype) -> Tensor | None:

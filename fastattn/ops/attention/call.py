@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn.ops.attention.contract import Alignment, AttentionCall
+from fastattn.ops.attention.functions.call import check_function
+from fastattn.ops.attention.functions.lookups import extent_of
 from fastattn.ops.common.checks import (
     DTYPES,
     check_attn_mask,
@@ -190,6 +193,8 @@ def make_call(
     need_weights: bool = False,
     average_attn_weights: bool = True,
     return_lse: bool = False,
+    score_mod: Any = None,
+    mask_mod: Any = None,
 ) -> AttentionCall:
     """Check every argument of :func:`fastattn.attention`; under autocast, cast as torch's own attention does."""
     query, key, value = under_autocast(query, key, value)
@@ -226,6 +231,7 @@ def make_call(
         upper = None if right is None else shift + right
     if lower is None and upper is None:
         prefix = None  # every key is visible anyway
+    extent = extent_of(query, key)
     return AttentionCall(
         query=query,
         key=key,
@@ -246,4 +252,6 @@ def make_call(
         dropout_p=float(dropout_p),
         weights=("average" if average_attn_weights else "heads") if need_weights else "none",
         return_lse=return_lse,
+        score_mod=None if score_mod is None else check_function("score_mod", score_mod, query, extent),
+        mask_mod=None if mask_mod is None else check_function("mask_mod", mask_mod, query, extent),
     )

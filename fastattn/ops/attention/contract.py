@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 from fastattn.ops.common.blocks import empty_in_order_of, statistics_dtype
 
 Alignment = Literal["top_left", "bottom_right"]
+# What a user gives for either: a function, or a tuple of one and of tensors that it takes behind its other arguments.
+ScoreMod = Callable[..., Tensor] | tuple[Any, ...]
+MaskMod = Callable[..., Tensor] | tuple[Any, ...]
 Weights = Literal["none", "average", "heads"]
 
 
@@ -37,6 +41,13 @@ class Arguments(NamedTuple):
     backend: Any
 
 
+class Function(NamedTuple):
+    """A ``score_mod`` or ``mask_mod``: its program (``functions.program``), and what the program reads."""
+
+    text: str
+    captured: tuple[Tensor, ...]
+
+
 class AttentionCall(NamedTuple):
     """A validated call. The words are the reference's: ``mask`` True = may see, ``key_padding_mask`` True = padding."""
 
@@ -59,6 +70,11 @@ class AttentionCall(NamedTuple):
     dropout_p: float = 0.0
     weights: Weights = "none"
     return_lse: bool = False
+    score_mod: Function | None = None
+    mask_mod: Function | None = None
+    first_batch: int = 0  # the number that functions are told of the first batch entry
+    first_row: int = 0  # of the first row
+    first_key: int = 0  # and of the first key
 
     @property
     def device(self) -> torch.device:
@@ -76,7 +92,13 @@ class AttentionCall(NamedTuple):
             and self.prefix is None
             and self.lower is None
             and self.softcap is None
+            and not self.is_modified
         )
+
+    @property
+    def is_modified(self) -> bool:
+        """Is there a function of the user's?"""
+        return self.score_mod is not None or self.mask_mod is not None
 
 
 # ----------------------------------------------------------------------------------- the operators' groups of arguments
@@ -114,6 +136,12 @@ class Options(NamedTuple):
     backend: str
     # False lets a backend leave out LSE and statistics; what these tensors hold is then unspecified
     keeps_statistics: bool = True
+    # Programs, empty where there is none, and the numbers that they are told of the first batch entry, row and key.
+    score_mod: str = ""
+    mask_mod: str = ""
+    first_batch: int = 0
+    first_row: int = 0
+    first_key: int = 0
 
 
 class Results(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,8 +18,11 @@ from fastattn.ops.attention.contract import (
     Results,
     empty_results,
 )
+from fastattn.ops.attention.functions.launch import gradients_of_reads, modifier
+from fastattn.ops.attention.functions.on_torch import places_of, read_by_mask_mod, read_by_score_mod
+from fastattn.ops.attention.functions.sums import CapturedGradients
 from fastattn.ops.common.backends import KernelChoice, Kernels, kernel_choice
-from fastattn.ops.common.blocks import empty_in_order_of
+from fastattn.ops.common.blocks import Block, empty_in_order_of
 from fastattn_kernels.attention import choice
 from fastattn_kernels.attention.bias_gradient import launch_attention_bias_bwd
 from fastattn_kernels.attention.weights import (
@@ -27,6 +31,7 @@ from fastattn_kernels.attention.weights import (
     launch_dropout_keep,
 )
 from fastattn_kernels.common.delta import Delta
+from fastattn_kernels.common.functions import Modifier
 from fastattn_kernels.common.gradients import Gradients, WeightsGradient
 from fastattn_kernels.common.plans import planned
 from fastattn_kernels.common.problem import Problem
@@ -55,7 +60,14 @@ def _problem(inputs: Inputs, options: Options) -> Problem:
         softcap=options.softcap,
         seed=inputs.dropout_state,
         dropout_p=options.dropout_p,
+        score_mod=_modifier(options.score_mod, read_by_score_mod, inputs, options),
+        mask_mod=_modifier(options.mask_mod, read_by_mask_mod, inputs, options),
     )
+
+
+def _modifier(text: str, read_by: Callable[..., list[Tensor]], inputs: Inputs, options: Options) -> Modifier | None:
+    is_score = text != "" and text is options.score_mod
+    return modifier(text, read_by(inputs, options), trains=is_score) if text else None
 
 
 def describe(inputs: Inputs, options: Options) -> str:
@@ -138,7 +150,18 @@ def _backward(
     if needs.needs_d_sinks and inputs.sinks is not None:
         d_sinks = sink_gradients(inputs.sinks, statistics, delta.tensor).sum(2)
         d_sinks = d_sinks.sum_to_size(inputs.sinks.shape).to(inputs.sinks.dtype)
-    return InputGradients(d_query, d_key, d_value, d_bias, d_alibi_slopes, d_sinks)
+    plain = InputGradients(d_query, d_key, d_value, d_bias, d_alibi_slopes, d_sinks)
+    if not (options.score_mod or options.mask_mod):
+        return plain
+    of_captured = CapturedGradients(inputs, options, needs)
+    for number, access in of_captured.accesses:
+        for rows, values in gradients_of_reads(
+            problem, options.score_mod, number, access, d_output, statistics, delta, d_weights
+        ):
+            whole = Block(slice(0, inputs.query.shape[0]), rows, slice(0, inputs.key.shape[2]))
+            places = places_of(whole, inputs.query.shape[1], options, inputs.query.device)
+            of_captured.add(number, values, places)
+    return of_captured.found(plain)
 
 
 def sink_gradients(sinks: Tensor, statistics: Tensor, delta: Tensor) -> Tensor:

@@ -21,12 +21,15 @@ from torch import Tensor
 from fastattn.ops.attention import dropout, formula, operator, recorded, tiles
 from fastattn.ops.attention import sdpa as torch_sdpa
 from fastattn.ops.attention.contract import AttentionCall
+from fastattn.ops.attention.functions.as_words import in_words
 from fastattn.ops.common.tracing import is_eager_on_cpu, is_functorch_active, is_recorded, is_traced, is_transformed
 
 
 def describe(call: AttentionCall) -> str:
     """Which of the paths the call takes."""
     sdpa, looks = "F.scaled_dot_product_attention", _may_look(call)
+    if call.is_modified and looks:
+        call = in_words(call)
     if looks and tiles.takes(call):
         return f"{sdpa}, over the keys that each tile of rows may see if that leaves out many"
     if torch_sdpa.takes(call) if looks else sdpa_takes_unseen(call):
@@ -44,6 +47,8 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(output, weights or None, lse or None)``."""
     if not _may_look(call):
         return _run_unseen(call)
+    if call.is_modified:
+        call = in_words(call)
     whole = torch_sdpa.takes(call)
     if whole and not torch_sdpa.hides(call):
         return torch_sdpa.attend(torch_sdpa.without_keys_past_the_diagonal(call), None), None, None

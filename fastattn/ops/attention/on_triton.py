@@ -19,8 +19,12 @@ def refusals(call: AttentionCall) -> list[str]:
     for name, tensor in (("head_dim", call.query), ("value head_dim", call.value)):
         if not 1 <= tensor.shape[3] <= MAX_HEAD_DIM:
             reasons.append(f"{name}={tensor.shape[3]}: it takes 1 to {MAX_HEAD_DIM}")
+    read = () if call.score_mod is None else call.score_mod.captured
     return reasons + backends.dtype_refusals(
-        ("attn_mask", call.bias), ("alibi_slopes", call.alibi_slopes), ("sinks", call.sinks)
+        ("attn_mask", call.bias),
+        ("alibi_slopes", call.alibi_slopes),
+        ("sinks", call.sinks),
+        *(("a tensor that score_mod reads", tensor) for tensor in read if tensor.is_floating_point()),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,14 @@ from fastattn.ops.attention.contract import (
     empty_results,
     stored,
     weights_shape,
+)
+from fastattn.ops.attention.functions import on_torch as functions
+from fastattn.ops.attention.functions.contract import (
+    ModifiedInputGradients,
+    ModifiedInputs,
+    ModifiedNeeds,
+    empty_modified_gradients,
+    read_by,
 )
 from fastattn.ops.common.blocks import OF_ROWS, SCORES, Axes, Block, statistics_dtype
 from fastattn.ops.common.derivatives import Blocked, Formula
@@ -46,6 +55,11 @@ def implementation(backend: str) -> ModuleType:
 # ---------------------------------------------------------------------------------------------------------- the formula
 
 
+def _pair_of(inputs: Inputs) -> RowOperator:
+    """The pair of operators that takes these inputs."""
+    return ATTENTION if isinstance(inputs, Inputs) else MODIFIED
+
+
 def _blocked(inputs: Inputs, options: Options) -> Blocked:
     """Output, LSE and weights as a formula of the differentiable inputs, cut into blocks. Only dropout's kept weights
     are ever whole, as booleans."""
@@ -54,11 +68,12 @@ def _blocked(inputs: Inputs, options: Options) -> Blocked:
 
     def each() -> Iterator[tuple[Block, Formula]]:
         for block, own, rules in each_block(inputs, options):
-            yield block, formula(own, rules)
+            yield block, formula(own, rules, block)
 
+    pair = _pair_of(inputs)
     return Blocked(
-        primals=ATTENTION.differentiable(inputs),
-        axes=ATTENTION.differentiable(blocks.INPUT_AXES),
+        primals=[t if t is None or t.is_floating_point() else None for t in pair.differentiable(inputs)],
+        axes=pair.differentiable(blocks.axes_of(inputs._fields)),
         result_shapes=(
             (*query.shape[:3], inputs.value.shape[3]),
             query.shape[:3],
@@ -70,9 +85,11 @@ def _blocked(inputs: Inputs, options: Options) -> Blocked:
     )
 
 
-def formula(inputs: Inputs, options: Options) -> Formula:
-    """What ``attention_forward`` computes of the differentiable inputs; the dropout state is the kept weights."""
+def formula(inputs: Inputs, options: Options, block: Block) -> Formula:
+    """What ``attention_forward`` computes of the differentiable inputs of a block that :func:`blocks.cut` made; the
+    dropout state is the kept weights."""
     compute = torch.promote_types(inputs.query.dtype, torch.float32)
+    captured = _pair_of(inputs).differentiable(inputs._fields)[len(ATTENTION.differentiable(Inputs._fields)) :]
 
     def function(
         query: Tensor,
@@ -81,7 +98,13 @@ def formula(inputs: Inputs, options: Options) -> Formula:
         bias: Tensor | None,
         alibi_slopes: Tensor | None,
         sinks: Tensor | None,
+        *of_captured: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        score_mod = None
+        if options.score_mod:
+            differentiable: dict[str, Any] = dict(zip(captured, of_captured))
+            read = functions.read_by_score_mod(inputs._replace(**differentiable), options)
+            score_mod = functions.bound(read, options, block)
         result = reference(
             query.to(compute),
             key.to(compute),
@@ -98,6 +121,7 @@ def formula(inputs: Inputs, options: Options) -> Formula:
             upper=options.upper,
             shift=options.shift,
             softcap=options.softcap,
+            score_mod=score_mod,
             scale=options.scale,
             dropout_keep=inputs.dropout_state,
             dropout_p=options.dropout_p,
@@ -163,6 +187,17 @@ ATTENTION = RowOperator(
 )
 
 
+MODIFIED = dataclasses.replace(
+    ATTENTION,
+    name="attention_modified",
+    inputs=ModifiedInputs,
+    needs=ModifiedNeeds,
+    input_gradients=ModifiedInputGradients,
+    ask=lambda *optional: ModifiedNeeds(*optional, d_weights_may_be_zeros=is_traced()),
+    empty_gradients=empty_modified_gradients,
+)
+
+
 class AttentionBackward(BackwardFunction):
     """The gradients of :class:`Attention`."""
 
@@ -211,6 +246,19 @@ class Attention(ForwardFunction):
         return _unfolded(info.batch_size, cls.apply(*folded, *options), out_dims), out_dims
 
 
+class ModifiedBackward(BackwardFunction):
+    """The gradients of :class:`Modified`."""
+
+    pair, operator = MODIFIED, MODIFIED.backward
+
+
+class Modified(ForwardFunction):
+    """:class:`Attention` of a call with functions of the user's. Functions are told the number of a batch entry, so
+    that samples of a vmap are no further batch entries: each is a call by itself."""
+
+    pair, operator, backward_function = MODIFIED, MODIFIED.forward, ModifiedBackward
+
+
 # ----------------------------------------------------------------------------------------------------------------- vmap
 
 # The inputs that broadcast over a batch of 1.
@@ -251,14 +299,15 @@ def _unfolded(samples: int, tensors: Sequence[Tensor], out_dims: Sequence[int | 
 
 # The arguments of the operators that a call has under the same names.
 _TENSORS_OF_CALL = [name for name in Inputs._fields if name in AttentionCall._fields]
-_OPTIONS_OF_CALL = [name for name in Options._fields if name in AttentionCall._fields]
+_OPTIONS_OF_CALL = Options._fields[: Options._fields.index("backend")]
 
 
 def apply(
     call: AttentionCall, dropout_state: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(output, weights or None, lse or None)`` of a call, through the operators."""
-    results = Results(*apply_function(Attention, *operands(call, dropout_state, backend)))
+    function = Modified if call.is_modified else Attention
+    results = Results(*apply_function(function, *operands(call, dropout_state, backend)))
     weights = None if call.weights == "none" else results.weights
     return results.output, weights, results.lse if call.return_lse else None
 
@@ -273,4 +322,14 @@ def operands(
     options = Options(
         *(getattr(call, name) for name in _OPTIONS_OF_CALL), backend=backend, keeps_statistics=keeps_statistics
     )
+    if call.is_modified:
+        empty = dict.fromkeys(name for name in ModifiedInputs._fields if name not in Inputs._fields)
+        inputs = ModifiedInputs(**inputs._asdict(), **{**empty, **read_by(call)})
+        options = options._replace(
+            score_mod="" if call.score_mod is None else call.score_mod.text,
+            mask_mod="" if call.mask_mod is None else call.mask_mod.text,
+            first_batch=call.first_batch,
+            first_row=call.first_row,
+            first_key=call.first_key,
+        )
     return inputs, options

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastattn import reference
 from fastattn.ops.attention.contract import AttentionCall
+from fastattn.ops.attention.functions.as_words import score_function, with_mask
 from fastattn.ops.common.blocks import statistics_dtype
 from fastattn.ops.common.checks import is_autocast_enabled, without_autocast
 from fastattn.ops.common.tracing import promise_not_empty
@@ -21,6 +22,7 @@ def run(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor | None
     """``(output, weights or None, lse or None)`` by plain torch, reading no values."""
     for size in (call.query.shape[2], call.key.shape[2]):
         promise_not_empty(size)
+    call = with_mask(call)
     hides = any(t is not None for t in (call.bias, call.mask, call.key_padding_mask, call.upper))
     plain = call.is_plain and not (call.return_lse or hides) and call.query.shape[1] == call.key.shape[1]
     # the call has autocast's dtype already; a graph that left it on would compute some of its steps in another
@@ -63,6 +65,7 @@ def _reference(call: AttentionCall, keep: Tensor | None, compute: torch.dtype) -
         upper=call.upper,
         shift=call.shift,
         softcap=call.softcap,
+        score_mod=score_function(call),
         scale=call.scale,
         dropout_keep=keep,
         dropout_p=call.dropout_p,

@@ -69,7 +69,7 @@ def is_worth_a_mask(call: AttentionCall) -> bool:
     In evaluation that is so where the call has no tiles yet. The blocks, which train it, take longer than the kernel
     for as many scores, and compute those of a band twice as wide as the window.
     """
-    beyond = (call.alibi_slopes, call.sinks, call.softcap, call.prefix)
+    beyond = (call.alibi_slopes, call.sinks, call.softcap, call.prefix, call.score_mod, call.mask_mod)
     if call.weights != "none" or call.return_lse or any(argument is not None for argument in beyond):
         return False
     if not trains(call):

@@ -11,11 +11,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.ops.attention import sdpa
+from fastattn.ops.attention import blocks, sdpa
 from fastattn.ops.attention.blocks import cut, keys_of_band
 from fastattn.ops.attention.contract import AttentionCall, Inputs, Options
+from fastattn.ops.attention.functions import on_torch as functions
+from fastattn.ops.attention.functions.as_words import adds, bias_of
+from fastattn.ops.attention.functions.program import Program
 from fastattn.ops.common.blocks import Block, empty_in_order_of
 from fastattn.reference import visibility
+from fastattn.reference.attention import NEGATIVE_INFINITY
 
 # Rows of a tile: with fewer rows more keys are left out, but every tile costs some 30 microseconds.
 ROWS = 128
@@ -31,22 +35,26 @@ def takes(call: AttentionCall) -> bool:
     A bias or mask that differs between heads leaves too few keys out for tiles to be faster: such a call is taken only
     if the mask that torch's kernel would need is too large.
     """
-    differentiable = (call.query, call.key, call.value, call.bias)
+    differentiable: tuple[Tensor | None, ...] = (call.query, call.key, call.value, call.bias)
     beyond = (call.alibi_slopes, call.sinks, call.softcap)
     hides = (call.mask, call.key_padding_mask, call.query_documents, call.lower, call.prefix)
     by_head = call.bias is not None or (call.mask is not None and call.mask.shape[1] != 1)
+    if call.score_mod is not None:
+        if not adds(Program.of(call.score_mod.text)):
+            return False
+        differentiable += call.score_mod.captured
     return (
         call.weights == "none"
         and not call.return_lse
         and call.dropout_p == 0.0
         and all(argument is None for argument in beyond)
-        and (any(argument is not None for argument in hides) or call.upper not in (None, 0))
+        and (any(argument is not None for argument in hides) or call.upper not in (None, 0) or call.is_modified)
         and call.query.shape[2] >= sdpa.FEWEST_ROWS_OF_TILES
         and call.query.numel() > 0
         and call.key.numel() > 0
         and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable))
         and (call.bias is None or not sdpa.needs_care(call.bias, call.query))
-        and (not by_head or sdpa.merged_elements(call) > sdpa.MOST_MERGED)
+        and (not by_head or call.is_modified or sdpa.merged_elements(call) > sdpa.MOST_MERGED)
     )
 
 
@@ -60,7 +68,7 @@ def run(call: AttentionCall, inputs: Inputs, options: Options, may_decline: bool
         may_decline: whether None may be returned.
     """
     length, keys = call.query.shape[2], call.key.shape[2]
-    entries = _entries(inputs)
+    entries = _entries(inputs, options)
     # Masks and prefixes hide an amount that depends on their values: a few tiles are read to estimate it.
     if may_decline and call.lower is None and call.query_documents is None:
         middle, end = (start // ROWS * ROWS for start in (length // 2, length - 1))
@@ -69,14 +77,15 @@ def run(call: AttentionCall, inputs: Inputs, options: Options, may_decline: bool
         if sum(visited) > _WORTH_IT * keys * len(probes):
             return None
     output = empty_in_order_of(call.query, (*call.query.shape[:3], call.value.shape[3]))
+    step = _rows_of_tile(inputs, options)
     for batch in entries:
-        for start in range(0, length, ROWS):
-            tile, rows = _tile(inputs, options, batch, start), slice(start, start + ROWS)
+        for start in range(0, length, step):
+            tile, rows = _tile(inputs, options, batch, start, step), slice(start, start + step)
             output[batch, :, rows] = 0.0 if tile is None else attend_tile(_as_call(call, tile))
     return output
 
 
-def _entries(inputs: Inputs) -> list[slice]:
+def _entries(inputs: Inputs, options: Options) -> list[slice]:
     """The batch entries that share their masks, together: all of them, or each by itself."""
     batch = inputs.query.shape[0]
     rules = (
@@ -87,20 +96,35 @@ def _entries(inputs: Inputs) -> list[slice]:
         inputs.key_documents,
         inputs.prefix,
     )
-    if all(tensor is None or tensor.shape[0] == 1 for tensor in rules):
+    programs = [Program.of(text) for text in (options.score_mod, options.mask_mod) if text]
+    by_entry = any(program.depends_on("batch") for program in programs)
+    if all(tensor is None or tensor.shape[0] == 1 for tensor in rules) and not by_entry:
         return [slice(0, batch)]
     return [slice(b, b + 1) for b in range(batch)]
 
 
-def _tile(inputs: Inputs, options: Options, batch: slice, start: int) -> Inputs | None:
+def _rows_of_tile(inputs: Inputs, options: Options) -> int:
+    """Fewer rows where a function makes a bias of every head, which is not to be larger than a block of scores."""
+    if not (options.score_mod and Program.of(options.score_mod).depends_on("head")):
+        return ROWS
+    of_row = inputs.query.shape[1] * inputs.key.shape[2]
+    return max(8, min(ROWS, blocks.BLOCK_ELEMENTS // of_row))
+
+
+def _tile(inputs: Inputs, options: Options, batch: slice, start: int, step: int = ROWS) -> Inputs | None:
     """A tile as a call: some rows, the keys that they may see, and a mask unless each row sees all of these keys. None
     if no row sees any key."""
-    rows = slice(start, min(start + ROWS, inputs.query.shape[2]))
+    rows = slice(start, min(start + step, inputs.query.shape[2]))
     block = Block(batch, rows, slice(0, inputs.key.shape[2]))
     block = block._replace(keys=keys_of_band(inputs, options, block, looks=True))
     if block.keys.start >= block.keys.stop:
         return None
     own, rules = cut(block, inputs, options)
+    if rules.score_mod:
+        program, read = Program.of(rules.score_mod), functions.read_by_score_mod(inputs, options)
+        places = functions.places_of(block, inputs.query.shape[1], options, inputs.query.device)
+        added = bias_of(program, places, read, inputs.query.dtype)
+        own = own._replace(bias=added if own.bias is None else own.bias + added)
     visible = visibility(
         own.query.shape[2],
         own.key.shape[2],
@@ -112,6 +136,8 @@ def _tile(inputs: Inputs, options: Options, batch: slice, start: int) -> Inputs 
         query_documents=own.query_documents,
         key_documents=own.key_documents,
     )
+    if rules.score_mod and own.bias is not None:
+        visible = visible & (own.bias != NEGATIVE_INFINITY)
     as_bytes = visible.view(torch.uint8)  # which torch reduces ten times faster
     seen = as_bytes.amax((0, 1, 2)).nonzero().squeeze(1)
     if not len(seen):
@@ -148,6 +174,8 @@ def _as_call(call: AttentionCall, tile: Inputs) -> AttentionCall:
         query_documents=None,
         key_documents=None,
         prefix=None,
+        score_mod=None,
+        mask_mod=None,
         lower=None,
         upper=None,
     )

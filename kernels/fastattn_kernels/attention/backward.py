@@ -41,8 +41,8 @@ def _attention_bwd_careful_kernel(
         if is_off(only_if):
             return
     call = BackwardCall(
-        query, key, value, d_output, statistics_ptr, delta_ptr, rules, dropout, d_weights, TileLists(None, 0, 0),
-        heads, group, scale,
+        query, key, value, d_output, statistics_ptr, delta_ptr, dropout, d_weights, TileLists(None, 0, 0), heads, group,
+        scale,
     )  # fmt: skip
     sizes = Sizes(seqlen_q, seqlen_k, lower, upper, shift)
     packing = Packing(offsets, sequences, longest_q, longest_k, bottom_right)
@@ -56,7 +56,7 @@ def _attention_bwd_careful_kernel(
             row_tile, span = find_tile(tile % tiles_m, sizes, packing, BLOCK_M, True)
             if is_somebodys(row_tile, span):
                 grad_of_tile_of_queries(
-                    tile // tiles_m, row_tile, span, call, None, None, d_query, d_alibi_slopes_ptr, None,
+                    tile // tiles_m, row_tile, span, call, rules, None, None, d_query, d_alibi_slopes_ptr, None,
                     Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, CAREFUL),
                 )  # fmt: skip
     tiles_n = count_tiles(seqlen_k, sequences, BLOCK_N)
@@ -66,7 +66,7 @@ def _attention_bwd_careful_kernel(
             col_tile, span = find_tile(tile % tiles_n, sizes, packing, BLOCK_N, False)
             if is_somebodys(col_tile, span):
                 grad_of_tile_of_keys(
-                    tile // tiles_n, col_tile, span, call, d_key, d_value, None, None,
+                    tile // tiles_n, col_tile, span, call, rules, d_key, d_value, None, None,
                     Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, CAREFUL),
                 )  # fmt: skip
 

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastattn_kernels.common.arguments import Heads, Rules, TileLists, strided
+from fastattn_kernels.common.arguments import Heads, TileLists, strided
 from fastattn_kernels.common.config import Config, dot_precision, head_block
 from fastattn_kernels.common.problem import Problem
 
@@ -18,7 +18,6 @@ class BackwardCall(NamedTuple):
     d_output: Heads
     statistics_ptr: Any
     delta_ptr: Any
-    rules: Rules
     dropout: Any
     d_weights: Any
     lists: TileLists

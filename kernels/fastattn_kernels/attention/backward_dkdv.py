@@ -11,10 +11,10 @@ from fastattn_kernels.common.dropout import dropout_factor
 from fastattn_kernels.common.gradients import Gradients, WeightsGradient, weights_argument
 from fastattn_kernels.common.launch import launch
 from fastattn_kernels.common.marks import rows_not_finite
-from fastattn_kernels.common.masking import LOG2_E
+from fastattn_kernels.common.masking import in_unit
 from fastattn_kernels.common.packed import Packing, count_tiles, find_tile, line_of, place_of
 from fastattn_kernels.common.problem import Problem
-from fastattn_kernels.common.scores import probabilities, score_gradient, softcapped_scores, through_softcap
+from fastattn_kernels.common.scores import probabilities, product_gradient, score_gradient, softcapped_scores
 from fastattn_kernels.common.tile_map import list_arguments
 from fastattn_kernels.common.tiles import head_of, is_off, load_statistics, load_tile, product, store_tile, weighted_sum
 from fastattn_kernels.common.visits import count_visits, list_of, row_edges, visited_tile
@@ -32,7 +32,7 @@ def _add_grad_of_queries(dq_sums_ptr, ds, k, row, seqlen_q, blocks):
 
 @triton.jit
 def _grad_of_keys(
-    dk, dv, k, v, key, value, col_start, batch, kv_head, span, call, dq_sums_ptr, visits, edges, tiles,
+    dk, dv, k, v, key, value, col_start, batch, kv_head, span, call, rules, dq_sums_ptr, visits, edges, tiles,
     blocks, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """Add to dK and dV what the tiles of rows that see these keys whole (if PARTIAL: in part) give, head after
@@ -41,9 +41,9 @@ def _grad_of_keys(
     One loop over heads and rows: nothing is summed between programs, and two nested loops would spill (96 bytes more on
     sm_90 at head size 128). Tiles are transposed, ``[N, M]``, so that P and dS are left operands in registers.
     """
-    sizes, rules, dropout = span.sizes, call.rules, call.dropout
+    sizes, dropout = span.sizes, call.dropout
     seqlen_q, seqlen_k = sizes.seqlen_q, sizes.seqlen_k
-    unit = call.scale * LOG2_E
+    unit = in_unit(call.scale, rules)
     cols = col_start + tl.arange(0, blocks.N)[:, None]
     # The pipeliner computes the first addresses ahead of the loop, also where the loop is empty, and a division by zero
     # there is undefined in LLVM. Any other guard of the division spilled 8 to 40 bytes on sm_90. In the backward in one
@@ -84,7 +84,7 @@ def _grad_of_keys(
                 blocks.VALUE_DIM, blocks.PRECISION, 256,
             )  # fmt: skip
             ds = score_gradient(p, factor, dp, delta[None, :], rows, cols, at, sizes, rules, call.d_weights, PARTIAL)
-            ds = through_softcap(ds, scores, rules.softcap).to(q.dtype)
+            ds = product_gradient(ds, scores, rows, cols, at, sizes, rules).to(q.dtype)
             dk = weighted_sum(ds, q, dk, blocks.CAREFUL, blocks.PRECISION)
             if dq_sums_ptr is not None:
                 _add_grad_of_queries(dq_sums_ptr + rows_of * blocks.HEAD_DIM, ds, k, row, seqlen_q, blocks)
@@ -92,7 +92,7 @@ def _grad_of_keys(
 
 
 @triton.jit
-def grad_of_tile_of_keys(entry, col_tile, span, call, d_key, d_value, marks_ptr, dq_sums_ptr, blocks):
+def grad_of_tile_of_keys(entry, col_tile, span, call, rules, d_key, d_value, marks_ptr, dq_sums_ptr, blocks):
     """dK and dV of one tile of keys, from all query rows that see it; a key is marked, unless ``marks_ptr`` is None,
     where one of the two is not finite."""
     sizes = span.sizes
@@ -111,15 +111,16 @@ def grad_of_tile_of_keys(entry, col_tile, span, call, d_key, d_value, marks_ptr,
     tiles = None
     if call.lists.ptr is not None:
         tiles = list_of(call.lists, at, col_tile, tl.cdiv(seqlen_k, blocks.N), tl.cdiv(seqlen_q, blocks.M))
-    edges = row_edges(col_start, at, sizes, call.rules, blocks.M, blocks.N)
+    edges = row_edges(col_start, at, sizes, rules, blocks.M, blocks.N)
     full, partial = count_visits(edges, tiles)
     dk, dv = _grad_of_keys(
-        dk, dv, k, v, key, value, col_start, batch, kv_head, span, call, dq_sums_ptr, partial, edges, tiles, blocks,
-        True,
+        dk, dv, k, v, key, value, col_start, batch, kv_head, span, call, rules, dq_sums_ptr, partial, edges, tiles,
+        blocks, True,
     )  # fmt: skip
     dk, dv = _grad_of_keys(
-        dk, dv, k, v, key, value, col_start, batch, kv_head, span, call, dq_sums_ptr, full, edges, tiles, blocks, False
-    )
+        dk, dv, k, v, key, value, col_start, batch, kv_head, span, call, rules, dq_sums_ptr, full, edges, tiles, blocks,
+        False,
+    )  # fmt: skip
     dk *= call.scale
     d_key, d_value = head_of(d_key, batch, kv_head, first_key), head_of(d_value, batch, kv_head, first_key)
     store_tile(d_key, col_start, seqlen_k, dk, blocks.N, blocks.D, blocks.HEAD_DIM)
@@ -147,8 +148,8 @@ def _attention_bwd_dkdv_kernel(
             return
     lists = TileLists(tile_lists, lists_per_batch, lists_per_head)
     call = BackwardCall(
-        query, key, value, d_output, statistics_ptr, delta_ptr, rules, dropout, d_weights, lists, heads, group, scale,
-    )  # fmt: skip
+        query, key, value, d_output, statistics_ptr, delta_ptr, dropout, d_weights, lists, heads, group, scale
+    )
     packing = Packing(offsets, sequences, longest_q, longest_k, bottom_right)
     # under a diagonal the first keys are seen most: longest first
     tiles_n = count_tiles(seqlen_k, sequences, BLOCK_N)
@@ -158,7 +159,7 @@ def _attention_bwd_dkdv_kernel(
         if col_tile < 0:
             return
     grad_of_tile_of_keys(
-        tl.program_id(0) // tiles_n, col_tile, span, call, d_key, d_value, marks_ptr, dq_sums_ptr,
+        tl.program_id(0) // tiles_n, col_tile, span, call, rules, d_key, d_value, marks_ptr, dq_sums_ptr,
         Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, False),
     )  # fmt: skip
 

@@ -12,10 +12,10 @@ from fastattn_kernels.common.dropout import dropout_factor
 from fastattn_kernels.common.gradients import Gradients, WeightsGradient, weights_argument
 from fastattn_kernels.common.launch import launch
 from fastattn_kernels.common.marks import GradientMarks, rows_not_finite
-from fastattn_kernels.common.masking import LOG2_E, distance
+from fastattn_kernels.common.masking import distance, in_unit
 from fastattn_kernels.common.packed import Packing, count_tiles, find_tile, line_of, place_of
 from fastattn_kernels.common.problem import Problem
-from fastattn_kernels.common.scores import probabilities, score_gradient, softcapped_scores, through_softcap
+from fastattn_kernels.common.scores import probabilities, product_gradient, score_gradient, softcapped_scores
 from fastattn_kernels.common.tile_map import list_arguments
 from fastattn_kernels.common.tiles import head_of, is_off, load_statistics, load_tile, product, store_tile, weighted_sum
 from fastattn_kernels.common.visits import count_visits, key_edges, list_of, visited_tile
@@ -24,13 +24,13 @@ from fastattn_kernels.common.visits import count_visits, key_edges, list_of, vis
 @triton.jit
 def _grad_of_queries(
     dq, d_slope, q, do, row_max, inverse_sum, delta, query, d_output, key, value, row_start, at, batch_head, span, call,
-    visits, edges, tiles, blocks, SLOPES: tl.constexpr, PARTIAL: tl.constexpr,
+    rules, visits, edges, tiles, blocks, SLOPES: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """Add to dQ, and if SLOPES to the gradient of the rows' ALiBi slope, what the tiles of keys that are seen whole (if
     PARTIAL: in part) give."""
-    sizes, rules, dropout = span.sizes, call.rules, call.dropout
+    sizes, dropout = span.sizes, call.dropout
     seqlen_q, seqlen_k = sizes.seqlen_q, sizes.seqlen_k
-    unit = call.scale * LOG2_E
+    unit = in_unit(call.scale, rules)
     rows = row_start + tl.arange(0, blocks.M)[:, None]
     for position in tl.range(0, visits):
         start = visited_tile(position, edges, tiles, tl.cdiv(seqlen_k, blocks.N), PARTIAL) * blocks.N
@@ -53,14 +53,14 @@ def _grad_of_queries(
         ds = score_gradient(p, factor, dp, delta[:, None], rows, cols, at, sizes, rules, call.d_weights, PARTIAL)
         if SLOPES:
             d_slope -= tl.sum(ds * distance(rows, cols, sizes.shift), 1)
-        ds = through_softcap(ds, scores, rules.softcap).to(k.dtype)
+        ds = product_gradient(ds, scores, rows, cols, at, sizes, rules).to(k.dtype)
         dq = weighted_sum(ds, k, dq, blocks.CAREFUL, blocks.PRECISION)
     return dq, d_slope
 
 
 @triton.jit
 def grad_of_tile_of_queries(
-    entry, row_tile, span, call, output, d_lse, d_query, d_alibi_slopes_ptr, marks_ptr, blocks
+    entry, row_tile, span, call, rules, output, d_lse, d_query, d_alibi_slopes_ptr, marks_ptr, blocks
 ):  # fmt: skip
     """dQ of one tile of rows, from all keys that it sees; its rows are marked unless ``marks_ptr`` is None. Their delta
     is computed and stored; if ``output`` is None, it has been computed before, and is loaded."""
@@ -92,16 +92,16 @@ def grad_of_tile_of_queries(
     tiles = None
     if call.lists.ptr is not None:
         tiles = list_of(call.lists, at, row_tile, tl.cdiv(seqlen_q, blocks.M), tl.cdiv(seqlen_k, blocks.N))
-    edges = key_edges(row_start, at, sizes, call.rules, blocks.M, blocks.N)
+    edges = key_edges(row_start, at, sizes, rules, blocks.M, blocks.N)
     full, partial = count_visits(edges, tiles)
     SLOPES: tl.constexpr = d_alibi_slopes_ptr is not None
     dq, d_slope = _grad_of_queries(
         dq, d_slope, q, do, row_max, inverse_sum, delta, query, d_output, key, value, row_start, at, batch_head, span,
-        call, full, edges, tiles, blocks, SLOPES, False,
+        call, rules, full, edges, tiles, blocks, SLOPES, False,
     )  # fmt: skip
     dq, d_slope = _grad_of_queries(
         dq, d_slope, q, do, row_max, inverse_sum, delta, query, d_output, key, value, row_start, at, batch_head, span,
-        call, partial, edges, tiles, blocks, SLOPES, True,
+        call, rules, partial, edges, tiles, blocks, SLOPES, True,
     )  # fmt: skip
     dq *= call.scale
     store_tile(head_of(d_query, batch, head, first_row), row_start, seqlen_q, dq, blocks.M, blocks.D, blocks.HEAD_DIM)
@@ -126,8 +126,8 @@ def _attention_bwd_dq_kernel(
             return
     lists = TileLists(tile_lists, lists_per_batch, lists_per_head)
     call = BackwardCall(
-        query, key, value, d_output, statistics_ptr, delta_ptr, rules, dropout, d_weights, lists, heads, group, scale,
-    )  # fmt: skip
+        query, key, value, d_output, statistics_ptr, delta_ptr, dropout, d_weights, lists, heads, group, scale
+    )
     packing = Packing(offsets, sequences, longest_q, longest_k, bottom_right)
     # longest first, as in the forward
     tiles_m = count_tiles(seqlen_q, sequences, BLOCK_M)
@@ -137,7 +137,7 @@ def _attention_bwd_dq_kernel(
         if row_tile < 0:
             return
     grad_of_tile_of_queries(
-        tl.program_id(0) // tiles_m, row_tile, span, call, output, d_lse, d_query,
+        tl.program_id(0) // tiles_m, row_tile, span, call, rules, output, d_lse, d_query,
         d_alibi_slopes_ptr, marks_ptr,
         Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, False),
     )  # fmt: skip

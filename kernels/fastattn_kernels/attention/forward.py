@@ -7,14 +7,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn_kernels.attention.config import again_options, careful_config, forward_config
-from fastattn_kernels.common.arguments import RUN_TIME, Blocks, Heads, PerHead, Rules, Sizes, TileLists, strided
+from fastattn_kernels.common.arguments import RUN_TIME, Blocks, Heads, PerHead, Sizes, TileLists, strided
 from fastattn_kernels.common.config import Config, dot_precision, head_block
 from fastattn_kernels.common.dropout import dropout_keep, dropout_scale
 from fastattn_kernels.common.launch import launch
 from fastattn_kernels.common.marks import few_programs, is_marked, rows_not_finite, tiles_to_look_at
-from fastattn_kernels.common.masking import INFINITY, LN_2, LOG2_E, capped, masked_scores
+from fastattn_kernels.common.masking import INFINITY, LN_2, LOG2_E, in_unit, masked_scores
 from fastattn_kernels.common.packed import Packing, Span, count_tiles, find_tile, line_of, place_of
 from fastattn_kernels.common.problem import Problem
+from fastattn_kernels.common.scores import softcapped_scores
 from fastattn_kernels.common.tile_map import TileMap, list_arguments
 from fastattn_kernels.common.tiles import head_of, load_tile, softmax_step, store_statistics, store_tile, weighted_sum
 from fastattn_kernels.common.visits import count_visits, key_edges, list_of, visited_tile
@@ -32,7 +33,6 @@ class _Call(NamedTuple):
     output: Heads
     lse_ptr: Any
     statistics_ptr: Any
-    rules: Rules
     sinks: PerHead | None
     dropout: Any
     lists: TileLists
@@ -76,15 +76,12 @@ def attend_tile(
     acc, row_max, row_sum, qk, unit, rows, cols, at, batch_head, sizes, rules, dropout, PARTIAL: tl.constexpr
 ):
     """``(P, acc, row_max, row_sum)`` after one more tile of products: a step of online softmax, but for adding P V."""
-    # as long as nothing is added to the products, the scale can wait for the multiply-add of the exponent
-    if rules.bias is None and rules.alibi_slopes is None and rules.softcap is None:
+    # as long as nothing is made of the products, the scale can wait for the multiply-add of the exponent
+    if rules.bias is None and rules.alibi_slopes is None and rules.softcap is None and rules.score_mod is None:
         scores = masked_scores(qk, rows, cols, at, sizes, rules, PARTIAL)
         p, acc, row_max, row_sum = softmax_step(acc, row_max, row_sum, scores, unit)
     else:
-        scores = qk * unit
-        if rules.softcap is not None:
-            scores = capped(scores, rules.softcap)
-        scores = masked_scores(scores, rows, cols, at, sizes, rules, PARTIAL)
+        scores = masked_scores(softcapped_scores(qk, unit, rules), rows, cols, at, sizes, rules, PARTIAL)
         p, acc, row_max, row_sum = softmax_step(acc, row_max, row_sum, scores, 1.0)
     if dropout is not None:
         p = tl.where(dropout_keep(rows, cols, batch_head, dropout), p, 0.0)
@@ -140,10 +137,10 @@ def _attend_keys(
 
 
 @triton.jit
-def _attend_rows(entry, row_tile, span, call, blocks, PIPELINED: tl.constexpr):
+def _attend_rows(entry, row_tile, span, call, rules, blocks, PIPELINED: tl.constexpr):
     """Write the output and statistics of one tile of queries of one head (``packed.place_of``); return whether it holds
     NaN or inf."""
-    sizes, rules, dropout = span.sizes, call.rules, call.dropout
+    sizes, dropout = span.sizes, call.dropout
     seqlen_q, seqlen_k = sizes.seqlen_q, sizes.seqlen_k
     row_start = row_tile * blocks.M
     at, batch_head = place_of(entry, call.heads, span)
@@ -158,7 +155,7 @@ def _attend_rows(entry, row_tile, span, call, blocks, PIPELINED: tl.constexpr):
         # max(scale * qk) = scale * max(qk) holds for scale > 0: a negative one's sign moves into q, which is exact. Not
         # if pipelined: q as it is loaded stays in shared memory, a computed one is an operand in 32 registers.
         q = tl.where(call.scale < 0, -q, q)
-    unit = tl.maximum(tl.abs(call.scale) * LOG2_E, TINY)
+    unit = tl.maximum(in_unit(tl.abs(call.scale), rules), TINY)
 
     acc = tl.zeros([blocks.M, blocks.DV], tl.float32)
     row_max = tl.full([blocks.M], -INFINITY, tl.float32)
@@ -228,10 +225,10 @@ def _attention_fwd_kernel(
     is_suspect = _attend_rows(
         entry, row_tile, span,
         _Call(
-            query, key, value, output, lse_ptr, statistics_ptr, rules, sinks, dropout,
+            query, key, value, output, lse_ptr, statistics_ptr, sinks, dropout,
             TileLists(tile_lists, lists_per_batch, lists_per_head), heads, group, scale,
         ),
-        Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, False), PIPELINED,
+        rules, Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, False), PIPELINED,
     )  # fmt: skip
     if AGAIN_M > 0:
         if is_suspect:
@@ -239,10 +236,10 @@ def _attention_fwd_kernel(
                 _attend_rows(
                     entry, row_tile * (BLOCK_M // AGAIN_M) + part, span,
                     _Call(
-                        query, key, value, output, lse_ptr, statistics_ptr, rules, sinks, dropout,
+                        query, key, value, output, lse_ptr, statistics_ptr, sinks, dropout,
                         TileLists(None, 0, 0), heads, group, scale,  # the lists are of larger tiles
                     ),
-                    Blocks(AGAIN_M, AGAIN_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, True), False,
+                    rules, Blocks(AGAIN_M, AGAIN_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, True), False,
                 )  # fmt: skip
 
 
@@ -256,16 +253,15 @@ def _attention_fwd_careful_kernel(
     """Behind the forward in Gluon: of ``tiles`` tiles of queries each program looks after its share, and computes those
     that hold a marked row."""
     call = _Call(
-        query, key, value, output, lse_ptr, statistics_ptr, rules, sinks, dropout, TileLists(None, 0, 0),
-        heads, group, scale,
-    )  # fmt: skip
+        query, key, value, output, lse_ptr, statistics_ptr, sinks, dropout, TileLists(None, 0, 0), heads, group, scale
+    )
     span = Span(Sizes(seqlen_q, seqlen_k, lower, upper, shift), None, None, None, seqlen_q, seqlen_k)
     tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
     first, last = tiles_to_look_at(marks_ptr, tiles, seqlen_q, BLOCK_M)
     for tile in tl.range(first, last):
         if is_marked(marks_ptr, tile, seqlen_q, BLOCK_M):
             _attend_rows(
-                tile // tiles_m, tile % tiles_m, span, call,
+                tile // tiles_m, tile % tiles_m, span, call, rules,
                 Blocks(BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HEAD_DIM, VALUE_DIM, PRECISION, CAREFUL), False,
             )  # fmt: skip
 

@@ -12,8 +12,8 @@ from fastattn_kernels.common.config import Config
 C = Config
 Kernel = Literal["forward", "dkdv", "dq", "one_pass", "bias", "weights"]
 
-# 16-bit dtypes. architecture -> kernel -> columns -> tiles for the loads (plain, masked, biased, heavy) in this order;
-# where fewer are given, the last one serves the loads that follow.
+# 16-bit dtypes. architecture -> kernel -> columns -> tiles for the loads (plain, masked, biased, heavy, modified) in
+# this order; where fewer are given, the last one serves the loads that follow.
 HALF: dict[str, dict[Kernel, dict[int, tuple[Config, ...]]]] = {
     "sm_90": {
         # 8 warps: with 4, ptxas serialises wgmma (C7511). Pipelined: all 66 exponentials of a thread are issued beside
@@ -21,7 +21,7 @@ HALF: dict[str, dict[Kernel, dict[int, tuple[Config, ...]]]] = {
         # cycles instead of 3104 (128 columns), and 1260 instead of 2080 (64 columns).
         "forward": {
             64: (C(128, 128, 8, 3, True), C(128, 128, 8, 2), C(128, 64, 8, 3)),
-            128: (C(128, 128, 8, 2, True), C(128, 64, 8, 3)),
+            128: (C(128, 128, 8, 2, True), *[C(128, 64, 8, 3)] * 3, C(128, 32, 8, 3)),
             256: (C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 32, 8, 2)),
             512: (C(32, 32, 8, 2),),
         },
@@ -53,7 +53,7 @@ HALF: dict[str, dict[Kernel, dict[int, tuple[Config, ...]]]] = {
     "sm_80": {
         "forward": {
             64: (C(128, 128, 8, 3), C(128, 64, 8, 3)),
-            128: (C(64, 64, 8, 2), C(64, 32, 4, 2)),
+            128: (C(64, 64, 8, 2), *[C(64, 32, 4, 2)] * 3, C(64, 32, 8, 2)),
             256: (C(64, 32, 8, 2),),
             512: (C(32, 32, 8, 2),),
         },

@@ -15,7 +15,7 @@ from fastattn_kernels.common.config import Config, dot_precision, head_block
 from fastattn_kernels.common.dropout import dropout_factor, dropout_keep
 from fastattn_kernels.common.gradients import WeightsGradient
 from fastattn_kernels.common.launch import launch
-from fastattn_kernels.common.masking import LOG2_E, pair_pointers
+from fastattn_kernels.common.masking import in_unit, pair_pointers
 from fastattn_kernels.common.problem import Problem
 from fastattn_kernels.common.scores import load_weights_gradient, probabilities, softcapped_scores
 from fastattn_kernels.common.tiles import head_of, is_off, load_statistics, load_tile
@@ -67,7 +67,7 @@ def _attention_weights_kernel(
         k = load_tile(head_of(key, batch, head64 // group), col_start, seqlen_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)
         row_max, inverse_sum = load_statistics(statistics_ptr + 2 * batch_head.to(tl.int64) * seqlen_q, row, seqlen_q)
         total += _weights(
-            q, k, row_max, inverse_sum, scale * LOG2_E, rows, cols, At(batch, head64), batch_head, sizes, rules,
+            q, k, row_max, inverse_sum, in_unit(scale, rules), rows, cols, At(batch, head64), batch_head, sizes, rules,
             dropout, PRECISION,
         )  # fmt: skip
     ptrs = pair_pointers(weights, At(batch, first_head.to(tl.int64)), rows, cols)
@@ -108,8 +108,9 @@ def _attention_weights_delta_kernel(
         cols = start + tl.arange(0, BLOCK_N)[None, :]
         k = load_tile(key, start, seqlen_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)
         p = _weights(
-            q, k, row_max, inverse_sum, scale * LOG2_E, rows, cols, at, batch_head, sizes, rules, dropout, PRECISION
-        )
+            q, k, row_max, inverse_sum, in_unit(scale, rules), rows, cols, at, batch_head, sizes, rules, dropout,
+            PRECISION,
+        )  # fmt: skip
         dw = load_weights_gradient(d_weights, rows, cols, at, sizes)
         delta += tl.sum(tl.where(p == 0.0, 0.0, p * dw), 1)
     tl.store(delta_ptr + rows_of + row, delta, mask=row < seqlen_q)

@@ -96,12 +96,38 @@ class Documents(NamedTuple):
     key_stride_n: Any
 
 
+class Captured(NamedTuple):
+    """A tensor that a user's function reads, with tuples of its sizes and strides, 0 on the axes of size 1."""
+
+    ptr: Any
+    sizes: Any
+    strides: Any
+
+
+class ScoreMod(NamedTuple):
+    """A user's function of scores, its gradient, and a tuple of :class:`Captured`; see ``functions.Modifier``."""
+
+    captured: Any
+    gradient: Any
+    function: Any
+
+
+class MaskMod(NamedTuple):
+    """A user's function that says which keys a query sees, and a tuple of :class:`Captured`."""
+
+    captured: Any
+    function: Any
+
+
 class Rules(NamedTuple):
-    """What decides which keys a query sees, and what is added to its scores; None: not there, and not compiled.
+    """What decides which keys a query sees, and what becomes of its scores; None: not there, and not compiled.
 
     Triton 3.6 builds a tuple of kernel arguments anew inside every loop and branch, by a type that it derived when it
     last put in a value of the tuple's own: first the run-time values, then the constants, each from left to right. The
-    constants of a tuple inside it that are put in later are None in the loop. ``last_constant`` is put in last.
+    constants of a tuple inside it that are put in later are None in the loop. ``last_constant`` is put in last, as in
+    :class:`ScoreMod` and :class:`MaskMod` the function is.
+
+    Rules never get a name inside a kernel, for the functions are constants: they are handed on as an argument.
     """
 
     mask: Any = None
@@ -111,6 +137,8 @@ class Rules(NamedTuple):
     prefix: Any = None
     alibi_slopes: Any = None
     softcap: Any = None
+    score_mod: Any = None
+    mask_mod: Any = None
     last_constant: None = None
 
 
@@ -126,10 +154,12 @@ class Sizes(NamedTuple):
 
 
 class At(NamedTuple):
-    """The batch entry and the head that a tile belongs to, 64 bits wide."""
+    """The batch entry and the head that a tile belongs to, 64 bits wide; and where its queries are those of a cache,
+    the slot at which the first of them stands, from which a user's function counts them."""
 
     batch: Any
     head: Any
+    first_slot: Any = None
 
 
 class Dropout(NamedTuple):

@@ -7,8 +7,8 @@ from triton import next_power_of_2
 
 # What a tile of scores carries beside itself, which is what fills the registers. plain: nothing (a diagonal is free);
 # masked: something that hides keys; biased: something added to the scores, too; heavy: a softcap, random numbers or the
-# gradient of returned weights, too.
-Load = Literal["plain", "masked", "biased", "heavy"]
+# gradient of returned weights, too; modified: a user's function of scores, too.
+Load = Literal["plain", "masked", "biased", "heavy", "modified"]
 
 
 class Config(NamedTuple):

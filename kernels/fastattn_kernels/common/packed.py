@@ -33,12 +33,15 @@ class Packed:
         seqused_k: int32 ``[N]``, contiguous: so many first keys of each sequence are in use; None: all.
         bottom_right: whether causality, windows and positions count from the last key in use of each sequence:
             ``keys - queries`` of the sequence is then added to the problem's ``lower``, ``upper`` and ``shift``.
+        longest: rows and keys of the longest sequences, where the host knows them; None: it does not. Of a longer one
+            the rest is left out.
     """
 
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     seqused_k: Tensor | None = None
     bottom_right: bool = False
+    longest: tuple[int, int] | None = None
 
     @property
     def sequences(self) -> int:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastattn_kernels.common.arguments import Dropout, Pairs, PerBatch, PerHead, PerKey, Rules, documents, strided
 from fastattn_kernels.common.config import Load
+from fastattn_kernels.common.functions import Modifier
 from fastattn_kernels.common.gradients import WeightsGradient
 from fastattn_kernels.common.packed import Offsets, Packed
 
@@ -32,6 +33,8 @@ class Problem:
         upper: query ``i`` sees keys ``j <= i + upper``; None: no such bound.
         shift: query ``i`` stands at key position ``i + shift``.
         softcap: scores become ``softcap * tanh(score / softcap)`` before anything is added; None: they stay.
+        score_mod: a function that changes the scores behind the softcap, before anything is added; -inf hides a pair.
+        mask_mod: a function that says which keys a query sees, of those that all else leaves visible.
         seed: int64 ``[2]`` on the device, seed and offset of the dropout; None: no dropout.
         dropout_p: the probability of dropping a weight.
         packed: where packed sequences lie; None: nothing is packed. With it ``B`` of query, key and value is 1, and of
@@ -55,6 +58,8 @@ class Problem:
     upper: int | None = None
     shift: int = 0
     softcap: float | None = None
+    score_mod: Modifier | None = None
+    mask_mod: Modifier | None = None
     seed: Tensor | None = None
     dropout_p: float = 0.0
     packed: Packed | None = None
@@ -65,6 +70,11 @@ class Problem:
         candidates = (self.mask, self.key_padding_mask, self.query_documents, self.key_documents)
         return [tensor for tensor in candidates if tensor is not None]
 
+    @property
+    def hides_at_will(self) -> bool:
+        """Whether something hides keys that arithmetic knows nothing of: one of the masks, or a function."""
+        return bool(self.masks) or self.mask_mod is not None
+
     def masks_pairs(self) -> bool:
         """Whether some query may see a key that another one, or nobody, may not.
 
@@ -73,22 +83,29 @@ class Problem:
         launch, which exits at once where all is finite and costs a few microseconds: a second loop inside them would
         spill registers.
         """
+        if self.bias is not None or self.score_mod is not None or self.hides_at_will:
+            return True
         if self.packed is not None:  # only the device knows the lengths
-            return self.bias is not None or self.lower is not None or self.upper is not None
+            return self.lower is not None or self.upper is not None
         rows, last_key = self.query.shape[2], self.key.shape[2] - 1
         # a single row that sees every key, as in decoding, hides none
         below = self.lower is not None and (rows > 1 or self.lower > 0)
         above = self.upper is not None and (rows > 1 or self.upper < last_key)
-        return bool(self.masks) or self.bias is not None or below or above
+        return below or above
 
     def load(self, d_weights: WeightsGradient | None = None) -> Load:
         """What a tile of scores carries beside itself."""
+        if self.score_mod is not None:
+            return "modified"
         if self.seed is not None or d_weights is not None or self.softcap is not None:
             return "heavy"
-        if self.bias is not None or self.alibi_slopes is not None:
+        if self.mask_mod is not None and self.mask_mod.is_heavy:
+            return "heavy"
+        # a function that hides keys takes registers: on sm_90 dK and dV would spill (8 bytes at head size 64)
+        if self.bias is not None or self.alibi_slopes is not None or self.mask_mod is not None:
             # where a sequence begins takes registers, too: dQ would spill (72 bytes on sm_90 at head size 128)
             return "biased" if self.packed is None else "heavy"
-        hides = self.masks or self.prefix is not None or self.lower is not None
+        hides = self.hides_at_will or self.prefix is not None or self.lower is not None
         return "masked" if hides else "plain"
 
     def rules(self) -> Rules:
@@ -101,6 +118,8 @@ class Problem:
             prefix=strided(PerBatch, self.prefix),
             alibi_slopes=strided(PerHead, self.alibi_slopes),
             softcap=self.softcap,
+            score_mod=self.score_mod and self.score_mod.score_mod(),
+            mask_mod=self.mask_mod and self.mask_mod.mask_mod(),
         )
 
     def sizes(self) -> tuple[int | None, ...]:
@@ -119,6 +138,8 @@ class Problem:
         """Rows and keys of a batch entry, or how many a packed sequence can have: no more than the bias, past whose end
         a longer one would read."""
         rows, keys = self.query.shape[2], self.key.shape[2]
+        if self.packed is not None and self.packed.longest is not None:
+            rows, keys = self.packed.longest
         if self.packed is None or self.bias is None:
             return rows, keys
         of_bias = self.bias.shape[2:]

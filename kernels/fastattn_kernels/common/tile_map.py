@@ -1,10 +1,11 @@
 """Tile maps: which tiles of an arbitrary mask are seen whole, in part or not at all, worked out on the device.
 
-One kernel reads the masks once and writes, for every granule of 64 x 64 pairs, whether none, some or all of them are
-visible. A second one turns that map into what a loop needs: for each tile of rows (or of keys) of a kernel's own size,
-the list of tiles to visit; where a backward needs lists for rows and for keys, it writes both in one launch. Both are
-small beside attention itself, and nothing is copied to the host. So every mask, whatever its shape, costs only the
-tiles that it leaves visible. The granules, one byte for 4096 pairs, may be kept from the forward for the backward.
+One kernel reads the masks, or asks a user's function, once and writes, for every granule of 64 x 64 pairs, whether
+none, some or all of them are visible. A second one turns that map into what a loop needs: for each tile of rows (or of
+keys) of a kernel's own size, the list of tiles to visit; where a backward needs lists for rows and for keys, it writes
+both in one launch. Both are small beside attention itself, and nothing is copied to the host. So every mask, whatever
+its shape, costs only the tiles that it leaves visible. The granules, one byte for 4096 pairs, may be kept from the
+forward for the backward.
 """
 
 import torch
@@ -23,6 +24,8 @@ GRANULE = 64
 # two in Gluon, and one for the map itself unless the forward's is at hand. With fewer granules it is quicker to visit
 # them all.
 FEWEST_GRANULES = 6
+# A function that hides keys may need many registers for a pair: with 4 warps, 32 pairs a thread, it would spill.
+_OPTIONS_WITH_FUNCTION = {"num_warps": 8}
 # Entries of the map that the list kernel reads at once.
 _CHUNK = 64
 
@@ -130,13 +133,17 @@ class TileMap:
         batch, heads, seqlen_q = problem.query.shape[:3]
         seqlen_k = problem.key.shape[2]
         prefix = [] if problem.prefix is None else [problem.prefix]
-        map_batch = batch if any(tensor.shape[0] > 1 for tensor in (*problem.masks, *prefix)) else 1
-        map_heads = heads if problem.mask is not None and problem.mask.shape[1] > 1 else 1
+        mask_mod = problem.mask_mod
+        of_batches = any(tensor.shape[0] > 1 for tensor in (*problem.masks, *prefix))
+        of_heads = problem.mask is not None and problem.mask.shape[1] > 1
+        map_batch = batch if of_batches or (mask_mod is not None and mask_mod.batches) else 1
+        map_heads = heads if of_heads or (mask_mod is not None and mask_mod.heads) else 1
         shape = (map_batch, map_heads, int(triton.cdiv(seqlen_q, GRANULE)), int(triton.cdiv(seqlen_k, GRANULE)))
         self.granules = torch.empty(shape, dtype=torch.uint8, device=problem.query.device)
         launch(
             _tile_map_kernel, (self.granules.numel(),), problem.query,
-            self.granules, problem.rules(), *problem.sizes(), map_heads, GRANULE=GRANULE,
+            self.granules, problem.rules()._replace(score_mod=None), *problem.sizes(), map_heads, GRANULE=GRANULE,
+            **({} if mask_mod is None else _OPTIONS_WITH_FUNCTION),
         )  # fmt: skip
 
     def of_rows(self, config: Config) -> Tensor:
@@ -187,14 +194,18 @@ class TileMap:
 def tile_map_for(problem: Problem, granules: Tensor | None = None) -> TileMap | None:
     """The tile map of a problem, or None where arithmetic alone says which tiles to visit, or where there are few.
 
+    Packed sequences have none: only the device knows where their tiles lie.
+
     Args:
         problem: a call's inputs.
-        granules: of a map that was made of the same masks, by the forward; None: the masks are read now.
+        granules: of a map that was made of the same masks, by the forward; None: it is made now.
     """
     seqlen_q, seqlen_k = problem.query.shape[2], problem.key.shape[2]
     count = triton.cdiv(seqlen_q, GRANULE) * triton.cdiv(seqlen_k, GRANULE)
     worthwhile = problem.query.numel() > 0 and count >= FEWEST_GRANULES
-    return TileMap(problem, granules) if problem.masks and worthwhile else None
+    if problem.packed is not None or not problem.hides_at_will or not worthwhile:
+        return None
+    return TileMap(problem, granules)
 
 
 def list_arguments(lists: Tensor | None) -> tuple[Tensor | None, int, int]:

@@ -1,8 +1,8 @@
 """Which tiles a loop visits: first those that are seen whole, without any predicate, then those seen in part.
 
-Where nothing but lower, upper and prefix hides keys, arithmetic says which (:class:`Edges`). Where masks, padding or
-documents do, ``tile_map`` has written a list for every tile of rows or of keys, and ``tiles`` points to it: two counts,
-then the tiles seen whole from the front, and the others from the back.
+Where nothing but lower, upper and prefix hides keys, arithmetic says which (:class:`Edges`). Where masks, padding,
+documents or a user's function do, ``tile_map`` has written a list for every tile of rows or of keys, and ``tiles``
+points to it: two counts, then the tiles seen whole from the front, and the others from the back.
 """
 
 from typing import Any, NamedTuple
@@ -45,7 +45,9 @@ def key_edges(row_start, at, sizes, rules, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
         prefix_full, prefix_end = keys // BLOCK_N, tl.cdiv(keys, BLOCK_N)
         begin = tl.maximum(begin, prefix_end)
     end = tl.maximum(end, begin)
-    if rules.mask is not None or rules.padding is not None or rules.documents is not None:
+    if (
+        rules.mask is not None or rules.padding is not None or rules.documents is not None or rules.mask_mod is not None
+    ):  # fmt: skip
         prefix_full, full_end = 0, begin  # arithmetic knows of no tile that it is seen whole
     full_begin = tl.minimum(tl.maximum(full_begin, begin), end)
     full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
@@ -76,7 +78,9 @@ def row_edges(col_start, at, sizes, rules, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
         end = tl.where(col_start < keys, tl.cdiv(seqlen_q, BLOCK_M), end)
         full_end = tl.where(last_col < keys, end, full_end)
     end = tl.maximum(end, begin)
-    if rules.mask is not None or rules.padding is not None or rules.documents is not None:
+    if (
+        rules.mask is not None or rules.padding is not None or rules.documents is not None or rules.mask_mod is not None
+    ):  # fmt: skip
         full_end = begin
     # a tile that reaches past the last key is seen in part
     full_end = tl.where(col_start + BLOCK_N > seqlen_k, begin, full_end)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from fastattn.ops.attention.kvcache import on_torch, on_triton, operator
+from fastattn.ops.attention.contract import MaskMod, ScoreMod
+from fastattn.ops.attention.kvcache import modified, on_torch, on_triton, operator
 from fastattn.ops.attention.kvcache.call import make_call
 from fastattn.ops.attention.kvcache.contract import Arguments
 from fastattn.ops.common import backends
@@ -46,6 +48,8 @@ def attention_with_kvcache(
     scale: float | None = None,
     num_splits: int = 0,
     return_lse: bool = False,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
     backend: backends.Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact softmax attention of the last ``L`` tokens of each sequence to those that a key/value cache holds of it.
@@ -84,6 +88,9 @@ def attention_with_kvcache(
         num_splits: between how many programs the kernels divide the slots of a sequence; 0: they decide, from the
             shapes alone. The torch backend needs no such number.
         return_lse: also return the LSE, the logarithm of each query's sum of exponentials.
+        score_mod: as of :func:`fastattn.attention`; ``query_index`` is the slot at which a query stands, and
+            ``key_index`` a slot.
+        mask_mod: likewise.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``; default what :func:`fastattn.use_backend` or the environment
             variable ``FASTATTN_BACKEND`` says.
 
@@ -100,7 +107,9 @@ def attention_with_kvcache(
         NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
     """
     signature = None
-    if isinstance(cache_seqlens, Tensor) and lies_with_kernels(query):  # an int is another one at each step
+    is_modified = score_mod is not None or mask_mod is not None
+    is_an_int = not isinstance(cache_seqlens, Tensor)  # another one at each step
+    if not is_an_int and not is_modified and lies_with_kernels(query):
         values = (
             query, key_cache, value_cache, key, value, cache_seqlens, block_table, cache_leftpad, rotary_cos,
             rotary_sin, attn_mask, window, sinks, alibi_slopes,
@@ -128,10 +137,16 @@ def attention_with_kvcache(
         "scale": scale,
         "num_splits": num_splits,
         "return_lse": return_lse,
+        "score_mod": score_mod,
+        "mask_mod": mask_mod,
     }
     tensors = query, key_cache, value_cache, key, value
     if has_torch_function_variadic(query, key_cache, value_cache) and is_symbolically_traced(*tensors):
         return recorded(attention_with_kvcache, *tensors, **words, backend=backend)
+    if is_modified and torch.compiler.is_dynamo_compiling():
+        del words["score_mod"], words["mask_mod"]
+        output, lse = modified.run_in_graph(make_call(*tensors, **words), score_mod, mask_mod, backend)
+        return output if lse is None else (output, lse)
     call = make_call(*tensors, **words)
     if backends.choose(call, backend, on_triton.refusals) == "triton":
         output, lse = on_triton.run(call)

@@ -15,6 +15,8 @@ from fastattn.ops.attention.call import (
     check_window,
     heads_wanted,
 )
+from fastattn.ops.attention.functions.call import check_function
+from fastattn.ops.attention.functions.lookups import Extent
 from fastattn.ops.attention.kvcache.contract import KVCacheCall, KVCacheInputs, KVCacheOptions
 from fastattn.ops.common.checks import check_attn_mask, check_tensor, is_integer, shape_of, shapes_of, under_autocast
 from fastattn.ops.common.tracing import are_sizes, is_eager_on_cpu, is_traced
@@ -208,6 +210,8 @@ def make_call(
     scale: float | None,
     num_splits: int,
     return_lse: bool,
+    score_mod: Any = None,
+    mask_mod: Any = None,
 ) -> KVCacheCall:
     """Check every argument of :func:`fastattn.attention_with_kvcache`; under autocast, cast all but the caches."""
     if key is not None and value is not None:
@@ -267,4 +271,11 @@ def make_call(
     )
     if is_eager_on_cpu(query):
         _check_numbers(inputs)
-    return KVCacheCall(inputs, options, return_lse)
+    extent = Extent(query.shape[0], query.shape[1], inputs.room, inputs.room)
+    return KVCacheCall(
+        inputs,
+        options,
+        return_lse,
+        None if score_mod is None else check_function("score_mod", score_mod, query, extent),
+        None if mask_mod is None else check_function("mask_mod", mask_mod, query, extent),
+    )

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.ops.attention.contract import Function
 from fastattn.ops.common.blocks import empty_in_order_of, statistics_dtype
 
 
@@ -87,6 +88,13 @@ class KVCacheCall(NamedTuple):
     inputs: KVCacheInputs
     options: KVCacheOptions
     return_lse: bool
+    score_mod: Function | None = None
+    mask_mod: Function | None = None
+
+    @property
+    def is_modified(self) -> bool:
+        """Is there a function of the user's?"""
+        return self.score_mod is not None or self.mask_mod is not None
 
     @property
     def device(self) -> torch.device:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from fastattn.ops.attention.functions.launch import modifier
 from fastattn.ops.attention.kvcache.contract import KVCacheInputs, KVCacheOptions, KVCacheResults, empty_results
+from fastattn.ops.attention.kvcache.modified import programs
 from fastattn_kernels.attention.decode.append import launch_append
 from fastattn_kernels.attention.decode.forward import division_of, launch_attention_decode
 from fastattn_kernels.attention.decode.problem import CacheProblem
@@ -11,6 +15,7 @@ from fastattn_kernels.common.plans import planned
 
 def _problem(inputs: KVCacheInputs, options: KVCacheOptions) -> CacheProblem:
     lower, upper = options.lower, options.upper
+    functions: dict[str, Any] = {kind: modifier(text, read) for kind, text, read in programs(inputs, options)}
     furthest = inputs.room + inputs.query.shape[2]
     return CacheProblem(
         scale=options.scale,
@@ -19,7 +24,8 @@ def _problem(inputs: KVCacheInputs, options: KVCacheOptions) -> CacheProblem:
         lower=None if lower is None else max(lower, -furthest),
         upper=None if upper is None else min(upper, furthest),
         softcap=options.softcap,
-        **inputs._asdict(),
+        **{name: getattr(inputs, name) for name in KVCacheInputs._fields},
+        **functions,
     )
 
 

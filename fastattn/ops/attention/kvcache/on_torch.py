@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fastattn.ops.attention import on_torch as of_attention
 from fastattn.ops.attention.contract import AttentionCall
-from fastattn.ops.attention.kvcache import pages
+from fastattn.ops.attention.kvcache import modified, pages
 from fastattn.ops.attention.kvcache.contract import KVCacheCall, KVCacheInputs, KVCacheOptions
-from fastattn.ops.attention.kvcache.slots import Span, append, in_order, spans, visible
+from fastattn.ops.attention.kvcache.slots import Span, all_slots, append, in_order, spans
 from fastattn.ops.common.tracing import is_eager_on_cpu
 
 
@@ -25,7 +25,7 @@ def describe(call: KVCacheCall) -> str:
     inputs = call.inputs
     if not is_eager_on_cpu(inputs.query):
         return "attention to all slots, under a mask"
-    if pages.takes(inputs, call.options):
+    if not call.is_modified and pages.takes(inputs, call.options):
         return "attention to each page where it lies, merged by the LSE"
     seen = "the slots that it sees" if inputs.block_table is None else "a copy of the pages that it sees"
     return f"attention of each sequence to {seen}"
@@ -38,27 +38,28 @@ def run(call: KVCacheCall) -> tuple[Tensor, Tensor | None]:
     read = append(inputs, options, looks=looks)
     if not looks:
         tokens = inputs.cache_seqlens if inputs.key is None else inputs.cache_seqlens + inputs.query.shape[2]
-        output, lse = _attend_unseen(read, options, tokens.long(), call.return_lse)
-    elif pages.takes(read, options):
+        asked = all_slots(read, options, tokens.long(), call.return_lse)
+        output, _, lse = of_attention.run(modified.of_slots(asked, tokens, call) if call.is_modified else asked)
+    elif not call.is_modified and pages.takes(read, options):
         output, lse = pages.run(read, options, spans(inputs, options), call.return_lse)
     else:
-        output, lse = _attend_spans(read, options, spans(inputs, options), call.return_lse)
+        output, lse = _attend_spans(call._replace(inputs=read), spans(inputs, options))
     return output, lse if call.return_lse else None
 
 
-def _attend_spans(
-    inputs: KVCacheInputs, options: KVCacheOptions, found: list[Span], return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
+def _attend_spans(call: KVCacheCall, found: list[Span]) -> tuple[Tensor, Tensor | None]:
     """A call of ``attention`` for each run of sequences that see the same slots."""
     outputs, lses, first = [], [], 0
     for span, alike in itertools.groupby(found or [Span(0, 0, 0)]):  # a batch of none is a call as well
         sequences = slice(first, first := first + len(list(alike)))
-        output, _, lse = of_attention.run(_of_span(inputs, options, span, sequences, return_lse))
+        of_span = _of_span(call.inputs, call.options, span, sequences, call.return_lse)
+        of_span = of_span._replace(first_batch=sequences.start, first_row=span.first_query, first_key=span.start)
+        output, _, lse = of_attention.run(of_span._replace(score_mod=call.score_mod, mask_mod=call.mask_mod))
         outputs.append(output)
         lses.append(lse)
     if len(outputs) == 1:
         return outputs[0], lses[0]
-    return torch.cat(outputs), torch.cat(lses) if return_lse else None
+    return torch.cat(outputs), torch.cat(lses) if call.return_lse else None
 
 
 def _of_span(
@@ -107,28 +108,3 @@ def _slots_of(cache: Tensor, block_table: Tensor | None, span: Span, sequences: 
     first, last = span.start // size, -(-span.stop // size)
     slots = in_order(cache, block_table[sequences, first:last])
     return slots[:, :, span.start - first * size : span.stop - first * size]
-
-
-def _attend_unseen(
-    inputs: KVCacheInputs, options: KVCacheOptions, tokens: Tensor, return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
-    """One call of ``attention`` to all slots, for graphs, transforms and other devices."""
-    seen, behind = visible(inputs, options, tokens)
-    bias, slopes = inputs.bias, inputs.alibi_slopes
-    if slopes is not None:  # attention measures distances from one diagonal, and here each sequence has its own
-        added = -slopes[:, :, None, None] * behind.abs()
-        bias = added if bias is None else bias + added
-    output, _, lse = of_attention.run(
-        AttentionCall(
-            inputs.query,
-            in_order(inputs.key_cache, inputs.block_table),
-            in_order(inputs.value_cache, inputs.block_table),
-            mask=seen,
-            bias=bias,
-            sinks=inputs.sinks,
-            softcap=options.softcap,
-            scale=options.scale,
-            return_lse=return_lse,
-        )
-    )
-    return output, lse

@@ -25,9 +25,12 @@ def refusals(call: KVCacheCall) -> list[str]:
     )
     if is_transformed():
         reasons.append("the call is under torch.func or in forward mode: the kernels over a cache have no rules for it")
+    functions = {"score_mod": call.score_mod, "mask_mod": call.mask_mod}
+    read = [(f"a tensor that {name} reads", t) for name, f in functions.items() if f is not None for t in f.captured]
+    reasons += backends.dtype_refusals(*((name, tensor) for name, tensor in read if tensor.is_floating_point()))
     asking = [
         "attn_mask" if name == "bias" else name
-        for name, tensor in inputs._asdict().items()
+        for name, tensor in (*inputs._asdict().items(), *read)
         if tensor is not None and tensor.requires_grad
     ]
     if asking and torch.is_grad_enabled():

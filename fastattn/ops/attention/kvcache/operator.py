@@ -15,6 +15,11 @@ from fastattn.ops.attention.kvcache.contract import (
     KVCacheResults,
     empty_results,
 )
+from fastattn.ops.attention.kvcache.modified import (
+    ModifiedKVCacheInputs,
+    ModifiedKVCacheOptions,
+    modified_operands,
+)
 from fastattn.ops.common.operator import ForwardArguments, Operator
 
 
@@ -42,7 +47,21 @@ ATTENTION_WITH_KVCACHE = Operator(
 )
 
 
+MODIFIED_WITH_KVCACHE = Operator(
+    "attention_modified_with_kvcache",
+    ForwardArguments(ModifiedKVCacheInputs, ModifiedKVCacheOptions),
+    KVCacheResults,
+    run=_run,
+    fake=empty_results,
+    mutates=("key_cache", "value_cache"),
+)
+
+
 def apply(call: KVCacheCall) -> tuple[Tensor, Tensor | None]:
     """``(output, lse or None)`` of a call, through the operator."""
-    output, lse = ATTENTION_WITH_KVCACHE(*call.inputs, *call.options)
+    if call.is_modified:
+        inputs, options = modified_operands(call)
+        output, lse = MODIFIED_WITH_KVCACHE(*inputs, *options)
+    else:
+        output, lse = ATTENTION_WITH_KVCACHE(*call.inputs, *call.options)
     return output, lse if call.return_lse else None

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.ops.attention.contract import AttentionCall
 from fastattn.ops.attention.kvcache.contract import KVCacheInputs, KVCacheOptions
 from fastattn.reference.kvcache import rotate
 
@@ -154,3 +155,23 @@ def in_order(cache: Tensor, block_table: Tensor | None) -> Tensor:
         return cache
     pages = cache[block_table.long().clamp(0, cache.shape[0] - 1)]  # [B, pages, heads, page_size, size]
     return pages.transpose(1, 2).flatten(2, 3)
+
+
+def all_slots(inputs: KVCacheInputs, options: KVCacheOptions, tokens: Tensor, return_lse: bool) -> AttentionCall:
+    """One call of ``attention`` to all slots, for graphs, transforms and other devices."""
+    seen, behind = visible(inputs, options, tokens)
+    bias, slopes = inputs.bias, inputs.alibi_slopes
+    if slopes is not None:  # attention measures distances from one diagonal, and here each sequence has its own
+        added = -slopes[:, :, None, None] * behind.abs()
+        bias = added if bias is None else bias + added
+    return AttentionCall(
+        inputs.query,
+        in_order(inputs.key_cache, inputs.block_table),
+        in_order(inputs.value_cache, inputs.block_table),
+        mask=seen,
+        bias=bias,
+        sinks=inputs.sinks,
+        softcap=options.softcap,
+        scale=options.scale,
+        return_lse=return_lse,
+    )

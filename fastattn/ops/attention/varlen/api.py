@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from fastattn.ops.attention.contract import Alignment
-from fastattn.ops.attention.varlen import on_torch, on_triton
+from fastattn.ops.attention.contract import Alignment, MaskMod, ScoreMod
+from fastattn.ops.attention.varlen import modified, on_torch, on_triton
 from fastattn.ops.attention.varlen.call import make_call
 from fastattn.ops.common import backends
 from fastattn.ops.common.tracing import is_symbolically_traced, recorded
@@ -34,6 +35,8 @@ def attention_varlen(
     dropout_p: float = 0.0,
     need_weights: bool = False,
     return_lse: bool = False,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
     backend: backends.Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact softmax attention within each of ``N`` sequences of unequal length that lie packed behind one another.
@@ -67,6 +70,10 @@ def attention_varlen(
         dropout_p: probability of dropping a weight; applied whenever it is not 0.
         need_weights: refused if True, since the weights of packed sequences have no common shape.
         return_lse: also return the LSE, the logarithm of each row's sum of exponentials, differentiable.
+        score_mod: as of :func:`fastattn.attention`; ``batch`` is the number of the sequence, and both indices count
+            from its beginning.
+        mask_mod: likewise. With either, sequences are told apart by a mask over all packed rows and keys, which takes
+            work in proportion to their number on the device, though no score is computed across sequences.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``; default what :func:`fastattn.use_backend` or the environment
             variable ``FASTATTN_BACKEND`` says. On a GPU the torch backend waits for the offsets.
 
@@ -96,9 +103,17 @@ def attention_varlen(
         "dropout_p": dropout_p,
         "need_weights": need_weights,
         "return_lse": return_lse,
+        "score_mod": score_mod,
+        "mask_mod": mask_mod,
     }
     if has_torch_function_variadic(query, key, value) and is_symbolically_traced(query, key, value):
         return recorded(attention_varlen, query, key, value, cu_seqlens_q, cu_seqlens_k, **words, backend=backend)
+    if (score_mod is not None or mask_mod is not None) and torch.compiler.is_dynamo_compiling():
+        del words["score_mod"], words["mask_mod"]
+        call = make_call(query, key, value, cu_seqlens_q, cu_seqlens_k, **words)
+        output, lse = modified.run_in_graph(call, score_mod, mask_mod, backend)
+        output = output[0].transpose(0, 1)
+        return output if lse is None else (output, lse[0])
     call = make_call(query, key, value, cu_seqlens_q, cu_seqlens_k, **words)
     if backends.choose(call, backend, on_triton.refusals) == "triton":
         output, lse = on_triton.run(call)

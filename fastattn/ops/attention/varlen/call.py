@@ -19,6 +19,8 @@ from fastattn.ops.attention.call import (
     heads_wanted,
 )
 from fastattn.ops.attention.contract import Alignment
+from fastattn.ops.attention.functions.call import check_function
+from fastattn.ops.attention.functions.lookups import Extent
 from fastattn.ops.attention.varlen import sequences
 from fastattn.ops.attention.varlen.contract import VarlenCall
 from fastattn.ops.common.checks import check_attn_mask_tensor, is_integer, shape_of, shapes_of, under_autocast
@@ -111,6 +113,8 @@ def make_call(
     dropout_p: float = 0.0,
     need_weights: bool = False,
     return_lse: bool = False,
+    score_mod: Any = None,
+    mask_mod: Any = None,
 ) -> VarlenCall:
     """Check every argument of :func:`fastattn.attention_varlen`; under autocast, cast as torch's own attention does."""
     query, key, value = under_autocast(query, key, value)
@@ -154,6 +158,7 @@ def make_call(
     check_dropout(dropout_p)
     scale = check_scale(scale, query)
     lower, upper = None if left is None else -left, 0 if is_causal else right
+    extent = Extent(count, query.shape[1], query.shape[0], key.shape[0])  # of indices within sequences
     call = VarlenCall(
         query=packed_query,
         key=packed_key,
@@ -172,6 +177,8 @@ def make_call(
         scale=scale,
         dropout_p=float(dropout_p),
         return_lse=return_lse,
+        score_mod=None if score_mod is None else check_function("score_mod", score_mod, query, extent),
+        mask_mod=None if mask_mod is None else check_function("mask_mod", mask_mod, query, extent),
     )
     if is_eager_on_cpu(query):
         _check_lengths(call, longest)

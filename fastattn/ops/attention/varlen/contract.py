@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.ops.attention.contract import Function, statistics_shape
 from fastattn.ops.attention.contract import empty_gradients as empty_attention_gradients
-from fastattn.ops.attention.contract import statistics_shape
 from fastattn.ops.common.blocks import empty_in_order_of, statistics_dtype
 
 
@@ -36,6 +36,8 @@ class VarlenCall(NamedTuple):
     scale: float = 1.0
     dropout_p: float = 0.0
     return_lse: bool = False
+    score_mod: Function | None = None
+    mask_mod: Function | None = None
 
     @property
     def device(self) -> torch.device:

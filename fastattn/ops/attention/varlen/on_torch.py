@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastattn.ops.attention import on_torch as of_attention
 from fastattn.ops.attention.contract import AttentionCall
-from fastattn.ops.attention.varlen import operator
+from fastattn.ops.attention.varlen import modified, operator
 from fastattn.ops.attention.varlen.contract import VarlenCall
 from fastattn.ops.attention.varlen.sequences import Span, of_pairs, of_sequence, spans
 from fastattn.ops.common.tracing import is_eager_on_cpu, is_recorded
@@ -33,6 +33,8 @@ def run(call: VarlenCall) -> tuple[Tensor, Tensor | None]:
     """
     if _may_look(call):
         return _sequence_by_sequence(call)
+    if call.score_mod is not None or call.mask_mod is not None:
+        return modified.run(call, "torch")
     if is_recorded():
         raise NotImplementedError(
             "attention_varlen cannot be exported: how many sequences there are, and how long they are, is known only "
@@ -96,4 +98,7 @@ def _alone(call: VarlenCall, span: Span, query: Tensor, key: Tensor, value: Tens
         scale=call.scale,
         dropout_p=call.dropout_p,
         return_lse=call.return_lse,
+        score_mod=call.score_mod,
+        mask_mod=call.mask_mod,
+        first_batch=span.number,
     )

@@ -81,7 +81,7 @@ def _blocked(inputs: VarlenInputs, options: VarlenOptions) -> Blocked:
                     rows_inside=block.rows,
                     keys_inside=block.keys,
                 )
-                yield packed, _without_weights(formula(of_block, rules_of_block))
+                yield packed, _without_weights(formula(of_block, rules_of_block, block))
 
     return Blocked(
         primals=ATTENTION_VARLEN.differentiable(inputs),

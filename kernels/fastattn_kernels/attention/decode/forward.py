@@ -40,7 +40,7 @@ from fastattn_kernels.common.config import Config, dot_precision, head_block
 from fastattn_kernels.common.device import multiprocessors
 from fastattn_kernels.common.launch import launch
 from fastattn_kernels.common.marks import rows_not_finite
-from fastattn_kernels.common.masking import INFINITY, LN_2, LOG2_E
+from fastattn_kernels.common.masking import INFINITY, LN_2, LOG2_E, in_unit
 from fastattn_kernels.common.tiles import weighted_sum
 
 _MOST_SPLITS = 65535  # programs along a grid's second axis: there can be no more
@@ -137,13 +137,13 @@ def _attend_share(
     row = first_row + tl.arange(0, blocks.M)
     query_of_row, is_row = row // group, row < seqlen_q * group
     head = kv_head * group + row % group
-    at = At(batch, head[:, None])
     rows = query_of_row[:, None]
     first_query = first_row // group
     last_query = tl.minimum((first_row + blocks.M - 1) // group, seqlen_q - 1)
 
     held = tokens_held(call.seqlens, batch, call.room)
     shift = held + call.new - seqlen_q  # where the queries stand, even if there is no room for them
+    at = At(batch, head[:, None], shift)
     lower, upper = None, None
     if call.lower is not None:
         lower = call.lower + shift
@@ -174,7 +174,7 @@ def _attend_share(
         ).to(call.query.ptr.dtype.element_ty)  # fmt: skip
     # max(scale * qk) = scale * max(qk) holds for scale > 0: a negative one's sign moves into q, which is exact
     q = tl.where(call.scale < 0, -q, q)
-    unit = tl.maximum(tl.abs(call.scale) * LOG2_E, TINY)
+    unit = tl.maximum(in_unit(tl.abs(call.scale), call.rules), TINY)
     acc = tl.zeros([blocks.M, blocks.DV], tl.float32)
     row_max = tl.full([blocks.M], -INFINITY, tl.float32)
     if call.sinks is not None:  # a key that every row has seen before the first: the first program's, and nobody else's

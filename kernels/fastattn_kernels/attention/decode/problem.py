@@ -15,6 +15,7 @@ from fastattn_kernels.common.arguments import (
     strided,
 )
 from fastattn_kernels.common.config import Load
+from fastattn_kernels.common.functions import Modifier
 
 # The kernel arguments that Triton must not specialise on, beside those of all kernels of attention.
 OF_CACHES = (
@@ -59,6 +60,9 @@ class CacheProblem:
         lower: the query at slot ``p`` sees slots ``>= p + lower``; None: no such bound.
         upper: the query at slot ``p`` sees slots ``<= p + upper``; None: no such bound.
         softcap: scores become ``softcap * tanh(score / softcap)`` before anything is added; None: they stay.
+        score_mod: a function that changes the scores behind the softcap. A query's index is the slot at which it
+            stands, and a key's is its slot.
+        mask_mod: a function that says which slots a query sees, of those that all else leaves visible.
     """
 
     query: Tensor
@@ -79,6 +83,8 @@ class CacheProblem:
     lower: int | None = None
     upper: int | None = None
     softcap: float | None = None
+    score_mod: Modifier | None = None
+    mask_mod: Modifier | None = None
 
     @property
     def room(self) -> int:
@@ -105,15 +111,16 @@ class CacheProblem:
     def hides_from_some(self) -> bool:
         """Whether one query may see a slot that another one of the same tile may not.
 
-        Slots that none of a tile's queries sees are not even read, unless it is the bias that hides them.
+        Slots that none of a tile's queries sees are not even read, unless it is the bias or a function that hides them.
         """
         is_bounded = self.lower is not None or self.upper is not None
-        return self.bias is not None or (is_bounded and self.query.shape[2] > 1)
+        hides = self.bias is not None or self.score_mod is not None or self.mask_mod is not None
+        return hides or (is_bounded and self.query.shape[2] > 1)
 
     def load(self) -> Load:
         """What a tile of scores carries beside itself."""
-        is_heavy = self.bias is not None or self.alibi_slopes is not None or self.softcap is not None
-        return "heavy" if is_heavy else "plain"
+        adds = self.bias is not None or self.alibi_slopes is not None or self.softcap is not None
+        return "heavy" if adds or self.score_mod is not None or self.mask_mod is not None else "plain"
 
     def of_sequences(self) -> tuple[PerBatch | None, PerBatch | None, PerKey | None]:
         """The kernel arguments ``seqlens, leftpad, table``."""
@@ -133,7 +140,11 @@ class CacheProblem:
     def rules(self) -> Rules:
         """The kernel argument ``rules``."""
         return Rules(
-            bias=strided(Pairs, self.bias), alibi_slopes=strided(PerHead, self.alibi_slopes), softcap=self.softcap
+            bias=strided(Pairs, self.bias),
+            alibi_slopes=strided(PerHead, self.alibi_slopes),
+            softcap=self.softcap,
+            score_mod=self.score_mod and self.score_mod.score_mod(),
+            mask_mod=self.mask_mod and self.mask_mod.mask_mod(),
         )
 
     def constants(self) -> dict[str, int | bool]:

@@ -54,6 +54,9 @@ def refusals(problem: Problem) -> list[str]:
         reasons.append(f"dropout_p={problem.dropout_p}: the Hopper kernels draw no random numbers")
     if problem.alibi_slopes is not None:
         reasons.append("alibi_slopes: not in the Hopper kernels")
+    for name in ("score_mod", "mask_mod"):
+        if getattr(problem, name) is not None:
+            reasons.append(f"{name}: functions are not in the Hopper kernels")
     if problem.scale < 0.0:
         reasons.append(f"scale={problem.scale}: a negative scale would need the queries negated, which TMA does not do")
     if query.shape[2] == 0 or key.shape[2] == 0:
