@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -31,15 +30,20 @@ from fastattn_kernels.attention.weights import (
     launch_dropout_keep,
 )
 from fastattn_kernels.common.delta import Delta
-from fastattn_kernels.common.functions import Modifier
 from fastattn_kernels.common.gradients import Gradients, WeightsGradient
 from fastattn_kernels.common.plans import planned
 from fastattn_kernels.common.problem import Problem
 from fastattn_kernels.common.tile_map import tile_map_for
 
 
-def _problem(inputs: Inputs, options: Options) -> Problem:
+def _problem(inputs: Inputs, options: Options, *, trains: bool = False) -> Problem:
+    """The call for the kernels; of a score_mod its gradient as well if it ``trains``, which a backward asks for."""
     lower, upper = options.lower, options.upper
+    score_mod = mask_mod = None
+    if options.score_mod:
+        score_mod = modifier(options.score_mod, read_by_score_mod(inputs, options), trains=trains)
+    if options.mask_mod:
+        mask_mod = modifier(options.mask_mod, read_by_mask_mod(inputs, options))
     return Problem(
         query=inputs.query,
         key=inputs.key,
@@ -60,14 +64,9 @@ def _problem(inputs: Inputs, options: Options) -> Problem:
         softcap=options.softcap,
         seed=inputs.dropout_state,
         dropout_p=options.dropout_p,
-        score_mod=_modifier(options.score_mod, read_by_score_mod, inputs, options),
-        mask_mod=_modifier(options.mask_mod, read_by_mask_mod, inputs, options),
+        score_mod=score_mod,
+        mask_mod=mask_mod,
     )
-
-
-def _modifier(text: str, read_by: Callable[..., list[Tensor]], inputs: Inputs, options: Options) -> Modifier | None:
-    is_score = text != "" and text is options.score_mod
-    return modifier(text, read_by(inputs, options), trains=is_score) if text else None
 
 
 def describe(inputs: Inputs, options: Options) -> str:
@@ -126,7 +125,7 @@ def _backward(
 ) -> InputGradients:
     # vmap expands the statistics that its samples share, and the kernels read them without strides
     statistics = kept.statistics.contiguous()
-    problem = _problem(inputs, options)
+    problem = _problem(inputs, options, trains=True)
     d_output = gradients.d_output
     delta = Delta(kept.output, d_output, gradients.d_lse)
     d_weights = None

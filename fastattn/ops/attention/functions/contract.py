@@ -19,7 +19,7 @@ from fastattn.ops.attention.contract import AttentionCall, InputGradients, Input
 from fastattn.ops.attention.functions.program import Program
 
 # How many tensors the functions of a call may read: floating ones of a score_mod, which may have gradients, and others.
-DIFFERENTIABLE, OTHERS = 8, 10  # a schema has at most 64 arguments, and the backward operator 60
+DIFFERENTIABLE, OTHERS = 8, 10  # a schema has at most 64 arguments, and the backward operator 61
 
 _CAPTURED = [f"captured_{number}" for number in range(DIFFERENTIABLE)]
 _READ = [f"read_{number}" for number in range(OTHERS)]
