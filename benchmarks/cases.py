@@ -100,7 +100,7 @@ class KernelCase(AttentionCase):
 
 @dataclasses.dataclass(frozen=True)
 class NormCase(Case):
-    """``r' = residual + x`` and the norm ``y`` of ``r'``, both kept, as a pre-norm layer needs them.
+    """``r' = residual + x`` and the norm ``y`` of ``r'``, both kept, as a pre-norm layer needs them; or ``y`` of ``x``.
 
     ``backward`` is the backward alone.
 
@@ -110,6 +110,7 @@ class NormCase(Case):
         size: of a row.
         wide_residual: the residual stream is float32, whatever ``x`` and ``y`` are.
         dropout_p: of the dropout of ``x``.
+        alone: nothing is added to ``x``, and ``y`` is all there is.
     """
 
     kind: Kind
@@ -117,11 +118,13 @@ class NormCase(Case):
     size: int
     wide_residual: bool = False
     dropout_p: float = 0.0
+    alone: bool = False
 
     @property
     def name(self) -> str:
         """As in ``norm-layer-m32768-n4096-backward-residual32-bfloat16``."""
         parts = [self.family, self.kind, f"m{self.rows}", f"n{self.size}", "backward" if self.backward else "forward"]
+        parts += ["alone" if self.alone else ""]
         parts += ["residual32" if self.wide_residual else "", "dropout" if self.dropout_p else "", self.dtype_name]
         return "-".join(filter(None, parts))
 

@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         "--only",
         metavar="TEXT",
         default="",
-        help="a family, or cases with TEXT in their name: norm, l1024, quality",
+        help="a family, or cases with TEXT in their name: norm, l1024, quality; several between commas",
     )
     parser.add_argument("--device", type=_device, default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument(
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         help="for a variant (default: 20 quick, else 60)",
     )
     parser.add_argument("--seed", type=_seed, default=0, help="of inputs and weights (default: 0)")
+    parser.add_argument("--eager", action="store_true", help="without the variants that compile first")
     parser.add_argument(
         "--sweep",
         action="store_true",
@@ -126,6 +127,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         seed=options.seed,
         only=options.only,
         budget=options.budget or (_QUICK_BUDGET if options.quick and on_cpu else None),
+        eager=options.eager,
         sweep=options.sweep,
         part=options.part,
         launched=str(options.launched or ""),

@@ -36,8 +36,9 @@ class Settings:
         seconds: of timing a case, all its variants together.
         timeout: seconds for a variant's check, and for its least number of rounds.
         seed: of the cases and of what is trained.
-        only: a family's name, or a part of the jobs' keys.
+        only: families' names, or parts of the jobs' keys, between commas.
         budget: seconds for the run; None: as long as it takes.
+        eager: without the variants that compile first.
         sweep: the configurations of our kernels, and nothing else; on a CPU a trial of it.
         part: of the cases for a GPU, as of :func:`benchmarks.gpu.matrix.matrix`.
         launched: the file of the first launches, whose failures are not run; empty: there were none.
@@ -52,6 +53,7 @@ class Settings:
     seed: int = 0
     only: str = ""
     budget: float | None = None
+    eager: bool = False
     sweep: bool = False
     part: Part = ""
     launched: str = ""
@@ -59,6 +61,10 @@ class Settings:
     @property
     def on_cpu(self) -> bool:
         return torch.device(self.device).type == "cpu"
+
+    def asks_for(self, key: str, family: str) -> bool:
+        """Whether one of the words of ``only`` is this family, or is no family and a part of the key."""
+        return any(word == family if word in families() else word in key for word in self.only.split(","))
 
 
 def entries(settings: Settings) -> list[tuple[Case, tuple[str, ...]]]:
@@ -68,16 +74,14 @@ def entries(settings: Settings) -> list[tuple[Case, tuple[str, ...]]]:
         found = kernels.trial() if settings.on_cpu else kernels.sweep()
     elif settings.on_cpu:
         cases = quick_cases() if settings.quick else all_cases()
-        found = [(case, _names(case, slow=not settings.quick)) for case in cases]
+        found = [(case, _names(case, slow=not (settings.quick or settings.eager))) for case in cases]
     else:
         found = matrix(quick=settings.quick, part=settings.part)
     changes: dict[str, Any] = {"device": settings.device, "seed": settings.seed}
     if settings.dtype is not None:
         changes["dtype"] = getattr(torch, settings.dtype)
     asked = {dataclasses.replace(case, **changes): names for case, names in found}
-    if settings.only in families():
-        return [(case, names) for case, names in asked.items() if case.family == settings.only]
-    return [(case, names) for case, names in asked.items() if settings.only in case.name]
+    return [(case, names) for case, names in asked.items() if settings.asks_for(case.name, case.family)]
 
 
 def _names(case: Case, *, slow: bool) -> tuple[str, ...]:
@@ -145,7 +149,7 @@ def _tiles(settings: Settings) -> list[Job]:
         except RuntimeError as error:  # triton is not at hand
             return {"environment": {"tiles": str(error)}}
 
-    return [Job("tiles", "tiles", 6.0, work)] if settings.only in ("", "tiles") else []
+    return [Job("tiles", "tiles", 6.0, work)] if settings.asks_for("tiles", "tiles") else []
 
 
 def _host(settings: Settings) -> list[Job]:
@@ -159,7 +163,7 @@ def _host(settings: Settings) -> list[Job]:
             raise RuntimeError("; ".join(failed))
         return {"host": rows}
 
-    return [Job("host", "host", 10.0, work)] if settings.on_cpu and settings.only in ("", "host") else []
+    return [Job("host", "host", 10.0, work)] if settings.on_cpu and settings.asks_for("host", "host") else []
 
 
 def _theory(cases: list[Case]) -> list[Job]:
@@ -195,4 +199,4 @@ def _quality(settings: Settings) -> list[Job]:
         for model in models()
     ]  # fmt: skip
     found.append(Job("quality: equivariance", "quality", 0.5, lambda *_: {"quality": deviations(settings.seed)}))
-    return [job for job in found if settings.only in job.key and settings.only not in families()]
+    return [job for job in found if settings.asks_for(job.key, "quality")]

@@ -26,37 +26,49 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class AdditiveCase(Case):
-    """As many queries as keys, projected already. ``backward`` is a training step: forward and backward.
+    """Queries and keys, projected already. ``backward`` is a training step: forward and backward.
 
     Attributes:
         batch: sequences.
-        seqlen: queries, and keys.
+        seqlen: keys, and queries unless there is one.
         size: of the layer that scores them, and of the values.
+        step: is there one query alone, as in a decoder's step?
     """
 
     batch: int
     seqlen: int
     size: int
+    step: bool = False
 
     @property
     def name(self) -> str:
-        """As in ``additive-b8-l64-a64-train-float32``."""
-        step = "train" if self.backward else "eval"
-        return f"{self.family}-b{self.batch}-l{self.seqlen}-a{self.size}-{step}-{self.dtype_name}"
+        """As in ``additive-b8-l64-a64-train-float32``, and ``additive-b8-q1-l64-a64-eval-float32`` of one query."""
+        step, queries = "train" if self.backward else "eval", "-q1" if self.step else ""
+        return f"{self.family}-b{self.batch}{queries}-l{self.seqlen}-a{self.size}-{step}-{self.dtype_name}"
 
     def tiny(self) -> AdditiveCase:
         return dataclasses.replace(self, batch=1, seqlen=4, size=4)
 
     @property
+    def queries(self) -> int:
+        return 1 if self.step else self.seqlen
+
+    @property
+    def pairs(self) -> int:
+        """Of queries and keys, and so many scores."""
+        return self.batch * self.queries * self.seqlen
+
+    @property
     def tangents(self) -> int:
         """How many the scores take."""
-        return self.batch * self.seqlen**2 * self.size
+        return self.pairs * self.size
 
 
 def _inputs(case: AdditiveCase, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Query, key, value and weight."""
-    generator, of_rows = case.generator(), (case.batch, case.seqlen, case.size)
-    return tuple(case.draw(*shape, dtype=dtype, generator=generator) for shape in (*[of_rows] * 3, (case.size,)))
+    generator, of_keys = case.generator(), (case.batch, case.seqlen, case.size)
+    shapes = ((case.batch, case.queries, case.size), of_keys, of_keys, (case.size,))
+    return tuple(case.draw(*shape, dtype=dtype, generator=generator) for shape in shapes)
 
 
 def _step(make: Callable[[AdditiveCase], Attend]) -> Callable[[AdditiveCase, torch.dtype], Step]:
@@ -73,6 +85,10 @@ def _ours(case: AdditiveCase) -> Attend:
         return (output,)
 
     return attend
+
+
+def _ours_compiled(case: AdditiveCase) -> Attend:
+    return compiled(_ours(case))
 
 
 def _eager(case: AdditiveCase) -> Attend:
@@ -105,7 +121,7 @@ def _eager_applies(case: AdditiveCase) -> str | None:
 def _allowance(case: AdditiveCase, result: Tensor) -> float:
     """A score is summed up over its columns in float32, and the weight's gradient over all pairs; where one after the
     other, the errors are a random walk."""
-    terms = case.batch * case.seqlen**2 if result.dim() == 1 else case.size
+    terms = case.pairs if result.dim() == 1 else case.size
     return torch.finfo(torch.float32).eps * terms**0.5
 
 
@@ -115,14 +131,14 @@ def work(case: AdditiveCase, variant: str) -> Work:
     The floor that follows is at the rate of matrix products, and no tangent has that: a GPU makes 16 a clock and
     multiprocessor, an eighth of its multiply-adds outside of products. Shares of it compare variants, no more.
     """
-    pairs, rows = case.batch * case.seqlen**2, case.batch * case.seqlen
+    pairs, rows = case.pairs, case.batch * (case.queries + case.seqlen)  # query and output, key and value
     # forward: add, tangent, multiply-add, and the product; backward: 1 - t^2, the three sums, and two products
     of_pair = (12 * case.size + 6 * case.size) if case.backward else (4 * case.size + 2 * case.size)
-    of_element = (8 if case.backward else 4) * case.dtype.itemsize
+    of_element = (4 if case.backward else 2) * case.dtype.itemsize
     return Work(
         flops=float(pairs * of_pair),
         moved_bytes=rows * case.size * of_element,
-        formula=f"operations {of_pair // case.size} B L S A, a tangent as one; bytes {of_element} B L A",
+        formula=f"operations {of_pair // case.size} B L S A, a tangent as one; bytes {of_element} B (L + S) A",
     )
 
 
@@ -130,6 +146,7 @@ FAMILY = Family(
     "additive",
     (
         Variant("fastattn", _step(_ours)),
+        Variant("fastattn-compile", _step(_ours_compiled), cannot_compile, slow=True),
         Variant("eager", _step(_eager), _eager_applies),
         Variant("compile", _step(_compiled), cannot_compile, slow=True),
     ),
@@ -152,11 +169,25 @@ def quick_cases() -> list[AdditiveCase]:
 
 
 def more_cases() -> list[AdditiveCase]:
-    """From short sentences to long ones, in layers of usual sizes, and 16 bits."""
-    cases = [
-        of_tangents(1 << 25, seqlen, size, backward)
-        for seqlen in (64, 128, 256, 512)
-        for size in (64, 128, 256)
+    """A decoder's step, few short sentences, and from short sentences to long ones, in layers of usual sizes and in 16
+    bits."""
+    small = [
+        AdditiveCase("additive", batch, seqlen, size, backward=backward, step=step)
+        for batch, seqlen, size, step in (
+            (4, 16, 64, True),
+            (8, 64, 128, True),
+            (64, 64, 256, True),
+            (1, 16, 64, False),
+            (8, 16, 64, False),
+            (1, 64, 256, False),
+        )
         for backward in (False, True)
     ]
-    return [*cases, *(of_tangents(1 << 25, 256, 128, backward, dtype=torch.bfloat16) for backward in (False, True))]
+    cases = [
+        of_tangents(1 << 25, seqlen, size, backward)
+        for seqlen in (64, 256, 512)
+        for size in (64, 256)
+        for backward in (False, True)
+    ]
+    narrow = [of_tangents(1 << 25, 256, 128, backward, dtype=torch.bfloat16) for backward in (False, True)]
+    return [*small, *cases, *narrow]

@@ -65,6 +65,16 @@ def _compiled(case: AttentionCase, dtype: torch.dtype) -> Step:
     return step(peers.compiled(_formula(case, tensors, masks(case, dtype))), tensors, case)
 
 
+def _ours_compiled(case: AttentionCase, dtype: torch.dtype) -> Step:
+    words: dict[str, Any] = {"need_weights": case.weights, **masks(case, dtype)}
+
+    def function(*qkv: Tensor) -> tuple[Tensor, ...]:
+        result = fastattn.attention(*qkv, **words)
+        return result if isinstance(result, tuple) else (result,)
+
+    return step(peers.compiled(function), inputs(case, dtype), case)
+
+
 def _reference(case: AttentionCase, dtype: torch.dtype) -> Step:
     """The formula over what :func:`_ends` leaves."""
     tensors, arguments = list(_ends(case, tuple(inputs(case, dtype)))), masks(case, dtype)
@@ -144,6 +154,7 @@ FAMILY = Family(
         Variant("fastattn-triton", _ours("triton"), _beside_ours("triton")),
         Variant("fastattn-torch", _ours("torch"), _beside_ours("torch")),
         Variant("naive", _naive, peers.too_many_scores),
+        Variant("fastattn-compile", _ours_compiled, peers.cannot_compile, slow=True),
         Variant("compile", _compiled, _compiled_applies, slow=True),
         *peers.VARIANTS,
     ),
@@ -170,19 +181,37 @@ def quick_cases() -> list[AttentionCase]:
 
 
 def more_cases() -> list[AttentionCase]:
-    """Every mask at one length, and none or the causal one at a shorter and a longer one: how time grows."""
+    """Every mask, from calls that are all host to such as are all work; weights where they are few and many; 16 bits;
+    and none or the causal mask at a shorter and a longer length: how time grows."""
 
-    def of_length(seqlen: int, mask: Mask, weights: bool, backward: bool) -> AttentionCase:
-        return AttentionCase("attention", 1, 8, seqlen, 64, backward=backward, mask=mask, weights=weights)
+    def of(shape: tuple[int, int, int, int], mask: Mask, backward: bool, **options: Any) -> AttentionCase:
+        return AttentionCase("attention", *shape, backward=backward, mask=mask, **options)
 
+    small, short, larger, long = (2, 4, 64, 32), (4, 8, 128, 64), (1, 8, 512, 64), (1, 8, 2048, 64)
+    between = (1, 8, 128, 64), (1, 8, 1024, 64)
+    plain: tuple[Mask, ...] = ("none", "causal")
+    beyond: tuple[Mask, ...] = ("window", "alibi", "softcap")
+    directions = (False, True)
+    half = (torch.bfloat16, torch.float16)
     return [
-        of_length(2048, mask, weights, backward)
-        for backward in (False, True)
-        for mask in get_args(Mask)
-        for weights in (False, True)
-    ] + [
-        of_length(seqlen, mask, False, backward)
-        for seqlen in (1024, 4096)
-        for backward in (False, True)
-        for mask in ("none", "causal")
+        *(of(small, mask, backward) for mask in ("none", "padding") for backward in directions),
+        *(of(short, mask, backward) for mask in beyond for backward in directions),
+        *(of(larger, mask, backward) for mask in get_args(Mask) for backward in directions),
+        *(of(long, mask, False) for mask in get_args(Mask)),
+        *(of(long, mask, True) for mask in ("none", "softcap")),
+        *(
+            of(shape, "none", backward, weights=True)
+            for shape in ((1, 2, 1024, 64), (1, 4, 1024, 64), (2, 8, 512, 32))
+            for backward in directions
+        ),
+        *(
+            of(shape, mask, backward, dtype=dtype)
+            for shape in (small, larger)
+            for mask in plain
+            for backward in directions
+            for dtype in half
+        ),
+        *(of(larger, mask, backward, dtype=half[0]) for mask in ("padding", "softcap") for backward in directions),
+        *(of(shape, mask, backward) for shape in between for mask in plain for backward in directions),
+        *(of((1, 8, 4096, 64), mask, False) for mask in plain),
     ]

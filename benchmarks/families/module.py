@@ -12,7 +12,7 @@ import fastattn
 from benchmarks.cases import AttentionCase, Mask
 from benchmarks.families import attention
 from benchmarks.families.masks import padding_mask
-from benchmarks.families.peers import cannot_compile, compiled
+from benchmarks.families.peers import cannot_compile, compiled, too_many_scores
 from benchmarks.variants import Family, Step, Variant, Work, differentiated
 from fastattn.reference import attention as reference
 
@@ -92,6 +92,15 @@ def _attend_naively(query: Tensor, key: Tensor, value: Tensor, masks: dict[str, 
     return tuple(reference(query, key, value, mask=_visible(masks))[:2])
 
 
+def _attend_eagerly(query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    scores = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
+    visible = _visible(masks)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
+    weights = scores.softmax(dim=3)
+    return weights @ value, weights
+
+
 def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Tensor]) -> tuple[Tensor, ...]:
     return (F.scaled_dot_product_attention(query, key, value, attn_mask=_visible(masks)),)
 
@@ -102,6 +111,10 @@ def _masks_torch_has(case: AttentionCase) -> str | None:
 
 def _compiled_applies(case: AttentionCase) -> str | None:
     return _masks_torch_has(case) or cannot_compile(case)
+
+
+def _eager_applies(case: AttentionCase) -> str | None:
+    return _masks_torch_has(case) or too_many_scores(case)
 
 
 def _sdpa_applies(case: AttentionCase) -> str | None:
@@ -139,7 +152,11 @@ FAMILY = Family(
         Variant("fastattn", _self_attention(fastattn.MultiheadAttention), _masks_torch_has),
         Variant("nn.MultiheadAttention", _self_attention(nn.MultiheadAttention), _masks_torch_has),
         Variant("compile", _self_attention(nn.MultiheadAttention, compiled), _compiled_applies, slow=True),
+        Variant(
+            "fastattn-compile", _self_attention(fastattn.MultiheadAttention, compiled), _compiled_applies, slow=True
+        ),
         Variant("qkv+sdpa", _by_hand(_attend_sdpa), _sdpa_applies),
+        Variant("eager", _by_hand(_attend_eagerly), _eager_applies),
     ),
     peer="nn.MultiheadAttention",
     reference=_by_hand(_attend_naively),
@@ -148,9 +165,14 @@ FAMILY = Family(
 )
 
 
-def _cases(shape: tuple[int, int, int, int], masks: Sequence[Mask], weights: Sequence[bool]) -> list[AttentionCase]:
+def _cases(
+    shape: tuple[int, int, int, int],
+    masks: Sequence[Mask],
+    weights: Sequence[bool],
+    dtype: torch.dtype = torch.float32,
+) -> list[AttentionCase]:
     return [
-        AttentionCase("module", *shape, backward=backward, mask=mask, weights=averaged)
+        AttentionCase("module", *shape, backward=backward, mask=mask, weights=averaged, dtype=dtype)
         for backward in (False, True)
         for mask in masks
         for averaged in weights
@@ -173,6 +195,14 @@ def quick_cases() -> list[AttentionCase]:
 
 
 def more_cases() -> list[AttentionCase]:
-    """Longer, and the rest of the masks."""
-    lengths = [_cases((1, 8, seqlen, 64), _MASKS, _BOTH) for seqlen in (1024, 2048)]
-    return [*_cases((4, 8, 128, 64), _MASKS, _BOTH), *(case for cases in lengths for case in cases)]
+    """More of the small sizes, and longer ones with the rest of the masks."""
+    small = [_cases(shape, _MASKS, _BOTH) for shape in ((8, 8, 32, 32), (8, 4, 32, 64), (4, 8, 128, 64))]
+    return [
+        *(case for cases in small for case in cases),
+        *_cases((1, 8, 1024, 64), _MASKS, _BOTH),
+        *_cases((1, 8, 2048, 64), ("none", "causal"), [False]),
+        *_cases((1, 8, 2048, 64), ["none"], [True]),
+        *_cases((8, 4, 64, 32), ("none", "causal"), [False], dtype=torch.bfloat16),
+        *_cases((2, 8, 512, 32), ("none", "causal"), _BOTH),
+        *_cases((1, 4, 1024, 64), ["none"], [True]),
+    ]

@@ -1,4 +1,5 @@
-"""The family ``norm``: a residual add and the norm of the sum, both kept, as in pre-norm layers (arXiv:2002.04745).
+"""The family ``norm``: a residual add and the norm of the sum, both kept, as in pre-norm layers (arXiv:2002.04745), and
+norms alone.
 
 A step is the forward, or the backward alone: its graph is made before, and each step goes through it again.
 """
@@ -20,18 +21,21 @@ from benchmarks.variants import Family, Step, Variant, Work, backward_alone, dif
 from fastattn.reference import add_norm
 
 _EPS = 1e-5
+_WITH_RESIDUAL = "is measured with a residual"
 _LIGER_LIMIT = 65536  # its kernels hold a row in one block
 
-Norm = Callable[..., tuple[Tensor, Tensor]]  # (x, residual, weight[, bias]) -> (y, r')
+# (x, residual, weight[, bias]) -> (y, r'), or, of a norm alone, (x, weight[, bias]) -> (y,)
+Norm = Callable[..., tuple[Tensor, ...]]
 
 
 def _inputs(case: NormCase, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """``x``, ``residual``, the weight and, in a layer norm, the bias."""
+    """``x``, ``residual``, unless the norm is alone, the weight and, in a layer norm, the bias."""
     generator = case.generator()
     shape, vectors = (case.rows, case.size), 2 if case.kind == "layer" else 1
     x = case.draw(*shape, dtype=dtype, generator=generator)
     residual = case.draw(*shape, dtype=_of_residual(case, dtype), generator=generator)
-    return x, residual, *(case.draw(case.size, dtype=dtype, generator=generator) for _ in range(vectors))
+    rows = (x,) if case.alone else (x, residual)
+    return *rows, *(case.draw(case.size, dtype=dtype, generator=generator) for _ in range(vectors))
 
 
 def _of_residual(case: NormCase, dtype: torch.dtype) -> torch.dtype:
@@ -55,11 +59,11 @@ def _backward(case: NormCase, norm: Norm, inputs: tuple[Tensor, ...]) -> Step:
 
 
 def _definition(case: NormCase, keep: Tensor | None = None) -> Norm:
-    def norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def norm(x: Tensor, residual: Tensor | None, *vectors: Tensor) -> tuple[Tensor, ...]:
         call = {"kind": case.kind, "eps": _EPS, "dropout_keep": keep, "dropout_p": case.dropout_p}
-        return tuple(add_norm(x, residual, weight, bias, **call))
+        return tuple(add_norm(x, residual, *vectors, **call))
 
-    return norm
+    return (lambda x, *vectors: norm(x, None, *vectors)[:1]) if case.alone else norm
 
 
 def _observed(case: NormCase, results: tuple[Tensor, ...]) -> Callable[[NormCase, torch.dtype], Step]:
@@ -82,11 +86,22 @@ def _allowance(case: NormCase, result: Tensor) -> float:
 
 
 def _ours(case: NormCase) -> Norm:
+    if case.alone:
+        function: Callable[..., Tensor] = fastattn.layer_norm if case.kind == "layer" else fastattn.rms_norm
+        return lambda x, *vectors: (function(x, (case.size,), *vectors, eps=_EPS),)
     norm: Callable[..., Any] = fastattn.add_layer_norm if case.kind == "layer" else fastattn.add_rms_norm
-    return functools.partial(norm, eps=_EPS, dropout_p=case.dropout_p, return_residual=True)
+
+    def returning_both(x: Tensor, residual: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
+        return norm(x, residual, *vectors, eps=_EPS, dropout_p=case.dropout_p, return_residual=True)
+
+    return returning_both
 
 
 def _eager(case: NormCase) -> Norm:
+    if case.alone:
+        function: Callable[..., Tensor] = F.layer_norm if case.kind == "layer" else F.rms_norm
+        return lambda x, *vectors: (function(x, (case.size,), *vectors, eps=_EPS),)
+
     def norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total = residual + (F.dropout(x, case.dropout_p) if case.dropout_p else x)
         # torch's norms take one dtype
@@ -102,6 +117,10 @@ def _eager(case: NormCase) -> Norm:
 
 def _compiled(case: NormCase) -> Norm:
     return compiled(_eager(case))
+
+
+def _ours_compiled(case: NormCase) -> Norm:
+    return compiled(_ours(case))
 
 
 def _liger(case: NormCase) -> Norm:
@@ -120,6 +139,8 @@ def _liger(case: NormCase) -> Norm:
 def _liger_applies(case: NormCase) -> str | None:
     if (reason := not_at_hand("liger_kernel", "liger-kernel", case)) is not None:
         return reason
+    if case.alone:
+        return _WITH_RESIDUAL
     if case.wide_residual:
         return "its residual has the dtype of x"
     if case.dropout_p:
@@ -143,6 +164,8 @@ def _quack_applies(case: NormCase) -> str | None:
         return "needs compute capability 9.0"
     if case.kind == "layer":
         return "its layer norm has no residual and no gradient"
+    if case.alone:
+        return _WITH_RESIDUAL
     return "has no dropout" if case.dropout_p else None
 
 
@@ -153,11 +176,15 @@ def work(case: NormCase, variant: str) -> Work:
     """Every tensor that comes in or goes out, once; the two numbers a row that may be kept are left out. No operations.
 
     Forward ``x, residual, weight, bias -> y, r'``. Backward ``dy, dr', r', weight -> dresidual, dweight, dbias``,
-    and ``dx`` where dropout or its dtype makes it another tensor than ``dresidual``.
+    and ``dx`` where dropout or its dtype makes it another tensor than ``dresidual``. Alone ``x, weight, bias -> y`` and
+    ``dy, x, weight -> dx, dweight, dbias``.
     """
     narrow, wide = case.dtype.itemsize, case.residual_dtype.itemsize
     vectors = 2 if case.kind == "layer" else 1
-    if case.backward:
+    if case.alone:
+        element = (3 if case.backward else 2) * narrow
+        vectors += case.backward
+    elif case.backward:
         element = narrow + 3 * wide + (narrow if case.dropout_p or wide != narrow else 0)
         vectors += 1
     else:
@@ -172,6 +199,7 @@ FAMILY = Family(
         Variant("fastattn", _step(_ours)),
         Variant("eager", _step(_eager)),
         Variant("compile", _step(_compiled), cannot_compile, slow=True),
+        Variant("fastattn-compile", _step(_ours_compiled), cannot_compile, slow=True),
         Variant("liger", _step(_liger), _liger_applies),
         Variant("quack", _step(_quack), _quack_applies),
     ),
@@ -201,12 +229,16 @@ def quick_cases() -> list[NormCase]:
 
 
 def more_cases() -> list[NormCase]:
-    """Every other power of two, two sizes that are none, a residual in float32 and dropout."""
+    """Every other power of two, two sizes that are none, a residual in float32, dropout; few rows, 16 bits, alone."""
     both = [(kind, backward) for kind in get_args(Kind) for backward in (False, True)]
-    sizes = sorted([*(4**power for power in range(3, 10)), 769, 4097])
+    sizes = (256, 769, 1024, 4097, 16384, 262144)
     cases = [of_elements(1 << 22, kind, size, backward=backward) for size in sizes for kind, backward in both]
     for kind, backward in both:
         options = {"backward": backward, "dtype": torch.bfloat16}
         cases.append(of_elements(1 << 22, kind, 4096, wide_residual=True, **options))
         cases.append(of_elements(1 << 22, kind, 4096, dropout_p=0.1, **options))
+        for rows, size in ((4, 64), (64, 256), (512, 768)):
+            cases += [NormCase("norm", kind, rows, size, backward=backward, alone=alone) for alone in (False, True)]
+        for dtype in (torch.bfloat16, torch.float16):
+            cases.append(of_elements(1 << 21, kind, 1024, backward=backward, dtype=dtype, alone=True))
     return cases

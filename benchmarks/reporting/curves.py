@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import statistics
 from collections.abc import Callable
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.reporting.document import Document, Result, learned, sequence_rows, timed_of
+from benchmarks.reporting.document import Document, Result, learned, plain_norms, sequence_rows, timed_of
 from benchmarks.reporting.looks import (
     WIDTH,
     decimal_axis,
@@ -98,16 +97,9 @@ def _held(row: Result) -> float:
 
 def sizes(rows: list[Result]) -> Figure | None:
     """A norm's share of the copy rate against its size."""
-    rows = [
-        row
-        for row in timed_of(rows)
-        if "wide_residual" in row and row["of_floor"] is not None and not (row["wide_residual"] or row["dropout_p"])
-    ]
+    rows = [row for row in plain_norms(timed_of(rows)) if row["of_floor"] is not None]
     if not rows:
         return None
-    # The dtype of most rows: others are single points
-    dtype = statistics.mode(row["dtype"] for row in rows)
-    rows = [row for row in rows if row["dtype"] == dtype]
     elements = sorted({row["size"] for row in rows})
     if len(elements) < 2:
         return None
@@ -128,7 +120,9 @@ def sizes(rows: list[Result]) -> Figure | None:
     for axes in grid[-1]:
         axes.set_xlabel("elements of a row")
     rate = rows[0]["tb_per_s"] / rows[0]["of_floor"]
-    title(figure, f"residual add and norm, {dtype}: share of the copy rate ({rate:.3g} TB/s), higher is better")
+    title(
+        figure, f"residual add and norm, {rows[0]['dtype']}: share of the copy rate ({rate:.3g} TB/s), higher is better"
+    )
     legend(figure, grid[0])
     return figure
 

@@ -87,6 +87,16 @@ def by_case(rows: Iterable[Result]) -> dict[str, dict[str, Result]]:
     return cases
 
 
+def plain_norms(rows: Iterable[Result]) -> list[Result]:
+    """Those rows of norms that differ in nothing but the kind, the direction and the size: with a residual of their own
+    dtype, the one of most rows, without dropout, and of about as many elements as the most."""
+    plain = [r for r in rows if "wide_residual" in r and not (r["wide_residual"] or r["dropout_p"] or r.get("alone"))]
+    dtype = statistics.mode(r["dtype"] for r in plain) if plain else None
+    plain = [r for r in plain if r["dtype"] == dtype]
+    most = max((r["rows"] * r["size"] for r in plain), default=0)
+    return [r for r in plain if r["rows"] * r["size"] >= most // 4]
+
+
 def timed_of(rows: Iterable[Result]) -> list[Result]:
     return [row for row in rows if row["wall_ms"] is not None]
 

@@ -23,6 +23,7 @@ from benchmarks.reporting.document import (
     by_family,
     learned,
     peer_of,
+    plain_norms,
     reaches,
     read_run,
     sequence_rows,
@@ -39,6 +40,8 @@ FILES = ("README.md", "docs/performance.md", "docs/lecture.md")
 _MARK = re.compile(r"^<!-- *(measured\b.*?|end) *-->$", re.MULTILINE)
 _MEASURED = re.compile(r"measured: (\S+) from (\S+)")
 _MISSING = "-"
+# What a time, or a peak of memory, may be of another's and still be level; and what two peaks differ by for no reason.
+_LEVEL, _PEAK_NOISE_MIB = 1.05, 1.0
 
 Block = Callable[[Document], str]
 
@@ -255,8 +258,7 @@ def sequence_memory(document: Document) -> str:
 def norm_ratios(document: Document) -> str:
     """To the peer, and in parentheses the share of the floor."""
     grid: Grid = {}
-    rows = [row for row in _rows(document, "norm") if not (row["wide_residual"] or row["dropout_p"])]
-    for row in sorted(_ours(rows), key=lambda row: row["size"]):
+    for row in sorted(_ours(plain_norms(_rows(document, "norm"))), key=lambda row: row["size"]):
         share = "" if row["of_floor"] is None else f" ({row['of_floor']:.2f})"
         column = f"{row['kind']}, {'backward alone' if row['backward'] else 'forward'}"
         grid.setdefault((str(row["size"]),), {})[column] = f"{ratio(row['ratio'])}{share}"
@@ -327,6 +329,34 @@ def function_times(document: Document) -> str:
     return f"{_shape(rows[0])}, {rows[0]['dtype']}; milliseconds of a step, evaluation / training:\n\n{text}"
 
 
+def slower(document: Document) -> str:
+    """The cases in which the fastest form of ours takes more than 1.05 of the fastest other's time, beyond the
+    confidence interval of that ratio, and those in which ours has a peak of memory more than 5 % above the peer's, and
+    by more than can be noise; with the number of all cases."""
+    lines, cases = [], 0
+    for rows in by_family(document).values():
+        peer = peer_of(rows)
+        for case, variants in by_case(timed_of(rows)).items():
+            forms = [row for name, row in variants.items() if name.split("-")[0] == OURS and row["best_ratio"]]
+            if not forms:
+                continue
+            cases += 1
+            fastest = min(forms, key=lambda row: row["best_ratio"]["median"])
+            if fastest["best_ratio"]["low"] > _LEVEL:
+                beside = _beside(fastest["best_ratio"], fastest["best"])
+                lines.append((case, "time", beside, number(fastest["wall_ms"]["median"])))
+            other = variants.get(peer or "", {}).get("peak_mib")
+            peak = min((row["peak_mib"] for row in forms if row["peak_mib"] is not None), default=None)
+            if other and peak is not None and peak > max(_LEVEL * other, other + _PEAK_NOISE_MIB):
+                lines.append((case, "peak of memory", f"{peak / other:.2f} of {peer}", number(peak)))
+    if not cases:
+        raise ValueError("the run has no rows for it")
+    if not lines:
+        return f"None of {cases} cases.\n"
+    table = as_markdown(Table("", ("case", "what", "beside the others", "ms or MiB"), tuple(lines)))
+    return f"{len({line[0] for line in lines})} of {cases} cases:\n\n{table}"
+
+
 def quality(document: Document) -> str:
     """Accuracies, and in parentheses after how many steps."""
     grid: Grid = {}
@@ -388,6 +418,7 @@ BLOCKS: dict[str, Block] = {
     "decode-ratios": decode_ratios,
     "function-times": function_times,
     "hugging-face-ratios": hugging_face_ratios,
+    "slower": slower,
     "quality": quality,
     "tiles": tiles,
     "findings": sentences,

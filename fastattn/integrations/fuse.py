@@ -109,8 +109,8 @@ def fuse(
 
     In evaluation torch's encoder layer runs a fused function that calls no module, and ``nn.TransformerEncoder`` makes
     nested tensors that only this function takes. Both are switched off around our modules, those that were put there by
-    hand included. So evaluation gives what training gives without its dropout: in an ``nn.TransformerEncoder`` padded
-    positions hold what the layers compute for them, where the fused path gives 0.
+    hand included. So evaluation gives what training gives without its dropout; our layers have a fused path of their
+    own, and leave padding out where that pays: padded positions hold zeros or what the layers compute for them.
 
     A copy of a fused model is a fused model, and stays one: ``undo`` knows the modules that it changed.
 

@@ -84,11 +84,11 @@ def make_masks(key_padding_mask: Tensor | None, attn_mask: Tensor | None, scores
         key_padding_mask = _checked_padding(key_padding_mask, scores)
         if key_padding_mask.dtype != torch.bool:
             padding_bias = key_padding_mask[:, None, None, :]
-            bias, key_padding_mask = padding_bias if bias is None else _sum(bias, padding_bias), None
+            bias, key_padding_mask = padding_bias if bias is None else sum_of_biases(bias, padding_bias), None
     return Masks(bias, mask, key_padding_mask)
 
 
-def _sum(bias: Tensor, padding_bias: Tensor) -> Tensor:
+def sum_of_biases(bias: Tensor, padding_bias: Tensor) -> Tensor:
     """Both together. Where both are finite so is their sum: ``finfo.min`` twice would be ``-inf``, which hides."""
     total = bias + padding_bias
     finite = total.clamp_min(torch.finfo(total.dtype).min)

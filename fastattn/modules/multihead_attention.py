@@ -16,9 +16,9 @@ from torch.overrides import has_torch_function
 from fastattn.modules._common import check_backend, plain_twin
 from fastattn.modules._mha_arguments import TENSORS, Arguments, arguments_of
 from fastattn.modules._mha_compute import Inputs, Words, attend, is_taken_as_causal
-from fastattn.modules._mha_inference import attend as attend_in_inference
+from fastattn.modules._mha_direct import attend as attend_directly
 from fastattn.modules._mha_jagged import attend_jagged
-from fastattn.modules._mha_masks import Masks, Scores, check_dimensions, check_types, make_masks
+from fastattn.modules._mha_masks import check_dimensions, check_types
 from fastattn.modules._tracing import leaf_node
 from fastattn.ops.attention import on_triton
 from fastattn.ops.attention.api import run
@@ -28,8 +28,6 @@ from fastattn.ops.common.backends import Backend
 from fastattn.ops.common.checks import check_dense, is_autocast_enabled
 from fastattn.ops.common.short_way import ShortWay
 from fastattn.ops.common.tracing import is_symbolically_traced
-
-_NO_MASKS = Masks()
 
 
 def _kernels_side() -> ModuleType:
@@ -86,8 +84,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     * An ``out_proj`` without a ``weight``, or a quantised one, is called; torch cannot use it.
 
     Inside ``nn.TransformerEncoderLayer`` torch's fused inference path never calls ``self_attn``;
-    :class:`fastattn.TransformerEncoderLayer` has no such path, and :func:`fastattn.fuse` switches it off where this
-    module was put into torch's layer by hand.
+    :class:`fastattn.TransformerEncoderLayer` decides itself what calls it, and :func:`fastattn.fuse` switches torch's
+    path off where this module was put into torch's layer by hand.
     """
 
     backend: Backend | None = None
@@ -155,6 +153,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         if has_torch_function(given) and is_symbolically_traced(*given):
             return self._recorded(*given[:4], need_weights, attn_mask, average_attn_weights, is_causal)
         signature = None
+        if getattr(query, "is_cpu", False):
+            found = attend_directly(
+                self, self.backend, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
+                is_causal,
+            )  # fmt: skip
+            if found is not None:
+                return found
         if not self.training and query.device.type in backends.DEVICES and not torch.is_grad_enabled():
             flags = need_weights, average_attn_weights, is_causal
             arguments = arguments_of(self, self.backend, *given, *flags)
@@ -164,7 +169,6 @@ class MultiheadAttention(nn.MultiheadAttention):
                 if signature is not None and (entry := _CALLS.find(signature, arguments)) is not None:
                     found = entry(values)
                     return found if need_weights else (found, None)
-        batched = query.dim() == 3
         # Each read once: nn.Module takes its time to find a parameter.
         in_weight, in_bias, out_proj = self.in_proj_weight, self.in_proj_bias, self.out_proj
         out_weight, out_bias = getattr(out_proj, "weight", None), getattr(out_proj, "bias", None)
@@ -193,12 +197,6 @@ class MultiheadAttention(nn.MultiheadAttention):
                     "`generate_square_subsequent_mask` to create this mask."
                 )
             is_causal = is_taken_as_causal(key_padding_mask, need_weights)
-        appends = bias_k is not None or bias_v is not None or self.add_zero_attn
-        if not (self.training or is_causal or appends) and batched and query is key and key is value:
-            result = self._infer(query, key_padding_mask, need_weights, attn_mask, average_attn_weights)
-            if result is not None:
-                return result
-
         inputs, words = self._described(given, parameters, is_causal, *weights_words)
         try:
             merged, weights = attend(inputs, words, functools.partial(self._run, signature))
@@ -268,26 +266,6 @@ class MultiheadAttention(nn.MultiheadAttention):
             v_proj_weight=None if same else self.v_proj_weight, **flags,
         )  # fmt: skip
         return output.movedim(0, -2) if self.batch_first else output, weights
-
-    def _infer(
-        self,
-        x: Tensor,
-        key_padding_mask: Tensor | None,
-        need_weights: bool,
-        attn_mask: Tensor | None,
-        average_attn_weights: bool,
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """Small self-attention in inference, or None where it is none."""
-        # nothing is looked at where it is traced: it would be part of the graph
-        if torch.is_grad_enabled() or torch.jit.is_tracing():
-            return None
-        batch, length, embed_dim = x.shape
-        if not self.batch_first or embed_dim != self.embed_dim or self.num_heads % 2 or is_autocast_enabled(x.device):
-            return None
-        masks = _NO_MASKS
-        if attn_mask is not None or key_padding_mask is not None:
-            masks = make_masks(key_padding_mask, attn_mask, Scores(batch, self.num_heads, length, length, 0, True))
-        return attend_in_inference(self, self.backend, x, masks, need_weights, average_attn_weights)
 
     def _run(self, signature: Hashable | None, call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Attention; where the kernels have run it, the next call of this signature takes the short way."""

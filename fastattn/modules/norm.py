@@ -14,6 +14,7 @@ from fastattn.modules._tracing import expect_defaults, leaf_node
 from fastattn.ops import add_layer_norm, add_rms_norm
 from fastattn.ops.common.backends import Backend
 from fastattn.ops.common.tracing import is_symbolically_traced
+from fastattn.ops.residual_norm import direct
 
 
 def _check_dropout(dropout: float) -> float:
@@ -96,6 +97,26 @@ class AddLayerNorm(nn.LayerNorm):
         Raises:
             TypeError, ValueError, NotImplementedError: as :func:`fastattn.add_layer_norm`.
         """
+        if (
+            type(input) is Tensor
+            and input.is_cpu
+            and x_bias is row_scale is dropout_p is out_dtype is residual_dtype is None
+            and (residual is None or not self.training or self.dropout == 0.0)
+            and "weight" in (own := self._parameters)  # else it is parametrized
+            and "bias" in own
+        ):
+            results = direct.layer_norm(
+                input,
+                residual,
+                own["weight"],
+                own["bias"],
+                self.normalized_shape,
+                self.eps,
+                return_residual,
+                self.backend,
+            )
+            if results is not None:
+                return results
         if has_torch_function_variadic(input, residual) and is_symbolically_traced(input, residual):
             others: dict[str, Any] = {
                 "residual": residual, "x_bias": x_bias, "row_scale": row_scale, "dropout_p": dropout_p,
@@ -184,6 +205,18 @@ class AddRMSNorm(nn.RMSNorm):
     ) -> Any:
         """The norm of ``residual + dropout(x + x_bias) * row_scale``; arguments, results and errors are those of
         :meth:`AddLayerNorm.forward`."""
+        if (
+            type(x) is Tensor
+            and x.is_cpu
+            and x_bias is row_scale is dropout_p is out_dtype is residual_dtype is None
+            and (residual is None or not self.training or self.dropout == 0.0)
+            and "weight" in (own := self._parameters)  # else it is parametrized
+        ):
+            results = direct.rms_norm(
+                x, residual, own["weight"], self.normalized_shape, self.eps, return_residual, self.backend
+            )
+            if results is not None:
+                return results
         if has_torch_function_variadic(x, residual) and is_symbolically_traced(x, residual):
             others: dict[str, Any] = {
                 "residual": residual, "x_bias": x_bias, "row_scale": row_scale, "dropout_p": dropout_p,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import has_torch_function_variadic
 
+from fastattn.modules import _layer_inference
 from fastattn.modules._common import check_backend, plain_twin
 from fastattn.modules._tracing import leaf_node
 from fastattn.modules.multihead_attention import MultiheadAttention
@@ -53,11 +54,14 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
     Where it differs from torch's layer, on purpose:
 
-    * It computes in evaluation what it computes in training: torch's fused inference path, which calls no module and
-      takes every ``nn.GELU`` for the exact one, does not exist here, and ``activation_relu_or_gelu``, by which it is
-      chosen, is always 0. So an ``nn.TransformerEncoder`` of these layers makes no nested tensors; made with
-      ``enable_nested_tensor=True``, its default, it warns of that. Padded positions hold what the layers compute for
-      them, where that path gives 0.
+    * It computes in evaluation what it computes in training. On a CPU, with gradients off, it does so without a call of
+      the modules inside, as torch's fused inference path does, and for small unmasked calls by torch's function; but
+      never by taking every ``nn.GELU`` for the exact one. ``activation_relu_or_gelu``, by which an
+      ``nn.TransformerEncoder`` chooses that path, is always 0, so that it makes no nested tensors of its own; made with
+      ``enable_nested_tensor=True``, its default, it warns of that.
+    * What padded positions hold is nobody's to read: there, where much of a batch is padding
+      (``src_key_padding_mask``), they are left out and zero, as in torch's path with nested tensors, so that they cost
+      nothing; elsewhere they hold what the layer computes for them.
     * Rows that may see nothing, and ``is_causal=True`` without a mask, are as in :class:`fastattn.MultiheadAttention`,
       whose list goes for the dropout's order as well.
     * Boolean masks reach the attention as they are, not as floats. An ``nn.TransformerEncoder`` makes floats of them
@@ -132,6 +136,9 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         masks = (src_mask, src_key_padding_mask, is_causal)
         if jagged:
             return _of_packed_rows(self._encoded, src, masks)
+        output = None if traced else _layer_inference.encode(self, src, masks)
+        if output is not None:
+            return output
         return self._encoded(src, masks, _attend)
 
     def _encoded(self, x: Tensor, masks: _Masks, attend: Callable[..., Tensor]) -> Tensor:
@@ -249,6 +256,9 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         memory_masks = (memory_mask, memory_key_padding_mask, memory_is_causal)
         if tgt.layout is torch.jagged:
             return _of_packed_rows(self._decoded, tgt, memory, masks, memory_masks)
+        output = _layer_inference.decode(self, tgt, memory, masks, memory_masks)
+        if output is not None:
+            return output
         return self._decoded(tgt, memory, masks, memory_masks, _attend)
 
     def _decoded(

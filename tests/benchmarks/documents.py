@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 SIZE = {"batch": 1, "heads": 2, "head_dim": 4, "mask": "none", "weights": False}
-NORM = {"kind": "layer", "rows": 8, "wide_residual": False, "dropout_p": 0.0}
+NORM = {"kind": "layer", "wide_residual": False, "dropout_p": 0.0}
 
 
 def spread(median, low=None, high=None):
@@ -155,9 +155,9 @@ def functions():
 
 def norm():
     rate = {"tb_per_s": 0.03, "floor_ms": 0.75, "of_floor": 0.75, "moved_bytes": 10, "formula": "bytes 16 M N"}
-    for size in (64, 4096):
+    for rows, size in ((512, 64), (8, 4096)):
         for way in ("forward", "backward"):
-            case, more = f"norm-layer-m8-n{size}-{way}-float32", {**NORM, "size": size}
+            case, more = f"norm-layer-m{rows}-n{size}-{way}-float32", {**NORM, "rows": rows, "size": size}
             yield row(case, "fastattn", 1.0, ratio=0.5, best=("eager", 0.5), **rate, **more)
             yield row(case, "eager", 2.0, best=("fastattn", 2.0), **rate, **more)
             yield refused(case, "quack", "needs a | pipe", **more)

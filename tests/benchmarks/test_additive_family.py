@@ -28,13 +28,16 @@ def test_additive_work_is_known():
     forward = additive.work(dataclasses.replace(CASE, backward=False, dtype=torch.bfloat16), "fastattn")
     assert forward.flops == 6 * 2 * 6 * 6 * 5
     assert forward.moved_bytes == 4 * 2 * 2 * 6 * 5
-    assert forward.formula == "operations 6 B L S A, a tangent as one; bytes 8 B L A"
+    assert forward.formula == "operations 6 B L S A, a tangent as one; bytes 4 B (L + S) A"
+    step = additive.work(dataclasses.replace(CASE, step=True), "fastattn")
+    assert step.flops == 18 * 2 * 6 * 5
+    assert step.moved_bytes == 4 * 4 * 2 * (1 + 6) * 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backward", [False, True], ids=["eval", "train"])
 def test_additive_variants_agree_with_float64(backward, dtype):
-    case = dataclasses.replace(CASE, backward=backward, dtype=dtype)
+    case = dataclasses.replace(CASE, backward=backward, dtype=dtype, step=backward)
     rows = {row.variant: row for row in run_case(additive.FAMILY, case, seconds=0.0, only=("fastattn", "eager"))}
     assert [rows[name].status for name in ("fastattn", "eager")] == ["ok", "ok"], rows
 
@@ -66,6 +69,6 @@ def test_additive_is_registered():
     assert sum(case.family == "additive" for case in quick_cases()) == 2
     mine = [case for case in all_cases() if isinstance(case, additive.AdditiveCase)]
     assert {(case.seqlen, case.size) for case in mine} >= {(n, a) for n in (64, 512) for a in (64, 256)}
-    assert {case.backward for case in mine} == {False, True}
+    assert {case.backward for case in mine} == {case.backward for case in mine if case.step} == {False, True}
     assert len({case.name for case in mine}) == len(mine)
     assert all(applies is None for applies in map(additive.FAMILY.variant("eager").applies, mine))

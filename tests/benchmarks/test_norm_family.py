@@ -36,8 +36,9 @@ def _compiled_code():
         ({"dtype": BF16, "wide_residual": True}, 12, 16),
         ({"dtype": BF16, "dropout_p": 0.1}, 8, 10),
         ({"dtype": torch.float32, "wide_residual": True}, 16, 16),
+        ({"dtype": BF16, "alone": True}, 4, 6),
     ],
-    ids=["bf16", "fp16", "fp32", "bf16-residual32", "bf16-dropout", "fp32-residual32"],
+    ids=["bf16", "fp16", "fp32", "bf16-residual32", "bf16-dropout", "fp32-residual32", "bf16-alone"],
 )
 def test_norm_bytes_are_known(options, forward, backward):
     """Bytes an element, by hand: with a residual of its own dtype, or with dropout, ``dx`` is one more tensor."""
@@ -62,8 +63,9 @@ def test_norm_bytes_are_known(options, forward, backward):
         {"dtype": BF16, "wide_residual": True},
         {"dropout_p": 0.5},
         {"dtype": BF16, "dropout_p": 0.1},
+        {"alone": True},
     ],
-    ids=["fp32", "bf16", "residual32", "dropout", "bf16-dropout"],
+    ids=["fp32", "bf16", "residual32", "dropout", "bf16-dropout", "alone"],
 )
 def test_norm_variants_agree_with_float64(kind, backward, options):
     case = NormCase("norm", kind, 5, 12, backward=backward, **options)
@@ -105,6 +107,13 @@ def test_norm_gate_stops_dropout_of_everything():
         Gate(norm.FAMILY, case).check(everything, right)
 
 
+def test_a_norm_alone_is_that_and_says_so():
+    case = dataclasses.replace(TINY, alone=True)
+    assert case.name == "norm-layer-m5-n12-backward-alone-float32"
+    assert [t.dim() for t in norm._inputs(case, case.dtype)] == [2, 1, 1]
+    assert len(norm.FAMILY.variant("fastattn").build(case, case.dtype)()) == 4  # y, dx, dweight and dbias
+
+
 def test_norm_backward_is_timed_alone():
     """The graph is made when the step is built; a step only goes back through it."""
     calls = []
@@ -142,6 +151,7 @@ def test_norm_peers_say_why_they_refuse(monkeypatch):
     assert liger(on_cuda) is None
     assert liger(dataclasses.replace(on_cuda, size=262144)) == "takes rows of up to 65536 elements"
     assert liger(dataclasses.replace(on_cuda, dropout_p=0.1)) == "has no dropout"
+    assert liger(dataclasses.replace(on_cuda, alone=True)) == "is measured with a residual"
     assert liger(dataclasses.replace(on_cuda, wide_residual=True)) == "its residual has the dtype of x"
 
 

@@ -160,7 +160,8 @@ def test_lengths_without_memory_show_time_alone():
 def test_sizes_leave_other_dtypes_and_features_out():
     rows = by_family(document())["norm"]
     strange = [{**rows[0], "size": 999, "dtype": "bfloat16"}, {**rows[0], "size": 998, "dropout_p": 0.1}]
-    strange.append({**rows[0], "size": 997, "wide_residual": True})
+    strange += [{**rows[0], "size": 997, "wide_residual": True}, {**rows[0], "size": 996, "alone": True}]
+    strange.append({**rows[0], "size": 995, "rows": 4})  # so few that it says nothing of the copy rate
     assert lines_of(axes_of(curves.sizes([*rows, *strange]))[0])["fastattn"] == [(64, 0.75), (4096, 0.75)]
 
 

@@ -240,6 +240,26 @@ def test_other_blocks():
     assert "- recall 8 pairs: attention learns it best" in BLOCKS["findings"](document())
 
 
+def test_slower_has_the_cases_in_which_no_form_of_ours_is_level():
+    def case(name, ours, compiled, peak):
+        return [
+            row(name, "fastattn", ours, ratio=ours, best=("compile", ours), peak_mib=peak),
+            row(name, "fastattn-compile", compiled, ratio=compiled, best=("compile", compiled), peak_mib=peak),
+            row(name, "eager", 1.0, best=("compile", 1.0), peak_mib=20.0),
+            row(name, "compile", 1.0, ratio=1.0, best=("eager", 1.0), peak_mib=1.0),
+        ]
+
+    level = [*case("norm-a", 1.2, 1.06, 20.9), *case("norm-b", 0.5, 2.0, 21.0)]
+    assert BLOCKS["slower"](document(level)) == "None of 2 cases.\n"
+    above = [*level, *case("norm-c", 1.2, 1.1, 20.0), *case("norm-d", 1.0, 1.0, 21.1)]
+    text = BLOCKS["slower"](document(above))
+    assert text.startswith("2 of 4 cases:\n\n")
+    assert cells(text)[1] == [
+        ["norm-c", "time", "1.10 [1.08 1.12] of compile", "1.1"],
+        ["norm-d", "peak of memory", "1.06 of eager", "21.1"],
+    ]
+
+
 def test_hugging_face_ratios_are_beside_what_computes_the_model():
     header, lines = cells(BLOCKS["hugging-face-ratios"](document([*hugging_face()])))
     assert header == ["model", "batch", "beside", "evaluation", "training", "peak MiB of training, ours; beside"]

@@ -260,7 +260,7 @@ def test_row_as_json(tiny_rows):
     assert plain["of_floor"] == pytest.approx(0.75)
     assert plain["of_datasheet"] is None
     assert plain["ratio"].keys() == {"median", "p20", "p80", "low", "high"}
-    assert plain["best"] == "nn.MultiheadAttention"
+    assert plain["best"] in ("nn.MultiheadAttention", "eager")
     assert plain["saved_mib"] > 0
 
 

@@ -213,7 +213,7 @@ def test_summary_has_a_line_for_each_case_of_ours():
     plain = lines["module-b8-h2-l64-d4-eval"]
     assert (plain["other"], plain["ratio to it [95 %]"]) == ("qkv+sdpa", "0.80 [0.70 0.90]")
     assert lines["module-b8-h2-l64-d4-eval-weights"]["MiB ours / its"] == "10 / 40"
-    assert lines["norm-layer-m8-n64-forward"]["of floor"] == "0.75"
+    assert lines["norm-layer-m512-n64-forward"]["of floor"] == "0.75"
     assert lines["sequence-b1-l64-eval"]["other"] == "nn.MultiheadAttention"
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fastattn
+from fastattn.modules import _layer_inference
 
 E, H, N, L = 16, 4, 2, 6
 
@@ -22,7 +23,9 @@ def on_torch():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The modules whose attention was computed by our forward, and not handed on to torch's, in order."""
+    """The modules whose attention was computed by our forward, and not handed on to torch's, in order. Layers call them
+    in inference as well, where they would do without."""
+    monkeypatch.setattr(_layer_inference, "_is_for_us", lambda *_: False)
     seen, ours, theirs = [], fastattn.MultiheadAttention.forward, nn.MultiheadAttention.forward
 
     def recording(self, *args, **kwargs):

@@ -4,13 +4,14 @@ import contextlib
 import dataclasses
 import functools
 import math
+import unittest.mock
 import zlib
 from typing import Any
 
 import torch
 
 import fastattn
-from fastattn.ops.attention import formula, on_torch, operator, sdpa
+from fastattn.ops.attention import flash, formula, on_torch, operator, sdpa
 from fastattn.ops.attention import tiles as torch_tiles
 from fastattn.ops.attention.call import make_call
 from fastattn.ops.attention.operator import implementation
@@ -299,13 +300,16 @@ def _with_gradients(problem, results, leaves):
 
 
 # The paths of the torch backend, each of which can be made to take a call that it serves, whichever comes first.
-PATHS = ("tiles", "sdpa", "unseen", "formula", "blocks")
+PATHS = ("tiles", "sdpa", "unseen", "formula", "flash", "blocks")
 
 
 def run_path(path, call):
     """``(output, weights or None, lse or None)`` of a call without dropout on one path, or None where it declines."""
     if path == "blocks":
         return operator.apply(call, None, "torch")
+    if path == "flash":
+        inputs, options = operator.operands(call, None, "torch")
+        return operator.apply(call, None, "torch") if flash.takes(inputs, options) else None
     if path == "formula":
         found = formula.run(call, None) if formula.takes(call) else None
         return None if found is None else (*found, None)
@@ -322,6 +326,13 @@ def run_path(path, call):
 def run_backend(problem, backend):
     """``(results and gradients by name, the kept weights or None)`` of fastattn on a backend, or on one of
     :data:`PATHS`, which may have no results."""
+    if backend == "blocks":  # which leave what they can to tiles of torch's kernel, forward and backward
+        with unittest.mock.patch.object(flash, "takes", return_value=False):
+            return _run_backend(problem, backend)
+    return _run_backend(problem, backend)
+
+
+def _run_backend(problem, backend):
     case, leaves = problem.case, problem.leaves
     arguments: dict[str, Any] = {
         "attn_mask": problem.attn_mask,

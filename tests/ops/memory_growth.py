@@ -12,7 +12,7 @@ import torch
 
 import fastattn
 from benchmarks.measure.memory import peak_mib
-from fastattn.ops.attention import blocks, dropout, sdpa
+from fastattn.ops.attention import cutting, dropout, sdpa
 from fastattn.ops.attention.functions import as_words
 
 B, H, D = 1, 2, 8
@@ -114,7 +114,7 @@ def main():
     torch.set_num_threads(1)
     # A quarter of what a call may hold whole, so that calls of half the length, which take a quarter of the time, are
     # as far beyond it.
-    blocks.BLOCK_ELEMENTS //= 4
+    cutting.BLOCK_ELEMENTS //= 4
     sdpa.MOST_MERGED //= 4
     dropout.MOST_DRAWN_WHOLE //= 4
     as_words.MOST //= 4

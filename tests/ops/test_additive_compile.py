@@ -6,16 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastattn
+from fastattn.ops.additive_attention import api, direct
 from fastattn.ops.additive_attention import blocks as additive_blocks
 from fastattn.ops.additive_attention.contract import Inputs, Needs, Options, OutputGradients
 from fastattn.ops.additive_attention.operator import implementation
-from fastattn.ops.common.blocks import Block
 from fastattn.testing import random_tensor
+from tests.ops.additive_cuts import cut_small
 
 # What it returns depends on its arguments; a test knows which it gave.
 attend: Any = fastattn.ops.additive_attention
@@ -67,8 +69,7 @@ class Watched(TorchDispatchMode):
 @pytest.fixture
 def _no_formula(monkeypatch):
     """The torch backend's small calls go through the operators too."""
-    monkeypatch.setattr(additive_blocks, "BLOCK_ELEMENTS", 40)
-    monkeypatch.setattr(additive_blocks, "BLOCK_ELEMENTS_ON_GPU", 40)
+    cut_small(monkeypatch, 40)
 
 
 @pytest.mark.usefixtures("_no_formula")
@@ -109,6 +110,30 @@ def test_additive_compiles_in_one_graph(name, compiler, backend, device):
         torch.testing.assert_close(actual, wanted)
 
 
+@pytest.mark.parametrize("size", [A, 1 << 14], ids=["few", "many"])
+def test_additive_of_few_tangents_is_its_formula_in_the_graph(size):
+    """Compiled for a CPU: its compiler sees into a small call, and a large one is the operators'."""
+    called = []
+
+    def note(graph, inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    shapes = ((B, L, size), (B, S, size), (B, S, DV), (size,))
+    tensors = [random_tensor(*s, seed=i) for i, s in enumerate(shapes)]
+    padding = torch.arange(S).expand(B, S) > 4
+    for call in ({}, {"key_padding_mask": padding, "need_weights": True}):
+        function = lambda *t: attend(*t, **call, backend="torch")  # noqa: B023, E731
+        backend = aot_autograd(fw_compiler=note)
+        with torch.no_grad():
+            torch._dynamo.reset()
+            found = tree_leaves(torch.compile(function, backend=backend, fullgraph=True)(*tensors))
+            for actual, wanted in zip(found, tree_leaves(function(*tensors)), strict=True):
+                torch.testing.assert_close(actual, wanted)
+    assert called
+    assert any("additive_forward" in name for name in called) == (size > A)
+
+
 def test_additive_compiles_once_for_all_lengths(device):
     counter = CompileCounter()
     compiled = torch.compile(
@@ -132,7 +157,7 @@ def test_additive_compiles_once_for_all_lengths(device):
 def test_additive_derivatives_of_every_order(name, blocks, monkeypatch):
     """Gradients, their gradients and forward mode, in float64; the formula in one piece and in blocks of rows."""
     if blocks:
-        monkeypatch.setattr(additive_blocks, "BLOCK_ELEMENTS", 40)
+        cut_small(monkeypatch, 40)
     tensors = [t.detach()[..., :3, :2].requires_grad_() for t in leaves("cpu", torch.float64)]
     tensors[3] = tensors[3].detach()[:, :2].requires_grad_()
     call = dict(arguments(name, "cpu"))
@@ -215,8 +240,7 @@ def test_additive_second_derivatives_lose_nothing_in_small_blocks(monkeypatch, d
     shapes = ((1, length, size), (1, keys, size), (1, keys, size), (size,))
     narrow = [random_tensor(*s, seed=i, device=device).bfloat16() for i, s in enumerate(shapes)]
     given = random_tensor(1, length, size, seed=9, device=device).bfloat16()
-    monkeypatch.setattr(additive_blocks, "BLOCK_ELEMENTS", 2 * keys * size)
-    monkeypatch.setattr(additive_blocks, "BLOCK_ELEMENTS_ON_GPU", 2 * keys * size)
+    cut_small(monkeypatch, 2 * keys * size)
 
     def second(dtype):
         tensors = [t.to(dtype).requires_grad_() for t in narrow]
@@ -256,10 +280,10 @@ def test_additive_makes_no_tensor_of_pairs_times_columns(backend, device):
     assert pairs <= largest_made(backend, device, length, size) <= most
 
 
-def test_a_block_that_is_everything_is_noticed(monkeypatch, device):
-    """What the test above would measure, were the torch backend's blocks not cut."""
-    whole = Block(slice(0, 1), slice(0, 64), slice(0, 64))
-    monkeypatch.setattr(additive_blocks, "blocks", lambda inputs, options: [whole])
+def test_a_piece_that_is_everything_is_noticed(monkeypatch, device):
+    """What the test above would measure, were a block's tangents all one piece."""
+    for name in ("PIECE_ELEMENTS", "BLOCK_ELEMENTS_ON_GPU"):
+        monkeypatch.setattr(additive_blocks, name, 64 * 64 * 32)
     assert largest_made("torch", device, 64, 32) == 4 * 64 * 64 * 32
 
 
@@ -281,3 +305,48 @@ def test_additive_keeps_inputs_and_output_alone(backend, device):
     elements = [tensor.numel() for ref in saved if (tensor := ref()) is not None]
     assert elements
     assert max(elements) <= max(t.numel() for t in (*tensors, output))
+
+
+def test_additive_takes_the_short_way_and_says_the_same(monkeypatch):
+    """A decoder's step, with padding and without: results and gradients of the long way, which is not entered."""
+    query, key, value = (random_tensor(B, length, A, seed=length).requires_grad_() for length in (1, S, S + 1))
+    value, weight = value[:, :S], random_tensor(A, seed=9).requires_grad_()
+    padding = torch.arange(S).expand(B, S) > torch.tensor([[4], [9]])
+    for call in ({}, {"key_padding_mask": padding}, {"key_padding_mask": padding, "need_weights": True}):
+        function = lambda *t: attend(*t, **call, backend="torch")  # noqa: B023, E731
+        with monkeypatch.context() as patch:
+            patch.setattr(direct, "attend", lambda *_: None)
+            expected = results_and_gradients(function, [query, key, value, weight])
+        with monkeypatch.context() as patch:
+            patch.setattr(api, "make_call", None)
+            found = results_and_gradients(function, [query, key, value, weight])
+        for actual, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: {"query": t["query"].half()},
+        lambda t: {"query": t["query"][0]},
+        lambda t: {"key": t["key"][:1]},
+        lambda t: {"value": t["value"][:, 1:]},
+        lambda t: {"weight": t["weight"][1:]},
+        lambda t: {"weight": t["weight"][None]},
+        lambda t: {"weight": t["weight"].double()},
+        lambda t: {"key": t["key"].to("meta")},
+        lambda t: {"key": None},
+        lambda t: {"key_padding_mask": torch.zeros(B, S + 1, dtype=torch.bool)},
+        lambda t: {"key_padding_mask": torch.zeros(B, S)},
+        lambda t: {"need_weights": 1},
+        lambda t: {"average_attn_weights": None},
+        lambda t: {"backend": "cuda"},
+    ],
+)
+def test_additive_short_way_leaves_what_is_wrong_to_the_long_one(change):
+    tensors: dict[str, Any] = dict(zip(("query", "key", "value", "weight"), (t.detach()[:, 0] for t in leaves("cpu"))))
+    tensors["weight"] = tensors["weight"].new_ones(A)
+    tensors["backend"] = "torch"
+    attend(**tensors)
+    with pytest.raises((TypeError, ValueError)):
+        attend(**{**tensors, **change(tensors)})

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.ops.additive_attention import blocks
 from fastattn.reference import additive_attention as reference
 from fastattn.testing import random_tensor
+from tests.ops.additive_cuts import cut_small
 
 # What it returns depends on its arguments; a test knows which it gave.
 attend: Any = fastattn.ops.additive_attention
@@ -25,8 +25,7 @@ def backend(request, monkeypatch):
     if name == "triton":
         pytest.importorskip("triton", reason="triton is not installed")
     if form == "blocks":
-        monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 800)
-        monkeypatch.setattr(blocks, "BLOCK_ELEMENTS_ON_GPU", 800)
+        cut_small(monkeypatch, 800)
     return name
 
 
@@ -68,11 +67,11 @@ def test_additive_hidden_values_do_not_leak(how, bad, backend, device):
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("elements", [1 << 18, 800], ids=["formula", "blocks"])
-def test_additive_bias_is_what_it_is_in_the_dtype_of_the_scores(elements, monkeypatch, device):
+@pytest.mark.parametrize("blocks", [False, True], ids=["formula", "blocks"])
+def test_additive_bias_is_what_it_is_in_the_dtype_of_the_scores(blocks, monkeypatch, device):
     """A float64 bias of -1e300 is -inf in float32: it hides keys, and a row of it is zero and not NaN."""
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS_ON_GPU", elements)
+    if blocks:
+        cut_small(monkeypatch, 800)
     bias = torch.zeros(L, S, dtype=torch.float64, device=device)
     bias[3] = -1e300
     bias[:, 35:] = -1e300

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.ops.additive_attention import blocks
 from fastattn.reference import additive_attention as reference
 from fastattn.testing import assert_within_budget, attention_inputs, attention_mask, key_padding_mask, random_tensor
+from tests.ops.additive_cuts import cut_small
 
 # What it returns depends on its arguments; a test knows which it gave.
 attend: Any = fastattn.ops.additive_attention
@@ -226,8 +226,7 @@ def test_additive_grad_of_random_combinations_matches_reference(sampled, backend
 @pytest.mark.parametrize("case", [c for c in dict.fromkeys(ALONE) if c.dtype == "fp32"], ids=lambda case: case.id)
 def test_additive_grad_in_small_blocks_matches_reference(case, device, monkeypatch):
     """The torch backend cuts large calls into blocks of rows; here every call is large."""
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 6000)
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS_ON_GPU", 6000)
+    cut_small(monkeypatch, 6000)
     check(case, "torch", device)
 
 

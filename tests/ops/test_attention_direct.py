@@ -29,14 +29,20 @@ def padding():
     return hidden
 
 
-def assert_right(output, query, key, value, attn_mask=None, key_padding_mask=None, is_causal=False, scale=None, **_):
+def assert_right(
+    output, query, key, value, attn_mask=None, key_padding_mask=None, is_causal=False, scale=None, window=(None, None),
+    alibi_slopes=None, **_,
+):  # fmt: skip
     """The output of a call beside the reference's, in float64 and in the dtype of the call."""
+    left, right = window
 
     def referred(dtype):
         words: dict[str, Any] = {
             "key_padding_mask": key_padding_mask,
             "scale": scale,
-            "upper": 0 if is_causal else None,
+            "lower": None if left is None else -left,
+            "upper": 0 if is_causal else right,
+            "alibi_slopes": None if alibi_slopes is None else alibi_slopes.to(dtype),
         }
         if attn_mask is not None:
             attn_mask_ = attn_mask[(None,) * (4 - attn_mask.dim())]
@@ -57,10 +63,20 @@ def _torch_backend():
 
 @pytest.fixture
 def taken(monkeypatch):
-    """Whether the short way took each call."""
-    seen, attend = [], direct.attend
-    monkeypatch.setattr(direct, "attend", lambda *args: (seen.append(attend(*args)), seen[-1])[1])
-    return lambda: [output is not None for output in seen]
+    """Whether the short way took the calls, the plainest ones at its first step."""
+    seen: list[bool] = []
+
+    def watched(original):
+        def attend(*args):
+            output = original(*args)
+            seen.append(output is not None)
+            return output
+
+        return attend
+
+    for name in ("attend_plainly", "attend_by_difference", "attend"):
+        monkeypatch.setattr(direct, name, watched(getattr(direct, name)))
+    return lambda: any(seen)
 
 
 TAKEN = {
@@ -69,6 +85,11 @@ TAKEN = {
     "bfloat16": ({"dtype": torch.bfloat16}, {}),
     "float64": ({"dtype": torch.float64}, {}),
     "causal": ({"keys": 6}, {"is_causal": True}),
+    "window": ({"keys": 6}, {"window": (2, 1)}),
+    "causal_window": ({"keys": 6}, {"window": (2, None), "is_causal": True}),
+    "alibi": ({"keys": 6}, {"alibi_slopes": torch.tensor([0.5, 0.0, 0.1, 2.0]), "is_causal": True}),
+    "alibi_in_a_window": ({"keys": 6}, {"alibi_slopes": torch.tensor([0.5, 0.0, 0.1, 2.0]), "window": (3, 1)}),
+    "padding_of_one_shape": ({"keys": 6}, {"key_padding_mask": padding()[:, :6]}),
     "grouped": ({"kv_heads": 2}, {}),
     "bool_mask": ({}, {"attn_mask": bools(2, 4, 6, 7)}),
     "bool_broadcast": ({}, {"attn_mask": bools(1, 1, 6, 7)}),
@@ -87,7 +108,7 @@ TAKEN = {
 def test_direct_call_matches_the_reference(sizes, words, taken):
     query, key, value = qkv(**sizes)
     output = fastattn.attention(query, key, value, **words)
-    assert taken() == [True]
+    assert taken()
     assert_right(output, query, key, value, **words)
 
 
@@ -102,6 +123,7 @@ LEFT = {
     "empty": lambda q, k, v: ((q, k[:, :, :0], v[:, :, :0]), {}),
     "trained_under_a_bias": lambda q, k, v: ((q.requires_grad_(), k, v), {"attn_mask": random_tensor(6, 7, seed=1)}),
     "trained_bias": lambda q, k, v: ((q, k, v), {"attn_mask": random_tensor(1, 4, 6, 7, seed=1).requires_grad_()}),
+    "negative_slopes": lambda q, k, v: ((q[:, :, :6], k[:, :, :6], v[:, :, :6]), {"alibi_slopes": -torch.ones(4)}),
     "long_mask": lambda q, k, v: ((q.repeat(1, 1, 70, 1), k, v), {"attn_mask": bools(1, 1, 420, 7)}),
 }  # fmt: skip
 
@@ -110,7 +132,7 @@ LEFT = {
 def test_other_calls_are_left_to_the_long_way(make, taken):
     args, words = make(*qkv())
     output = fastattn.attention(*args, **words)
-    assert taken() == [False]
+    assert not taken()
     assert_right(output, *args, **words)
 
 
@@ -170,7 +192,7 @@ def test_small_scale_keeps_scores_whose_products_overflow(taken):
     query, key = query.abs() * 1e10, -key.abs() * 1e29
     words = {"attn_mask": bools(1, 1, 6, 7), "scale": 1e-39}
     output = fastattn.attention(query, key, value, **words)
-    assert taken() == [False]
+    assert not taken()
     truth = reference.attention(*(t.double() for t in (query, key, value)), mask=words["attn_mask"], scale=1e-39).output
     torch.testing.assert_close(output, truth.float())
 
@@ -188,7 +210,7 @@ def test_direct_call_trains_under_a_mask(garbage, taken):
 
     leaves = [query.requires_grad_(), key.requires_grad_(), spoilt]
     output = fastattn.attention(*leaves, key_padding_mask=hidden)
-    assert taken() == [garbage == garbage]
+    assert taken() == (garbage == garbage)
     found = torch.autograd.grad(output, leaves, d_output)
     truth, peer = (
         gradients([t.detach().to(dtype).requires_grad_() for t in (query, key, value)], dtype)
@@ -201,4 +223,4 @@ def test_direct_call_trains_under_a_mask(garbage, taken):
 def test_direct_call_gives_gradients_of_every_order(taken):
     inputs = [t.double().requires_grad_() for t in qkv(length=3, keys=3, size=2)]
     assert torch.autograd.gradgradcheck(lambda *t: fastattn.attention(*t, is_causal=True), inputs)
-    assert all(taken())
+    assert taken()

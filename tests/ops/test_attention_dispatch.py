@@ -34,13 +34,16 @@ def ran(monkeypatch):
 
         monkeypatch.setattr(module, "run", run)
 
-    def attend(*arguments, original=direct.attend):
-        output = original(*arguments)
-        if output is not None:
-            names.append("torch")
-        return output
+    originals = {name: getattr(direct, name) for name in ("attend_plainly", "attend_by_difference", "attend")}
+    for name, way in originals.items():
 
-    monkeypatch.setattr(direct, "attend", attend)
+        def attend(*arguments, way=way):
+            output = way(*arguments)
+            if output is not None:
+                names.append("torch")
+            return output
+
+        monkeypatch.setattr(direct, name, attend)
     return names
 
 

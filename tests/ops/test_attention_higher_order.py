@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from fastattn.ops.attention import blocks
+from fastattn.ops.attention import cutting
 from fastattn.ops.attention.call import make_call
 from fastattn.reference import attention as reference
 from fastattn.testing import attention_inputs, attention_mask, key_padding_mask, random_tensor
@@ -150,7 +150,7 @@ BLOCKED: dict[str, dict[str, Any]] = {
 def test_attention_derivatives_in_blocks(name, device, monkeypatch):
     """All that is beyond the first order is exact over many blocks, and needs the memory of a few."""
     batch, heads, length, keys, block = 2, 2, 16, 128, 1024
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(cutting, "BLOCK_ELEMENTS", block)
     leaves = attention_inputs(batch, heads, length, keys, 4, dtype=torch.float64, device=device, seed=1)
     leaves += tuple(random_tensor(heads, seed=i, dtype=torch.float64, device=device) for i in (2, 3))
     tangents = [random_tensor(*t.shape, seed=10 + i, dtype=t.dtype, device=device) for i, t in enumerate(leaves)]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fastattn.ops.attention import blocks
+from fastattn.ops.attention import cutting
 from tests.ops.attention_cases import AXES, DTYPES, Case, check
 from tests.pairwise import pairwise
 
@@ -105,8 +105,9 @@ def test_attention_grad_of_pairs_matches_reference(feature, case, backend, devic
 
 @pytest.mark.parametrize(("feature", "case"), named(PAIRS))
 def test_attention_in_small_blocks_matches_reference(feature, case, device, monkeypatch):
-    """The torch backend cuts large calls into blocks of rows; here every call is large."""
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 2048)
+    """The torch backend cuts large calls into blocks of rows, whose heads have turns; here every call is large."""
+    monkeypatch.setattr(cutting, "BLOCK_ELEMENTS", 2048)
+    monkeypatch.setattr(cutting, "AT_WORK", 512)
     check(f"{feature}, in small blocks", case, "torch", device)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.ops.attention import blocks
+from fastattn.ops.attention import cutting
 from fastattn.reference import attention as reference
 from fastattn.testing import (
     alibi_slopes,
@@ -329,7 +329,8 @@ def test_attention_averaged_weights_need_no_memory_per_head(backend, device, see
     size is allocated, neither in the forward nor in the backward."""
     if device.type != "cpu":
         pytest.skip("counts the allocations of CPU tensors; the same code runs on a GPU")
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 64 * 64)
+    for bound in ("BLOCK_ELEMENTS", "AT_WORK"):
+        monkeypatch.setattr(cutting, bound, 64 * 64)
     leaves = attention_inputs(1, 8, 64, 64, 8, device=device, seed=seed)
     leaves = [t.requires_grad_() for t in leaves]
     with torch.profiler.profile(profile_memory=True) as profile:

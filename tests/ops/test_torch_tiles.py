@@ -38,8 +38,6 @@ def rules(name: str, batch: int, rows: int, keys: int) -> dict[str, Any]:
         "sparse": {"attn_mask": blocks < 0.15},
         "of_each_entry": {"attn_mask": torch.stack([blocks < 0.3, blocks > 0.7, blocks > 2])[:batch, None]},
         "documents": {"document_ids": (torch.arange(rows)[None] // 50, torch.arange(keys)[None] // 50)},
-        "window": {"window": (37, 5)},
-        "causal_window": {"window": (20, 0), "is_causal": True, "causal_alignment": "bottom_right"},
         "prefix": {"is_causal": True, "prefix": torch.tensor([3, 90, 0])[:batch]},
         "scattered_keys": {"attn_mask": (key % 3 == 0) & (row > 5)},
         "one_row_sees": {"attn_mask": (row == 200) & (key > 100)},
@@ -47,8 +45,7 @@ def rules(name: str, batch: int, rows: int, keys: int) -> dict[str, Any]:
 
 
 RULES = [
-    "padding", "sparse", "of_each_entry", "documents", "window", "causal_window", "prefix", "scattered_keys",
-    "one_row_sees",
+    "padding", "sparse", "of_each_entry", "documents", "prefix", "scattered_keys", "one_row_sees",
 ]  # fmt: skip
 
 
@@ -85,11 +82,12 @@ def test_whole_tiles_have_no_mask(tiles):
         {"attn_mask": torch.rand(1, 2, 400, 400, generator=torch.Generator().manual_seed(0)) < 0.1},
         {"is_causal": True},
         {"window": (3, 3), "softcap": 2.0},
+        {"window": (3, 3)},
         {"window": (3, 3), "return_lse": True},
         {"window": (3, 3), "dropout_p": 0.5},
         {},
     ],
-    ids=["dense", "mask_of_heads", "causal", "softcap", "lse", "dropout", "plain"],
+    ids=["dense", "mask_of_heads", "causal", "softcap", "window", "lse", "dropout", "plain"],
 )
 def test_other_calls_run_whole(arguments, tiles):
     attend(attention_inputs(1, 2, 400, 400, 16, seed=1), **arguments)
@@ -120,7 +118,7 @@ def test_rows_that_see_nothing_are_zero_and_what_a_tile_may_not_see_never_leaks(
 
 def test_output_lies_as_the_query_does(tiles):
     packed = torch.randn(2, 400, 4, 16).transpose(1, 2)
-    output = attend((packed, packed, packed), window=(8, 0))
+    output = attend((packed, packed, packed), document_ids=torch.arange(400)[None] // 50)
     assert tiles and output.transpose(1, 2).is_contiguous()
 
 

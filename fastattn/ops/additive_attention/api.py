@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from fastattn.ops.additive_attention import on_torch, on_triton
+from fastattn.ops.additive_attention import direct, on_torch, on_triton
 from fastattn.ops.additive_attention.call import make_call
 from fastattn.ops.additive_attention.contract import AdditiveAttentionCall
 from fastattn.ops.common import backends
@@ -60,9 +60,10 @@ def additive_attention(
 
     Memory, where no weights are asked for: on the kernels the forward makes nothing of size ``L S``, and the backward
     two such tensors a head, the scores' gradient in float32 and the weights in ``query.dtype``. On the torch backend
-    both make the intermediate in blocks of rows, of 2^18 elements on a CPU and 2^24 on a GPU or of one row, and keep
-    nothing but their inputs; but a CPU call in float32 or float64 that fits one block is the plain formula, quicker by
-    far, and in training keeps that block.
+    both make the scores in blocks of rows and the intermediate in pieces of a block, at most 2^18 elements of either on
+    a CPU and 2^24 on a GPU or those of one row, and keep nothing but their inputs; but a CPU call in float32 or float64
+    of up to 2^21 elements, or with up to 4 queries in training, is the plain formula, quicker by far, and in training
+    keeps them.
 
     Args:
         query: ``[B, L, A]`` or ``[B, H, L, A]``, float16, bfloat16, float32 or float64, projected already; any strides.
@@ -89,6 +90,10 @@ def additive_attention(
         ValueError: shapes or devices do not fit; the message shows them.
         NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
     """
+    if attn_mask is None and is_causal is False and type(need_weights) is type(average_attn_weights) is bool:
+        found = direct.attend(query, key, value, weight, key_padding_mask, backend)
+        if found is not None:
+            return found if need_weights else found[0]
     words = {
         "attn_mask": attn_mask,
         "key_padding_mask": key_padding_mask,

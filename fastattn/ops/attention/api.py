@@ -171,8 +171,23 @@ def attention(
         ValueError: shapes, devices or numbers do not fit; the message shows them.
         NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
     """
-    signature = None
     is_modified = score_mod is not None or mask_mod is not None
+    has_few = (
+        prefix is document_ids is softcap is sinks is None
+        and type(dropout_p) is float
+        and dropout_p == 0.0
+        and not (need_weights or return_lse or is_modified)
+    )
+    has_fewest = has_few and window is alibi_slopes is None
+    if has_few and attn_mask is None and causal_alignment in ("top_left", "bottom_right"):
+        output = None
+        if has_fewest:
+            output = direct.attend_plainly(query, key, value, key_padding_mask, is_causal, scale, backend)
+        elif key_padding_mask is None:
+            output = direct.attend_by_difference(query, key, value, is_causal, window, alibi_slopes, scale, backend)
+        if output is not None:
+            return output
+    signature = None
     if lies_with_kernels(query) and not is_modified:
         values = query, key, value, attn_mask, key_padding_mask, window, prefix, document_ids, alibi_slopes, sinks
         numbers = (
@@ -182,12 +197,7 @@ def attention(
         signature = _ARGUMENTS.key(values, numbers)
         if signature is not None and (entry := _ARGUMENTS.find(signature, values + numbers)) is not None:
             return entry(values)
-    if (
-        window is prefix is document_ids is alibi_slopes is softcap is sinks is None
-        and type(dropout_p) is float
-        and dropout_p == 0.0
-        and not (need_weights or return_lse or is_modified)
-    ):
+    if has_fewest:
         output = direct.attend(
             query, key, value, attn_mask, key_padding_mask, is_causal, causal_alignment, scale, backend
         )

@@ -1,12 +1,18 @@
 """Attention in plain torch, a block of rows at a time, so that the [B, H, L, S] intermediates are never whole.
 
-The torch backend runs here what ``F.scaled_dot_product_attention`` cannot express: weights, the LSE, windows,
-documents, ALiBi, softcap, sinks, the gradients of all of them, and masks that torch would first expand to ``[L, S]``.
-On a CPU the matrix products take most of the time, and the rest is arranged to stay small beside them: query heads that
-share a key head are rows of one product; keys that no row of a block may see are left out of it, so that a causal call
-does about half the work and one with a window about the window's; the other hidden scores get ``-inf`` by an addition,
-since ``masked_fill`` takes as long as a product; and booleans are read as bytes, which torch reduces and converts five
-to ten times faster.
+The torch backend runs here whatever its other paths do not: weights, softcap, functions, the gradients of biases, of
+slopes and of the LSE; what tiles of torch's kernel can make (``flash``) is left to them. On a CPU the matrix products
+take most of the time, and the rest is arranged to stay small beside them:
+
+* query heads that share a key head are rows of one product;
+* keys that no row of a block may see are left out of it (``cutting``), so that a causal call does about half the work
+  and one with a window about the window's;
+* the other hidden scores get ``-inf`` by an addition, since ``masked_fill`` takes as long as a product; what is added
+  is made once for all heads of a block;
+* the heads of a block have their turn a few at a time, so that their scores stay in a core's own cache from the first
+  product to the last, and every pass over them is in place, in memory that all blocks share: pages that are touched for
+  the first time would cost as much as a pass over them;
+* booleans are read as bytes, which torch reduces and converts five to ten times faster.
 
 Everything is computed in float32, or in float64 where the query or something that is added to the scores is float64.
 
@@ -18,13 +24,11 @@ anything, they run again in a careful form, in which a weight of 0 times anythin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn.ops.attention import dropout
+from fastattn.ops.attention import flash
 from fastattn.ops.attention.contract import (
     InputGradients,
     Inputs,
@@ -35,137 +39,16 @@ from fastattn.ops.attention.contract import (
     Results,
     weights_shape,
 )
+from fastattn.ops.attention.cutting import batches, blocks, cut
 from fastattn.ops.attention.functions import on_torch as functions
 from fastattn.ops.attention.functions.sums import CapturedGradients
-from fastattn.ops.common.blocks import OF_KEYS, OF_ROWS, SCORES, Axes, Block, empty_in_order_of, statistics_dtype
+from fastattn.ops.attention.scores import Scratch, added_to, compute_dtype, heads_as_rows, scores_of, turns
+from fastattn.ops.common.blocks import SCORES, empty_in_order_of, statistics_dtype
 from fastattn.ops.common.checks import without_autocast
-from fastattn.reference import distances, visibility
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
-# Elements of one block of scores. 2^20 float32 (4 MiB) stay in the outer caches between the products.
-BLOCK_ELEMENTS = 1 << 20
-# However narrow the window, a block has at least this many rows: with fewer the cost of its calls dominates.
-_LEAST_ROWS = 64
-
-_AXES_BY_NAME: dict[str, Axes] = {
-    "query": OF_ROWS,
-    "key": OF_KEYS,
-    "value": OF_KEYS,
-    "bias": SCORES,
-    "alibi_slopes": ("batch",),
-    "sinks": ("batch",),
-    "mask": SCORES,
-    "key_padding_mask": ("batch", "keys"),
-    "query_documents": ("batch", "rows"),
-    "key_documents": ("batch", "keys"),
-    "prefix": ("batch",),
-    "dropout_state": SCORES,
-}
-
-
-def axes_of(names: Iterable[str]) -> tuple[Axes, ...]:
-    """How inputs of these names follow the blocks; what functions read is whole in every block."""
-    return tuple(_AXES_BY_NAME.get(name, ()) for name in names)
-
-
-# -------------------------------------------------------------------------------------------------- cutting into blocks
-
-
-def cut(block: Block, inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
-    """The call that a block is by itself; its dropout state is the block's kept weights, and what a mask_mod says of
-    its pairs is part of its mask."""
-    own: list[Any] = [t if t is None else block.of(t, axes) for t, axes in zip(inputs, axes_of(inputs._fields))]
-    tensors = type(inputs)(*own)
-    if options.mask_mod:
-        places = functions.places_of(block, inputs.query.shape[1], options, inputs.query.device)
-        seen = functions.visible(places, options.mask_mod, functions.read_by_mask_mod(inputs, options))
-        tensors = tensors._replace(mask=seen if tensors.mask is None else tensors.mask & seen)
-    if tensors.dropout_state is not None and dropout.is_seed(tensors.dropout_state):
-        kept = dropout.kept(
-            tensors.dropout_state, options.dropout_p, inputs.query.shape[1], block.batch, block.rows, block.keys
-        )
-        tensors = tensors._replace(dropout_state=kept)
-    row, key = block.rows.start, block.keys.start
-    if tensors.prefix is not None and key:
-        tensors = tensors._replace(prefix=tensors.prefix - key)
-    return tensors, options._replace(
-        lower=None if options.lower is None else options.lower + row - key,
-        upper=None if options.upper is None else options.upper + row - key,
-        shift=options.shift + row - key,
-        mask_mod="",
-    )
-
-
-def batches(inputs: Inputs, options: Options) -> Iterator[slice]:
-    """Whole batch entries together while they fit a block, else one at a time."""
-    batch, heads, length = inputs.query.shape[:3]
-    elements = heads * length * _span(inputs, options)[1]
-    if elements:
-        entries = max(1, BLOCK_ELEMENTS // elements)
-        yield from (slice(b, min(b + entries, batch)) for b in range(0, batch, entries))
-
-
-def blocks(inputs: Inputs, options: Options, batch: slice, *, looks: bool, skips: bool = True) -> Iterator[Block]:
-    """The blocks of some batch entries.
-
-    The band of lower and upper decides which keys are left out; if ``looks``, so do the values of masks, documents and
-    prefixes. A block whose rows see nothing is left out if ``skips``, and otherwise has one key, hidden from its rows.
-    """
-    heads, length = inputs.query.shape[1:3]
-    most_rows, keys = _span(inputs, options)
-    rows = max(1, min(length, most_rows, BLOCK_ELEMENTS // (heads * keys)))
-    for row in range(0, length, rows):
-        block = Block(batch, slice(row, min(row + rows, length)), slice(0, inputs.key.shape[2]))
-        block = block._replace(keys=keys_of_band(inputs, options, block, looks))
-        if looks and block.keys.start < block.keys.stop:
-            block = block._replace(keys=_keys_of_masks(inputs, options, block))
-        if block.keys.start < block.keys.stop:
-            yield block
-        elif not skips:
-            yield block._replace(keys=slice(0, 1))
-
-
-def _span(inputs: Inputs, options: Options) -> tuple[int, int]:
-    """How many rows a block has at most, and how many keys then."""
-    length, keys = inputs.query.shape[2], inputs.key.shape[2]
-    if options.lower is None or options.upper is None or inputs.prefix is not None:
-        return length, keys
-    width = max(_LEAST_ROWS, options.upper - options.lower + 1)
-    return width, min(keys, 2 * width)  # with as many rows as the band is wide, half of the block is visible
-
-
-def keys_of_band(inputs: Inputs, options: Options, block: Block, looks: bool) -> slice:
-    """From the first to the last key that band and prefix let some row of the block see."""
-    start, stop = 0, block.keys.stop
-    if options.lower is not None and inputs.prefix is None:
-        start = max(start, block.rows.start + options.lower)
-    if options.upper is not None:
-        stop = block.rows.stop + options.upper
-        if inputs.prefix is not None:
-            stop = max(stop, int(inputs.prefix.max())) if looks else block.keys.stop
-    return slice(start, min(stop, block.keys.stop))
-
-
-def _keys_of_masks(inputs: Inputs, options: Options, block: Block) -> slice:
-    """From the first to the last of the block's keys that every mask lets some row of it see."""
-    start, stop = block.keys.start, block.keys.stop
-    for visible in _masks(cut(block, inputs._replace(dropout_state=None), options)[0]):
-        if visible.shape[3] != 1:
-            seen = visible.view(torch.uint8).amax((0, 1, 2)).nonzero()
-            if not len(seen):
-                return slice(0, 0)
-            start, stop = max(start, block.keys.start + int(seen[0])), min(stop, block.keys.start + int(seen[-1]) + 1)
-    return slice(start, stop)
-
-
-def _masks(inputs: Inputs) -> Iterator[Tensor]:
-    """Boolean tensors that broadcast to the scores; a key is visible where all of them are True."""
-    if inputs.mask is not None:
-        yield inputs.mask
-    if inputs.key_padding_mask is not None:
-        yield ~inputs.key_padding_mask[:, None, None, :]
-    if inputs.query_documents is not None and inputs.key_documents is not None:
-        yield inputs.query_documents[:, None, :, None] == inputs.key_documents[:, None, None, :]
+# With fewer scores to a head, heads are added up by one reduction, and otherwise head by head, in a fifth of the time.
+_LONG_HEAD = 1 << 13
 
 
 # -------------------------------------------------------------------------------------------------------- hidden values
@@ -177,26 +60,9 @@ def _hides(inputs: Inputs, options: Options) -> bool:
     return any(argument is not None for argument in hiding) or bool(options.score_mod or options.mask_mod)
 
 
-def _visible(own: Inputs, options: Options) -> Tensor:
-    """Boolean ``[b | 1, H | 1, n, s]``: which rows of a block see which keys, additive masks of ``-inf`` included."""
-    visible = visibility(
-        own.query.shape[2],
-        own.key.shape[2],
-        lower=options.lower,
-        upper=options.upper,
-        prefix=own.prefix,
-        mask=own.mask,
-        key_padding_mask=own.key_padding_mask,
-        query_documents=own.query_documents,
-        key_documents=own.key_documents,
-        device=own.query.device,
-    )
-    return visible if own.bias is None else visible & (own.bias != NEGATIVE_INFINITY)
-
-
 def _all_finite(*tensors: Tensor) -> bool:
     """Is every element finite, and the sum of each tensor too?"""
-    return math.isfinite(sum(t.sum(dtype=statistics_dtype(t.dtype)).item() for t in tensors))
+    return math.isfinite(sum(t.sum(dtype=statistics_dtype(t.dtype)).item() for t in tensors if t.numel()))
 
 
 def _product(left: Tensor, right: Tensor, careful: bool) -> Tensor:
@@ -224,96 +90,24 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, careful: bool) -> N
 # ----------------------------------------------------------------------------------------------------- one block's work
 
 
-def _compute_dtype(inputs: Inputs, options: Options) -> torch.dtype:
-    """The dtype that a block is computed in, at least float32.
-
-    Products of 16-bit tensors would round scores to 16 bits (by up to 0.06 at 30 in bfloat16) and overflow float16 at
-    65504; torch's own kernel keeps them in float32 too. On a CPU the conversion costs large blocks a tenth of their
-    time, and makes small ones three times as fast, since float16 and bfloat16 have no fast path there.
-    """
-    dtype = statistics_dtype(inputs.query.dtype)
-    read = functions.read_by_score_mod(inputs, options) if options.score_mod else []
-    for added in (inputs.bias, inputs.alibi_slopes, *read):
-        if added is not None and added.is_floating_point():
-            dtype = torch.promote_types(dtype, added.dtype)
-    return dtype
-
-
-def _heads_as_rows(tensor: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
-    """``[B, H, n, D]`` as ``[B * Hk, H / Hk * n, D]``: the query heads of one key head under one another."""
-    batch, heads, rows, size = tensor.shape
-    return tensor.reshape(batch * kv_heads, heads // kv_heads * rows, size).to(dtype)
-
-
-def _products(queries: Tensor, keys: Tensor, own: Inputs, options: Options) -> tuple[Tensor, Tensor | None]:
-    """Capped products ``[b, H, n, s]`` of queries that are scaled already, and the hyperbolic tangent that capped them,
-    None without a cap. The backward takes the slope from the tangent: from the product it has one rounding more."""
-    scores = torch.bmm(queries, keys.mT).view(*own.query.shape[:3], -1)
-    if options.softcap is None:
-        return scores, None
-    bent = scores.div_(options.softcap).tanh_()
-    return bent * options.softcap, bent
-
-
-def _distances(scores: Tensor, options: Options) -> Tensor:
-    """``[n, s]``, in float32 or better: float16 ends at 65504."""
-    dtype = statistics_dtype(scores.dtype)
-    return distances(scores.shape[2], scores.shape[3], options.shift, scores.device).to(dtype)
-
-
-def _masked(scores: Tensor, own: Inputs, options: Options, visible: Tensor | None) -> Tensor:
-    """The scores, in place, with bias and ALiBi added, and ``-inf`` where the row may not see the key. The careful form
-    fills in ``-inf`` by ``visible``; otherwise the masks are added, which is right while all scores are finite."""
-    if own.bias is not None:
-        scores.add_(own.bias if visible is None else own.bias.where(visible, 0))
-    if own.alibi_slopes is not None:
-        scores.sub_(own.alibi_slopes[..., None, None] * _distances(scores, options))
-    if visible is not None:
-        return scores.masked_fill_(~visible, NEGATIVE_INFINITY)
-    rows, keys = scores.shape[2:]
-    if options.upper is not None:
-        start = max(0, options.upper + 1)  # the first key that the first row may not see
-        if start < keys:
-            seen = visibility(
-                rows,
-                keys - start,
-                upper=options.upper - start,
-                prefix=None if own.prefix is None else own.prefix - start,
-                device=scores.device,
-            )
-            _hide(scores[..., start:], seen)
-    if options.lower is not None:
-        stop = min(keys, rows - 1 + options.lower)  # one past the last key that the last row may not see
-        if stop > 0:
-            seen = visibility(rows, stop, lower=options.lower, prefix=own.prefix, device=scores.device)
-            _hide(scores[..., :stop], seen)
-    for seen in _masks(own):
-        _hide(scores, seen)
-    return scores
-
-
-def _hide(scores: Tensor, visible: Tensor) -> None:
-    """Make ``-inf`` of finite scores that are not visible, in place."""
-    # 1 - 1/x maps 1 to 0 and 0 to -inf
-    scores.add_(visible.view(torch.uint8).to(scores.dtype).reciprocal_().neg_().add_(1))
-
-
 def _softmax(scores: Tensor, empty: Tensor | None) -> Tensor:
-    """Over the keys; 0 in the rows that are ``empty``."""
-    p = torch.softmax(scores, dim=-1)
+    """Over the keys, in place; 0 in the rows that are ``empty``."""
+    p = torch.softmax(scores, dim=-1, out=scores)
     return p.masked_fill_(empty, 0) if empty is not None and bool(empty.any()) else p
 
 
 def _sink_over_keys(top: Tensor, peak: Tensor, sinks: Tensor) -> Tensor:
-    """How large the sink's term of each row's denominator is beside those of the keys together, ``[b, H, n, 1]``, from
+    """How large the sink's term of each row's denominator is beside those of the keys together, ``[b, h, n, 1]``, from
     the row's largest score and largest weight; inf in a row that sees no key."""
     ratio = (sinks[..., None, None].to(top.dtype) - top).exp() * peak
     return ratio.nan_to_num_(nan=math.inf, posinf=math.inf)  # NaN: inf * 0, where no key is seen
 
 
-def _dropped(weights: Tensor, own: Inputs) -> Tensor:
+def _dropped(weights: Tensor, own: Inputs, scratch: Scratch) -> Tensor:
     """The weights that dropout keeps, not yet scaled up."""
-    return weights if own.dropout_state is None else weights * own.dropout_state.view(torch.uint8)
+    if own.dropout_state is None:
+        return weights
+    return torch.mul(weights, own.dropout_state.view(torch.uint8), out=scratch.empty("dropped", *weights.shape))
 
 
 def _cleared(gradient: Tensor, visible: Tensor | None) -> Tensor:
@@ -323,6 +117,15 @@ def _cleared(gradient: Tensor, visible: Tensor | None) -> Tensor:
 
 def _keep_scale(options: Options) -> float:
     return 1.0 / (1.0 - options.dropout_p) if options.dropout_p < 1.0 else 0.0
+
+
+def _add_heads(total: Tensor, weights: Tensor, is_first: bool) -> None:
+    """``total += weights.sum(1)``; ``total = weights.sum(1)`` of the first heads."""
+    if weights[0, 0].numel() < _LONG_HEAD:
+        total.copy_(weights.sum(dim=1)) if is_first else total.add_(weights.sum(dim=1))
+        return
+    for number, head in enumerate(weights.unbind(1)):
+        total.copy_(head) if is_first and number == 0 else total.add_(head)
 
 
 # -------------------------------------------------------------------------------------------------------- the operators
@@ -337,7 +140,10 @@ def dropout_keep(inputs: Inputs, options: Options) -> Tensor:
 def forward(inputs: Inputs, options: Options) -> Results:
     """The contract of ``fastattn::attention_forward``; the statistics are the LSE again."""
     with without_autocast(inputs.query.device):
-        output, lse, weights = _forward(inputs, options, careful=False)
+        if flash.takes(inputs, options):
+            (output, lse), weights = flash.forward(inputs, options), inputs.query.new_empty(0)
+        else:
+            output, lse, weights = _forward(inputs, options, careful=False)
         if _hides(inputs, options) and not _all_finite(output):
             output, lse, weights = _forward(inputs, options, careful=True)
     return Results(output, lse, weights, statistics=lse.clone())  # an operator may not return one tensor twice
@@ -345,8 +151,10 @@ def forward(inputs: Inputs, options: Options) -> Results:
 
 def _forward(inputs: Inputs, options: Options, careful: bool) -> tuple[Tensor, Tensor, Tensor]:
     query, sinks, statistics = inputs.query, inputs.sinks, statistics_dtype(inputs.query.dtype)
-    compute, heads, kv_heads = _compute_dtype(inputs, options), query.shape[1], inputs.key.shape[1]
+    compute, heads, kv_heads = compute_dtype(inputs, options), query.shape[1], inputs.key.shape[1]
     hides, looks, keep_scale = _hides(inputs, options), query.device.type == "cpu", _keep_scale(options)
+    measured = options.keeps_statistics or sinks is not None
+    scratch = Scratch(query, compute)
     output = empty_in_order_of(query, (*query.shape[:3], inputs.value.shape[3]))
     lse = query.new_full(query.shape[:3], math.nan, dtype=statistics)
     weights = query.new_empty(weights_shape(query, inputs.key, options.weights))
@@ -355,37 +163,48 @@ def _forward(inputs: Inputs, options: Options, careful: bool) -> tuple[Tensor, T
         lse.copy_(sinks[..., None]) if sinks is not None else lse.fill_(NEGATIVE_INFINITY)
 
     for batch in batches(inputs, options):
-        keys, values = (_heads_as_rows(t[batch], kv_heads, compute) for t in (inputs.key, inputs.value))
-        for block in blocks(inputs, options, batch, looks=looks):
-            own, rules = cut(block, inputs, options)
-            queries = _heads_as_rows(own.query, kv_heads, compute) * options.scale
-            visible = _visible(own, rules) if careful else None
-            scores, _ = _products(queries, keys[:, block.keys], own, rules)
-            if rules.score_mod:
-                scores, visible = functions.modified_of(scores, block, own, rules, visible)
-            scores = _masked(scores, own, rules, visible)
-            measured = options.keeps_statistics or sinks is not None
-            top = scores.amax(dim=-1, keepdim=True) if hides or measured else scores[..., :1]
-            p = _softmax(scores, top == NEGATIVE_INFINITY if hides else None)
-            if measured:
-                # exp(top - lse) is the row's largest weight, or 0 in a row that sees nothing
-                peak = p.amax(dim=-1, keepdim=True)
-                block_lse = top - peak.where(peak > 0, 1).log()
-                if own.sinks is not None:
-                    block_lse = torch.logaddexp(block_lse, own.sinks[..., None, None].to(compute))
-                    p.mul_(_sink_over_keys(top, peak, own.sinks).add_(1).reciprocal_())
-                lse[batch, :, block.rows] = block_lse.squeeze(-1).to(statistics)
-
-            p = _dropped(p, own)
-            rows_out = _product(p.view(*queries.shape[:2], -1), values[:, block.keys], careful)
-            if inputs.dropout_state is not None:
-                rows_out *= keep_scale
-            output[batch, :, block.rows] = rows_out.view(*p.shape[:3], -1).to(output.dtype)
+        keys, values = (heads_as_rows(t[batch], kv_heads, compute) for t in (inputs.key, inputs.value))
+        for block in blocks(inputs, options, batch, looks=looks, in_turns=True):
+            whole, rules = cut(block, inputs, options)
+            places = functions.places_of(block, heads, options, query.device) if rules.score_mod else None
+            for_all = added_to(whole, rules, compute, places, careful)
+            output_rows, lse_rows = output[batch, :, block.rows], lse[batch, :, block.rows]
+            average, total = None, None
             if options.weights == "average":
-                weights[batch, block.rows, block.keys] = p.sum(dim=1).mul_(keep_scale / heads).to(weights.dtype)
-            elif options.weights == "heads":
-                p = p if inputs.dropout_state is None else p.mul_(keep_scale)
-                weights[batch, :, block.rows, block.keys] = p.to(weights.dtype)
+                average = weights[batch, block.rows, block.keys]
+                same = average.dtype == compute
+                total = average if same else scratch.empty("average", *average.shape)
+            for turn in turns(whole, kv_heads):
+                own, added = turn.of_inputs(whole), turn.of_added(for_all)
+                own_kv_heads = kv_heads * own.query.shape[1] // heads
+                queries = heads_as_rows(own.query, own_kv_heads, compute) * options.scale
+                made = scores_of(queries, turn.of_keys(keys, block.keys), own, rules, added, scratch, keeps=False)
+                scores = made.scores
+                top = scores.amax(dim=-1, keepdim=True) if hides or measured else scores[..., :1]
+                p = _softmax(scores, top == NEGATIVE_INFINITY if hides else None)
+                if measured:
+                    # exp(top - lse) is the row's largest weight, or 0 in a row that sees nothing
+                    peak = p.amax(dim=-1, keepdim=True)
+                    own_lse = top - peak.where(peak > 0, 1).log()
+                    if own.sinks is not None:
+                        own_lse = torch.logaddexp(own_lse, own.sinks[..., None, None].to(compute))
+                        p.mul_(_sink_over_keys(top, peak, own.sinks).add_(1).reciprocal_())
+                    turn.of(lse_rows).copy_(own_lse.squeeze(-1))
+
+                p = _dropped(p, own, scratch)
+                rows_out = _product(p.view(*queries.shape[:2], -1), turn.of_keys(values, block.keys), careful)
+                if inputs.dropout_state is not None:
+                    rows_out *= keep_scale
+                turn.of(output_rows).copy_(rows_out.view(*p.shape[:3], -1))
+                if total is not None:
+                    _add_heads(total, p, turn.query is None or turn.query.start == 0)
+                elif options.weights == "heads":
+                    p = p if inputs.dropout_state is None else p.mul_(keep_scale)
+                    turn.of(weights[batch])[:, :, block.rows, block.keys] = p.to(weights.dtype)
+            if average is not None and total is not None:
+                total.mul_(keep_scale / heads)
+                if total is not average:
+                    average.copy_(total)
     return output, lse, weights
 
 
@@ -393,10 +212,28 @@ def backward(gradients: OutputGradients, kept: Kept, needs: Needs, inputs: Input
     """The contract of ``fastattn::attention_backward``. Where ``d_weights_may_be_zeros`` they are added all the same:
     that is one addition here."""
     with without_autocast(inputs.query.device):
-        results = _backward(gradients, kept.statistics, needs, inputs, options, careful=False)
+        results = _of_flash(gradients, kept, needs, inputs, options)
+        if results is None:
+            results = _backward(gradients, kept.statistics, needs, inputs, options, careful=False)
         if _hides(inputs, options) and not _all_finite(*results):
             results = _backward(gradients, kept.statistics, needs, inputs, options, careful=True)
     return results
+
+
+def _of_flash(
+    gradients: OutputGradients, kept: Kept, needs: Needs, inputs: Inputs, options: Options
+) -> InputGradients | None:
+    """The gradients by tiles of torch's kernel; None where these cannot make all that are needed."""
+    d_output, d_lse, d_weights = gradients
+    if not (d_lse is d_weights is None) or needs.needs_d_bias or needs.needs_d_alibi_slopes:
+        return None
+    if not flash.takes_backward(inputs, options, kept.statistics):
+        return None
+    made = flash.backward(d_output, kept.output, kept.statistics, inputs, options)
+    nothing = inputs.query.new_empty(0)
+    d_sinks = made.d_sinks if needs.needs_d_sinks and made.d_sinks is not None else nothing
+    plain = InputGradients(made.d_query, made.d_key, made.d_value, nothing, nothing, d_sinks)
+    return CapturedGradients(inputs, options, needs).found(plain) if options.mask_mod else plain
 
 
 def _backward(
@@ -404,8 +241,9 @@ def _backward(
 ) -> InputGradients:
     d_output, d_lse, d_weights = gradients
     query, sinks, statistics = inputs.query, inputs.sinks, statistics_dtype(inputs.query.dtype)
-    compute, heads, kv_heads = _compute_dtype(inputs, options), query.shape[1], inputs.key.shape[1]
+    compute, heads, kv_heads = compute_dtype(inputs, options), query.shape[1], inputs.key.shape[1]
     hides, looks, keep_scale = _hides(inputs, options), query.device.type == "cpu", _keep_scale(options)
+    scratch = Scratch(query, compute)
     d_query, d_key, d_value = (empty_in_order_of(t, tuple(t.shape)) for t in (query, inputs.key, inputs.value))
     if hides or not (d_query.numel() and d_key.numel()):
         d_query.zero_(), d_key.zero_(), d_value.zero_()
@@ -421,61 +259,67 @@ def _backward(
         d_weights = d_weights[:, None]
 
     for batch in batches(inputs, options):
-        keys, values = (_heads_as_rows(t[batch], kv_heads, compute) for t in (inputs.key, inputs.value))
+        keys, values = (heads_as_rows(t[batch], kv_heads, compute) for t in (inputs.key, inputs.value))
         d_keys, d_values = (torch.zeros_like(t) for t in (keys, values))
-        for block in blocks(inputs, options, batch, looks=looks):
-            own, rules = cut(block, inputs, options)
-            queries = _heads_as_rows(own.query, kv_heads, compute) * options.scale
-            d_rows = _heads_as_rows(d_output[batch, :, block.rows], kv_heads, compute)
-            if inputs.dropout_state is not None:
-                d_rows = d_rows * keep_scale
-            visible = _visible(own, rules) if careful else None
-            scores, bent = _products(queries, keys[:, block.keys], own, rules)
-            unmodified = scores
-            if rules.score_mod:
-                scores, visible = functions.modified_of(scores, block, own, rules, visible)
-            scores = _masked(scores, own, rules, visible)
-            if own.sinks is None:
-                p = _softmax(scores, lse[batch, :, block.rows, None] == NEGATIVE_INFINITY if hides else None)
-            else:
-                top = scores.amax(dim=-1, keepdim=True)
-                p = _softmax(scores, top == NEGATIVE_INFINITY if hides else None)
-                ratio = _sink_over_keys(top, p.amax(dim=-1, keepdim=True), own.sinks)
-                p.mul_((1 + ratio).reciprocal_())
-                if sink_weight is not None:
-                    sink_weight[batch, :, block.rows] = (1 + 1 / ratio).reciprocal_().squeeze(-1).to(statistics)
-            flat = (*queries.shape[:2], p.shape[3])
-            _add_product(d_values[:, block.keys], _dropped(p, own).view(flat).mT, d_rows, careful)
+        for block in blocks(inputs, options, batch, looks=looks, in_turns=True):
+            whole, rules = cut(block, inputs, options)
+            places = functions.places_of(block, heads, options, query.device) if rules.score_mod else None
+            for_all = added_to(whole, rules, compute, places, careful)
+            of_weights = None if d_weights is None else block.of(d_weights, SCORES)
+            for turn in turns(whole, kv_heads):
+                own, added = turn.of_inputs(whole), turn.of_added(for_all)
+                own_kv_heads = kv_heads * own.query.shape[1] // heads
+                own_keys, own_values = turn.of_keys(keys, block.keys), turn.of_keys(values, block.keys)
+                queries = heads_as_rows(own.query, own_kv_heads, compute) * options.scale
+                d_rows = heads_as_rows(turn.of(d_output[batch, :, block.rows]), own_kv_heads, compute)
+                if inputs.dropout_state is not None:
+                    d_rows = d_rows * keep_scale
+                scores, bent, unmodified, visible = scores_of(queries, own_keys, own, rules, added, scratch, keeps=True)
+                if own.sinks is None:
+                    empty = turn.of(lse[batch, :, block.rows, None]) == NEGATIVE_INFINITY if hides else None
+                    p = _softmax(scores, empty)
+                else:
+                    top = scores.amax(dim=-1, keepdim=True)
+                    p = _softmax(scores, top == NEGATIVE_INFINITY if hides else None)
+                    ratio = _sink_over_keys(top, p.amax(dim=-1, keepdim=True), own.sinks)
+                    p.mul_((1 + ratio).reciprocal_())
+                    if sink_weight is not None:
+                        of_rows = (1 + 1 / ratio).reciprocal_().squeeze(-1)
+                        turn.of(sink_weight[batch, :, block.rows]).copy_(of_rows)
+                flat = (*queries.shape[:2], p.shape[3])
+                d_own_values = turn.of_keys(d_values, block.keys)
+                _add_product(d_own_values, _dropped(p, own, scratch).view(flat).mT, d_rows, careful)
 
-            dp = torch.bmm(d_rows, values[:, block.keys].mT).view(p.shape)
-            if d_weights is not None:
-                dp.add_(block.of(d_weights, SCORES), alpha=d_weights_scale)
-            dp = _cleared(_dropped(dp, own), visible)
-            if means is not None:
-                means[batch, :, block.rows] = torch.linalg.vecdot(p, dp).to(statistics)
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            if d_lse is not None:
-                ds = _cleared(ds.addcmul_(p, d_lse[batch, :, block.rows, None].to(p.dtype)), visible)
-            if d_bias is not None:
-                of_bias = block.of(d_bias, SCORES)
-                of_bias += ds.sum_to_size(of_bias.shape)
-            if d_alibi_slopes is not None:
-                of_slopes = block.of(d_alibi_slopes, ("batch",))
-                by_head = (ds * _distances(ds, rules)).sum(dim=-1).sum(dim=-1).to(d_alibi_slopes.dtype)
-                of_slopes -= by_head.sum_to_size(of_slopes.shape)
-            if rules.score_mod:
-                places = functions.places_of(block, heads, options, query.device)
-                read = functions.read_by_score_mod(inputs, options)
-                ds, d_reads = functions.pulled_back(ds, unmodified, places, rules.score_mod, read)
-                ds = _cleared(ds, visible)
-                for number, _ in of_captured.accesses:
-                    of_captured.add(number, _cleared(d_reads[number].expand(ds.shape).clone(), visible), places)
-            if bent is not None:
-                ds = _cleared(torch.ops.aten.tanh_backward(ds, bent), visible)
-            ds = ds.view(flat)
-            d_rows = _product(ds, keys[:, block.keys], careful).mul_(options.scale)
-            d_query[batch, :, block.rows] = d_rows.view(*p.shape[:3], -1).to(d_query.dtype)
-            _add_product(d_keys[:, block.keys], ds.mT, queries, careful)
+                dp = scratch.product("dp", d_rows, own_values.mT).view(p.shape)
+                if of_weights is not None:
+                    dp.add_(turn.of(of_weights), alpha=d_weights_scale)
+                dp = _cleared(_dropped(dp, own, scratch), visible)
+                if means is not None:
+                    turn.of(means[batch, :, block.rows]).copy_(torch.linalg.vecdot(p, dp))
+                ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
+                if d_lse is not None:
+                    of_rows = turn.of(d_lse[batch, :, block.rows, None]).to(p.dtype)
+                    ds = _cleared(ds.addcmul_(p, of_rows), visible)
+                if d_bias is not None:
+                    of_bias = turn.of(block.of(d_bias, SCORES))
+                    of_bias += ds.sum_to_size(of_bias.shape)
+                if d_alibi_slopes is not None and added.distances is not None:
+                    of_slopes = turn.of(block.of(d_alibi_slopes, ("batch",)))
+                    by_head = (ds * added.distances).sum(dim=-1).sum(dim=-1).to(d_alibi_slopes.dtype)
+                    of_slopes -= by_head.sum_to_size(of_slopes.shape)
+                if added.places is not None:
+                    read = functions.read_by_score_mod(inputs, options)
+                    ds, d_reads = functions.pulled_back(ds, unmodified, added.places, rules.score_mod, read)
+                    ds = _cleared(ds, visible)
+                    for number, _ in of_captured.accesses:
+                        of_read = _cleared(d_reads[number].expand(ds.shape).clone(), visible)
+                        of_captured.add(number, of_read, added.places)
+                if bent is not None:
+                    ds = _cleared(torch.ops.aten.tanh_backward(ds, bent), visible)
+                ds = ds.view(flat)
+                d_rows = _product(ds, own_keys, careful).mul_(options.scale)
+                turn.of(d_query[batch, :, block.rows]).copy_(d_rows.view(*p.shape[:3], -1))
+                _add_product(turn.of_keys(d_keys, block.keys), ds.mT, queries, careful)
         d_key[batch] = d_keys.view(d_key[batch].shape).to(d_key.dtype)
         d_value[batch] = d_values.view(d_value[batch].shape).to(d_value.dtype)
 

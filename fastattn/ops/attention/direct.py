@@ -8,16 +8,141 @@ leaves the call to the long way, which also has the words for what is wrong with
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn.ops.attention import sdpa
+from fastattn.ops.attention.flash import FEWEST_WIDE, LEAST_SCALE, is_worth_tiles, widens
 from fastattn.ops.common import backends
 from fastattn.ops.common.checks import DTYPES
 from fastattn.ops.common.short_way import is_looked_at, is_plain
 from fastattn.reference.attention import NEGATIVE_INFINITY
+
+_FULL = (torch.float32, torch.float64)
+# Rows of a call whose mask by differences is kept for the next one: at most 16 masks of 2^14 elements.
+_LONGEST_BY_DIFFERENCE = 128
+
+
+def attend_plainly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Any,
+    is_causal: bool,
+    scale: float | None,
+    backend: str | None,
+) -> Tensor | None:
+    """:func:`attend` of the plainest calls: query, key and value of one shape, and no mask but padding. A call of a few
+    rows takes torch seven microseconds."""
+    # in this order: a tensor's class says whether it has what is asked of it next
+    if not (type(query) is Tensor is type(key) is type(value) and query.is_cpu and key.is_cpu and value.is_cpu):
+        return None
+    if query.is_nested or key.is_nested or value.is_nested or is_looked_at():
+        return None
+    shape = query.shape
+    trains = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if len(shape) != 4 or key.shape != shape or value.shape != shape or not query.numel():
+        return None
+    # stride() takes half as long as stride(3)
+    if query.stride()[3] != 1 or key.stride()[3] != 1 or value.stride()[3] != 1 or query.dtype not in DTYPES:
+        return None
+    if type(is_causal) is not bool or (is_causal and not trains and is_worth_tiles(shape[2])):
+        return None
+    if widens(query.dtype, trains) and (trains or query.numel() * shape[2] >= FEWEST_WIDE * shape[3]):
+        return None
+    if scale is not None and not (type(scale) is float and LEAST_SCALE <= scale < math.inf):
+        return None
+    if torch._C._is_any_autocast_enabled() or not backends.is_torch_on_cpu(backend):
+        return None
+    mask = None
+    if key_padding_mask is not None:
+        if is_causal or not (type(key_padding_mask) is Tensor and key_padding_mask.dtype is torch.bool):
+            return None
+        if not key_padding_mask.is_cpu or key_padding_mask.shape != (shape[0], shape[2]):
+            return None
+        if key_padding_mask.is_nested or not (trains or shape[2] < sdpa.FEWEST_ROWS_OF_TILES):
+            return None
+        mask = ~key_padding_mask[:, None, None]
+    try:
+        output = sdpa.torch_sdpa(query, key, value, mask, 0.0, is_causal, scale=scale)
+    except RuntimeError:  # of two dtypes, say: the long way has a name for what is wrong
+        return None
+    if mask is not None and not sdpa.is_finite(output):
+        return None
+    if trains:
+        sdpa.guard_eager_gradients(output, looks=mask is not None)
+    return output
+
+
+def attend_by_difference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    window: Any,
+    alibi_slopes: Any,
+    scale: float | None,
+    backend: str | None,
+) -> Tensor | None:
+    """The output of a short call of self-attention whose only other arguments are a window and ALiBi, under one mask;
+    None where it has to take the long way."""
+    if not (type(query) is Tensor is type(key) is type(value) and query.is_cpu and key.is_cpu and value.is_cpu):
+        return None
+    if query.is_nested or key.is_nested or value.is_nested or is_looked_at():
+        return None
+    shape, dtype = query.shape, query.dtype
+    if len(shape) != 4 or key.shape != shape or value.shape != shape or not 0 < shape[2] <= _LONGEST_BY_DIFFERENCE:
+        return None
+    if dtype not in _FULL or not query.numel() or query.stride()[3] != 1 or key.stride()[3] != 1:
+        return None
+    if value.stride()[3] != 1 or type(is_causal) is not bool:
+        return None
+    if window is not None and not (
+        type(window) is tuple and len(window) == 2 and all(n is None or (type(n) is int and n >= 0) for n in window)
+    ):
+        return None
+    if scale is not None and not (type(scale) is float and LEAST_SCALE <= scale < math.inf):
+        return None
+    if torch._C._is_any_autocast_enabled() or not backends.is_torch_on_cpu(backend):
+        return None
+    left, right = (None, None) if window is None else window
+    # as few masks as there are windows that differ, whatever stands for "no limit"
+    left, right = (None if n is None or n >= shape[2] else n for n in (left, 0 if is_causal else right))
+    hiding, closeness = _by_difference(shape[2], left, right, dtype)
+    mask = hiding
+    if alibi_slopes is not None:
+        if not _is_dense(alibi_slopes) or alibi_slopes.shape != shape[1:2] or alibi_slopes.dtype != dtype:
+            return None
+        if not alibi_slopes.is_cpu or alibi_slopes.requires_grad or not alibi_slopes.amin().item() >= 0.0:
+            return None
+        mask = torch.addcmul(hiding, alibi_slopes[:, None, None], closeness)
+    try:
+        output = sdpa.torch_sdpa(query, key, value, mask, scale=scale)
+    except RuntimeError:
+        return None
+    if not sdpa.is_finite(output):
+        return None
+    if output.requires_grad:
+        sdpa.guard_eager_gradients(output, looks=True)
+    return output
+
+
+@functools.lru_cache(maxsize=16)
+def _by_difference(length: int, left: int | None, right: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What hides the keys outside a window, ``[1, 1, L, L]``, and the negative distances of keys ``[L, L]``."""
+    with torch.inference_mode(False):
+        place = torch.arange(length, dtype=dtype, device="cpu")
+        behind = place - place[:, None]
+        hiding = torch.zeros(1, 1, length, length, dtype=dtype, device="cpu")
+        if left is not None:
+            hiding.masked_fill_(behind < -left, NEGATIVE_INFINITY)
+        if right is not None:
+            hiding.masked_fill_(behind > right, NEGATIVE_INFINITY)
+        return hiding, behind.abs_().neg_()
 
 
 def attend(
@@ -50,7 +175,12 @@ def attend(
         return None
     if query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:
         return None
-    if scale is not None and not (type(scale) is float and sdpa.LEAST_SCALE <= scale < math.inf):
+    if scale is not None and not (type(scale) is float and LEAST_SCALE <= scale < math.inf):
+        return None
+    trains = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if is_causal and is_worth_tiles(length) and not trains:
+        return None
+    if widens(dtype, trains) and (trains or batch * heads * length * keys >= FEWEST_WIDE):
         return None
     mask = attn_mask
     if mask is not None and _is_dense(mask) and mask.dim() == 2:
@@ -59,7 +189,6 @@ def attend(
         return None
     if is_causal and (mask is not None or length != keys):
         return None
-    trains = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if mask is not None and (not _is_dense(mask) or mask.requires_grad or not _takes_mask(mask, query, trains, keys)):
         return None
     grouped = heads != kv_heads
@@ -75,7 +204,7 @@ def attend(
     if mask is not None and not sdpa.is_finite(output):
         return None
     if trains:
-        sdpa.guard_gradients(output, looks=mask is not None)
+        sdpa.guard_eager_gradients(output, looks=mask is not None)
     return output.reshape(of_query) if grouped else output
 
 

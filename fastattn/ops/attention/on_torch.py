@@ -10,7 +10,7 @@ Eager calls on a CPU take the first of four paths that can run them, all in memo
 Some paths read the values in the tensors first, and leave the call to the next path where they would be wrong or slow.
 In a graph, under ``torch.func`` and on other devices no values can be read (or only at the cost of a synchronisation):
 there SDPA runs what it can express, and the operators the rest. In a graph that leaves this process ``recorded`` takes
-the operators' place.
+the operators' place, and ``in_graph`` for few scores in one that torch.compile makes for a CPU.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.ops.attention import dropout, formula, operator, recorded, tiles
+from fastattn.ops.attention import blocks, dropout, flash, formula, in_graph, operator, recorded, tiles
 from fastattn.ops.attention import sdpa as torch_sdpa
 from fastattn.ops.attention.contract import AttentionCall
 from fastattn.ops.attention.functions.as_words import in_words
 from fastattn.ops.common.tracing import is_eager_on_cpu, is_functorch_active, is_recorded, is_traced, is_transformed
+
+# The output, the weights and the LSE, these two None where they are not asked for.
+Found = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def describe(call: AttentionCall) -> str:
@@ -30,12 +33,17 @@ def describe(call: AttentionCall) -> str:
     sdpa, looks = "F.scaled_dot_product_attention", _may_look(call)
     if call.is_modified and looks:
         call = in_words(call)
+    by_flash = call.dropout_p == 0.0 and flash.takes(*operator.operands(call, None, "torch"))
+    if looks and _is_worth_flash(call) and by_flash:
+        return "torch's fused CPU kernel, on each tile of rows over the keys that it may see"
     if looks and tiles.takes(call):
         return f"{sdpa}, over the keys that each tile of rows may see if that leaves out many"
     if torch_sdpa.takes(call) if looks else sdpa_takes_unseen(call):
         return sdpa
     if looks and formula.takes(call):
         return "the formula in plain torch (weights or dropout are asked for, and the scores fit one block)"
+    if by_flash:
+        return "torch's fused CPU kernel, on each tile of rows over the keys that it may see, behind operators"
     if not call.is_plain:
         return f"plain torch in blocks of rows ({sdpa} has not all of its terms)"
     if call.weights != "none" or call.return_lse:
@@ -43,17 +51,19 @@ def describe(call: AttentionCall) -> str:
     return f"plain torch in blocks of rows ({sdpa} would make all scores, or a mask as large)"
 
 
-def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def run(call: AttentionCall) -> Found:
     """``(output, weights or None, lse or None)``."""
     if not _may_look(call):
         return _run_unseen(call)
     if call.is_modified:
         call = in_words(call)
-    whole = torch_sdpa.takes(call)
+    if _is_worth_flash(call) and (by_flash := _flashed(call)) is not None:
+        return by_flash
+    whole = torch_sdpa.takes(call) and not (_trains(call) and flash.widens(call.query.dtype, True))
     if whole and not torch_sdpa.hides(call):
         return torch_sdpa.attend(torch_sdpa.without_keys_past_the_diagonal(call), None), None, None
-    output, by_tiles = None, tiles.takes(call)
-    if by_tiles and torch_sdpa.is_tame(call):
+    output = None
+    if tiles.takes(call):
         output = tiles.run(call, *operator.operands(call, None, "torch"), may_decline=whole)
     if output is None and whole:
         output = torch_sdpa.run(call)
@@ -62,7 +72,52 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     keep = None if call.dropout_p == 0.0 else dropout.draw(call.query, call.key.shape[2], call.dropout_p)
     if formula.takes(call) and (found := formula.run(call, keep)) is not None:
         return *found, None
-    return operator.apply(call, keep, "torch")
+    return _evaluated(call, keep) if not _trains(call) else operator.apply(call, keep, "torch")
+
+
+def _is_worth_flash(call: AttentionCall) -> bool:
+    """Is this a call without gradients of which torch's kernel knows more, or which it does faster, tile by tile?"""
+    if _trains(call):
+        return False
+    if call.alibi_slopes is not None or call.sinks is not None or call.return_lse or _is_wide(call):
+        return True
+    by_values = (call.mask, call.bias, call.key_padding_mask, call.query_documents, call.prefix)
+    if any(rule is not None for rule in by_values) or call.is_modified:
+        return False
+    if call.lower is not None or call.upper not in (None, 0):
+        return True
+    length, keys = call.query.shape[2], call.key.shape[2]
+    return call.upper is not None and length <= keys and flash.is_worth_tiles(length)
+
+
+def _is_wide(call: AttentionCall) -> bool:
+    """Are there so many scores of a dtype that the kernel is slow with that widening it pays?"""
+    (batch, heads, length), keys = call.query.shape[:3], call.key.shape[2]
+    is_large = flash.widens(call.query.dtype, False) and batch * heads * length * keys >= flash.FEWEST_WIDE
+    return is_large and not tiles.takes(call)  # which widens its tiles itself
+
+
+def _flashed(call: AttentionCall) -> Found | None:
+    """By tiles of torch's kernel; None where it cannot, or NaN or inf at hidden pairs reached the output."""
+    inputs, options = operator.operands(call, None, "torch", keeps_statistics=call.return_lse)
+    if call.dropout_p > 0.0 or not flash.takes(inputs, options):
+        return None
+    output, lse = flash.forward(inputs, options)
+    return (output, None, lse if call.return_lse else None) if torch_sdpa.is_finite(output) else None
+
+
+def _evaluated(call: AttentionCall, keep: Tensor | None) -> Found:
+    """:func:`run` by blocks of rows without the operators around them, which autograd needs, and nothing else."""
+    inputs, options = operator.operands(call, keep, "torch", keeps_statistics=call.return_lse)
+    output, lse, weights, _ = blocks.forward(inputs, options)
+    return output, None if call.weights == "none" else weights, lse if call.return_lse else None
+
+
+def _trains(call: AttentionCall) -> bool:
+    """Are gradients of anything wanted?"""
+    tensors = (call.query, call.key, call.value, call.bias, call.alibi_slopes, call.sinks)
+    captured = () if call.score_mod is None else call.score_mod.captured
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, *captured))
 
 
 def _may_look(call: AttentionCall) -> bool:
@@ -70,10 +125,12 @@ def _may_look(call: AttentionCall) -> bool:
     return is_eager_on_cpu(call.query) and torch.autograd.forward_ad._current_level < 0
 
 
-def _run_unseen(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _run_unseen(call: AttentionCall) -> Found:
     """:func:`run` for graphs, ``torch.func``, forward mode and other devices."""
     if sdpa_takes_unseen(call):
         return torch_sdpa.run_unseen(call), None, None
+    if in_graph.takes(call):
+        return in_graph.run(call)
     keep = None if call.dropout_p == 0.0 else dropout.draw(call.query, call.key.shape[2], call.dropout_p)
     if is_recorded():
         return recorded.run(call, keep)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.ops.attention import blocks
+from fastattn.ops.attention import blocks, cutting
 from fastattn.ops.attention.contract import (
     AttentionCall,
     InputGradients,
@@ -38,8 +38,9 @@ from fastattn.ops.common.derivatives import Blocked, Formula
 from fastattn.ops.common.flops import product_flops
 from fastattn.ops.common.operator import apply as apply_function
 from fastattn.ops.common.operator import take
-from fastattn.ops.common.row_operator import BackwardFunction, ForwardFunction, RowOperator
-from fastattn.ops.common.tracing import is_traced
+from fastattn.ops.common.row_operator import BackwardFunction, ForwardFunction, RowOperator, apply_unwatched
+from fastattn.ops.common.short_way import is_looked_at
+from fastattn.ops.common.tracing import is_eager_on_cpu, is_traced
 from fastattn.reference import attention as reference
 
 
@@ -73,7 +74,7 @@ def _blocked(inputs: Inputs, options: Options) -> Blocked:
     pair = _pair_of(inputs)
     return Blocked(
         primals=[t if t is None or t.is_floating_point() else None for t in pair.differentiable(inputs)],
-        axes=pair.differentiable(blocks.axes_of(inputs._fields)),
+        axes=pair.differentiable(cutting.axes_of(inputs._fields)),
         result_shapes=(
             (*query.shape[:3], inputs.value.shape[3]),
             query.shape[:3],
@@ -86,7 +87,7 @@ def _blocked(inputs: Inputs, options: Options) -> Blocked:
 
 
 def formula(inputs: Inputs, options: Options, block: Block) -> Formula:
-    """What ``attention_forward`` computes of the differentiable inputs of a block that :func:`blocks.cut` made; the
+    """What ``attention_forward`` computes of the differentiable inputs of a block that :func:`cutting.cut` made; the
     dropout state is the kept weights."""
     compute = torch.promote_types(inputs.query.dtype, torch.float32)
     captured = _pair_of(inputs).differentiable(inputs._fields)[len(ATTENTION.differentiable(Inputs._fields)) :]
@@ -144,11 +145,11 @@ def each_block(inputs: Inputs, options: Options) -> Iterator[tuple[Block, Inputs
     (size, _, length), keys = inputs.query.shape[:3], inputs.key.shape[2]
     if not keys:
         yield Block(slice(0, size), slice(0, length), slice(0, 0)), inputs, options
-    for batch in blocks.batches(inputs, options):
+    for batch in cutting.batches(inputs, options):
         # No block is left out by a look at numbers, which transforms do not allow, and none where there are sinks: the
         # LSE of a row without keys is its sink.
-        for block in blocks.blocks(inputs, options, batch, looks=False, skips=inputs.sinks is None):
-            yield block, *blocks.cut(block, inputs, options)
+        for block in cutting.blocks(inputs, options, batch, looks=False, skips=inputs.sinks is None):
+            yield block, *cutting.cut(block, inputs, options)
 
 
 # -------------------------------------------------------------------------------------------------------- the operators
@@ -307,7 +308,11 @@ def apply(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(output, weights or None, lse or None)`` of a call, through the operators."""
     function = Modified if call.is_modified else Attention
-    results = Results(*apply_function(function, *operands(call, dropout_state, backend)))
+    inputs, options = operands(call, dropout_state, backend)
+    if backend == "torch" and is_eager_on_cpu(call.query) and not is_looked_at():
+        results = Results(*apply_unwatched(function, inputs, options))
+    else:
+        results = Results(*apply_function(function, inputs, options))
     weights = None if call.weights == "none" else results.weights
     return results.output, weights, results.lse if call.return_lse else None
 

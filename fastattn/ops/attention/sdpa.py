@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastattn.ops.attention import operator
 from fastattn.ops.attention.contract import AttentionCall
+from fastattn.ops.attention.flash import LEAST_SCALE
 from fastattn.ops.common.blocks import statistics_dtype
 from fastattn.ops.common.tracing import is_left_open, is_traced, saved_tensors
 from fastattn.reference import visibility
@@ -35,11 +36,8 @@ torch_sdpa = F.scaled_dot_product_attention
 MOST_MERGED = 1 << 20
 # With fewer rows one call over everything is faster than tiles of rows: at 256 by a sixth, even with a window of 64.
 FEWEST_ROWS_OF_TILES = 384
-# So many times the kernel's time for a score the blocks take, in training: 12.6 ms beside 9.1 for half of the scores,
-# at B2 H8 L256 D64 with a window of 64.
-_BLOCKS_AS_SLOW = 2.5
-# torch's kernel scales the products of query and key. Below this scale a product may overflow whose score matters.
-LEAST_SCALE = 1e-6
+# In training, where a tile has a backward too.
+_FEWEST_ROWS_TO_TRAIN = 256
 # Scores are far from overflowing while the product of the norms of query and key is below this.
 _LARGEST_SCORE = 1e37
 # The largest bias for all keys of a row beside which the kernel's LSE keeps weights right to 4e-6.
@@ -64,19 +62,11 @@ def trains(call: AttentionCall) -> bool:
 
 def is_worth_a_mask(call: AttentionCall) -> bool:
     """Is a window, or are documents, all that torch's kernel has no words for, in a call so short that a mask of them
-    beats what computes the visible scores alone?
-
-    In evaluation that is so where the call has no tiles yet. The blocks, which train it, take longer than the kernel
-    for as many scores, and compute those of a band twice as wide as the window.
-    """
+    beats tiles of rows?"""
     beyond = (call.alibi_slopes, call.sinks, call.softcap, call.prefix, call.score_mod, call.mask_mod)
     if call.weights != "none" or call.return_lse or any(argument is not None for argument in beyond):
         return False
-    if not trains(call):
-        return call.query.shape[2] < FEWEST_ROWS_OF_TILES
-    if call.lower is None or call.upper is None or call.query_documents is not None:
-        return False
-    return 2 * (call.upper - call.lower + 1) * _BLOCKS_AS_SLOW > call.key.shape[2]
+    return call.query.shape[2] < (_FEWEST_ROWS_TO_TRAIN if trains(call) else FEWEST_ROWS_OF_TILES)
 
 
 def takes(call: AttentionCall) -> bool:
@@ -297,11 +287,15 @@ def guard_gradients(output: Tensor, looks: bool) -> None:
     This is a hook on the kernel's node in autograd's graph, which costs a training step 10 to 20 microseconds; a
     Function of our own around the kernel would cost 30.
     """
-    if output.device.type != "cpu" or is_traced():
-        return
+    if output.is_cpu and not is_traced():
+        guard_eager_gradients(output, looks)
+
+
+def guard_eager_gradients(output: Tensor, looks: bool) -> None:
+    """:func:`guard_gradients` of a call that is known to be eager and on the CPU."""
     node = output.grad_fn
     if node is not None and node.name() == "ScaledDotProductFlashAttentionForCpuBackward0":
-        node.register_hook(functools.partial(_right_gradients, looks))
+        node.register_hook(_of_masked if looks else _of_plain)
 
 
 def _right_gradients(
@@ -327,12 +321,14 @@ def _right_gradients(
     return tuple(None if d_input is None else next(found) for d_input in d_inputs)
 
 
+_of_plain, _of_masked = (functools.partial(_right_gradients, looks) for looks in (False, True))
+
+
 def _holds_garbage(d_inputs: tuple[Tensor | None, ...]) -> bool:
     """Is a gradient not finite? A NaN in dK is one in dQ as well (both are made of dS), so that dQ and dV are read."""
     present = [t for t in (d_inputs[0], d_inputs[2]) if t is not None] or [t for t in d_inputs if t is not None]
     try:
-        norms = torch._foreach_norm(present, 2, dtype=statistics_dtype(present[0].dtype))
-        return not math.isfinite(sum(norm.item() for norm in norms))
+        return not math.isfinite(sum(t.sum(dtype=statistics_dtype(t.dtype)).item() for t in present))
     except RuntimeError:
         # torch.autograd.functional.jacobian(vectorize=True) batches the gradients, whose values cannot be read
         return False

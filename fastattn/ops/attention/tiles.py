@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.ops.attention import blocks, sdpa
-from fastattn.ops.attention.blocks import cut, keys_of_band
+from fastattn.ops.attention import cutting, flash, sdpa
 from fastattn.ops.attention.contract import AttentionCall, Inputs, Options
+from fastattn.ops.attention.cutting import cut, keys_of_band
 from fastattn.ops.attention.functions import on_torch as functions
 from fastattn.ops.attention.functions.as_words import adds, bias_of
 from fastattn.ops.attention.functions.program import Program
@@ -23,6 +23,8 @@ from fastattn.reference.attention import NEGATIVE_INFINITY
 
 # Rows of a tile: with fewer rows more keys are left out, but every tile costs some 30 microseconds.
 ROWS = 128
+# Rows of a tile where hardly a key is left out: torch's kernel takes three quarters of the time for each of 768.
+_ROWS_OF_DENSE, _DENSE = 1024, 0.95
 # A slice of the keys, which is no copy, is taken instead of gathering them if it is at most this many times as long.
 _WASTE = 1.1
 # If more than this share of the keys remains visible, one call over everything is as fast.
@@ -38,7 +40,6 @@ def takes(call: AttentionCall) -> bool:
     differentiable: tuple[Tensor | None, ...] = (call.query, call.key, call.value, call.bias)
     beyond = (call.alibi_slopes, call.sinks, call.softcap)
     hides = (call.mask, call.key_padding_mask, call.query_documents, call.lower, call.prefix)
-    by_head = call.bias is not None or (call.mask is not None and call.mask.shape[1] != 1)
     if call.score_mod is not None:
         if not adds(Program.of(call.score_mod.text)):
             return False
@@ -54,30 +55,39 @@ def takes(call: AttentionCall) -> bool:
         and call.key.numel() > 0
         and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable))
         and (call.bias is None or not sdpa.needs_care(call.bias, call.query))
-        and (not by_head or call.is_modified or sdpa.merged_elements(call) > sdpa.MOST_MERGED)
+        and (not _by_head(call) or call.is_modified or sdpa.merged_elements(call) > sdpa.MOST_MERGED)
     )
 
 
+def _by_head(call: AttentionCall) -> bool:
+    """Does a mask or a bias differ between heads?"""
+    return call.bias is not None or (call.mask is not None and call.mask.shape[1] != 1)
+
+
 def run(call: AttentionCall, inputs: Inputs, options: Options, may_decline: bool) -> Tensor | None:
-    """The output; None where one call over everything is as fast.
+    """The output; None where one call over everything is as fast, or query, key and value are not tame.
 
     Args:
-        call: one that :func:`takes` accepts and whose query, key and value pass :func:`sdpa.is_tame`.
+        call: one that :func:`takes` accepts.
         inputs: the call's tensors in the operators' form.
         options: the rest of the call in the operators' form.
         may_decline: whether None may be returned.
     """
     length, keys = call.query.shape[2], call.key.shape[2]
     entries = _entries(inputs, options)
+    step = _rows_of_tile(inputs, options)
     # Masks and prefixes hide an amount that depends on their values: a few tiles are read to estimate it.
-    if may_decline and call.lower is None and call.query_documents is None:
+    if (may_decline or not call.is_modified) and call.lower is None and call.query_documents is None:
         middle, end = (start // ROWS * ROWS for start in (length // 2, length - 1))
         probes = [(entries[0], 0), (entries[0], end), *((batch, middle) for batch in entries)]
-        visited = [0 if tile is None else tile.key.shape[2] for tile in (_tile(inputs, options, *p) for p in probes)]
-        if sum(visited) > _WORTH_IT * keys * len(probes):
+        share = sum(_visited(inputs, options, *probe) for probe in probes) / (keys * len(probes))
+        if may_decline and share > _WORTH_IT:
             return None
+        if share > _DENSE and not _by_head(call):
+            step = max(step, min(_ROWS_OF_DENSE, 2 * cutting.BLOCK_ELEMENTS // keys))
+    if not sdpa.is_tame(call):
+        return None
     output = empty_in_order_of(call.query, (*call.query.shape[:3], call.value.shape[3]))
-    step = _rows_of_tile(inputs, options)
     for batch in entries:
         for start in range(0, length, step):
             tile, rows = _tile(inputs, options, batch, start, step), slice(start, start + step)
@@ -108,12 +118,18 @@ def _rows_of_tile(inputs: Inputs, options: Options) -> int:
     if not (options.score_mod and Program.of(options.score_mod).depends_on("head")):
         return ROWS
     of_row = inputs.query.shape[1] * inputs.key.shape[2]
-    return max(8, min(ROWS, blocks.BLOCK_ELEMENTS // of_row))
+    return max(8, min(ROWS, cutting.BLOCK_ELEMENTS // of_row))
 
 
-def _tile(inputs: Inputs, options: Options, batch: slice, start: int, step: int = ROWS) -> Inputs | None:
-    """A tile as a call: some rows, the keys that they may see, and a mask unless each row sees all of these keys. None
-    if no row sees any key."""
+def _visited(inputs: Inputs, options: Options, batch: slice, start: int) -> int:
+    """How many keys a tile has."""
+    found = _pairs(inputs, options, batch, start, ROWS)
+    return 0 if found is None else int(torch.count_nonzero(found[1].view(torch.uint8).amax((0, 1, 2))))
+
+
+def _pairs(inputs: Inputs, options: Options, batch: slice, start: int, step: int) -> tuple[Inputs, Tensor] | None:
+    """Some rows and the keys that band and prefix let them see as a call, and who sees whom, ``[b | 1, H | 1, n, s]``.
+    None if no row sees any key."""
     rows = slice(start, min(start + step, inputs.query.shape[2]))
     block = Block(batch, rows, slice(0, inputs.key.shape[2]))
     block = block._replace(keys=keys_of_band(inputs, options, block, looks=True))
@@ -138,6 +154,16 @@ def _tile(inputs: Inputs, options: Options, batch: slice, start: int, step: int 
     )
     if rules.score_mod and own.bias is not None:
         visible = visible & (own.bias != NEGATIVE_INFINITY)
+    return own, visible
+
+
+def _tile(inputs: Inputs, options: Options, batch: slice, start: int, step: int) -> Inputs | None:
+    """A tile as a call: some rows, the keys that they may see, and a mask unless each row sees all of these keys. None
+    if no row sees any key."""
+    found = _pairs(inputs, options, batch, start, step)
+    if found is None:
+        return None
+    own, visible = found
     as_bytes = visible.view(torch.uint8)  # which torch reduces ten times faster
     seen = as_bytes.amax((0, 1, 2)).nonzero().squeeze(1)
     if not len(seen):
@@ -159,6 +185,9 @@ def _tile(inputs: Inputs, options: Options, batch: slice, start: int, step: int 
 
 def attend_tile(tile: AttentionCall) -> Tensor:
     """The output of a tile that is a call of its own."""
+    if flash.widens(tile.query.dtype, False):
+        query, key, value = (t.float() for t in (tile.query, tile.key, tile.value))
+        tile = tile._replace(query=query, key=key, value=value)
     return sdpa.attend(tile, sdpa.merged_mask(tile))
 
 

@@ -114,6 +114,12 @@ def default_for(device: torch.device, backend: str | None) -> str:
     return "triton" if device.type in DEVICES and not is_recorded() else "torch"
 
 
+def is_torch_on_cpu(backend: str | None) -> bool:
+    """Whether a call on the CPU that nothing traces goes to the torch backend; faster than :func:`default_for`."""
+    wanted = default_backend.value if backend is None else backend
+    return wanted == "torch" or (wanted == "auto" and "cpu" not in DEVICES)
+
+
 class _Call(Protocol):
     """What this module reads of a call."""
 

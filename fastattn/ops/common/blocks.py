@@ -40,7 +40,7 @@ class Block(NamedTuple):
         # narrow and not an index: an index that takes everything is torch.alias, for which vectorised Jacobians have no
         # batching rule
         for axis, part in enumerate(self.place_in(tensor, axes)):
-            if part != slice(None):
+            if part.start is not None and part.stop - part.start != tensor.shape[axis]:
                 tensor = tensor.narrow(axis, part.start, part.stop - part.start)
         return tensor
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from fastattn.ops.common import derivatives
 from fastattn.ops.common.derivatives import Blocked
 from fastattn.ops.common.operator import ForwardArguments, Operator, OperatorFunction, looped, take
+from fastattn.ops.common.short_way import is_looked_at
 
 
 def _without(prefix: str, names: Sequence[str]) -> list[str]:
@@ -101,7 +102,7 @@ class RowOperator:
             f"{self.name}_backward",
             BackwardArguments(self.output_gradients, self.kept, self.needs, self.inputs, self.options),
             self.input_gradients,
-            run=self._run_backward,
+            run=self.run_backward,
             fake=lambda gradients, kept, needs, inputs, options: self.empty_gradients(inputs, needs),
             flops=None if count is None else lambda gradients, kept, needs, inputs, options: count(inputs, options),
         )
@@ -134,7 +135,8 @@ class RowOperator:
                 where = "does not begin with" if group == "output_gradients" else "has no"
                 raise ValueError(f"{self.name}: {group} {where} {', '.join(missing)}: it has {', '.join(fields)}")
 
-    def _run_backward(self, gradients: Any, kept: Any, needs: Any, inputs: Any, options: Any) -> Any:
+    def run_backward(self, gradients: Any, kept: Any, needs: Any, inputs: Any, options: Any) -> Any:
+        """The input gradients, by the backend that the options name."""
         return self.implementation(options.backend).backward(gradients, kept, needs, inputs, options)
 
     def differentiable(self, inputs: Any) -> Any:
@@ -246,3 +248,41 @@ class ForwardFunction(OperatorFunction):
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         stored = cls.pair.stored(cls.operator.split(args).options)
         return looped(cls, info, in_dims, args, [0 if is_stored else None for is_stored in stored])
+
+
+# -------------------------------------------------------------------------------------------- calls that nobody watches
+
+
+def apply_unwatched(function: type[ForwardFunction], inputs: Any, options: Any) -> tuple[Tensor, ...]:
+    """The results of a Function over an operator, without the operator: for an eager call that nothing traces,
+    transforms or watches. torch's dispatcher takes longer over the arguments than a small call over its work."""
+    return _Unwatched.apply(function, inputs, options, *function.pair.differentiable(inputs))
+
+
+class _Unwatched(torch.autograd.Function):
+    """The forward and the backward themselves. A backward that is watched, or differentiated, is the operator's."""
+
+    @staticmethod
+    def forward(ctx: Any, function: type[ForwardFunction], inputs: Any, options: Any, *tensors: Tensor | None) -> Any:
+        pair = function.pair
+        results = pair.implementation(options.backend).forward(inputs, options)
+        flags = pair.has_gradient(options)
+        ctx.mark_non_differentiable(*(t for t, has_gradient in zip(results, flags) if not has_gradient))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, *(getattr(results, name) for name in pair.kept._fields))
+        ctx.function, ctx.options = function, options
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        backward_function, options = ctx.function.backward_function, ctx.options
+        pair = ctx.function.pair
+        inputs, kept = take(ctx.saved_tensors, pair.inputs, pair.kept)
+        gradients = pair.gradients_of(grads, kept, options)
+        wanted = ctx.needs_input_grad[3:]
+        needs = pair.needs_of(inputs, pair.inputs(*wanted, *(False,) * (len(inputs) - len(wanted))))
+        if torch.is_grad_enabled() or is_looked_at():
+            found = backward_function.apply(*gradients, *kept, *needs, *inputs, *options)
+        else:
+            found = pair.run_backward(gradients, kept, needs, inputs, options)
+        return None, None, None, *(g if is_computed else None for g, is_computed in zip(found, pair.computed(needs)))

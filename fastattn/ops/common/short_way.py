@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _autograd
+from torch._C import _autograd, _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -39,11 +40,11 @@ def is_looked_at() -> bool:
     """Whether something traces, transforms or watches what is called now."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or (torch._C._len_torch_function_stack() > 0 and _has_watching_mode())
+        or _len_torch_dispatch_stack() > 0
+        or (_len_torch_function_stack() > 0 and _has_watching_mode())
         or is_functorch_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or _get_tracing_state() is not None
     )
 
 

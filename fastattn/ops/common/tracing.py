@@ -114,6 +114,13 @@ def is_left_open(left: int, right: int) -> bool:
     return not (statically_known_true(left == right) or statically_known_true(left != right))
 
 
+def is_known(condition: Any) -> bool:
+    """Does this condition on sizes hold, whatever they are that the graph which is traced leaves open?"""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
 def saved_tensors(node: Any, *names: str) -> list[Tensor]:
     """The tensors that a node of autograd saved.
 

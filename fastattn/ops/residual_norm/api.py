@@ -13,7 +13,7 @@ from torch.overrides import has_torch_function_variadic
 from fastattn.ops.common import backends
 from fastattn.ops.common.short_way import ShortWay, in_shape, lies_with_kernels
 from fastattn.ops.common.tracing import is_symbolically_traced, recorded
-from fastattn.ops.residual_norm import on_torch, on_triton
+from fastattn.ops.residual_norm import direct, on_torch, on_triton
 from fastattn.ops.residual_norm.call import make_call
 from fastattn.ops.residual_norm.contract import Arguments
 from fastattn.ops.residual_norm.layout import in_channels_last
@@ -152,6 +152,18 @@ def add_layer_norm(
         ValueError: shapes, devices or numbers do not fit; the message shows them.
         NotImplementedError: the backend asked for by name refuses; the message lists its reasons.
     """
+    if (
+        type(x) is Tensor
+        and x.is_cpu
+        and x_bias is row_scale is out_dtype is residual_dtype is None
+        and unit_offset is False
+        and round_residual is True
+        and type(dropout_p) is float
+        and dropout_p == 0.0
+        and (results := direct.layer_norm(x, residual, weight, bias, normalized_shape, eps, return_residual, backend))
+        is not None
+    ):
+        return results
     tensors = (x, residual, weight, bias)
     if has_torch_function_variadic(*tensors) and is_symbolically_traced(*tensors):
         return recorded(
@@ -224,6 +236,18 @@ def add_rms_norm(
     Raises:
         TypeError, ValueError, NotImplementedError: as :func:`add_layer_norm`.
     """
+    if (
+        type(x) is Tensor
+        and x.is_cpu
+        and bias is x_bias is row_scale is out_dtype is residual_dtype is None
+        and unit_offset is False
+        and round_residual is True
+        and type(dropout_p) is float
+        and dropout_p == 0.0
+        and (results := direct.rms_norm(x, residual, weight, normalized_shape, eps, return_residual, backend))
+        is not None
+    ):
+        return results
     tensors = (x, residual, weight, bias)
     if has_torch_function_variadic(*tensors) and is_symbolically_traced(*tensors):
         return recorded(
@@ -276,6 +300,10 @@ def layer_norm(
     Raises:
         TypeError, ValueError, NotImplementedError: as :func:`add_layer_norm`.
     """
+    if type(input) is Tensor and input.is_cpu:
+        output = direct.layer_norm(input, None, weight, bias, normalized_shape, eps, False, backend)
+        if isinstance(output, Tensor):
+            return output
     if has_torch_function_variadic(input, weight, bias) and is_symbolically_traced(input, weight, bias):
         return recorded(layer_norm, input, normalized_shape, weight, bias, eps, backend=backend)
     return _alone(input, None, weight, bias, None, None, normalized_shape, "layer", eps, *_DEFAULTS, backend)
@@ -304,6 +332,10 @@ def rms_norm(
     Raises:
         TypeError, ValueError, NotImplementedError: as :func:`add_layer_norm`.
     """
+    if type(input) is Tensor and input.is_cpu:
+        output = direct.rms_norm(input, None, weight, normalized_shape, eps, False, backend)
+        if isinstance(output, Tensor):
+            return output
     if has_torch_function_variadic(input, weight) and is_symbolically_traced(input, weight):
         return recorded(rms_norm, input, normalized_shape, weight, eps, backend=backend)
     return _alone(input, None, weight, None, None, None, normalized_shape, "rms", eps, *_DEFAULTS, backend)

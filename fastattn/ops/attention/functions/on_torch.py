@@ -13,7 +13,6 @@ from fastattn.ops.attention.functions.contract import slots
 from fastattn.ops.attention.functions.program import Program, View
 from fastattn.ops.attention.functions.writing import INDICES
 from fastattn.ops.common.blocks import Block
-from fastattn.reference.attention import NEGATIVE_INFINITY
 
 
 class Places(NamedTuple):
@@ -30,6 +29,11 @@ class Places(NamedTuple):
     def indices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What programs take."""
         return self.batch, self.head, self.query_index, self.key_index
+
+    def of_heads(self, heads: slice) -> Places:
+        """Of some of the heads."""
+        batch, head, row, key = self.starts
+        return self._replace(head=self.head[:, heads], starts=(batch, head + heads.start, row, key))
 
 
 def places_of(block: Block, heads: int, options: Options, device: torch.device) -> Places:
@@ -63,16 +67,6 @@ def modified(scores: Tensor, places: Places, text: str, read: Sequence[Tensor]) 
     found = evaluated(Program.of(text), (scores,), places, read).to(scores.dtype)
     is_own = found.shape == scores.shape and found is not scores
     return found if is_own else found.expand(scores.shape).clone()
-
-
-def modified_of(
-    scores: Tensor, block: Block, inputs: Any, options: Options, visible: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """The scores of a block behind the call's score_mod; and, where it is given, what is visible behind it: a function
-    hides a pair by making its score ``-inf``."""
-    places = places_of(block, scores.shape[1], options, scores.device)
-    found = modified(scores, places, options.score_mod, read_by_score_mod(inputs, options))
-    return found, visible if visible is None else visible & (found != NEGATIVE_INFINITY)
 
 
 def narrowed(places: Places, names: Sequence[str]) -> Places:
