@@ -12,6 +12,8 @@ from fastattn.ops.attention import dropout
 from fastattn.ops.attention.contract import Inputs, Options
 from fastattn.ops.attention.functions import on_torch as functions
 from fastattn.ops.common.blocks import OF_KEYS, OF_ROWS, SCORES, Axes, Block
+from fastattn.reference import visibility
+from fastattn.reference.attention import NEGATIVE_INFINITY
 
 # Elements of one block of scores. 2^20 float32 (4 MiB) stay in the outer caches between the products.
 BLOCK_ELEMENTS = 1 << 20
@@ -151,3 +153,20 @@ def masks_of(inputs: Inputs) -> Iterator[Tensor]:
         yield ~inputs.key_padding_mask[:, None, None, :]
     if inputs.query_documents is not None and inputs.key_documents is not None:
         yield inputs.query_documents[:, None, :, None] == inputs.key_documents[:, None, None, :]
+
+
+def visible_pairs(own: Inputs, options: Options) -> Tensor:
+    """Boolean ``[b | 1, H | 1, n, s]``: which rows of a block see which keys, additive masks of ``-inf`` included."""
+    visible = visibility(
+        own.query.shape[2],
+        own.key.shape[2],
+        lower=options.lower,
+        upper=options.upper,
+        prefix=own.prefix,
+        mask=own.mask,
+        key_padding_mask=own.key_padding_mask,
+        query_documents=own.query_documents,
+        key_documents=own.key_documents,
+        device=own.query.device,
+    )
+    return visible if own.bias is None else visible & (own.bias != NEGATIVE_INFINITY)

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from fastattn.ops.attention import cutting
 from fastattn.ops.attention.contract import Inputs, Options, statistics_shape
-from fastattn.ops.attention.cutting import cut, keys_of_band, keys_of_masks
+from fastattn.ops.attention.cutting import cut, keys_of_band, keys_of_masks, visible_pairs
 from fastattn.ops.common.blocks import Block, empty_in_order_of, statistics_dtype
-from fastattn.reference import distances, visibility
+from fastattn.reference import distances
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -346,24 +346,12 @@ def _by_values(block: Block, inputs: Inputs, options: Options) -> _Tile:
         return _Tile(block.rows, None)
     block = block._replace(keys=keys)
     own, rules = cut(block, inputs, options)
-    visible = visibility(
-        own.query.shape[2],
-        own.key.shape[2],
-        lower=rules.lower,
-        upper=rules.upper,
-        prefix=own.prefix,
-        mask=own.mask,
-        key_padding_mask=own.key_padding_mask,
-        query_documents=own.query_documents,
-        key_documents=own.key_documents,
-    )
-    if own.bias is not None:
-        visible = visible & (own.bias != NEGATIVE_INFINITY)
+    visible = visible_pairs(own, rules)
     seen = visible.view(torch.uint8)
     mask, dtype = None, _mask_dtype(inputs.query)
     if not seen.amin():
         mask = seen.to(dtype).reciprocal_().neg_().add_(1)  # 1 - 1/x maps 1 to 0 and 0 to -inf
-    added = None if own.bias is None else own.bias
+    added = own.bias
     if own.alibi_slopes is not None:
         far = distances(visible.shape[2], visible.shape[3], rules.shift).to(dtype)
         alibi = own.alibi_slopes[..., None, None].to(dtype) * -far

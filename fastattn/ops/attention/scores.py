@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastattn.ops.attention import cutting
 from fastattn.ops.attention.contract import Inputs, Options
-from fastattn.ops.attention.cutting import masks_of
+from fastattn.ops.attention.cutting import masks_of, visible_pairs
 from fastattn.ops.attention.functions import on_torch as functions
 from fastattn.ops.common.blocks import statistics_dtype
 from fastattn.reference import distances, visibility
@@ -120,7 +120,7 @@ def added_to(own: Inputs, rules: Options, dtype: torch.dtype, places: functions.
     if own.alibi_slopes is not None:
         far = distances(rows, keys, rules.shift, device).to(dtype)
     if careful:
-        return Added([], far, _visible(own, rules), places)
+        return Added([], far, visible_pairs(own, rules), places)
     hidden = []
     if rules.upper is not None:
         start = max(0, rules.upper + 1)  # the first key that the first row may not see
@@ -180,20 +180,3 @@ def scores_of(
     for of_keys, hiding in added.hidden:
         scores[..., of_keys].add_(hiding)
     return Scores(scores, bent, unmodified, visible)
-
-
-def _visible(own: Inputs, options: Options) -> Tensor:
-    """Boolean ``[b | 1, H | 1, n, s]``: which rows of a block see which keys, additive masks of ``-inf`` included."""
-    visible = visibility(
-        own.query.shape[2],
-        own.key.shape[2],
-        lower=options.lower,
-        upper=options.upper,
-        prefix=own.prefix,
-        mask=own.mask,
-        key_padding_mask=own.key_padding_mask,
-        query_documents=own.query_documents,
-        key_documents=own.key_documents,
-        device=own.query.device,
-    )
-    return visible if own.bias is None else visible & (own.bias != NEGATIVE_INFINITY)

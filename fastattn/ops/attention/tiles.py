@@ -13,13 +13,11 @@ from torch import Tensor
 
 from fastattn.ops.attention import cutting, flash, sdpa
 from fastattn.ops.attention.contract import AttentionCall, Inputs, Options
-from fastattn.ops.attention.cutting import cut, keys_of_band
+from fastattn.ops.attention.cutting import cut, keys_of_band, visible_pairs
 from fastattn.ops.attention.functions import on_torch as functions
 from fastattn.ops.attention.functions.as_words import adds, bias_of
 from fastattn.ops.attention.functions.program import Program
 from fastattn.ops.common.blocks import Block, empty_in_order_of
-from fastattn.reference import visibility
-from fastattn.reference.attention import NEGATIVE_INFINITY
 
 # Rows of a tile: with fewer rows more keys are left out, but every tile costs some 30 microseconds.
 ROWS = 128
@@ -141,20 +139,7 @@ def _pairs(inputs: Inputs, options: Options, batch: slice, start: int, step: int
         places = functions.places_of(block, inputs.query.shape[1], options, inputs.query.device)
         added = bias_of(program, places, read, inputs.query.dtype)
         own = own._replace(bias=added if own.bias is None else own.bias + added)
-    visible = visibility(
-        own.query.shape[2],
-        own.key.shape[2],
-        lower=rules.lower,
-        upper=rules.upper,
-        prefix=own.prefix,
-        mask=own.mask,
-        key_padding_mask=own.key_padding_mask,
-        query_documents=own.query_documents,
-        key_documents=own.key_documents,
-    )
-    if rules.score_mod and own.bias is not None:
-        visible = visible & (own.bias != NEGATIVE_INFINITY)
-    return own, visible
+    return own, visible_pairs(own, rules)
 
 
 def _tile(inputs: Inputs, options: Options, batch: slice, start: int, step: int) -> Inputs | None:
