@@ -95,7 +95,7 @@ def register(name: str = "fastattn") -> Registration:
     try:
         from transformers import __version__ as version
     except ImportError as error:
-        raise ImportError("transformers is not installed: pip install 'fastattn[transformers]'") from error
+        raise ImportError("transformers is not installed: pip install 'fastattn[hf]'") from error
     major, minor = version.split(".")[:2]
     if (int(major), int(minor)) < (5, 4):
         raise ImportError(f"transformers {version} is installed: fastattn works with 5.4 or newer")

@@ -90,7 +90,7 @@ def test_register_says_what_is_missing():
         "try: integration.register()\n"
         "except ImportError as error: print(error)"
     )
-    assert said_by(code) == "transformers is not installed: pip install 'fastattn[transformers]'\n"
+    assert said_by(code) == "transformers is not installed: pip install 'fastattn[hf]'\n"
 
 
 def test_importing_the_integration_imports_no_transformers():
