@@ -43,7 +43,7 @@ class Row:
         reason: why, where the status is not ``ok``.
         accuracy: against float64.
         timing: what it took.
-        peak_mib: of one step, beside what is there before it.
+        peak_mib: of one step, beside what the case gives.
         saved_mib: what a training step keeps for its backward, beside inputs and parameters.
         work: what a step has to do at least.
     """
@@ -172,7 +172,9 @@ def _checked(family: Family, case: Case, variant: Variant, gate: Gate) -> tuple[
     if not accuracy.passed:
         return Row(case, variant.name, "wrong", f"{accuracy.error:.1e} from float64", accuracy), step
     row = Row(case, variant.name, "ok", accuracy=accuracy, work=family.work(case, variant.name))
-    return dataclasses.replace(row, peak_mib=peak_mib(step, case.device), saved_mib=_saved_mib(case, variant)), step
+    peak = peak_mib(step, case.device)
+    peak = peak if peak is None else peak + variant.holds(case)
+    return dataclasses.replace(row, peak_mib=peak, saved_mib=_saved_mib(case, variant)), step
 
 
 def _saved_mib(case: Case, variant: Variant) -> float | None:

@@ -32,6 +32,10 @@ def _always(case: Case) -> bool:
     return True
 
 
+def _nothing(case: Case) -> float:
+    return 0.0
+
+
 class Refused(Exception):
     """Raised by a build or a first step: the variant cannot take the case after all; the message says why."""
 
@@ -66,6 +70,8 @@ class Variant(Generic[C]):
         slow: it takes seconds to build, and so has no place in a quick run.
         definition: of what this variant computes, where the family has no reference that all share; else it is held
             against itself in float64.
+        holds: MiB that its step reads beside what the case gives, made where the step is built, as a whole mask is
+            where the variant has no word for a window: they count in the peak of memory.
     """
 
     name: str
@@ -73,6 +79,7 @@ class Variant(Generic[C]):
     applies: Callable[[C], str | None] = _accepts
     slow: bool = False
     definition: Callable[[C, torch.dtype], Step] | None = None
+    holds: Callable[[C], float] = _nothing
 
 
 @dataclasses.dataclass(frozen=True)

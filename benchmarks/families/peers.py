@@ -31,6 +31,8 @@ from fastattn.reference import distances, visibility
 # CPU's core
 _MOST_SCORES = {"cpu": 1 << 25, "cuda": 1 << 30}
 
+_IN_WORDS_OF_SDPA = ("none", "causal", "boolean", "sparse", "bias")
+
 Build = Callable[[AttentionCase, torch.dtype], Step]
 Applies = Callable[[AttentionCase], str | None]
 
@@ -115,10 +117,16 @@ def _attend_sdpa(case: AttentionCase, dtype: torch.dtype) -> Callable[..., tuple
 def _in_words_of_sdpa(case: AttentionCase, dtype: torch.dtype) -> dict[str, Any]:
     """What rules the scores, a mask made whole where SDPA has no word for it."""
     arguments = masks(case, dtype)
-    if case.mask in ("none", "causal", "boolean", "sparse", "bias"):
+    if case.mask in _IN_WORDS_OF_SDPA:
         return arguments
     query, key, value, _ = inputs(case, dtype)
     return {"attn_mask": whole_mask(make_call(query, key, value, **arguments))}
+
+
+def _mask_mib(case: AttentionCase) -> float:
+    """Of a mask that the case does not give, but SDPA needs."""
+    mask = _in_words_of_sdpa(case, case.dtype).get("attn_mask")
+    return 0.0 if mask is None or case.mask in _IN_WORDS_OF_SDPA else mask.nbytes / 2**20
 
 
 def whole_mask(call: AttentionCall) -> Tensor | None:
@@ -167,7 +175,7 @@ def _sdpa_pinned(kind: str, backend: SDPBackend) -> Variant[AttentionCase]:
             return f"torch has no {kind} kernel on a CPU"
         return sdpa_applies(case) or (too_many_scores(case) if kind == "math" else None)
 
-    return Variant(f"sdpa-{kind}", build, applies)
+    return Variant(f"sdpa-{kind}", build, applies, holds=_mask_mib)
 
 
 def _reasons(kind: str, said: list[str]) -> str:
@@ -288,7 +296,7 @@ def _flash_variant(package: str, module: str, *known: str) -> Variant[AttentionC
 
 
 VARIANTS: tuple[Variant[AttentionCase], ...] = (
-    Variant("sdpa", sdpa, sdpa_applies),
+    Variant("sdpa", sdpa, sdpa_applies, holds=_mask_mib),
     _sdpa_pinned("flash", SDPBackend.FLASH_ATTENTION),
     _sdpa_pinned("efficient", SDPBackend.EFFICIENT_ATTENTION),
     _sdpa_pinned("cudnn", SDPBackend.CUDNN_ATTENTION),
@@ -296,5 +304,5 @@ VARIANTS: tuple[Variant[AttentionCase], ...] = (
     Variant("flex", _flex, _flex_applies, slow=True),
     _flash_variant("flash-attn", "flash_attn", "none", "causal", "window", "softcap", "alibi"),
     _flash_variant("flash-attn-3", "flash_attn_interface", "none", "causal", "window", "softcap"),
-    Variant("xformers", _xformers, _xformers_applies),
+    Variant("xformers", _xformers, _xformers_applies, holds=_mask_mib),
 )

@@ -22,6 +22,7 @@ from fastattn.modules.multihead_attention import MultiheadAttention
 from fastattn.modules.norm import AddLayerNorm
 from fastattn.ops.attention import sdpa
 from fastattn.ops.common import backends
+from fastattn.ops.common.finite import is_finite
 from fastattn.ops.common.short_way import is_looked_at
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
@@ -278,6 +279,6 @@ def _of_rows(
         attended = sdpa.torch_sdpa(q, k, v, mask)
         merged = attended.transpose(1, 2).reshape(-1, width).index_select(0, rows)
         output = _linear(merged, _Linear(out_weight, out_bias))
-        return output if sdpa.is_finite(output) else None
+        return output if is_finite(output) else None
 
     return attend

@@ -17,7 +17,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 
 from fastattn.ops.attention import operator
 from fastattn.ops.attention.contract import AttentionCall, Weights
-from fastattn.ops.common.blocks import statistics_dtype
+from fastattn.ops.common.finite import is_finite
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
 # What F.scaled_dot_product_attention runs on a CPU. Its output lies as [N, L, H, D].
@@ -268,6 +268,6 @@ def _backward_of_formula(
 def _is_finite(tensor: Tensor) -> bool:
     """Are all elements finite, as far as they can be read?"""
     try:
-        return math.isfinite(tensor.sum(dtype=statistics_dtype(tensor.dtype)).item())
+        return is_finite(tensor)
     except RuntimeError:  # torch.autograd.functional.jacobian(vectorize=True) batches gradients
         return True

@@ -9,7 +9,6 @@ with it; and so does a result under a mask that is not finite, since NaN and inf
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -22,9 +21,10 @@ from fastattn.modules._mha_core import Plan
 from fastattn.modules._mha_masks import sum_of_biases
 from fastattn.ops.attention import sdpa
 from fastattn.ops.attention.contract import Weights
-from fastattn.ops.attention.flash import FEWEST_WIDE, is_worth_tiles, widens
+from fastattn.ops.attention.flash import is_worth_tiles, widens
 from fastattn.ops.common import backends
 from fastattn.ops.common.checks import DTYPES
+from fastattn.ops.common.finite import is_finite
 from fastattn.ops.common.short_way import is_looked_at
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
@@ -108,7 +108,7 @@ def attend(
     most = _MOST_SCORES_TRAINED if trains else _MOST_SCORES
     if (dtype not in _FULL or scores > most) if need_weights else not torch._C._get_flash_sdp_enabled():
         return None
-    if not need_weights and widens(dtype, trains) and (trains or scores >= FEWEST_WIDE):
+    if not need_weights and widens(dtype, trains, scores):
         return None
     if is_causal and not trains and is_worth_tiles(length):
         return None
@@ -135,7 +135,7 @@ def attend(
     plan = Plan(heads, batch_first, is_causal, is_bias, words)
     run = _mha_core.attend if trains else _mha_core.infer
     output, weights = run(plan, mask, query, memory, in_weight, in_bias, out_weight, out_bias)
-    return (output, weights) if mask is None or _is_finite(output) else None
+    return (output, weights) if mask is None or is_finite(output) else None
 
 
 def parameters_of(module: nn.MultiheadAttention, dtype: torch.dtype) -> tuple[Any, ...] | None:
@@ -202,14 +202,9 @@ def _native(
         query, query, query, embed_dim, heads, weight, bias, out_weight, out_bias, hidden, need_weights,
         average_attn_weights, None if hidden is None else kind,
     )  # fmt: skip
-    if hidden is not None and not _is_finite(output):
+    if hidden is not None and not is_finite(output):
         return None
     return output, weights if need_weights else None
-
-
-def _is_finite(output: Tensor) -> bool:
-    """Is the sum finite? Of 16 bits it may not be where its terms are: the call then takes the long way for nothing."""
-    return math.isfinite(output.detach().sum().item())
 
 
 def _is_dense(tensor: Any) -> bool:

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+import benchmarks.run_case
 import fastattn
 from benchmarks.cases import AttentionCase
 from benchmarks.families import all_cases, families, quick_cases
@@ -238,6 +239,19 @@ def test_deadline_leaves_no_alarm_behind():
 def test_only_the_variants_asked_for_are_run():
     rows = run(families()["module"], TINY, only=["fastattn", "qkv+sdpa"])
     assert [row.variant for row in rows] == ["fastattn", "qkv+sdpa"]
+
+
+def test_mask_that_a_peer_needs_made_counts_in_its_peak(monkeypatch):
+    """SDPA has no word for a window, so that it reads a mask of 512 x 512 bytes; one that the case gives is free."""
+    monkeypatch.setattr(benchmarks.run_case, "peak_mib", lambda step, device: 2.0)
+    peaks = {}
+    for mask in ("window", "alibi", "boolean"):
+        case = AttentionCase("attention", 1, 2, 512, 8, mask=mask)
+        rows = run(families()["attention"], case, only=["fastattn", "sdpa"])
+        peaks[mask] = {row.variant: row.peak_mib for row in rows}
+    assert peaks["window"] == {"fastattn": 2.0, "sdpa": 2.25}
+    assert peaks["alibi"] == {"fastattn": 2.0, "sdpa": 4.0}
+    assert peaks["boolean"] == {"fastattn": 2.0, "sdpa": 2.0}
 
 
 def test_row_as_json(tiny_rows):

@@ -290,7 +290,7 @@ def test_a_piece_that_is_everything_is_noticed(monkeypatch, device):
 def test_additive_keeps_inputs_and_output_alone(backend, device):
     """For the backward: nothing that grows with ``L S``."""
     tensors = [random_tensor(*s, seed=i, device=device).requires_grad_()
-               for i, s in enumerate(((1, 600, 8), (1, 700, 8), (1, 700, 8), (8,)))][:4]  # fmt: skip
+               for i, s in enumerate(((1, 700, 8), (1, 800, 8), (1, 800, 8), (8,)))][:4]  # fmt: skip
     if backend == "triton":
         tensors = [t.detach()[:, :60].requires_grad_() if t.dim() == 3 else t for t in tensors]
     saved = []

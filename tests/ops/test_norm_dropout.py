@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
+from fastattn.ops.residual_norm import on_torch
 from fastattn.reference import add_norm as reference
-from fastattn.testing import random_tensor
+from fastattn.testing import assert_within_budget, random_tensor
 from tests.ops.norm_cases import FUNCTIONS, dropout_factor
 
 KINDS = ["layer", "rms"]
@@ -376,3 +377,33 @@ def test_norm_dropout_per_sample_gradients(kind, backend, device):
     for of_sample, found in zip(total, d_weight):
         expected = grad(lambda w, t=of_sample: function(t, weight=w, backend=backend).cos().sum())(weight)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_norm_dropout_in_blocks_of_rows(kind, dtype, monkeypatch):
+    """In evaluation torch's operations go through a sum of several steps a block of rows at a time, the last a smaller
+    one: what they drop, add, scale and round is what the whole would."""
+    blocks = []
+    total = on_torch._total
+    monkeypatch.setattr(on_torch, "_BLOCK", 1 << 9)
+    monkeypatch.setattr(on_torch, "_total", lambda call: blocks.append(len(call.x)) or total(call))
+    x, residual = random_tensor(3, 11, 48, seed=1, dtype=dtype), random_tensor(3, 11, 48, seed=2)
+    vectors = {"weight": random_tensor(48, seed=3, dtype=dtype), "x_bias": random_tensor(48, seed=4, dtype=dtype)}
+    call: dict[str, Any] = {**vectors, "row_scale": random_tensor(1, 11, seed=5), "dropout_p": 0.3, "eps": 1e-5}
+    result = FUNCTIONS[kind](x, residual, **call, return_residual=True, backend="torch")
+    keep = result[1] != residual
+    assert_share(keep, 0.7)
+    assert blocks == [10, 10, 10, 3]
+    truth, peer = (
+        reference(
+            x.to(wide), residual.to(wide), kind=kind, dropout_keep=keep, **{k: _to(v, wide) for k, v in call.items()}
+        )
+        for wide in (torch.float64, torch.float32)
+    )
+    for name, actual, of_peer, of_truth in zip(("output", "total"), result, peer, truth):
+        assert_within_budget(actual, truth=of_truth, peer=of_peer.to(actual.dtype), name=name)
+
+
+def _to(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, torch.Tensor) else value

@@ -9,20 +9,22 @@ much (2.5 MiB, not 7.2).
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from fastattn.ops.additive_attention.contract import AdditiveAttentionCall
+from fastattn.ops.common.finite import is_finite
 from fastattn.ops.common.tracing import is_known
 from fastattn.reference import visibility
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
 DTYPES = (torch.float32, torch.float64)
-# From so many tangents on the operators are faster in evaluation, and not slower in training: 2^21 take 5.4 ms of a
-# training step in this form and 7.5 behind the operators, 2^22 15.1 and 14.4.
+# From so many tangents on the operators are faster in evaluation.
 MOST_TANGENTS = 1 << 21
+# In training they make each tangent twice, which takes 0.5 ns on one maker's processors and 2.1 on another's, where
+# this form has to write it and to read it again, 16 MiB of them at most: 2^22 take 15.1 and 15.7 ms of a step in this
+# form, and 14.4 and 22.1 behind the operators.
+MOST_IN_TRAINING = 1 << 22
 # In a graph of torch.compile, whose code takes 2 ns to make a tangent, and the operators' 0.5.
 _MOST_COMPILED, _MOST_COMPILED_IN_TRAINING = 1 << 18, 1 << 19
 # With so few queries the tangents are not much more than the key and its gradient.
@@ -34,7 +36,8 @@ def is_small(query: Tensor, key: Tensor) -> bool:
     length, tangents = query.shape[-2], query.numel() * key.shape[-2]
     if tangents <= MOST_TANGENTS:
         return tangents > 0
-    return 0 < length <= _FEW_QUERIES and torch.is_grad_enabled() and MOST_TANGENTS > 0
+    trains = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    return trains and MOST_TANGENTS > 0 and (tangents <= MOST_IN_TRAINING or length <= _FEW_QUERIES)
 
 
 def takes(call: AdditiveAttentionCall) -> bool:
@@ -107,7 +110,7 @@ def attend(
     output = torch.bmm(weights, value)
     # In evaluation the output shows what is wrong with the weights, if it has columns; in training it is filled in.
     looked_at = (found, output, key) if trains or not output.shape[2] else (output,)
-    if not math.isfinite(sum(t.detach().sum().item() for t in looked_at)):
+    if not is_finite(*looked_at):
         return None
     return output, weights
 

@@ -24,11 +24,12 @@ from fastattn.ops.additive_attention.contract import (
     stored,
     weights_shape,
 )
-from fastattn.ops.common.blocks import OF_ROWS, SCORES, Block
+from fastattn.ops.common.blocks import OF_ROWS, SCORES, Block, statistics_dtype
 from fastattn.ops.common.derivatives import Blocked, Formula
 from fastattn.ops.common.flops import product_flops
 from fastattn.ops.common.operator import apply as apply_function
 from fastattn.ops.common.row_operator import BackwardFunction, ForwardFunction, RowOperator
+from fastattn.ops.common.tracing import is_eager_on_cpu
 from fastattn.reference import additive_attention as reference
 
 
@@ -130,4 +131,18 @@ def apply(call: AdditiveAttentionCall, backend: str) -> tuple[Tensor, Tensor | N
 def operands(call: AdditiveAttentionCall, backend: str) -> tuple[Inputs, Options]:
     """A call in the form that the operators take."""
     inputs = Inputs(*(getattr(call, name) for name in Inputs._fields))
-    return inputs, Options(call.upper, call.needs_weights, backend)
+    return inputs, Options(call.upper, call.needs_weights or (backend == "torch" and _keeps_weights(call)), backend)
+
+
+def _keeps_weights(call: AdditiveAttentionCall) -> bool:
+    """Does the backward of an eager step on a CPU get the weights although nobody asked for them, which saves it to
+    make every tangent a third time? It does where they take no more memory than the query and the key, which are kept
+    in any case, and are of the dtype in which they are made."""
+    query, key = call.query, call.key
+    weights = query.shape[:3].numel() * key.shape[2]
+    return (
+        torch.is_grad_enabled()
+        and is_eager_on_cpu(query)
+        and statistics_dtype(query.dtype) == query.dtype
+        and weights <= query.numel() + key.numel()
+    )

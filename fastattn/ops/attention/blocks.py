@@ -45,6 +45,7 @@ from fastattn.ops.attention.functions.sums import CapturedGradients
 from fastattn.ops.attention.scores import Scratch, added_to, compute_dtype, heads_as_rows, scores_of, turns
 from fastattn.ops.common.blocks import SCORES, empty_in_order_of, statistics_dtype
 from fastattn.ops.common.checks import without_autocast
+from fastattn.ops.common.finite import is_finite
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
 # With fewer scores to a head, heads are added up by one reduction, and otherwise head by head, in a fifth of the time.
@@ -58,11 +59,6 @@ def _hides(inputs: Inputs, options: Options) -> bool:
     """May there be keys that a row does not see?"""
     hiding = (inputs.bias, inputs.mask, inputs.key_padding_mask, inputs.query_documents, options.lower, options.upper)
     return any(argument is not None for argument in hiding) or bool(options.score_mod or options.mask_mod)
-
-
-def _all_finite(*tensors: Tensor) -> bool:
-    """Is every element finite, and the sum of each tensor too?"""
-    return math.isfinite(sum(t.sum(dtype=statistics_dtype(t.dtype)).item() for t in tensors if t.numel()))
 
 
 def _product(left: Tensor, right: Tensor, careful: bool) -> Tensor:
@@ -144,7 +140,7 @@ def forward(inputs: Inputs, options: Options) -> Results:
             (output, lse), weights = flash.forward(inputs, options), inputs.query.new_empty(0)
         else:
             output, lse, weights = _forward(inputs, options, careful=False)
-        if _hides(inputs, options) and not _all_finite(output):
+        if _hides(inputs, options) and not is_finite(output):
             output, lse, weights = _forward(inputs, options, careful=True)
     return Results(output, lse, weights, statistics=lse.clone())  # an operator may not return one tensor twice
 
@@ -215,7 +211,7 @@ def backward(gradients: OutputGradients, kept: Kept, needs: Needs, inputs: Input
         results = _of_flash(gradients, kept, needs, inputs, options)
         if results is None:
             results = _backward(gradients, kept.statistics, needs, inputs, options, careful=False)
-        if _hides(inputs, options) and not _all_finite(*results):
+        if _hides(inputs, options) and not is_finite(*results):
             results = _backward(gradients, kept.statistics, needs, inputs, options, careful=True)
     return results
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from fastattn.ops.attention import sdpa
-from fastattn.ops.attention.flash import FEWEST_WIDE, LEAST_SCALE, is_worth_tiles, widens
+from fastattn.ops.attention.flash import LEAST_SCALE, is_worth_tiles, scores_of, widens
 from fastattn.ops.common import backends
 from fastattn.ops.common.checks import DTYPES
+from fastattn.ops.common.finite import is_finite
 from fastattn.ops.common.short_way import is_looked_at, is_plain
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
@@ -52,7 +53,7 @@ def attend_plainly(
         return None
     if type(is_causal) is not bool or (is_causal and not trains and is_worth_tiles(shape[2])):
         return None
-    if widens(query.dtype, trains) and (trains or query.numel() * shape[2] >= FEWEST_WIDE * shape[3]):
+    if query.dtype not in _FULL and widens(query.dtype, trains, scores_of(query, key)):
         return None
     if scale is not None and not (type(scale) is float and LEAST_SCALE <= scale < math.inf):
         return None
@@ -71,7 +72,7 @@ def attend_plainly(
         output = sdpa.torch_sdpa(query, key, value, mask, 0.0, is_causal, scale=scale)
     except RuntimeError:  # of two dtypes, say: the long way has a name for what is wrong
         return None
-    if mask is not None and not sdpa.is_finite(output):
+    if mask is not None and not is_finite(output):
         return None
     if trains:
         sdpa.guard_eager_gradients(output, looks=mask is not None)
@@ -124,7 +125,7 @@ def attend_by_difference(
         output = sdpa.torch_sdpa(query, key, value, mask, scale=scale)
     except RuntimeError:
         return None
-    if not sdpa.is_finite(output):
+    if not is_finite(output):
         return None
     if output.requires_grad:
         sdpa.guard_eager_gradients(output, looks=True)
@@ -180,7 +181,7 @@ def attend(
     trains = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if is_causal and is_worth_tiles(length) and not trains:
         return None
-    if widens(dtype, trains) and (trains or batch * heads * length * keys >= FEWEST_WIDE):
+    if widens(dtype, trains, batch * heads * length * keys):
         return None
     mask = attn_mask
     if mask is not None and _is_dense(mask) and mask.dim() == 2:
@@ -201,7 +202,7 @@ def attend(
             return None
         query = query.reshape(batch, kv_heads, -1, size)
     output = sdpa.torch_sdpa(query, key, value, mask, 0.0, is_causal, scale=scale)
-    if mask is not None and not sdpa.is_finite(output):
+    if mask is not None and not is_finite(output):
         return None
     if trains:
         sdpa.guard_eager_gradients(output, looks=mask is not None)

@@ -39,9 +39,12 @@ _LARGEST_LSE = 12.0
 # 768 rows on works on more rows at once.
 _FEWEST_CAUSAL, _MOST_CAUSAL = 192, 767
 # Elements of the float32 copies of 16-bit tensors that there are at once.
-_MOST_WIDE = 1 << 18
+_MOST_WIDE = 1 << 17
 # Scores from which on 16 bits are evaluated in float32: below, looking for the way takes as long as the work.
-FEWEST_WIDE = 1 << 18
+_FEWEST_WIDE = {torch.bfloat16: 1 << 18, torch.float16: 1 << 15}
+# Scores up to which bfloat16 trains in float32 where the processor multiplies vectors of bfloat16: a step of 2^15 takes
+# 0.37 ms so, and 0.95 by the kernel's own backward, of 2^17 1.4 and 2.6, and of 2^21 22.4 and 18.6.
+_MOST_WIDE_BFLOAT16 = 1 << 18
 # Rows of a tile: an eighth of the keys that a row may see, within these bounds. With fewer rows more keys are left out,
 # but a tile costs some 30 microseconds, and the kernel is faster over 256 rows than over 64.
 _FEWEST_ROWS, _MOST_ROWS = 64, 256
@@ -92,7 +95,7 @@ def takes_backward(inputs: Inputs, options: Options, lse: Tensor) -> bool:
 def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     """Output and LSE of a call that :func:`takes`. Where hidden pairs hold NaN or inf the output is not finite."""
     query, sinks = inputs.query, inputs.sinks
-    if widens(query.dtype, False):
+    if widens(query.dtype, False, scores_of(query, inputs.key)):
         output, lse = _empty(query)
         for part in _parts(inputs):
             found = forward(_wide(part, inputs), options)
@@ -155,14 +158,30 @@ _AXES: dict[str, Sequence[str]] = {
 }
 
 
+def widens(dtype: torch.dtype, trains: bool, scores: float) -> bool:
+    """Is the kernel faster over float32 than over this dtype, conversions included, for so many scores? It is over 16
+    bits, by a fifth to a half forward and by 1.2 to 10 times backward, but where the processor has instructions that
+    multiply them."""
+    fewest, most = _widened(dtype, trains)
+    return fewest <= scores <= most
+
+
 @functools.cache
-def widens(dtype: torch.dtype, trains: bool) -> bool:
-    """Is the kernel faster over float32 than over this dtype, conversions included? It is over 16 bits, by a fifth to a
-    half forward and by 1.2 to 6 times backward, but where the processor multiplies matrices of them, or, forward,
-    vectors of float16."""
-    if dtype == torch.bfloat16:
-        return not _has("_is_amx_tile_supported")
-    return dtype == torch.float16 and not (_has("_is_amx_fp16_supported") or (not trains and _has_float16()))
+def _widened(dtype: torch.dtype, trains: bool) -> tuple[float, float]:
+    """How many scores a call has that runs in float32."""
+    never, always = (1.0, 0.0), (0.0 if trains else _FEWEST_WIDE.get(dtype, 0.0), math.inf)
+    if dtype == torch.float16:
+        return never if _has("_is_amx_fp16_supported") or (not trains and _has_float16()) else always
+    if dtype != torch.bfloat16 or _has("_is_amx_tile_supported"):
+        return never
+    if _has("_is_avx512_bf16_supported"):
+        return (0.0, _MOST_WIDE_BFLOAT16) if trains else never
+    return always
+
+
+def scores_of(query: Tensor, key: Tensor) -> int:
+    """How many scores a call of this query and key has, ``[B, H, L, D]`` and ``[B, Hk, S, D]``."""
+    return query.shape[:3].numel() * key.shape[2]
 
 
 def _has(question: str) -> bool:
@@ -221,7 +240,7 @@ def backward(d_output: Tensor, output: Tensor, lse: Tensor, inputs: Inputs, opti
     """
     query, key, value, sinks = inputs.query, inputs.key, inputs.value, inputs.sinks
     d_query = empty_in_order_of(query, tuple(query.shape))
-    if widens(query.dtype, True):
+    if widens(query.dtype, True, scores_of(query, key)):
         d_key, d_value = (empty_in_order_of(t, tuple(t.shape)) for t in (key, value))
         d_sinks = None if sinks is None else torch.zeros_like(sinks, dtype=torch.float32)
         for part in _parts(inputs):

@@ -7,8 +7,6 @@ float32 or better as in the blocks, so that the same call has the same errors wi
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -17,6 +15,7 @@ from fastattn.ops.attention.contract import AttentionCall
 from fastattn.ops.attention.sdpa import merged_mask
 from fastattn.ops.common.blocks import statistics_dtype
 from fastattn.ops.common.checks import without_autocast
+from fastattn.ops.common.finite import is_finite
 from fastattn.reference import distances
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
@@ -106,7 +105,7 @@ def _run(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor | Non
     if keep is not None:
         weights = weights * keep.flatten(0, 1) * (1.0 / (1.0 - call.dropout_p) if call.dropout_p < 1.0 else 0.0)
     output = torch.bmm(weights, value)
-    if mask is not None and not math.isfinite(sum(t.detach().sum().item() for t in (found, output, key))):
+    if mask is not None and not is_finite(found, output, key):
         return None
     output, weights = output.view(*shape, -1), weights.view(*shape, -1)
     if output.dtype != call.query.dtype:

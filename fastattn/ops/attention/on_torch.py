@@ -22,6 +22,7 @@ from fastattn.ops.attention import blocks, dropout, flash, formula, in_graph, op
 from fastattn.ops.attention import sdpa as torch_sdpa
 from fastattn.ops.attention.contract import AttentionCall
 from fastattn.ops.attention.functions.as_words import in_words
+from fastattn.ops.common.finite import is_finite
 from fastattn.ops.common.tracing import is_eager_on_cpu, is_functorch_active, is_recorded, is_traced, is_transformed
 
 # The output, the weights and the LSE, these two None where they are not asked for.
@@ -59,7 +60,7 @@ def run(call: AttentionCall) -> Found:
         call = in_words(call)
     if _is_worth_flash(call) and (by_flash := _flashed(call)) is not None:
         return by_flash
-    whole = torch_sdpa.takes(call) and not (_trains(call) and flash.widens(call.query.dtype, True))
+    whole = torch_sdpa.takes(call) and not (_trains(call) and _is_widened(call, trains=True))
     if whole and not torch_sdpa.hides(call):
         return torch_sdpa.attend(torch_sdpa.without_keys_past_the_diagonal(call), None), None, None
     output = None
@@ -92,9 +93,11 @@ def _is_worth_flash(call: AttentionCall) -> bool:
 
 def _is_wide(call: AttentionCall) -> bool:
     """Are there so many scores of a dtype that the kernel is slow with that widening it pays?"""
-    (batch, heads, length), keys = call.query.shape[:3], call.key.shape[2]
-    is_large = flash.widens(call.query.dtype, False) and batch * heads * length * keys >= flash.FEWEST_WIDE
-    return is_large and not tiles.takes(call)  # which widens its tiles itself
+    return _is_widened(call, trains=False) and not tiles.takes(call)  # which widens its tiles itself
+
+
+def _is_widened(call: AttentionCall, trains: bool) -> bool:
+    return flash.widens(call.query.dtype, trains, flash.scores_of(call.query, call.key))
 
 
 def _flashed(call: AttentionCall) -> Found | None:
@@ -103,7 +106,7 @@ def _flashed(call: AttentionCall) -> Found | None:
     if call.dropout_p > 0.0 or not flash.takes(inputs, options):
         return None
     output, lse = flash.forward(inputs, options)
-    return (output, None, lse if call.return_lse else None) if torch_sdpa.is_finite(output) else None
+    return (output, None, lse if call.return_lse else None) if is_finite(output) else None
 
 
 def _evaluated(call: AttentionCall, keep: Tensor | None) -> Found:

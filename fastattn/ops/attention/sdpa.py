@@ -24,6 +24,7 @@ from fastattn.ops.attention import operator
 from fastattn.ops.attention.contract import AttentionCall
 from fastattn.ops.attention.flash import LEAST_SCALE
 from fastattn.ops.common.blocks import statistics_dtype
+from fastattn.ops.common.finite import is_finite
 from fastattn.ops.common.tracing import is_left_open, is_traced, saved_tensors
 from fastattn.reference import visibility
 from fastattn.reference.attention import NEGATIVE_INFINITY
@@ -127,13 +128,8 @@ def run(call: AttentionCall) -> Tensor | None:
     if trains(call) and mask is not None and call.bias is not None and _is_large(mask):
         return None
     output = attend(call, mask)
+    # what hidden places hold reaches the rows that do not see them as NaN, if it is NaN or inf or overflows
     return output if mask is None or is_finite(output) else None
-
-
-def is_finite(output: Tensor) -> bool:
-    """Is every element finite? Under a mask, NaN, inf and overflows at hidden places become NaN in rows that do not see
-    them; so an output that is finite has none of them."""
-    return math.isfinite(output.detach().sum(dtype=statistics_dtype(output.dtype)).item())
 
 
 def _is_large(mask: Tensor) -> bool:
@@ -328,7 +324,7 @@ def _holds_garbage(d_inputs: tuple[Tensor | None, ...]) -> bool:
     """Is a gradient not finite? A NaN in dK is one in dQ as well (both are made of dS), so that dQ and dV are read."""
     present = [t for t in (d_inputs[0], d_inputs[2]) if t is not None] or [t for t in d_inputs if t is not None]
     try:
-        return not math.isfinite(sum(t.sum(dtype=statistics_dtype(t.dtype)).item() for t in present))
+        return not is_finite(*present)
     except RuntimeError:
         # torch.autograd.functional.jacobian(vectorize=True) batches the gradients, whose values cannot be read
         return False

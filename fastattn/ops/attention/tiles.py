@@ -8,6 +8,8 @@ to the operators: in this form its backward would add up the keys' gradients onc
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -170,7 +172,7 @@ def _tile(inputs: Inputs, options: Options, batch: slice, start: int, step: int)
 
 def attend_tile(tile: AttentionCall) -> Tensor:
     """The output of a tile that is a call of its own."""
-    if flash.widens(tile.query.dtype, False):
+    if flash.widens(tile.query.dtype, False, math.inf):  # the call has many scores, if not this tile
         query, key, value = (t.float() for t in (tile.query, tile.key, tile.value))
         tile = tile._replace(query=query, key=key, value=value)
     return sdpa.attend(tile, sdpa.merged_mask(tile))

@@ -25,7 +25,7 @@ from fastattn.ops.residual_norm.torch_layer_norm import (
     eager_half_layer_norm,
     eager_layer_norm,
 )
-from fastattn.ops.residual_norm.torch_rms_norm import eager_rms_norm
+from fastattn.ops.residual_norm.torch_rms_norm import eager_add_rms_norm, eager_rms_norm
 
 _PLAIN = (Tensor, Parameter)
 _PLAIN_OR_NONE = (*_PLAIN, type(None))
@@ -87,8 +87,7 @@ def rms_norm(
             return None
         if not returns_sum:
             return eager_rms_norm(x, residual, size, weight, eps)
-        total = x if residual is None else residual + x
-        return eager_rms_norm(total, None, size, weight, eps), total
+        return eager_add_rms_norm(x, residual, size, weight, eps)
     except (RuntimeError, TypeError):
         return None
 

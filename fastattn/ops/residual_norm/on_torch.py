@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.ops.common.tracing import is_eager_on_cpu
+from fastattn.ops.common.tracing import is_eager_on_cpu, is_transformed
 from fastattn.ops.residual_norm.contract import ResidualNormCall
 from fastattn.ops.residual_norm.torch_layer_norm import (
     HALF,
@@ -29,21 +29,73 @@ def run(call: ResidualNormCall) -> tuple[Tensor, Tensor]:
     """``(output, new residual)``."""
     if call.is_plain:
         return _normalised(call, call.x), call.x
-    total = _total(call)
+    total = _total_by_rows(call) if _goes_by_rows(call) else _total(call)
     rounded = total if total.dtype is call.residual_dtype else total.to(call.residual_dtype)
     return _normalised(call, rounded if call.round_residual else total), rounded
 
 
+# Elements of x, for each thread, that are summed at a time where they go by rows: 256 KiB in float32.
+_BLOCK = 1 << 16
+
+
+def _goes_by_rows(call: ResidualNormCall) -> bool:
+    """Is this a sum of several steps without derivatives, of rows that leave the cache between two steps?"""
+    x = call.x
+    return (
+        call.round_residual
+        and _steps(call) > 1
+        and x.numel() > _BLOCK * torch.get_num_threads()
+        and (call.residual is None or call.residual.shape == x.shape)
+        and not _has_gradients(call)
+    )
+
+
+def _has_gradients(call: ResidualNormCall) -> bool:
+    """May there be derivatives of the sum, or is it one of a graph, which may be differentiated where it is run?"""
+    tensors = (call.x, call.residual, call.x_bias, call.row_scale)
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return trains or not is_eager_on_cpu(call.x) or is_transformed()
+
+
+def _total_by_rows(call: ResidualNormCall) -> Tensor:
+    """:func:`_total` in the residual's dtype, a block of rows at a time: what is wider is as large as a block."""
+    size = call.x.shape[-1]
+    total = call.x.new_empty(call.x.shape, dtype=call.residual_dtype)
+    rows_of = {"x": call.x.reshape(-1, size)}
+    if call.residual is not None:
+        rows_of["residual"] = call.residual.reshape(-1, size)
+    if call.row_scale is not None:
+        rows_of["row_scale"] = call.row_scale.expand(call.x.shape[:-1]).reshape(-1)
+    height = max(1, _BLOCK * torch.get_num_threads() // size)
+    for target, *rows in zip(*(t.split(height) for t in (total.view(-1, size), *rows_of.values()))):
+        target.copy_(_total(call._replace(**dict(zip(rows_of, rows)))))
+    return total
+
+
+def _steps(call: ResidualNormCall) -> int:
+    """How many operations make the sum."""
+    return (
+        (call.residual is not None) + (call.x_bias is not None) + (call.row_scale is not None) + (call.dropout_p > 0.0)
+    )
+
+
 def _total(call: ResidualNormCall) -> Tensor:
     """``residual + dropout(x + x_bias) * row_scale``, rounded once: wider than its dtype where there are more steps."""
-    x, residual = call.x, call.residual
-    steps = (residual is not None) + (call.x_bias is not None) + (call.row_scale is not None) + (call.dropout_p > 0.0)
+    x, residual, steps = call.x, call.residual, _steps(call)
     others = (residual, call.x_bias, call.row_scale)
     same_dtype = call.residual_dtype is x.dtype and all(t is None or t.dtype is x.dtype for t in others)
+    is_dropout_alone = steps == 2 and residual is not None and 0.0 < call.dropout_p < 1.0
+    if is_dropout_alone and same_dtype and call.round_residual and not _has_gradients(call):
+        # this operation computes in float32 and rounds once; its gradients would be of factors rounded to 16 bits
+        keep = torch.empty_like(x).bernoulli_(1.0 - call.dropout_p)
+        return torch.addcmul(residual, x, keep, value=1.0 / (1.0 - call.dropout_p))
     # a narrow bias would have its gradient summed over the rows in its own dtype
     if steps > 1 or not call.round_residual or not same_dtype or (call.x_bias is not None and x.dtype in HALF):
         compute = torch.promote_types(torch.promote_types(x.dtype, call.residual_dtype), torch.float32)
-        x = x.to(compute if residual is None else torch.promote_types(compute, residual.dtype))
+        compute = compute if residual is None else torch.promote_types(compute, residual.dtype)
+        # of one add of two dtypes torch widens each element itself, without a wider copy of x
+        if steps > 1 or residual is None or torch.promote_types(x.dtype, residual.dtype) != compute:
+            x = x.to(compute)
     if call.x_bias is not None:
         x = x + call.x_bias.to(x.dtype)
     if call.dropout_p > 0.0:

@@ -54,15 +54,34 @@ def eager_rms_norm(
         weight: ``[N]``, of the dtype of ``x``.
         eps: added to the mean square; default, as in torch, that of the dtype it is computed in.
     """
-    # of one element the terms of its gradient cancel but for eps, and torch's operations leave less of their rounding
-    fewest = _FEWEST if torch.get_num_threads() == 1 else _FEWEST_OF_THREADS
-    if x.numel() < fewest or x.shape[-1] == 1 or not _fits(x, size, weight):
+    if not _is_worth_blocks(x, size, weight):
         return torch.rms_norm(x if residual is None else residual + x, size, weight, eps)
     if eps is None:
         eps = torch.finfo(_wide(x)).eps
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight)):
+    if _trains(x, residual, weight):
         return _RMSNorm.apply(x if residual is None else residual + x, weight, eps)
-    return _forward(x, residual, weight, eps, None)
+    return _forward(x, residual, weight, eps, None, None)
+
+
+def eager_add_rms_norm(
+    x: Tensor, residual: Tensor | None, size: Sequence[int], weight: Tensor | None, eps: float | None
+) -> tuple[Tensor, Tensor]:
+    """:func:`eager_rms_norm`, and ``residual + x``."""
+    if residual is None or _trains(x, residual, weight) or not _is_worth_blocks(x, size, weight):
+        total = x if residual is None else residual + x
+        return eager_rms_norm(total, None, size, weight, eps), total
+    total = torch.empty_like(x)
+    return _forward(x, residual, weight, torch.finfo(_wide(x)).eps if eps is None else eps, None, total), total
+
+
+def _is_worth_blocks(x: Tensor, size: Sequence[int], weight: Tensor | None) -> bool:
+    # of one element the terms of its gradient cancel but for eps, and torch's operations leave less of their rounding
+    fewest = _FEWEST if torch.get_num_threads() == 1 else _FEWEST_OF_THREADS
+    return x.numel() >= fewest and x.shape[-1] != 1 and _fits(x, size, weight)
+
+
+def _trains(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _fits(x: Tensor, size: Sequence[int], weight: Tensor | None) -> bool:
@@ -81,7 +100,7 @@ class _RMSNorm(torch.autograd.Function):
         rstd = x.new_empty((*x.shape[:-1], 1), dtype=_wide(x))
         ctx.save_for_backward(x, weight, rstd)
         ctx.eps = eps
-        return _forward(x, None, weight, eps, rstd)
+        return _forward(x, None, weight, eps, rstd, None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -135,15 +154,17 @@ def _inverse_root(x: Tensor, eps: float) -> Tensor:
     return norm.square_().mul_(1.0 / size).add_(eps).rsqrt_()
 
 
-def _forward(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, rstd: Tensor | None) -> Tensor:
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, rstd: Tensor | None, total: Tensor | None
+) -> Tensor:
     """The norm of ``residual + x``, laid out as by ``F.rms_norm``, but for results in channels-last formats, which are
-    laid out by the caller; its inverse roots are written to ``rstd``."""
+    laid out by the caller; its inverse roots are written to ``rstd``, and the sum to ``total``."""
     output, wide = x.new_empty(x.shape), _wide(x)
     buffers = [] if x.dtype is wide else _buffers(x, 1)
     weight = None if weight is None else weight.to(wide)
-    for rows, of_residual, normal, roots in _blocks(x, residual, output, rstd):
+    for rows, of_residual, normal, roots, of_sum in _blocks(x, residual, output, rstd, total):
         if of_residual is not None:
-            rows = torch.add(of_residual, rows, out=normal)
+            rows = torch.add(of_residual, rows, out=normal if of_sum is None else of_sum)
         target = normal
         if buffers:
             rows = target = buffers[0][: rows.shape[0]].copy_(rows)
