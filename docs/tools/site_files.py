@@ -17,6 +17,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[2]
 _logger = logging.getLogger("mkdocs.hooks.site_files")
 _RESULTS = "benchmarks/results/"
+_NUMBERS = ("results/", "kernel_resources")  # pages of figures, among which a search finds too much
 # Of a link or a picture: the text, the target without its anchor, the anchor.
 _LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s#:]+)(#[^()\s]*)?\)")
 
@@ -42,6 +43,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Turn links by where a file lies in the repository into links by where it lies on the site."""
     added = dict(_added())
     on_site = page.file.src_uri
+    if on_site.startswith(_NUMBERS):
+        page.meta["search"] = {"exclude": True}
     in_repository = {to: name for name, to in added.items()}.get(on_site, f"docs/{on_site}")
 
     def turned(link: re.Match[str]) -> str:
