@@ -1,9 +1,10 @@
-"""Draws the pictures of docs/masks.md: ``python docs/tools/draw_masks.py``.
+"""Draws the pictures of docs/masks.md and docs/cookbook.md: ``python docs/tools/draw_masks.py``.
 
 Each picture shows what the code above it on the page computes: the code runs, and the last call of
 fastattn.attention is made again with queries that are zero, whose weights show nothing but the masks.
 """
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PolyCollection
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 import fastattn
 
-PAGE = Path(__file__).parents[1] / "masks.md"
-PICTURES = PAGE.parent / "pictures"
+DOCS = Path(__file__).parents[1]
+PAGES = (DOCS / "masks.md", DOCS / "cookbook.md")
+PICTURES = DOCS / "pictures"
 _BLOCK_OR_PICTURE = re.compile(
     r"^```python\n(?P<code>.*?)^```$|^!\[[^\]]*\]\(pictures/(?P<name>\w+\.svg)\)$", re.M | re.S
 )
@@ -27,7 +30,7 @@ _SHADES = LinearSegmentedColormap.from_list("shades", ["#d3e5f1", "#0072B2"])  #
 _STYLE = {"font.size": 9, "svg.hashsalt": "fastattn", "axes.edgecolor": "#777777", "axes.labelcolor": "#333333"}
 
 
-def weights_of_page(text: str) -> dict[str, np.ndarray]:
+def weights_of_page(page: Path) -> dict[str, np.ndarray]:
     """``[L, S]`` by the picture's name: the weights of the last call in front of it, of its first sequence and head."""
     attend, space, found = fastattn.attention, {}, {}
     call: list[Any] = []
@@ -37,9 +40,9 @@ def weights_of_page(text: str) -> dict[str, np.ndarray]:
         return attend(*tensors, **words)
 
     with mock.patch.object(fastattn, "attention", noted), fastattn.use_backend("torch"):
-        for match in _BLOCK_OR_PICTURE.finditer(text):
+        for match in _BLOCK_OR_PICTURE.finditer(page.read_text(encoding="utf-8")):
             if match["code"] is not None:
-                exec(compile(match["code"], PAGE.name, "exec"), space)
+                exec(compile(match["code"], page.name, "exec"), space)
             else:
                 (query, *others), words = call
                 result = attend(query * 0, *others, **words, need_weights=True, average_attn_weights=False)
@@ -50,27 +53,36 @@ def weights_of_page(text: str) -> dict[str, np.ndarray]:
 def draw(weights: np.ndarray) -> Figure:
     """A square for each pair that is seen, the darker the more it weighs in its row."""
     queries, keys = weights.shape
-    shade = weights / np.maximum(weights.max(axis=1, keepdims=True), 1e-30)
+    inch = 0.17 if keys <= 16 else 0.05  # of a square
+    runs, shades = [], []  # neighbours of one shade are one rectangle, which keeps the file small
+    for row, line in enumerate(weights / np.maximum(weights.max(axis=1, keepdims=True), 1e-30)):
+        for shade, run in itertools.groupby(range(keys), key=line.round(3).__getitem__):
+            if shade > 0:
+                places = [*run]
+                left, right = places[0], places[-1] + 1
+                runs.append([(left, row), (right, row), (right, row + 1), (left, row + 1)])
+                shades.append(_SHADES(float(shade)))
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(0.6 + 0.17 * keys, 0.5 + 0.17 * queries), layout="constrained")
+        figure = Figure(figsize=(0.6 + inch * keys, max(0.9, 0.5 + inch * queries)), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
-        axes.pcolormesh(
-            np.ma.masked_equal(shade, 0.0), cmap=_SHADES, vmin=0.0, vmax=1.0, edgecolors="white", linewidth=1
-        )
-        axes.set(
-            xlim=(0, keys), ylim=(queries, 0), aspect="equal", xlabel="keys", ylabel="queries", xticks=[], yticks=[]
-        )
+        axes.add_collection(PolyCollection(runs, facecolors=shades))
+        axes.set(xlim=(0, keys), ylim=(queries, 0), aspect="equal", xlabel="keys", ylabel="queries")
+        axes.set(xticks=range(keys + 1), yticks=range(queries + 1))
+        axes.tick_params(length=0, labelbottom=False, labelleft=False)
+        if keys <= 16:
+            axes.grid(color="white", linewidth=1)
     return figure
 
 
 def write(folder: Path) -> list[Path]:
-    """Draw every picture of the page into ``folder``."""
+    """Draw every picture of the pages into ``folder``."""
     paths = []
-    for name, weights in weights_of_page(PAGE.read_text(encoding="utf-8")).items():
-        paths.append(folder / name)
-        with mpl.rc_context(_STYLE):
-            draw(weights).savefig(paths[-1], metadata={"Date": None, "Creator": None})
+    for page in PAGES:
+        for name, weights in weights_of_page(page).items():
+            paths.append(folder / name)
+            with mpl.rc_context(_STYLE):
+                draw(weights).savefig(paths[-1], metadata={"Date": None, "Creator": None})
     return paths
 
 
