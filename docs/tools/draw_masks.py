@@ -66,7 +66,8 @@ def draw(weights: np.ndarray) -> Figure:
         figure = Figure(figsize=(0.6 + inch * keys, max(0.9, 0.5 + inch * queries)), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
-        axes.add_collection(PolyCollection(runs, facecolors=shades))
+        # With edges of their own colour neighbouring rows have no light line between them.
+        axes.add_collection(PolyCollection(runs, facecolors=shades, edgecolors="face", linewidths=0.3))
         axes.set(xlim=(0, keys), ylim=(queries, 0), aspect="equal", xlabel="keys", ylabel="queries")
         axes.set(xticks=range(keys + 1), yticks=range(queries + 1))
         axes.tick_params(length=0, labelbottom=False, labelleft=False)
