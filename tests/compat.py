@@ -1,4 +1,4 @@
-"""The tests with other versions of Python, torch and triton: ``make compat`` writes docs/compat.md and README's table.
+"""The tests with other versions of Python, torch and triton: ``make compat`` writes docs/compat.md.
 
 ``python -m tests.compat [PYTHON ...]`` tries the pairs of these Pythons alone and leaves the other rows as they are;
 ``python -m tests.compat set-up PAIR ...`` only sets environments up and prints the Python of each; a pair is the Python
@@ -22,7 +22,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENTS = ROOT / "build" / "compat"
-PAGE, README = ROOT / "docs" / "compat.md", ROOT / "README.md"
+PAGE = ROOT / "docs" / "compat.md"
 LOCK = (ROOT / "constraints.txt").read_text()
 LIMIT = 1800  # seconds of one selection: several times what a core to itself takes
 EXTRAS = ("test", "encoder")
@@ -166,7 +166,6 @@ kernel is compiled by `make resources-pairs`.
 [constraints.txt](../constraints.txt) has the pair that `make test` uses, with which all tests are run.
 
 """
-_SHOWN = re.compile(r"(<!-- tried: docs/compat.md -->\n\n).*?(\n<!-- /tried -->)", re.DOTALL)
 
 
 def read_table(text: str) -> list[Row]:
@@ -184,11 +183,10 @@ def table(rows: list[Row]) -> str:
 
 
 def write(row: Row) -> str:
-    """Put the row into the page and README's table, in place of that of the same Python; the table."""
+    """Put the row into the page, in place of that of the same Python; the table."""
     old = read_table(PAGE.read_text()) if PAGE.exists() else []
     made = table([row, *(other for other in old if other["Python"] != row["Python"])])
     PAGE.write_text(_HEAD + made)
-    README.write_text(_SHOWN.sub(lambda found: found[1] + made + found[2], README.read_text()))
     return made
 
 

@@ -1,4 +1,4 @@
-"""The table of `make compat`: how its cells are read from pytest, that the committed one is clean and the README's."""
+"""The table of `make compat`: how its cells are read from pytest, that the committed one is clean."""
 
 import os
 import re
@@ -30,17 +30,14 @@ def test_compat_cell_says_what_pytest_counted(said, code, cell):
 
 
 def test_compat_table_keeps_the_rows_of_other_pythons(tmp_path, monkeypatch):
-    """3.10 comes after 3.9, and only the row that was tried anew changes; README's text around its table stays."""
-    page, readme = tmp_path / "compat.md", tmp_path / "README.md"
-    readme.write_text("Before.\n\n<!-- tried: docs/compat.md -->\n\nold\n\n<!-- /tried -->\n\nAfter.\n")
+    """3.10 comes after 3.9, and only the row that was tried anew changes."""
+    page = tmp_path / "compat.md"
     monkeypatch.setattr(compat, "PAGE", page)
-    monkeypatch.setattr(compat, "README", readme)
     one, other, anew = ({**dict.fromkeys(compat.COLUMNS, cell), "Python": python} for cell, python in
                         (("1", "3.10"), ("2", "3.9"), ("3", "3.9")))  # fmt: skip
     for row in (one, other, anew):
         made = compat.write(row)
     assert compat.read_table(page.read_text()) == compat.read_table(made) == [anew, one]
-    assert readme.read_text() == f"Before.\n\n<!-- tried: docs/compat.md -->\n\n{made}\n<!-- /tried -->\n\nAfter.\n"
 
 
 def test_compat_finds_a_python_by_what_it_says(tmp_path, monkeypatch):
@@ -69,17 +66,6 @@ def test_committed_compat_table_has_the_oldest_the_locked_and_newer_pairs():
     assert (compat.locked("torch"), compat.locked("triton")) in tried
     floors = re.findall(r'"(?:torch|triton)>=([\d.]+)', (compat.ROOT / "pyproject.toml").read_text())
     assert [f"{floor}.0" for floor in floors] == list(compat.PAIRS[0][1:])
-
-
-def test_readme_shows_the_committed_compat_table():
-    assert compat.read_table(shown()) == ROWS
-
-
-def shown():
-    """What stands between the marks in the README."""
-    found = re.search(r"<!-- tried: docs/compat.md -->\n(.*?)<!-- /tried -->", compat.README.read_text(), re.DOTALL)
-    assert found
-    return found[1]
 
 
 def test_every_takes_a_slice_of_all_tests():

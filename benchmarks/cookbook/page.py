@@ -18,10 +18,17 @@ def code(example: Example) -> str:
     return f"{inspect.getsource(example.factory)}\n\n{example.call.strip()}\n"
 
 
+def picture(example: Example) -> str:
+    """The picture of a mask, which docs/tools/draw_masks.py draws by running the code above it; of scores none."""
+    is_mask = "mask_mod=" in example.call
+    return f"\n![who sees whom: {example.title.lower()}](pictures/{example.name}.svg)\n" if is_mask else ""
+
+
 def written(text: str) -> str:
     """The page with its examples made anew."""
     made = "".join(
-        f"\n## {example.title}\n\n{example.otherwise}\n\n```python\n{code(example)}```\n" for example in EXAMPLES
+        f"\n## {example.title}\n\n{example.otherwise}\n\n```python\n{code(example)}```\n{picture(example)}"
+        for example in EXAMPLES
     )
     return _EXAMPLES.sub(lambda found: f"{found[1]}{made}\n{found[2]}", text)
 

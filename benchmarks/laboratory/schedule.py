@@ -5,7 +5,7 @@ multiprocessor, take tiles by the rules of ``Schedule`` in the kernels' ``hopper
 the last of them is done. The costs below are estimates, not measurements; nothing is known here of L2, memory or
 clocks.
 
-``python -m benchmarks laboratory --schedules`` prints the table that docs/performance.md has.
+``python -m benchmarks laboratory --schedules`` prints the table that docs/performance_modelled.md has.
 """
 
 from __future__ import annotations

@@ -35,7 +35,6 @@ from benchmarks.reporting.tables import tiles_table
 from benchmarks.reporting.text import Table, as_markdown, number, ratio
 
 ROOT = Path(__file__).parents[2]
-FILES = ("README.md", "docs/performance.md", "docs/lecture.md")
 
 _MARK = re.compile(r"^<!-- *(measured\b.*?|end) *-->$", re.MULTILINE)
 _MEASURED = re.compile(r"measured: (\S+) from (\S+)")
@@ -50,13 +49,18 @@ def committed_runs(root: Path) -> list[Path]:
     return sorted(root.glob("benchmarks/results/*/run.json"))
 
 
+def pages(root: Path) -> list[str]:
+    """The files that may have blocks: the README and every page of docs."""
+    return ["README.md", *(path.relative_to(root).as_posix() for path in sorted(root.glob("docs/**/*.md")))]
+
+
 def fill(root: Path) -> list[Path]:
     """Write every block anew; the files that changed.
 
     Raises:
         ValueError: a mark, a block's name or its run is wrong; the message says where.
     """
-    filled = {root / name: _filled(root, name) for name in FILES}  # all or none, should a mark be wrong
+    filled = {root / name: _filled(root, name) for name in pages(root)}  # all or none, should a mark be wrong
     changed = {path: text for path, (text, stale) in filled.items() if stale}
     for path, text in changed.items():
         path.write_text(text)
@@ -65,7 +69,7 @@ def fill(root: Path) -> list[Path]:
 
 def outdated(root: Path) -> list[str]:
     """As ``README.md: module-headline``: the blocks that do not say what their run says. Errors as :func:`fill`."""
-    return [f"{name}: {block}" for name in FILES for block in _filled(root, name)[1]]
+    return [f"{name}: {block}" for name in pages(root) for block in _filled(root, name)[1]]
 
 
 def _filled(root: Path, name: str) -> tuple[str, list[str]]:
@@ -357,6 +361,21 @@ def slower(document: Document) -> str:
     return f"{len({line[0] for line in lines})} of {cases} cases:\n\n{table}"
 
 
+def errors(document: Document) -> str:
+    """Of each family and dtype the largest error as a share of its budget, and in parentheses in how many cases."""
+    shares: dict[tuple[str, ...], dict[str, list[float]]] = {}
+    for family, rows in by_family(document).items():
+        for row in _ours(rows):
+            if row.get("error_budget"):
+                cells = shares.setdefault((family, row["dtype"]), {})
+                cells.setdefault(_direction(row), []).append(row["error"] / row["error_budget"])
+    grid: Grid = {
+        line: {direction: f"{max(found):.2f} ({len(found)})" for direction, found in cells.items()}
+        for line, cells in sorted(shares.items())
+    }
+    return _table(("family", "dtype"), grid, ("evaluation", "training"))
+
+
 def quality(document: Document) -> str:
     """Accuracies, and in parentheses after how many steps."""
     grid: Grid = {}
@@ -419,6 +438,7 @@ BLOCKS: dict[str, Block] = {
     "function-times": function_times,
     "hugging-face-ratios": hugging_face_ratios,
     "slower": slower,
+    "errors": errors,
     "quality": quality,
     "tiles": tiles,
     "findings": sentences,

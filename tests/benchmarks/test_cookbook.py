@@ -160,13 +160,6 @@ def test_every_function_of_the_cookbook_is_an_example():
     assert sorted(of_modules) == sorted(example.name for example in EXAMPLES)
 
 
-@pytest.mark.parametrize("index", range(len(EXAMPLES)), ids=[example.name for example in EXAMPLES])
-def test_code_of_the_page_runs(index):
-    first, *others = page.blocks(TEXT)
-    with fastattn.use_backend("torch"):
-        exec(compile(f"{first}\n{others[index]}", "docs/cookbook.md", "exec"), {})
-
-
 def test_page_is_written_by_a_command(tmp_path, monkeypatch):
     spoiled = tmp_path / "cookbook.md"
     spoiled.write_text(TEXT.replace("prefix_lengths[batch]", "0"))

@@ -260,6 +260,13 @@ def test_slower_has_the_cases_in_which_no_form_of_ours_is_level():
     ]
 
 
+def test_errors_are_the_largest_share_of_the_budget():
+    worse = {**next(module()), "case": "module-worse", "error": 9e-7, "backward": False}
+    header, lines = cells(BLOCKS["errors"](document([*module(), worse])))
+    assert header == ["family", "dtype", "evaluation", "training"]
+    assert lines == [["module", "float32", "0.90 (3)", "0.10 (2)"]]
+
+
 def test_hugging_face_ratios_are_beside_what_computes_the_model():
     header, lines = cells(BLOCKS["hugging-face-ratios"](document([*hugging_face()])))
     assert header == ["model", "batch", "beside", "evaluation", "training", "peak MiB of training, ours; beside"]
