@@ -73,10 +73,16 @@ def title(figure: Figure, text: str) -> None:
     figure.suptitle(text, fontsize=11, x=0.01, ha="left")
 
 
-def legend(figure: Figure, axes: Iterable[Axes], *, columns: int = 4) -> None:
-    """One for all panels, each label once."""
+def legend(figure: Figure, axes: Iterable[Axes], *, columns: int = 4, last: str = "") -> None:
+    """One for all panels, each label once, in the order in which they were drawn, but for the one that comes last."""
     entries = {label: handle for a in axes for handle, label in zip(*a.get_legend_handles_labels())}
-    figure.legend(entries.values(), entries.keys(), loc="outside lower left", ncols=columns)
+    legend_of(figure, dict(sorted(entries.items(), key=lambda entry: entry[0] == last)), columns=columns)
+
+
+def legend_of(figure: Figure, entries: dict[str, Any], *, columns: int = 4) -> None:
+    """Labels and what is drawn beside each, read line by line, as text is; matplotlib fills column by column."""
+    labels = [label for column in range(columns) for label in list(entries)[column::columns]]
+    figure.legend([entries[label] for label in labels], labels, loc="outside lower left", ncols=columns)
 
 
 def panels(figure: Figure, rows: int, columns: int, **share: Any) -> list[list[Axes]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from benchmarks.reporting import curves
+from benchmarks.reporting import curves, lengths
 from benchmarks.reporting.document import (
     OURS,
     Document,
@@ -25,6 +25,7 @@ from benchmarks.reporting.looks import BLUE, GREY, RED, STYLE, WIDTH, legend, ra
 from benchmarks.reporting.text import number
 
 _MOST_BARS = 8  # cases in a picture of memory
+_KEPT = "kept for the backward"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ def _figures(document: Document) -> Iterable[tuple[str, str, str, Figure]]:
         ("memory", "peak memory of a step", memory),
     )
     for family, rows in by_family(document).items():
-        if family == "sequence" and (figure := curves.lengths(document)) is not None:
+        if family == "sequence" and (figure := lengths.lengths(document)) is not None:
             yield family, "length", "time and memory against the sequence's length", figure
         for name, caption, make in of_families:
             if (name, family) != ("memory", "sequence") and (figure := make(rows)) is not None:
@@ -116,7 +117,7 @@ def ratios(rows: list[Result]) -> Figure | None:
     if any(row["contended"] for row in ours):
         axes.plot([], [], " ", label="* others wanted the cores")
     title(figure, f"{shared}: left of 1 {OURS} is faster")
-    legend(figure, [axes])
+    legend(figure, [axes], columns=3)
     return figure
 
 
@@ -150,7 +151,7 @@ def memory(rows: list[Result]) -> Figure | None:
             )
             axes.bar_label(bar, [number(row["peak_mib"])], padding=3, fontsize=8)
             if row["saved_mib"]:
-                axes.barh(position, row["saved_mib"], height=0.25, color="black", label="kept for the backward")
+                axes.barh(position, row["saved_mib"], height=0.25, color="black", label=_KEPT)
             position += 1
         ticks.append((start + position - 1) / 2)
         position += 1
@@ -161,5 +162,5 @@ def memory(rows: list[Result]) -> Figure | None:
     axes.set_xlabel("peak memory of a step beside what was there before it, MiB")
     of_all = "" if len(cases) == every else f", the largest {len(cases)} of {every} cases"
     title(figure, f"{shared}: peak memory{of_all}, lower is better")
-    legend(figure, [axes])
+    legend(figure, [axes], last=_KEPT)
     return figure

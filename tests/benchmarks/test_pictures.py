@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.reporting import curves, looks, pictures
+from benchmarks.reporting import curves, lengths, looks, pictures
 from benchmarks.reporting.document import by_family
 from tests.benchmarks.documents import attention, document, module, norm, row, sequence, spread
 
@@ -139,7 +139,7 @@ def test_ratio_marks_contended_cases():
 
 def test_lengths_show_time_and_memory_of_a_token():
     """64 tokens a step; dotted is what theory says of the growth, through the longest."""
-    found = axes_of(curves.lengths(document()))
+    found = axes_of(lengths.lengths(document()))
     assert [axes.get_ylabel() for axes in found] == ["time per token, µs", "", "peak memory per token, KiB", ""]
     time, _, memory, trained = found
     assert lines_of(time)["fastattn"] == [(16, 1e3 * 2 / 64), (64, 1e3 * 4 / 64)]
@@ -153,8 +153,8 @@ def test_lengths_show_time_and_memory_of_a_token():
 
 def test_lengths_without_memory_show_time_alone():
     rows = [{**r, "peak_mib": None} for r in sequence()]
-    assert len(axes_of(curves.lengths(document(rows)))) == 2
-    assert len(axes_of(curves.lengths(document(list(sequence()))))) == 4
+    assert len(axes_of(lengths.lengths(document(rows)))) == 2
+    assert len(axes_of(lengths.lengths(document(list(sequence()))))) == 4
 
 
 def test_sizes_leave_other_dtypes_and_features_out():
