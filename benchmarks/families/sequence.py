@@ -214,9 +214,11 @@ WAYS = (
 def _allowance(case: AttentionCase, result: Tensor) -> float:
     """Rounding errors add up over the layers and, as a random walk, over the steps of a recurrence and of sums.
 
-    Never more than a tenth: results that have nothing to do with the truth are as far from it as it is large.
+    The longest sum is that over a sequence, and, in training, that of a parameter's gradient over all tokens. Never
+    more than a tenth: results that have nothing to do with the truth are as far from it as it is large.
     """
-    return min(0.1, torch.finfo(case.dtype).eps * max(16.0, case.seqlen**0.5))
+    longest = case.batch * case.seqlen if case.backward else case.seqlen
+    return min(0.1, torch.finfo(case.dtype).eps * max(16.0, longest**0.5))
 
 
 def _of_attention(case: AttentionCase, dtype: torch.dtype) -> Step:

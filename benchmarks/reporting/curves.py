@@ -11,12 +11,15 @@ from benchmarks.reporting.document import Document, Result, learned, plain_norms
 from benchmarks.reporting.looks import (
     WIDTH,
     doubling_axis,
+    is_power_of_two,
     legend,
     panels,
     title,
     variants_looks,
     ways_looks,
 )
+
+_ODD = "no power of two"
 
 
 def sizes(rows: list[Result]) -> Figure | None:
@@ -47,19 +50,25 @@ def sizes(rows: list[Result]) -> Figure | None:
     title(
         figure, f"residual add and norm, {rows[0]['dtype']}: share of the copy rate ({rate:.3g} TB/s), higher is better"
     )
-    legend(figure, grid[0])
+    legend(figure, grid[0], last=_ODD)
     return figure
 
 
 def _share_line(axes: Axes, rows: list[Result], variant: str, look: dict[str, Any]) -> None:
     if not rows:
         return
-    elements = [row["size"] for row in rows]
+    doubled = [row for row in rows if is_power_of_two(row["size"])]
+    others = [row for row in rows if not is_power_of_two(row["size"])]
+    elements = [row["size"] for row in doubled]
     low, high = (
-        [row["of_floor"] * row["wall_ms"]["median"] / row["wall_ms"][name] for row in rows] for name in ("p80", "p20")
+        [row["of_floor"] * row["wall_ms"]["median"] / row["wall_ms"][name] for row in doubled]
+        for name in ("p80", "p20")
     )
     axes.fill_between(elements, low, high, color=look["color"], alpha=0.15, linewidth=0)
-    axes.plot(elements, [row["of_floor"] for row in rows], label=variant, **look)
+    axes.plot(elements, [row["of_floor"] for row in doubled], label=variant, **look)
+    if others:  # rows that begin at any address: through them, the line would jump
+        odd: dict[str, Any] = {**look, "linestyle": "", "fillstyle": "none", "label": _ODD}
+        axes.plot([row["size"] for row in others], [row["of_floor"] for row in others], **odd)
 
 
 def learning(document: Document) -> Figure | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -90,12 +91,19 @@ def panels(figure: Figure, rows: int, columns: int, **share: Any) -> list[list[A
 
 
 def doubling_axis(axes: Axes, values: Sequence[int]) -> None:
-    """Of sizes that double: a tick at each, without those that would touch their neighbours."""
+    """Of sizes that double: a tick at each, without those that are no power of two or would touch their neighbours."""
     axes.set_xscale("log", base=2)
-    every = -(-len(values) // 8)
-    shown = values[::-1][::every][::-1]  # the largest always
+    shown: list[int] = []
+    for value in sorted(filter(is_power_of_two, values), reverse=True):  # the largest always
+        if not shown or math.log2(shown[-1] / value) >= math.log2(max(values) / min(values)) / 8:
+            shown.append(value)
+    shown.reverse()
     axes.set_xticks(shown, [f"{v // 1024}K" if v >= 1024 and v % 1024 == 0 else str(v) for v in shown])
     axes.xaxis.set_minor_locator(NullLocator())
+
+
+def is_power_of_two(value: int) -> bool:
+    return value.bit_count() == 1
 
 
 def decimal_axis(axes: Axes, values: Collection[float]) -> None:

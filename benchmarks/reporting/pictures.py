@@ -25,6 +25,7 @@ from benchmarks.reporting.looks import BLUE, GREY, RED, STYLE, WIDTH, legend, ra
 from benchmarks.reporting.text import number
 
 _MOST_BARS = 8  # cases in a picture of memory
+_SCREENFUL = 30  # cases in a picture of ratios whose axis is in sight from the first of them
 _KEPT = "kept for the backward"
 
 
@@ -107,13 +108,15 @@ def ratios(rows: list[Result]) -> Figure | None:
     ratio_axis(axes, min(marks), max(marks))
     axes.set_yticks(range(len(ours)), labels, fontsize=8.5)
     axes.set_ylim(len(ours) - 0.4, -0.6)
+    if len(ours) > _SCREENFUL:
+        axes.tick_params(axis="x", top=True, labeltop=True)
     axes.set_xlabel(f"time of {OURS} / time of {peer or 'the fastest other'}")
     for name, (colour, marker) in colours.items():
         axes.plot([], [], marker, color=colour, label=name)
     axes.plot([], [], color=GREY, linewidth=5, alpha=0.45, label="95 % interval of the median")
     axes.plot([], [], color=GREY, linewidth=1, label="p20 to p80")
     if any(row["ratio"] and row["best_ratio"] and row["best"] != peer for row in ours):
-        axes.plot([], [], "o", color="black", fillstyle="none", markersize=7, label="to the fastest other")
+        axes.plot([], [], "o", color="black", fillstyle="none", markersize=7, label="beside the fastest other")
     if any(row["contended"] for row in ours):
         axes.plot([], [], " ", label="* others wanted the cores")
     title(figure, f"{shared}: left of 1 {OURS} is faster")
