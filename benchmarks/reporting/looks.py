@@ -15,6 +15,7 @@ from benchmarks.reporting.document import OURS, way_of
 
 # Okabe and Ito's colours, which colour-blind people tell apart; ours is always the first.
 BLUE, ORANGE, GREEN, SKY, RED, PINK = "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#D55E00", "#CC79A7"
+YELLOW, BROWN = "#F0E442", "#8B5A2B"
 GREY = "#777777"
 WIDTH = 8.0  # inches, at 100 dots each: what a web page shows without scaling
 STYLE = {
@@ -35,7 +36,7 @@ STYLE = {
     "svg.hashsalt": "fastattn",  # else the ids in the file are drawn at random
 }
 
-_COLOURS = (BLUE, RED, GREEN, ORANGE, PINK, SKY)
+_COLOURS = (RED, GREEN, ORANGE, PINK, SKY, YELLOW, BROWN, GREY)  # of others than ours
 _MARKERS = "osD^vPX<>*"
 # Of each way to process a sequence; the last is for all that follow.
 _OF_WAYS: dict[str | None, tuple[str, ...]] = {
@@ -47,12 +48,13 @@ _OF_WAYS: dict[str | None, tuple[str, ...]] = {
 
 
 def variants_looks(variants: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """A colour and a marker for each variant, ours first."""
-    ordered = sorted(variants, key=lambda name: name != OURS)
-    return {
-        name: {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]}
-        for i, name in enumerate(ordered)
+    """A colour and a marker for each variant, ours first; nobody else is blue."""
+    others = (name for name in variants if name != OURS)
+    looks = {
+        name: {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[1 + i % (len(_MARKERS) - 1)]}
+        for i, name in enumerate(others)
     }
+    return {OURS: {"color": BLUE, "marker": _MARKERS[0]}} | looks
 
 
 def ways_looks(names: Collection[str]) -> dict[str, dict[str, Any]]:

@@ -149,10 +149,13 @@ def memory(rows: list[Result]) -> Figure | None:
     for of_case in cases.values():
         start = position
         for row in sorted(of_case, key=lambda row: list(looks).index(row["variant"])):
-            bar = axes.barh(
-                position, row["peak_mib"], height=0.9, color=looks[row["variant"]]["color"], label=row["variant"]
+            look = looks[row["variant"]]
+            axes.barh(position, row["peak_mib"], height=0.9, color=look["color"], label=row["variant"])
+            # What is kept may have been there before the step, and then reaches beyond the peak
+            end = max(row["peak_mib"], row["saved_mib"] or 0.0)
+            axes.annotate(
+                number(row["peak_mib"]), (end, position), (3, 0), textcoords="offset points", va="center", fontsize=8
             )
-            axes.bar_label(bar, [number(row["peak_mib"])], padding=3, fontsize=8)
             if row["saved_mib"]:
                 axes.barh(position, row["saved_mib"], height=0.25, color="black", label=_KEPT)
             position += 1

@@ -243,6 +243,12 @@ def test_learning_has_a_panel_for_each_task():
     assert curves.learning(document([])) is None
 
 
+def test_nobody_else_has_our_colour():
+    found = looks.variants_looks(["eager", "fastattn", *(f"peer {i}" for i in range(12))])
+    assert [name for name, look in found.items() if look["color"] == looks.BLUE] == ["fastattn"]
+    assert len({look["color"] for look in found.values()}) >= 9
+
+
 def test_ways_have_colours_of_their_own():
     found = looks.ways_looks(["nn.LSTM", "causal-conv", "qkv+sdpa", "fastattn", "of-its-own-kind", "nn.GRU"])
     assert {name: look["color"] for name, look in found.items()} == {
