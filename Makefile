@@ -1,6 +1,8 @@
 # make test | lint | docs | bench | report | parity | resources | fuzz: each makes .venv once, of the versions in constraints.txt,
 # and works on a fresh machine, GPU or not. make report writes the reports and the measured tables of README and docs
 # anew from the committed runs. make docs builds the documentation into build/site, and fails where a link leads nowhere.
+# make dist: the sdist, and the wheel that it makes, into dist/. make wheel: the same, and both are looked into, the wheel
+# installed into an environment of its own, README's code and a few calls run there, within a minute.
 # make lock: constraints.txt anew, with the newest release of everything that constraints.in does not pin, and that of
 # make clients; UPGRADE= keeps the versions that are there and adds what is missing.
 # make compat: the tests with other versions of python, torch and triton, each in an environment of its own under
@@ -34,7 +36,7 @@ PIP     := -m pip install --quiet --disable-pip-version-check --only-binary :all
 INSTALL := $(BIN)/python $(PIP) -c constraints.txt
 UPGRADE ?= --upgrade
 
-.PHONY: test lint docs bench report parity resources resources-pairs fuzz lock compat clients families proof gpu gpu-cache clean
+.PHONY: test lint docs bench report parity resources resources-pairs fuzz dist wheel lock compat clients families proof gpu gpu-cache clean
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal
@@ -69,6 +71,14 @@ lint: $(STAMP)
 # The variable silences a banner about another project, which material prints.
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# With the setuptools of constraints.txt: an environment of its own would get the newest.
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+wheel: dist
+	$(BIN)/python -m tests.wheel
 
 lock: $(BIN)/python
 	$(INSTALL) uv

@@ -24,7 +24,7 @@ from benchmarks.reporting.text import show
 from benchmarks.selection import Settings, entries, jobs
 
 # Of a quick run, which has to end within three minutes even on a busy machine that has to be set up first.
-_QUICK_BUDGET = 115.0
+QUICK_BUDGET = 115.0
 _INTERRUPTED = 130  # as a shell has it
 _LARGEST = 10_000_000  # seconds, or threads: more than a clock or a timer takes
 
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--budget", type=_positive(float), metavar="SECONDS",
-        help=f"for the run: what does not fit is left out, and named (default: {_QUICK_BUDGET:.0f} quick on a CPU)",
+        help=f"for the run: what does not fit is left out, and named (default: {QUICK_BUDGET:.0f} quick on a CPU)",
     )  # fmt: skip
     parser.add_argument(
         "--timeout",
@@ -126,7 +126,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         timeout=options.timeout or (20.0 if options.quick else 60.0),
         seed=options.seed,
         only=options.only,
-        budget=options.budget or (_QUICK_BUDGET if options.quick and on_cpu else None),
+        budget=options.budget or (QUICK_BUDGET if options.quick and on_cpu else None),
         eager=options.eager,
         sweep=options.sweep,
         part=options.part,

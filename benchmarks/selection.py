@@ -196,7 +196,7 @@ def _quality(settings: Settings) -> list[Job]:
         Job(f"quality: {task.name}, {model.name}", "quality", 3.0 if settings.quick else 20.0,
             functools.partial(trained, task, model))
         for task in tasks()
-        for model in models()
+        for model in models(quick=settings.quick)
     ]  # fmt: skip
     found.append(Job("quality: equivariance", "quality", 0.5, lambda *_: {"quality": deviations(settings.seed)}))
     return [job for job in found if settings.asks_for(job.key, "quality")]

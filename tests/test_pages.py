@@ -13,7 +13,7 @@ PAGES = [path.relative_to(ROOT).as_posix() for path in PATHS]
 # A page may leave out the folder in which a package lies.
 FOLDERS = (ROOT, ROOT / "fastattn", ROOT / "kernels")
 # Folders that commands write into, and pages that a command writes where it is asked to.
-WRITTEN = ("build/", "DIR/", "/tmp/", "docs/kernel_resources_pairs.md")
+WRITTEN = (".venv/", "build/", "dist/", "DIR/", "/tmp/", "docs/kernel_resources_pairs.md")
 OF_A_FILE = re.compile(r"[\w.-]+(/[\w.-]+)+/?|[\w-]+\.py")
 OF_A_NAME = re.compile(r"(fastattn|fastattn_kernels)(\.\w+)+")
 

@@ -174,9 +174,8 @@ def quick_cases() -> list[AttentionCase]:
         for backward in (False, True)
         for mask, weights in (("causal", False), ("causal", True))
     ] + [
-        AttentionCase("attention", 1, 8, 512, 64, backward=backward, mask=mask)
-        for backward in (False, True)
-        for mask in ("window", "documents")
+        AttentionCase("attention", *larger, backward=backward, mask=mask)
+        for mask, backward in (("window", False), ("documents", False), ("window", True))
     ]
 
 

@@ -55,7 +55,7 @@ def recall(pairs: int = 8, keys: int = 32, values: int = 32) -> Task:
         targets = torch.cat((torch.full_like(shown, IGNORED), value.gather(1, asked)), dim=1)
         return tokens, targets
 
-    return Task(f"recall {pairs} pairs", keys + values, values, 3 * pairs, 64, 2000, 300, draw)
+    return Task(f"recall {pairs} pairs", keys + values, values, 3 * pairs, 64, 2000, 200, draw)
 
 
 def copy(length: int = 40, symbols: int = 8) -> Task:
@@ -71,7 +71,7 @@ def copy(length: int = 40, symbols: int = 8) -> Task:
         rest[:, 0] = symbols
         return torch.cat((symbol, rest), dim=1), torch.cat((torch.full_like(symbol, IGNORED), symbol), dim=1)
 
-    return Task(f"copy {length} tokens", symbols + 2, symbols, 2 * length, 32, 2000, 200, draw)
+    return Task(f"copy {length} tokens", symbols + 2, symbols, 2 * length, 32, 2000, 150, draw)
 
 
 def parity(length: int = 32) -> Task:
@@ -86,7 +86,7 @@ def parity(length: int = 32) -> Task:
         bits = torch.randint(2, (size, length), generator=generator)
         return bits, bits.cumsum(1) % 2
 
-    return Task(f"parity {length} bits", 2, 2, length, 64, 2000, 200, draw)
+    return Task(f"parity {length} bits", 2, 2, length, 64, 2000, 100, draw)
 
 
 def tasks() -> tuple[Task, ...]:

@@ -1,19 +1,17 @@
-"""The pictures with lines: time and memory against a sequence's length, a norm's rate against its size, learning."""
+"""The pictures with lines: a norm's rate against its size, and learning; ``lengths`` has that of sequences."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.reporting.document import Document, Result, learned, plain_norms, sequence_rows, timed_of
+from benchmarks.reporting.document import Document, Result, learned, plain_norms, timed_of
 from benchmarks.reporting.looks import (
     WIDTH,
-    decimal_axis,
     doubling_axis,
+    is_power_of_two,
     legend,
     panels,
     title,
@@ -21,78 +19,7 @@ from benchmarks.reporting.looks import (
     ways_looks,
 )
 
-Quantity = Callable[[Result], float]
-
-# Those that hold a number for each pair of tokens at once (families.sequence.Way.held); the memory of all others is
-# linear in the sequence's length. In training nn.MultiheadAttention holds no scores unless it returns weights.
-_PAIRS_HELD = {False: re.compile("naive-att|-weights|^nn.Multihead"), True: re.compile("naive-att|-weights")}
-
-
-def lengths(document: Document) -> Figure | None:
-    """Time, and memory where it was measured, against L, each beside what theory says of its growth.
-
-    Of a token, since a run shrinks the batch as L grows, until it is 1: so what is linear in L is flat throughout.
-    """
-    rows = timed_of(sequence_rows(document))
-    seqlens = sorted({row["seqlen"] for row in rows})
-    if len(seqlens) < 2:
-        return None
-    measures: list[tuple[str, list[Result], Quantity, Quantity]] = [("time per token, µs", rows, _time, _operations)]
-    if weighed := [row for row in rows if row["peak_mib"]]:
-        measures.append(("peak memory per token, KiB", weighed, _memory, _held))
-    figure = Figure(figsize=(WIDTH, 1.8 + 3.7 * len(measures)), layout="constrained")
-    grid = panels(figure, len(measures), 2, sharex=True, sharey="row")
-    looks = ways_looks(list(dict.fromkeys(row["variant"] for row in rows)))
-    for line, (label, measured, quantity, growth) in zip(grid, measures):
-        for backward, axes in zip((False, True), line):
-            axes.set_title("training: forward and backward" if backward else "evaluation")
-            for variant, look in looks.items():
-                of_one = [row for row in measured if (row["variant"], row["backward"]) == (variant, backward)]
-                if of_one:
-                    of_one.sort(key=lambda row: row["seqlen"])
-                    _line_and_growth(axes, of_one, quantity, growth, {"label": variant, **look})
-            doubling_axis(axes, seqlens)
-        decimal_axis(line[0], [quantity(row) for row in measured])
-        line[0].set_ylabel(label)
-    for axes in grid[-1]:
-        axes.set_xlabel("sequence length L")
-    of_all = f"width {rows[0]['heads'] * rows[0]['head_dim']}, {rows[0]['dtype']}"
-    title(figure, f"{of_all}: lower is better; flat is linear in L; dotted, what theory says of its growth")
-    legend(figure, [axes for line in grid for axes in line])
-    return figure
-
-
-def _line_and_growth(
-    axes: Axes, rows: list[Result], quantity: Quantity, growth: Quantity, look: dict[str, Any]
-) -> None:
-    seqlens, last = [row["seqlen"] for row in rows], rows[-1]
-    axes.plot(seqlens, [quantity(row) for row in rows], **look)
-    if not growth(last):
-        return
-    # Through the longest, where what grows fastest counts most
-    expected = [quantity(last) * growth(row) / growth(last) for row in rows]
-    axes.plot(seqlens, expected, ":", color=look["color"], linewidth=1, alpha=0.7)
-
-
-def _tokens(row: Result) -> int:
-    return row["batch"] * row["seqlen"]
-
-
-def _time(row: Result) -> float:
-    return 1e3 * row["wall_ms"]["median"] / _tokens(row)
-
-
-def _operations(row: Result) -> float:
-    return (row["flops"] or 0.0) / _tokens(row)
-
-
-def _memory(row: Result) -> float:
-    return 1024 * row["peak_mib"] / _tokens(row)
-
-
-def _held(row: Result) -> float:
-    """Of a token: L where there is a number for each pair of tokens, else as much at each length."""
-    return row["seqlen"] if _PAIRS_HELD[row["backward"]].search(row["variant"]) else 1.0
+_ODD = "no power of two"
 
 
 def sizes(rows: list[Result]) -> Figure | None:
@@ -123,19 +50,25 @@ def sizes(rows: list[Result]) -> Figure | None:
     title(
         figure, f"residual add and norm, {rows[0]['dtype']}: share of the copy rate ({rate:.3g} TB/s), higher is better"
     )
-    legend(figure, grid[0])
+    legend(figure, grid[0], last=_ODD)
     return figure
 
 
 def _share_line(axes: Axes, rows: list[Result], variant: str, look: dict[str, Any]) -> None:
     if not rows:
         return
-    elements = [row["size"] for row in rows]
+    doubled = [row for row in rows if is_power_of_two(row["size"])]
+    others = [row for row in rows if not is_power_of_two(row["size"])]
+    elements = [row["size"] for row in doubled]
     low, high = (
-        [row["of_floor"] * row["wall_ms"]["median"] / row["wall_ms"][name] for row in rows] for name in ("p80", "p20")
+        [row["of_floor"] * row["wall_ms"]["median"] / row["wall_ms"][name] for row in doubled]
+        for name in ("p80", "p20")
     )
     axes.fill_between(elements, low, high, color=look["color"], alpha=0.15, linewidth=0)
-    axes.plot(elements, [row["of_floor"] for row in rows], label=variant, **look)
+    axes.plot(elements, [row["of_floor"] for row in doubled], label=variant, **look)
+    if others:  # rows that begin at any address: through them, the line would jump
+        odd: dict[str, Any] = {**look, "linestyle": "", "fillstyle": "none", "label": _ODD}
+        axes.plot([row["size"] for row in others], [row["of_floor"] for row in others], **odd)
 
 
 def learning(document: Document) -> Figure | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from benchmarks.reporting.document import OURS, way_of
 
 # Okabe and Ito's colours, which colour-blind people tell apart; ours is always the first.
 BLUE, ORANGE, GREEN, SKY, RED, PINK = "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#D55E00", "#CC79A7"
+YELLOW, BROWN = "#F0E442", "#8B5A2B"
 GREY = "#777777"
 WIDTH = 8.0  # inches, at 100 dots each: what a web page shows without scaling
 STYLE = {
@@ -34,7 +36,7 @@ STYLE = {
     "svg.hashsalt": "fastattn",  # else the ids in the file are drawn at random
 }
 
-_COLOURS = (BLUE, RED, GREEN, ORANGE, PINK, SKY)
+_COLOURS = (RED, GREEN, ORANGE, PINK, SKY, YELLOW, BROWN, GREY)  # of others than ours
 _MARKERS = "osD^vPX<>*"
 # Of each way to process a sequence; the last is for all that follow.
 _OF_WAYS: dict[str | None, tuple[str, ...]] = {
@@ -46,12 +48,13 @@ _OF_WAYS: dict[str | None, tuple[str, ...]] = {
 
 
 def variants_looks(variants: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """A colour and a marker for each variant, ours first."""
-    ordered = sorted(variants, key=lambda name: name != OURS)
-    return {
-        name: {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]}
-        for i, name in enumerate(ordered)
+    """A colour and a marker for each variant, ours first; nobody else is blue."""
+    others = (name for name in variants if name != OURS)
+    looks = {
+        name: {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[1 + i % (len(_MARKERS) - 1)]}
+        for i, name in enumerate(others)
     }
+    return {OURS: {"color": BLUE, "marker": _MARKERS[0]}} | looks
 
 
 def ways_looks(names: Collection[str]) -> dict[str, dict[str, Any]]:
@@ -73,10 +76,16 @@ def title(figure: Figure, text: str) -> None:
     figure.suptitle(text, fontsize=11, x=0.01, ha="left")
 
 
-def legend(figure: Figure, axes: Iterable[Axes], *, columns: int = 4) -> None:
-    """One for all panels, each label once."""
+def legend(figure: Figure, axes: Iterable[Axes], *, columns: int = 4, last: str = "") -> None:
+    """One for all panels, each label once, in the order in which they were drawn, but for the one that comes last."""
     entries = {label: handle for a in axes for handle, label in zip(*a.get_legend_handles_labels())}
-    figure.legend(entries.values(), entries.keys(), loc="outside lower left", ncols=columns)
+    legend_of(figure, dict(sorted(entries.items(), key=lambda entry: entry[0] == last)), columns=columns)
+
+
+def legend_of(figure: Figure, entries: dict[str, Any], *, columns: int = 4) -> None:
+    """Labels and what is drawn beside each, read line by line, as text is; matplotlib fills column by column."""
+    labels = [label for column in range(columns) for label in list(entries)[column::columns]]
+    figure.legend([entries[label] for label in labels], labels, loc="outside lower left", ncols=columns)
 
 
 def panels(figure: Figure, rows: int, columns: int, **share: Any) -> list[list[Axes]]:
@@ -84,12 +93,19 @@ def panels(figure: Figure, rows: int, columns: int, **share: Any) -> list[list[A
 
 
 def doubling_axis(axes: Axes, values: Sequence[int]) -> None:
-    """Of sizes that double: a tick at each, without those that would touch their neighbours."""
+    """Of sizes that double: a tick at each, without those that are no power of two or would touch their neighbours."""
     axes.set_xscale("log", base=2)
-    every = -(-len(values) // 8)
-    shown = values[::-1][::every][::-1]  # the largest always
+    shown: list[int] = []
+    for value in sorted(filter(is_power_of_two, values), reverse=True):  # the largest always
+        if not shown or math.log2(shown[-1] / value) >= math.log2(max(values) / min(values)) / 8:
+            shown.append(value)
+    shown.reverse()
     axes.set_xticks(shown, [f"{v // 1024}K" if v >= 1024 and v % 1024 == 0 else str(v) for v in shown])
     axes.xaxis.set_minor_locator(NullLocator())
+
+
+def is_power_of_two(value: int) -> bool:
+    return value.bit_count() == 1
 
 
 def decimal_axis(axes: Axes, values: Collection[float]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from benchmarks.reporting import curves
+from benchmarks.reporting import curves, lengths
 from benchmarks.reporting.document import (
     OURS,
     Document,
@@ -25,6 +25,8 @@ from benchmarks.reporting.looks import BLUE, GREY, RED, STYLE, WIDTH, legend, ra
 from benchmarks.reporting.text import number
 
 _MOST_BARS = 8  # cases in a picture of memory
+_SCREENFUL = 30  # cases in a picture of ratios whose axis is in sight from the first of them
+_KEPT = "kept for the backward"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,7 @@ def _figures(document: Document) -> Iterable[tuple[str, str, str, Figure]]:
         ("memory", "peak memory of a step", memory),
     )
     for family, rows in by_family(document).items():
-        if family == "sequence" and (figure := curves.lengths(document)) is not None:
+        if family == "sequence" and (figure := lengths.lengths(document)) is not None:
             yield family, "length", "time and memory against the sequence's length", figure
         for name, caption, make in of_families:
             if (name, family) != ("memory", "sequence") and (figure := make(rows)) is not None:
@@ -106,17 +108,19 @@ def ratios(rows: list[Result]) -> Figure | None:
     ratio_axis(axes, min(marks), max(marks))
     axes.set_yticks(range(len(ours)), labels, fontsize=8.5)
     axes.set_ylim(len(ours) - 0.4, -0.6)
+    if len(ours) > _SCREENFUL:
+        axes.tick_params(axis="x", top=True, labeltop=True)
     axes.set_xlabel(f"time of {OURS} / time of {peer or 'the fastest other'}")
     for name, (colour, marker) in colours.items():
         axes.plot([], [], marker, color=colour, label=name)
     axes.plot([], [], color=GREY, linewidth=5, alpha=0.45, label="95 % interval of the median")
     axes.plot([], [], color=GREY, linewidth=1, label="p20 to p80")
     if any(row["ratio"] and row["best_ratio"] and row["best"] != peer for row in ours):
-        axes.plot([], [], "o", color="black", fillstyle="none", markersize=7, label="to the fastest other")
+        axes.plot([], [], "o", color="black", fillstyle="none", markersize=7, label="beside the fastest other")
     if any(row["contended"] for row in ours):
         axes.plot([], [], " ", label="* others wanted the cores")
     title(figure, f"{shared}: left of 1 {OURS} is faster")
-    legend(figure, [axes])
+    legend(figure, [axes], columns=3)
     return figure
 
 
@@ -145,12 +149,15 @@ def memory(rows: list[Result]) -> Figure | None:
     for of_case in cases.values():
         start = position
         for row in sorted(of_case, key=lambda row: list(looks).index(row["variant"])):
-            bar = axes.barh(
-                position, row["peak_mib"], height=0.9, color=looks[row["variant"]]["color"], label=row["variant"]
+            look = looks[row["variant"]]
+            axes.barh(position, row["peak_mib"], height=0.9, color=look["color"], label=row["variant"])
+            # What is kept may have been there before the step, and then reaches beyond the peak
+            end = max(row["peak_mib"], row["saved_mib"] or 0.0)
+            axes.annotate(
+                number(row["peak_mib"]), (end, position), (3, 0), textcoords="offset points", va="center", fontsize=8
             )
-            axes.bar_label(bar, [number(row["peak_mib"])], padding=3, fontsize=8)
             if row["saved_mib"]:
-                axes.barh(position, row["saved_mib"], height=0.25, color="black", label="kept for the backward")
+                axes.barh(position, row["saved_mib"], height=0.25, color="black", label=_KEPT)
             position += 1
         ticks.append((start + position - 1) / 2)
         position += 1
@@ -161,5 +168,5 @@ def memory(rows: list[Result]) -> Figure | None:
     axes.set_xlabel("peak memory of a step beside what was there before it, MiB")
     of_all = "" if len(cases) == every else f", the largest {len(cases)} of {every} cases"
     title(figure, f"{shared}: peak memory{of_all}, lower is better")
-    legend(figure, [axes])
+    legend(figure, [axes], last=_KEPT)
     return figure

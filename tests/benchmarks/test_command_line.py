@@ -12,6 +12,7 @@ import torch
 import fastattn
 from benchmarks import __main__ as command_line
 from benchmarks import selection
+from benchmarks.command_line import QUICK_BUDGET
 from benchmarks.families import families
 from benchmarks.gpu.matrix import matrix
 from benchmarks.selection import Settings
@@ -224,6 +225,11 @@ def test_every_family_begins_early():
     # Those of kernels have no case on a CPU, and whole models take longer to build than a quick run may
     assert {*families(), "quality"} - {"kernels", "hugging_face"} <= early
     assert len({job.key for job in found}) == len(found)
+
+
+def test_quick_run_fits_into_its_budget():
+    """By guess, and with a tenth to spare: once the last of each kind were left out, and their pictures empty."""
+    assert sum(job.seconds for job in selection.jobs(Settings(quick=True, seconds=0.2))) < 0.9 * QUICK_BUDGET
 
 
 # ---------------------------------------------------------------------------------------------------------------- GPU

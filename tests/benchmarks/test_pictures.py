@@ -1,5 +1,6 @@
 """Pictures of a made-up run: which are drawn, and what is in them. How they look is a matter for eyes."""
 
+import itertools
 import re
 
 import pytest
@@ -9,8 +10,10 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
 
-from benchmarks.reporting import curves, looks, pictures
+from benchmarks.reporting import curves, lengths, looks, pictures
 from benchmarks.reporting.document import by_family
 from tests.benchmarks.documents import attention, document, module, norm, row, sequence, spread
 
@@ -139,7 +142,7 @@ def test_ratio_marks_contended_cases():
 
 def test_lengths_show_time_and_memory_of_a_token():
     """64 tokens a step; dotted is what theory says of the growth, through the longest."""
-    found = axes_of(curves.lengths(document()))
+    found = axes_of(lengths.lengths(document()))
     assert [axes.get_ylabel() for axes in found] == ["time per token, µs", "", "peak memory per token, KiB", ""]
     time, _, memory, trained = found
     assert lines_of(time)["fastattn"] == [(16, 1e3 * 2 / 64), (64, 1e3 * 4 / 64)]
@@ -153,8 +156,61 @@ def test_lengths_show_time_and_memory_of_a_token():
 
 def test_lengths_without_memory_show_time_alone():
     rows = [{**r, "peak_mib": None} for r in sequence()]
-    assert len(axes_of(curves.lengths(document(rows)))) == 2
-    assert len(axes_of(curves.lengths(document(list(sequence()))))) == 4
+    assert len(axes_of(lengths.lengths(document(rows)))) == 2
+    assert len(axes_of(lengths.lengths(document(list(sequence()))))) == 4
+
+
+def test_ways_in_front_are_ours_and_the_fastest_of_each_kind_that_reach_all():
+    """At the longest sequence that a kind took; a convolution that reaches three tokens solves another problem."""
+    rows = [r for r in sequence() if not r["backward"]]
+    loop = [{**r, "variant": "naive-rnn", "wall_ms": spread(0.1)} for r in rows if r["variant"] == "nn.LSTM"][:1]
+    front = lengths.in_front([*rows, *loop], {"causal-conv": 3})
+    assert front == {"fastattn": "fastattn", "nn.MultiheadAttention": "attention", "nn.LSTM": "recurrence"}
+    assert lengths.in_front(rows, {})["causal-conv"] == "convolution"
+
+
+def test_lengths_name_every_line_once_and_apart():
+    figure = lengths.lengths(document())
+    assert figure is not None
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    for axes in figure.axes:
+        names = [text.get_text() for text in axes.texts]
+        assert sorted(names) == ["causal-conv, reaches 3", "fastattn", "nn.LSTM", "nn.MultiheadAttention"]
+        # Of the words alone: an annotation's own box holds the line that leads to it.
+        boxes = sorted((Text.get_window_extent(text, renderer) for text in axes.texts), key=lambda box: box.y0)
+        assert all(below.y1 <= above.y0 for below, above in itertools.pairwise(boxes))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "placed"),
+    [
+        ([0.2, 0.5, 0.9], [0.2, 0.5, 0.9]),
+        ([0.5, 0.5, 0.5], [0.4, 0.5, 0.6]),  # around where all want to be
+        ([0.1, 0.5, 0.52], [0.1, 0.46, 0.56]),
+        ([0.0, 0.01, 1.0], [0.0, 0.1, 1.0]),  # not below the panel
+        ([0.99, 0.99, 1.0], [0.8, 0.9, 1.0]),
+        ([], []),
+    ],
+)
+def test_labels_are_placed_apart_and_near_to_where_they_belong(wanted, placed):
+    assert lengths.apart(wanted, 0.1) == pytest.approx(placed)
+
+
+def test_legend_is_read_line_by_line():
+    """Matplotlib fills its columns one after another: two of them, and three entries, would read a, c, b."""
+    figure = Figure(layout="constrained")
+    looks.legend_of(figure, {name: Line2D([], []) for name in "abc"}, columns=2)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "c", "b"]
+
+
+def test_sizes_that_are_no_power_of_two_are_beside_the_line():
+    rows = by_family(document())["norm"]
+    strange = [{**row, "size": 100} for row in rows if row["size"] == 64]
+    axes = axes_of(curves.sizes([*rows, *strange]))[0]
+    assert lines_of(axes)["fastattn"] == [(64, 0.75), (4096, 0.75)]
+    assert lines_of(axes)["no power of two"] == [(100, 0.75)]
 
 
 def test_sizes_leave_other_dtypes_and_features_out():
@@ -187,6 +243,12 @@ def test_learning_has_a_panel_for_each_task():
     assert curves.learning(document([])) is None
 
 
+def test_nobody_else_has_our_colour():
+    found = looks.variants_looks(["eager", "fastattn", *(f"peer {i}" for i in range(12))])
+    assert [name for name, look in found.items() if look["color"] == looks.BLUE] == ["fastattn"]
+    assert len({look["color"] for look in found.values()}) >= 9
+
+
 def test_ways_have_colours_of_their_own():
     found = looks.ways_looks(["nn.LSTM", "causal-conv", "qkv+sdpa", "fastattn", "of-its-own-kind", "nn.GRU"])
     assert {name: look["color"] for name, look in found.items()} == {
@@ -217,3 +279,5 @@ def test_doubling_axis_keeps_its_numbers_apart():
     assert len(labels) == 7
     assert labels[-1] == "256K"
     assert all(re.fullmatch(r"\d+K?", label) for label in labels)
+    looks.doubling_axis(axes, [64, 769, 1024, 4096, 4097])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["64", "1K", "4K"]
