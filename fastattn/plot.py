@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -13,12 +13,35 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
+_Given = TypeVar("_Given", "Figure", "SubFigure")
 Tokens = Sequence[str]
 _MOST_PANELS = 256  # beyond, none of them could be read
 _INCHES = 0.0145  # to a point of a font's size, with room to the next line of text
 _FAINT = 0.3  # of an image that weights are drawn over
 
 
+@overload
+def plot_attention(
+    weights: Tensor | Sequence[Tensor],
+    *,
+    tokens: Tokens | tuple[Tokens, Tokens] | None = None,
+    image: Tensor | None = None,
+    grid: tuple[int, int] | None = None,
+    batch: int = 0,
+    title: str | None = None,
+    figure: None = None,
+) -> Figure: ...
+@overload
+def plot_attention(
+    weights: Tensor | Sequence[Tensor],
+    *,
+    tokens: Tokens | tuple[Tokens, Tokens] | None = None,
+    image: Tensor | None = None,
+    grid: tuple[int, int] | None = None,
+    batch: int = 0,
+    title: str | None = None,
+    figure: _Given,
+) -> _Given: ...
 def plot_attention(
     weights: Tensor | Sequence[Tensor],
     *,
