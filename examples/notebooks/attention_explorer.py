@@ -58,18 +58,18 @@ print(f"{layers} layers, {heads} heads, {len(tokens)} tokens")
 # %% [markdown]
 # ## One head at a time
 #
-# The slider goes through all heads of all layers. Look for heads that follow the next or the previous token, for those
-# that rest on `[CLS]` or `[SEP]`, where a head puts its weight when it has nothing to say, and for those that connect
-# `it` with `animal`.
+# The slider goes through all heads of all layers. Layer 3, head 1, which is shown first, connects `it` with `animal`;
+# layer 0, head 2 looks at the token before; layer 4, head 5 rests on `[CLS]`, where a head puts its weight when it has
+# nothing to say.
 
 
 # %%
-def explorer(maps: torch.Tensor, names: list[str], title: str) -> go.Figure:
+def explorer(maps: torch.Tensor, names: list[str], title: str, first: int = 0) -> go.Figure:
     """A map ``[L, S]`` at a time of ``maps`` ``[N, L, S]``, each with a name, chosen by a slider."""
     places = [f"{i} {token}" for i, token in enumerate(tokens)]  # a token may occur twice, a place does not
     figure = go.Figure(
         go.Heatmap(
-            z=maps[0].tolist(),
+            z=maps[first].tolist(),
             x=places,
             y=places,
             zmin=0,
@@ -89,13 +89,13 @@ def explorer(maps: torch.Tensor, names: list[str], title: str) -> go.Figure:
         height=720,
         yaxis={"autorange": "reversed", "title": "query"},
         xaxis={"title": "key", "side": "top"},
-        sliders=[{"steps": steps, "currentvalue": {"prefix": "shown: "}}],
+        sliders=[{"active": first, "steps": steps, "currentvalue": {"prefix": "shown: "}}],
     )
     return figure
 
 
 names = [f"layer {layer}, head {head}" for layer in range(layers) for head in range(heads)]
-explorer(weights.flatten(0, 1), names, "Attention weights of each head")
+explorer(weights.flatten(0, 1), names, "Attention weights of each head", first=names.index("layer 3, head 1"))
 
 # %% [markdown]
 # ## The average over heads
@@ -107,18 +107,19 @@ explorer(weights.flatten(0, 1), names, "Attention weights of each head")
 explorer(weights.mean(1), [f"layer {layer}" for layer in range(layers)], "Attention weights averaged over heads")
 
 # %% [markdown]
-# ## Which heads say what
+# ## How far and how widely a head looks
 #
-# The entropy of a row says how many tokens a query looks at: 0 is one token, and 1 is all of them alike. The weight on
-# `[SEP]` shows the heads that rest.
+# The entropy of a row says how many tokens a query looks at: 0 is one token, and 1 is all of them alike. Beside it, how
+# many places away they are on average. The head at the lower left follows its neighbour; those at the upper left rest.
 
 # %%
 entropy = -(weights * weights.clamp_min(1e-12).log()).sum(-1).mean(-1) / torch.tensor(float(len(tokens))).log()
-resting = weights[..., tokens.index("[SEP]")].mean(-1)
+places = torch.arange(len(tokens))
+distance = (weights * (places[:, None] - places).abs()).sum(-1).mean(-1)
 figure = go.Figure(
     go.Scatter(
         x=entropy.flatten().tolist(),
-        y=resting.flatten().tolist(),
+        y=distance.flatten().tolist(),
         mode="markers",
         text=names,
         marker={
@@ -127,8 +128,8 @@ figure = go.Figure(
             "colorbar": {"title": "layer"},
             "size": 9,
         },
-        hovertemplate="%{text}<br>entropy %{x:.2f}<br>on [SEP] %{y:.2f}<extra></extra>",
+        hovertemplate="%{text}<br>entropy %{x:.2f}<br>%{y:.1f} places away<extra></extra>",
     )
 )
-figure.update_layout(width=720, height=480, xaxis_title="entropy of a row, from 0 to 1", yaxis_title="weight on [SEP]")
+figure.update_layout(width=720, height=480, xaxis_title="entropy of a row, from 0 to 1", yaxis_title="places away")
 figure
