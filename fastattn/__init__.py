@@ -32,6 +32,7 @@ from fastattn.ops import (
     use_backend,
     use_kernels,
 )
+from fastattn.plot import plot_attention
 
 __version__ = "0.1.0"
 
@@ -62,6 +63,7 @@ __all__ = [
     "layer_norm",
     "pack",
     "patch_sdpa",
+    "plot_attention",
     "rms_norm",
     "scaled_dot_product_attention",
     "unpack",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+import fastattn
 from benchmarks.lecture.digits import Handwriting, handwriting
 from benchmarks.lecture.experiment import Experiment
 from benchmarks.lecture.training import train
@@ -194,20 +195,22 @@ def draw(result: dict[str, Any]) -> Figure:
     axes.set(ylim=(0, 1), ylabel="captions all right", xlabel="digits in a picture")
     axes.legend(loc="lower left")
 
-    for line, example in zip(below.subplots(max(1, len(shown)), 1 + len(rows), squeeze=False), shown):
-        image = np.array(example["image"]) / 16
-        for panel, word, weights in zip(line, ["", *example["words"]], [None, *example["weights"]]):
-            panel.imshow(image, cmap="gray_r", vmin=0, vmax=1.2 if weights is None else 3)
-            if weights is not None:
-                light = np.kron(np.array(weights) / np.max(weights), np.ones((4, 4)))  # a position is 4 x 4 pixels
-                panel.imshow(np.full_like(light, 0.7), cmap="Blues", vmin=0, vmax=1, alpha=0.8 * light)
-            panel.set_title(word, loc="center")
-            edges = np.arange(CELL, len(image), CELL) - 0.5
-            panel.set_xticks(edges, [])
-            panel.set_yticks(edges, [])
+    lines: Any = below.subfigures(max(1, len(shown)), 2, squeeze=False, width_ratios=(1, len(rows)))
+    for (alone, looked), example in zip(lines, shown):
+        image = 1 - torch.tensor(example["image"]) / 16
+        alone.subplots().imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
+        weights = torch.tensor(example["weights"])
+        grid = weights.shape[1], weights.shape[2]
+        fastattn.plot_attention(weights.flatten(1), image=image, grid=grid, tokens=example["words"], figure=looked)
+        edges = np.arange(CELL, len(image), CELL)
+        for panel, start in [(alone.axes[0], -0.5), *((panel, 0) for panel in looked.axes)]:
+            panel.set_xticks(edges + start, [])
+            panel.set_yticks(edges + start, [])
             panel.tick_params(length=0)
             panel.set_axisbelow(False)
+            panel.grid(True)
             panel.spines[:].set(visible=True, color="#cccccc")
+        alone.axes[0].set_title(" ", loc="center", fontsize=9)  # so that it stands as high as those with words
     title(figure, "Digits read out: before each word the decoder looks at the digit")
     return figure
 

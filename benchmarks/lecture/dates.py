@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+import fastattn
 from benchmarks.lecture.experiment import Experiment
 from benchmarks.lecture.training import train
 from benchmarks.lecture.written_dates import (
@@ -164,7 +165,8 @@ def draw(result: dict[str, Any]) -> Figure:
     from benchmarks.reporting.looks import BLUE, RED, WIDTH, title
 
     figure = Figure(figsize=(WIDTH, 7.4), layout="constrained")
-    above, below = figure.subplots(2, 1, height_ratios=(1, 1.7))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1, 1.7))
+    above, below = parts[0].subplots(), parts[1]
     for name, colour, marker in (("with", BLUE, "o"), ("without", RED, "s")):
         rows = [row for row in result["rows"] if row["attention"] == name]
         letters, right = ([row[what] for row in rows] for what in ("letters", "lines right"))
@@ -174,13 +176,9 @@ def draw(result: dict[str, Any]) -> Figure:
     above.legend(loc="center right")
 
     alignment = result["alignment"]
-    read, said = alignment["read"], alignment["said"]
-    below.imshow(alignment["weights"], cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    below.set_xticks(range(len(read)), [letter.replace(" ", "␣") for letter in read])
-    below.set_yticks(range(len(said)), [letter.replace(" ", "␣").replace(END, "end") for letter in said], fontsize=8)
-    below.set(ylabel="said", xlabel="read")
-    below.grid(False)
-    below.tick_params(length=0)
+    said = ["end" if letter == END else letter for letter in alignment["said"]]
+    fastattn.plot_attention(torch.tensor(alignment["weights"]), tokens=(said, list(alignment["read"])), figure=below)
+    below.axes[0].set(ylabel="said", xlabel="read")
     title(figure, "Dates in many forms into 2026-11-22, and where attention looks before each letter")
     return figure
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fastattn
 from benchmarks.lecture.experiment import Experiment
 from benchmarks.lecture.training import train
 from fastattn.models.cnn import Between, ConvNet
@@ -187,17 +188,18 @@ def draw(result: dict[str, Any]) -> Figure:
     looks.title(figure, "The pointer at the left finds the digit that it means, at the other end of the image")
     parts: Any = figure.subfigures(2, 1, height_ratios=(3, 2))
     above, below = parts
-    panels = above.subplots(2, 2)
     scenes = zip(*(result[key] for key in ("images", "maps", "places", "digits")))
-    for (top, bottom), (image, looked, places, digits) in zip(zip(*panels), scenes):
+    for part, (image, looked, places, digits) in zip(above.subfigures(1, 2), scenes):
         meant = digits[0]
-        extent = (0, WIDTH, HEIGHT, 0)
-        top.imshow(image, cmap="Greys", extent=extent)
-        top.set_title(f"{meant}: name the {('upper', 'lower')[meant - 1]} one, a {digits[meant]}")
-        bottom.imshow(image, cmap="Greys", extent=extent, alpha=0.35)
-        bottom.imshow(looked, cmap="Blues", extent=extent, alpha=0.75, vmin=0)
-        bottom.set_title("attention from the pointer")
-        for axes in (top, bottom):
+        top, bottom = part.subfigures(2, 1)
+        canvas, weights = 1 - torch.tensor(image), torch.tensor(looked)
+        scene = top.subplots()
+        scene.imshow(canvas.numpy(), cmap="gray", vmin=0, vmax=1, extent=(0, WIDTH, HEIGHT, 0))
+        scene.set_title(f"{meant}: name the {('upper', 'lower')[meant - 1]} one, a {digits[meant]}", loc="center")
+        grid = weights.shape[0], weights.shape[1]
+        name = ["attention from the pointer"]
+        fastattn.plot_attention(weights.view(1, -1), image=canvas, grid=grid, tokens=name, figure=bottom)
+        for axes in (scene, bottom.axes[0]):
             for place, colour in ((places[0], looks.GREEN), (places[meant], looks.ORANGE)):
                 _frame(axes, place, colour)
             axes.set(xticks=[], yticks=[])
