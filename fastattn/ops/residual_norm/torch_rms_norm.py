@@ -22,8 +22,9 @@ from fastattn.ops.residual_norm.torch_layer_norm import last_size
 # Elements from which on fewer passes save more than it takes to write them in Python; where threads share each of
 # them they have to wait for one another more often than in torch's.
 _FEWEST, _FEWEST_OF_THREADS = 1 << 15, 1 << 20
-# Elements of a block for each thread: in float32 a quarter of a megabyte, of which a backward has four at a time.
-_BLOCK = 1 << 16
+# Elements of a block for each thread: in float32 a megabyte, of which a backward has four at a time. A block of 2^16
+# stays in a core's own cache, but its dozen calls from Python take as long as what that saves.
+_BLOCK = 1 << 18
 # Squares are added up in pieces of a row of at most so many elements, of at least so many if it divides into such.
 _PIECE, _LEAST_PIECE = 256, 32
 _length = torch.linalg.vector_norm
