@@ -39,10 +39,11 @@ _ADDED = {
 # Weights, and scores in the other of these two dtypes, would be rounded to 16 bits.
 _FULL = (torch.float32, torch.float64)
 # Elements of the scores up to which that function, which makes all of them, is faster than the kernel that makes none,
-# on one core of a server CPU; the same under a mask, for which it has a slow softmax; and up to which weights are made
+# on one core of a server CPU, and on more, to whom the kernel gives whole blocks of rows; the same under a mask, for
+# which it has a slow softmax; and up to which weights are made
 # at once, and not a block of rows at a time. In training they are as many as torch's module keeps for its backward in
 # 16 MiB, and blocks would make them twice.
-_MOST_NATIVE = 1 << 14
+_MOST_NATIVE, _MOST_NATIVE_OF_THREADS = 1 << 14, 1 << 17
 _MOST_NATIVE_MASKED = 1 << 12
 _MOST_SCORES, _MOST_SCORES_TRAINED = 1 << 21, 1 << 22
 # Elements of the query up to which training is one node of autograd. What a node has saved is there until its end: in a
@@ -115,7 +116,8 @@ def attend(
     if trains and not need_weights and query.numel() > _MOST_IN_ONE_NODE:
         return None
     if not (trains or is_causal or memory is not None) and batch_first:
-        most = _MOST_NATIVE_MASKED if hides else _MOST_SCORES if need_weights else _MOST_NATIVE
+        without = _MOST_NATIVE if torch.get_num_threads() == 1 else _MOST_NATIVE_OF_THREADS
+        most = _MOST_NATIVE_MASKED if hides else _MOST_SCORES if need_weights else without
         if scores <= most and heads % 2 == 0 and dtype in _FULL:
             result = _native(
                 query, parameters, key_padding_mask, attn_mask, embed_dim, heads, need_weights, average_attn_weights

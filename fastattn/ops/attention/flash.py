@@ -38,9 +38,10 @@ _LARGEST_LSE = 12.0
 # Lengths at which causality alone is faster in tiles: torch's kernel leaves out keys past the diagonal by 512, and from
 # 768 rows on works on more rows at once.
 _FEWEST_CAUSAL, _MOST_CAUSAL = 192, 767
-# Elements of the float32 copies of 16-bit tensors that there are at once.
+# Elements of the float32 copies of 16-bit tensors that there are at once, for each thread.
 _MOST_WIDE = 1 << 17
-# Scores from which on 16 bits are evaluated in float32: below, looking for the way takes as long as the work.
+# Scores, for each thread, from which on 16 bits are evaluated in float32: below, looking for the way takes as long as
+# the work.
 _FEWEST_WIDE = {torch.bfloat16: 1 << 18, torch.float16: 1 << 15}
 # Scores up to which bfloat16 trains in float32 where the processor multiplies vectors of bfloat16: a step of 2^15 takes
 # 0.37 ms so, and 0.95 by the kernel's own backward, of 2^17 1.4 and 2.6, and of 2^21 22.4 and 18.6.
@@ -163,7 +164,7 @@ def widens(dtype: torch.dtype, trains: bool, scores: float) -> bool:
     bits, by a fifth to a half forward and by 1.2 to 10 times backward, but where the processor has instructions that
     multiply them."""
     fewest, most = _widened(dtype, trains)
-    return fewest <= scores <= most
+    return fewest * torch.get_num_threads() <= scores <= most
 
 
 @functools.cache
@@ -199,7 +200,7 @@ def _parts(inputs: Inputs) -> Iterator[_Part]:
     """As much at a time as float32 copies are to hold: all of it, some batch entries, or some heads of one."""
     (batch, heads, length, size), (kv_heads, keys) = inputs.query.shape, inputs.key.shape[1:3]
     of_head = size * (2 * keys + 2 * length * (heads // kv_heads))
-    at_once = max(1, _MOST_WIDE // of_head)
+    at_once = max(1, _MOST_WIDE * torch.get_num_threads() // of_head)
     entries = max(1, at_once // kv_heads)
     at_once, group = min(at_once, kv_heads), heads // kv_heads
     for entry in range(0, batch, entries):
