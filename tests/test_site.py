@@ -62,7 +62,7 @@ def test_commands_of_a_page_exist(page):
 def test_every_page_is_in_the_navigation():
     named = re.findall(r"([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M)
     pages = [path.relative_to(ROOT / "docs").as_posix() for path in PATHS[2:]]
-    assert sorted(named) == sorted([*pages, "contributing.md", "changelog.md"])
+    assert sorted(named) == sorted([*pages, "contributing.md", "changelog.md", "examples/index.md"])
 
 
 def test_every_public_name_is_in_the_reference():
