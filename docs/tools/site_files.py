@@ -1,4 +1,4 @@
-"""What the site has from outside of docs: a few pages, the examples, and the reports of committed runs (an mkdocs hook).
+"""What the site has from outside of docs: a few pages, the examples, the reports of committed runs (an mkdocs hook).
 
 The pages are written to be read in a checkout as well, where a link may lead to any file. On the site such a link
 becomes one to the file's copy or, if there is none, the file's path.

@@ -37,7 +37,7 @@ class Registration:
     def undo(self) -> None:
         """Forget the name, or give it back to what had it before, unless another registration holds it still.
 
-        A second call does nothing. Models that are set to a name that nobody has raise at their next call.
+        A second call does nothing. Models that are set to a name which is gone raise at their next call.
         """
         if self not in _held.get(self.name, []):
             return
