@@ -39,13 +39,22 @@ def _added() -> Iterator[tuple[str, str]]:
             yield name, name.removeprefix("benchmarks/")
 
 
+def _page_of_code(path: Path) -> str:
+    """An example as a page, without a navigation beside it, so that its lines are not cut off."""
+    up = posixpath.relpath("examples/index.md", path.relative_to(ROOT).parent.as_posix())
+    code = path.read_text(encoding="utf-8")
+    return (
+        f"---\nhide: [navigation, toc]\n---\n\n# {path.name}\n\n"
+        f"One of the [examples]({up}), `{path.relative_to(ROOT).as_posix()}`:\n\n```python\n{code}```\n"
+    )
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the files from outside of docs."""
     for name, on_site in _added():
         path = ROOT / name
         if path.suffix == ".py":
-            page = f"# {path.name}\n\n```python\n{path.read_text(encoding='utf-8')}```\n"
-            files.append(File.generated(config, on_site, content=page))
+            files.append(File.generated(config, on_site, content=_page_of_code(path)))
         else:
             files.append(File.generated(config, on_site, abs_src_path=str(path)))
     return files
