@@ -70,6 +70,15 @@ def test_every_public_name_is_in_the_reference():
     assert {f"fastattn.{name}" for name in fastattn.__all__} <= set(re.findall(r"^::: (\S+)$", text, re.M))
 
 
+def test_results_of_public_names_are_no_types():
+    """mkdocstrings takes what stands before a colon in the first line of ``Returns:`` for the type of the result."""
+    public = [getattr(fastattn, name) for name in fastattn.__all__]
+    methods = [m for of in public if isinstance(of, type) for name, m in vars(of).items() if not name.startswith("_")]
+    found = [line for of in (*public, *methods) for line in re.findall(r"Returns:\n *(.+)", of.__doc__ or "")]
+    assert len(found) > 15
+    assert [line for line in found if ":" in re.sub(r":\w+:`", "`", line)] == []
+
+
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 

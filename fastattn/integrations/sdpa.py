@@ -66,7 +66,7 @@ def patch_sdpa() -> SdpaPatch:
     compiles again where that has changed.
 
     Returns:
-        An :class:`SdpaPatch`: print it to see what was called.
+        An :class:`SdpaPatch`. Print it to see what was called.
     """
     return SdpaPatch()
 

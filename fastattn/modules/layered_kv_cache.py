@@ -160,7 +160,7 @@ class LayeredKVCache(abc.ABC):
                 ``backend`` and so on.
 
         Returns:
-            What that function returns: ``[B, H, L, Dv]``, or with ``return_lse`` a pair.
+            What that function returns, ``[B, H, L, Dv]``, or with ``return_lse`` a pair.
 
         Raises:
             TypeError: ``layer`` is no int, or an argument is no tensor.

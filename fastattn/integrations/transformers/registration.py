@@ -82,7 +82,7 @@ def register(name: str = "fastattn") -> Registration:
             which takes no other name. No name may contain ``"flash"``, by which transformers knows another protocol.
 
     Returns:
-        A :class:`Registration`: call its ``undo()``, or use it as a context manager; or forget it.
+        A :class:`Registration`. Call its ``undo()``, or use it as a context manager; or forget it.
 
     Raises:
         ImportError: transformers is not installed, or older than 5.4.
