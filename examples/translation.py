@@ -1,11 +1,11 @@
-"""A made-up piece of French is learned, and with it, from nobody, which word comes from which.
+"""A network learns a small, made-up part of French and, without being told, which word comes from which.
 
 Sentences of a small grammar ("the black cat sees a red house") are drawn with their translation ("le chat noir voit une
 maison rouge"): adjectives stand behind their noun, and articles follow the gender of a noun that is yet to come. Each
 word is read alone, as a vector of what it is and where it stands; an RNN writes, and looks back at them by additive
 attention before each word (``fastattn.models.AttentionDecoder``, arXiv:1409.0473). Expect nearly all sentences that it
 never read to be translated rightly, and an alignment whose lines cross where adjective and noun change places. An
-article looks at two words, since it needs to know both "the" and "cat".
+article looks at two words, since it depends on both "the" and "cat".
 
     python examples/translation.py --quick
     python examples/translation.py --out alignment.png    # a quarter of a minute

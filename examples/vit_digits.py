@@ -2,7 +2,7 @@
 
 Scikit-learn's digits are images of 8 x 8 pixels. Each is cut into patches of 2 x 2, a patch becomes a vector, and a
 learned vector for the class stands in front of them (arXiv:2010.11929). Three encoder layers of this package mix them,
-and what became of the class vector names the digit. Expect about 97 % of the digits held out to be named rightly (a
+and the class vector that comes out names the digit. Expect about 97 % of the digits held out to be named rightly (a
 guess has 10 %), and a picture of the class vector's weights over the image: some heads follow the strokes, others the
 empty ground beside them.
 

@@ -77,7 +77,7 @@ def plot_attention(
         figure: a figure, or a part of one (``Figure.subfigures``), to draw into; None: a new one.
 
     Returns:
-        The figure, which is not shown: call its ``savefig``, or let a notebook display it.
+        The figure, which is not shown. Call its ``savefig``, or let a notebook display it.
 
     Raises:
         ImportError: matplotlib is not installed.

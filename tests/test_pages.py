@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PATHS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+PATHS = [*sorted(ROOT.glob("*.md")), ROOT / "examples" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [path.relative_to(ROOT).as_posix() for path in PATHS]
 # A page may leave out the folder in which a package lies.
 FOLDERS = (ROOT, ROOT / "fastattn", ROOT / "kernels")

@@ -62,12 +62,21 @@ def test_commands_of_a_page_exist(page):
 def test_every_page_is_in_the_navigation():
     named = re.findall(r"([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M)
     pages = [path.relative_to(ROOT / "docs").as_posix() for path in PATHS[2:]]
-    assert sorted(named) == sorted([*pages, "contributing.md", "changelog.md"])
+    assert sorted(named) == sorted([*pages, "contributing.md", "changelog.md", "examples/index.md"])
 
 
 def test_every_public_name_is_in_the_reference():
     text = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs" / "api").glob("*.md")))
     assert {f"fastattn.{name}" for name in fastattn.__all__} <= set(re.findall(r"^::: (\S+)$", text, re.M))
+
+
+def test_results_of_public_names_are_no_types():
+    """mkdocstrings takes what stands before a colon in the first line of ``Returns:`` for the type of the result."""
+    public = [getattr(fastattn, name) for name in fastattn.__all__]
+    methods = [m for of in public if isinstance(of, type) for name, m in vars(of).items() if not name.startswith("_")]
+    found = [line for of in (*public, *methods) for line in re.findall(r"Returns:\n *(.+)", of.__doc__ or "")]
+    assert len(found) > 15
+    assert [line for line in found if ":" in re.sub(r":\w+:`", "`", line)] == []
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -137,8 +146,8 @@ def test_page_has_every_message_that_the_package_raises():
 
 def test_every_system_of_the_lecture_has_code_test_and_picture():
     text = (ROOT / "docs" / "lecture.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (S\d+) \| (.+\.svg\)) \|$", text, flags=re.MULTILINE)
+    rows = re.findall(r"^\| (S\d+) \| (.+\.svg\).+) \|$", text, flags=re.MULTILINE)
     assert [name for name, _ in rows] == [f"S{i}" for i in range(1, 11)]
     for name, row in rows:
-        _, code, test, picture = row.split(" | ")
+        _, picture, code, test = row.split(" | ")
         assert ".py)" in code and "tests/" in test and "results/" in picture, name

@@ -148,7 +148,7 @@ EXAMPLES: tuple[Example, ...] = (
     Example(
         masks.prefix_lm,
         "Prefix and causal rest",
-        "The words `is_causal` and `prefix` say the same.",
+        "The arguments `is_causal` and `prefix` do the same.",
         lambda s: {"prefix_lengths": s.integers(0, s.keys, s.batch)},
         lambda query, key, prefix_lengths: {"is_causal": True, "prefix": prefix_lengths},
         """
@@ -162,7 +162,7 @@ torch.testing.assert_close(output, same)
     Example(
         masks.window_with_globals,
         "Sliding window with global tokens",
-        "Without a function it takes a boolean mask `[B, 1, L, L]`.",
+        "Without a function it needs a boolean mask `[B, 1, L, L]`.",
         _globals,
         with_globals,
         """
@@ -174,7 +174,7 @@ output = fastattn.attention(query, key, value, mask_mod=window_with_globals(8, i
     Example(
         masks.dilated_window,
         "Dilated window",
-        "Without a function it takes a boolean mask `[L, L]`.",
+        "Without a function it needs a boolean mask `[L, L]`.",
         lambda s: {"window": max(1, s.keys // 32), "dilation": 4},
         window_mask,
         """
@@ -184,7 +184,7 @@ output = fastattn.attention(query, key, value, mask_mod=dilated_window(window=4,
     Example(
         masks.documents,
         "Packed documents",
-        "The word `document_ids` says the same.",
+        "The argument `document_ids` does the same.",
         _documents,
         lambda query, key, document_ids: {"document_ids": document_ids},
         """
@@ -198,7 +198,7 @@ torch.testing.assert_close(output, same)
     Example(
         masks.tree,
         "A tree of continuations",
-        "Without a function it takes a boolean mask `[B, 1, L, L]`.",
+        "Without a function it needs a boolean mask `[B, 1, L, L]`.",
         _tree,
         lambda query, key, subtree_ends: {
             "attn_mask": torch.ones(key.shape[2], key.shape[2], dtype=torch.bool, device=key.device).tril()
@@ -213,7 +213,7 @@ output = fastattn.attention(query, key, value, mask_mod=tree(subtree_ends))
     Example(
         masks.speculative_decoding,
         "Speculative decoding",
-        "Without a function it takes a boolean mask `[B, 1, L, S]`, made anew for each step.",
+        "Without a function it needs a boolean mask `[B, 1, L, S]`, made anew for each step.",
         _drafts,
         draft_mask,
         """
@@ -228,7 +228,7 @@ output = fastattn.attention(query[:, :, :7], key, value, mask_mod=mask)
     Example(
         scores.t5_bias,
         "T5's bias by buckets of distances",
-        "Without a function it takes a bias `[H, L, L]`, made anew in each step of training.",
+        "Without a function it needs a bias `[H, L, L]`, made anew in each step of training.",
         lambda s: {"table": s.draw(32, s.heads)},
         bucket_bias,
         """
@@ -241,7 +241,7 @@ assert table.grad is not None
     Example(
         scores.pair_bias,
         "AlphaFold's pair bias",
-        "`attn_mask` says the same of a bias that is made already, with its gradient.",
+        "`attn_mask` does the same with a bias that exists already, and returns its gradient.",
         lambda s: {"bias": s.draw(s.heads, s.queries, s.keys)},
         lambda query, key, bias: {"attn_mask": bias},
         """
@@ -258,7 +258,7 @@ torch.testing.assert_close(output, same)
     Example(
         scores.alibi,
         "ALiBi by hand",
-        "The word `alibi_slopes` says the same.",
+        "The argument `alibi_slopes` does the same.",
         _slopes,
         lambda query, key, slopes: {"alibi_slopes": slopes},
         """
@@ -274,7 +274,7 @@ torch.testing.assert_close(output, same)
     Example(
         scores.swin_bias,
         "Swin's bias by rows and columns",
-        "Without a function it takes a bias `[H, L, L]`, made anew in each step of training.",
+        "Without a function it needs a bias `[H, L, L]`, made anew in each step of training.",
         _image,
         image_bias,
         """
@@ -287,7 +287,7 @@ assert table.grad is not None
     Example(
         scores.softcap,
         "Softcap by hand",
-        "The word `softcap` says the same.",
+        "The argument `softcap` does the same.",
         lambda s: {"cap": 2.0},
         lambda query, key, cap: {"softcap": cap},
         """
@@ -316,7 +316,7 @@ torch.testing.assert_close(output, same)
     Example(
         scores.logit_noise,
         "Noise on the scores",
-        "Without a function it takes a bias `[B, H, L, S]`, made anew in each step of training.",
+        "Without a function it needs a bias `[B, H, L, S]`, made anew in each step of training.",
         lambda s: {"scale": s.draw().abs(), "seed": s.integers(0, 2**20)},
         noise_bias,
         """

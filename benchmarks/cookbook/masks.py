@@ -72,7 +72,7 @@ def speculative_decoding(parents: Tensor, context_lengths: Tensor, depth: int) -
     """Drafted tokens behind a context: each sees that and, of the drafts, its ancestors and itself (arXiv:2401.10774).
 
     ``parents`` are integers ``[B, L]``, the draft before each one; the first is its own. Draft ``i`` is key
-    ``context_lengths[b] + i`` and has at most ``depth`` ancestors; keys behind the drafts are seen by nobody.
+    ``context_lengths[b] + i`` and has at most ``depth`` ancestors; no query sees keys behind the drafts.
     """
 
     def mask_mod(batch, head, query_index, key_index):

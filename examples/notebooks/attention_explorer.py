@@ -59,8 +59,7 @@ print(f"{layers} layers, {heads} heads, {len(tokens)} tokens")
 # ## One head at a time
 #
 # The slider goes through all heads of all layers. Layer 3, head 1, which is shown first, connects `it` with `animal`;
-# layer 0, head 2 looks at the token before; layer 4, head 5 rests on `[CLS]`, where a head puts its weight when it has
-# nothing to say.
+# layer 0, head 2 looks at the token before; layer 4, head 5 rests on `[CLS]`, as heads do that find nothing to look at.
 
 
 # %%

@@ -13,7 +13,7 @@
 # %% [markdown]
 # # Who may see whom
 #
-# `fastattn.attention` has a word for most masks, and every word combines with every other. With keys and queries of
+# `fastattn.attention` has an argument for most masks, and all of them combine. With keys and queries of
 # zeros all scores are equal, so that the weights show the mask alone: a query spreads its weight evenly over the keys
 # that it may see. Hover over a map: it names the query, the key and the weight; white is exactly nothing.
 
@@ -30,7 +30,7 @@ LENGTH, HEADS = 24, 4
 
 # %%
 def weights(**words: Any) -> torch.Tensor:
-    """``[HEADS, LENGTH, LENGTH]``: what a call with these words weights, of equal scores."""
+    """``[HEADS, LENGTH, LENGTH]``: the weights of a call with these arguments, of equal scores."""
     zeros = torch.zeros(1, HEADS, LENGTH, 8)
     found = fastattn.attention(zeros, zeros, zeros, need_weights=True, average_attn_weights=False, **words)
     return found[1][0]
@@ -65,15 +65,15 @@ def explorer(maps: dict[str, torch.Tensor], title: str) -> go.Figure:
         plot_bgcolor="#dddddd",
         yaxis={"autorange": "reversed", "title": "query"},
         xaxis={"title": "key", "side": "top"},
-        sliders=[{"steps": steps, "currentvalue": {"prefix": "words: "}}],
+        sliders=[{"steps": steps, "currentvalue": {"prefix": "shown: "}}],
     )
     return figure
 
 
 # %% [markdown]
-# ## Masks by a word
+# ## Masks by arguments
 #
-# A window lets a query see so many keys to either side; a prefix is seen by everybody; documents keep packed texts
+# A window lets a query see a number of keys to either side; a prefix is seen by everybody; documents keep packed texts
 # apart; padding hides keys of a sequence. The last one is a function, as in FlexAttention.
 
 # %%

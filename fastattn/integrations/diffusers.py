@@ -83,7 +83,7 @@ def register(member: str = "native") -> Registration:
         member: a value of diffusers' ``AttentionBackendName`` that takes masks and grouped heads as ``"native"`` does.
 
     Returns:
-        A :class:`Registration`: print it to see what was called, call its ``undo()``, or use it as a context manager.
+        A :class:`Registration`. Print it to see what was called, call its ``undo()``, or use it as a context manager.
 
     Raises:
         ImportError: diffusers is not installed, or has no registry of attention backends.

@@ -120,7 +120,7 @@ def fuse(
         also: further classes to replace, each with that of torch's five which it stands for.
 
     Returns:
-        A :class:`Fusion`: ``print`` it, call its ``undo()``, or use it as a context manager.
+        A :class:`Fusion`. ``print`` it, call its ``undo()``, or use it as a context manager.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``; or an item of ``also``, which the message names, is no pair of such

@@ -57,8 +57,8 @@ def patch_sdpa() -> SdpaPatch:
 
     It is undone on leaving, by an exception too. Blocks may be nested, and the innermost counts. Only the thread that
     is inside is affected. What ours refuses runs on torch's function and is counted by reason. As a decorator it does
-    the same for each call of a function. Nothing is patched when this package is imported. Which backend runs is said
-    by :func:`fastattn.use_backend`.
+    the same for each call of a function. Nothing is patched when this package is imported. :func:`fastattn.use_backend`
+    chooses the backend.
 
     A reference to torch's function that was taken before (``from torch.nn.functional import ...``) is not affected, and
     neither is what goes past the function in C++, such as the fused inference of ``nn.TransformerEncoderLayer``, which
@@ -66,7 +66,7 @@ def patch_sdpa() -> SdpaPatch:
     compiles again where that has changed.
 
     Returns:
-        An :class:`SdpaPatch`: print it to see what was called.
+        An :class:`SdpaPatch`. Print it to see what was called.
     """
     return SdpaPatch()
 

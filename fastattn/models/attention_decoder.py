@@ -89,7 +89,7 @@ class AttentionDecoder(nn.Module):
 
         Raises:
             TypeError: ``tokens`` are no integers.
-            ValueError: there are none, or as many rows as the memory has not.
+            ValueError: there are none, or they have another number of rows than the memory.
         """
         check_tokens("tokens", tokens, least=1, batch=memory.vectors.shape[0])
         read, state = self._reader(memory, need_weights), self._first_state(memory)

@@ -191,8 +191,8 @@ class TransformerTrunk(nn.Module):
 
         Raises:
             TypeError: ``tokens`` are no integers.
-            ValueError: the trunk is not causal, there are more tokens than positions, or as many sequences as cannot
-                be dealt out to those that the memory is of.
+            ValueError: the trunk is not causal, there are more tokens than positions, or the number of sequences is
+                no multiple of that of the memory.
             CacheFullError: the cache has no room for them.
         """
         check_tokens("tokens", tokens)

@@ -160,10 +160,10 @@ class LayeredKVCache(abc.ABC):
                 ``backend`` and so on.
 
         Returns:
-            What that function returns: ``[B, H, L, Dv]``, or with ``return_lse`` a pair.
+            What that function returns, ``[B, H, L, Dv]``, or with ``return_lse`` a pair.
 
         Raises:
-            TypeError: ``layer`` is no int, or a tensor is none.
+            TypeError: ``layer`` is no int, or an argument is no tensor.
             ValueError: there is no such layer, the batch is another one, or no room was reserved.
         """
         check_number("layer", layer, 0, self.layers - 1, "a layer")
@@ -190,14 +190,13 @@ class LayeredKVCache(abc.ABC):
         """Hold the next tokens, once all layers have written them.
 
         Args:
-            tokens: how many, of each sequence alike or one number for each: where prompts of unequal length were
-                written side by side, or a draft was accepted in part, those behind are written over by what comes next.
+            tokens: one number for all sequences, or one for each. It may be less than was written, as for prompts of
+                unequal length or a draft that was accepted in part: the next tokens then overwrite the rest.
             sequences: those that grow; None: all.
 
         Raises:
             TypeError: a number is no int.
-            ValueError: a number is negative, or beyond what was reserved; or there are as many as there are not
-                sequences.
+            ValueError: a number is negative, or beyond what was reserved; or there is not one for each sequence.
         """
         chosen = self._chosen(sequences)
         counts = self._one_each("tokens", tokens, chosen)
@@ -238,8 +237,7 @@ class LayeredKVCache(abc.ABC):
 
         Raises:
             TypeError: a number is no int.
-            ValueError: a length is negative or longer than what is held, or there are as many as there are not
-                sequences.
+            ValueError: a length is negative or longer than what is held, or there is not one for each sequence.
         """
         if isinstance(lengths, int):
             check_number("lengths", lengths, 0)

@@ -143,8 +143,8 @@ class MultiheadAttention(nn.MultiheadAttention):
                 training mode; its evaluation mode sometimes reads the mask instead.
 
         Returns:
-            The output in the query's layout, and the weights, after dropout, or None: ``[N, L, S']`` averaged,
-            ``[N, H, L, S']`` not, ``N`` left out without a batch; ``S'`` counts the appended keys too.
+            The output in the query's layout, and the weights, after dropout, or None. Weights are ``[N, L, S']``
+            averaged, ``[N, H, L, S']`` not, ``N`` left out without a batch; ``S'`` counts the appended keys too.
 
         Raises:
             AssertionError, RuntimeError: what ``nn.MultiheadAttention`` raises in training, with its message.

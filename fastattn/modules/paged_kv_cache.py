@@ -13,7 +13,7 @@ from fastattn.modules.layered_kv_cache import CacheFullError, LayeredKVCache, ro
 class PagedKVCache(LayeredKVCache):
     """A cache whose memory is a pool of pages; it is used as :class:`fastattn.KVCache` is.
 
-    A sequence holds the pages that its tokens take, and no memory for those that it may have one day. :meth:`fork`
+    A sequence holds the pages that its tokens take, and no memory for tokens to come. :meth:`fork`
     copies nothing: sequences with the same beginning share its pages, which are counted, and the first that writes into
     a partly filled page that others hold gets a copy of it: at most one page a sequence and layer.
 

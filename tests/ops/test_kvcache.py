@@ -327,6 +327,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"rotary_cos": torch.randn(70, 4), "rotary_sin": torch.randn(70, 4), "key": None, "value": None}, ValueError,
         "rotary_cos is given without key"),
     "mask": ({"attn_mask": torch.zeros(3, 1, 1, 69)}, ValueError, "attn_mask has shape (3, 1, 1, 69)"),
+    "lse": ({"return_lse": 1}, TypeError, "return_lse=1: expected True or False"),
     "causal": ({"is_causal": 1}, TypeError, "is_causal=1: expected True or False"),
     "window": ({"window": (-1, 2)}, ValueError, "window=(-1, 2)"),
     "softcap": ({"softcap": 0.0}, ValueError, "softcap=0.0"),

@@ -216,6 +216,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "a bias of integers": (
         TypeError, "attn_mask is torch.int64", (x, x, x, cu), {"attn_mask": torch.zeros(4, 4).long()}
     ),
+    "an LSE that is no flag": (TypeError, "return_lse=1: expected True or False", (x, x, x, cu), {"return_lse": 1}),
     "weights": (ValueError, "need_weights=True", (x, x, x, cu), {"need_weights": True}),
     "slopes of other sequences": (
         ValueError, "alibi_slopes has shape", (x, x, x, cu), {"alibi_slopes": torch.ones(3, H)}

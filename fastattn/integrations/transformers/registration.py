@@ -37,7 +37,7 @@ class Registration:
     def undo(self) -> None:
         """Forget the name, or give it back to what had it before, unless another registration holds it still.
 
-        A second call does nothing. Models that are set to a name that nobody has raise at their next call.
+        A second call does nothing. Models that are set to a name which is gone raise at their next call.
         """
         if self not in _held.get(self.name, []):
             return
@@ -82,7 +82,7 @@ def register(name: str = "fastattn") -> Registration:
             which takes no other name. No name may contain ``"flash"``, by which transformers knows another protocol.
 
     Returns:
-        A :class:`Registration`: call its ``undo()``, or use it as a context manager; or forget it.
+        A :class:`Registration`. Call its ``undo()``, or use it as a context manager; or forget it.
 
     Raises:
         ImportError: transformers is not installed, or older than 5.4.

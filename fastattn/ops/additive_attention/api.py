@@ -81,7 +81,7 @@ def additive_attention(
             variable ``FASTATTN_BACKEND`` says.
 
     Returns:
-        The output ``[B, L, Dv]`` or ``[B, H, L, Dv]`` in ``query.dtype``, or a tuple of it and the weights:
+        The output ``[B, L, Dv]`` or ``[B, H, L, Dv]`` in ``query.dtype``, or a tuple of it and the weights. These are
         ``[B, L, S]`` of three-dimensional calls and where averaged, else ``[B, H, L, S]``. A row that may see no key is
         zero, and so are its gradients.
 

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from fastattn.ops.additive_attention.contract import AdditiveAttentionCall
-from fastattn.ops.common.checks import DTYPES, check_attn_mask, check_key_padding_mask, shape_of, under_autocast
+from fastattn.ops.common.checks import (
+    DTYPES,
+    check_attn_mask,
+    check_flags,
+    check_key_padding_mask,
+    shape_of,
+    under_autocast,
+)
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> None:
@@ -69,10 +76,7 @@ def make_call(
         bias, mask = (None, attn_mask) if attn_mask.dtype == torch.bool else (attn_mask, None)
     if key_padding_mask is not None:
         check_key_padding_mask(key_padding_mask, key)
-    flags = {"is_causal": is_causal, "need_weights": need_weights, "average_attn_weights": average_attn_weights}
-    for name, flag in flags.items():
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}={flag!r}: expected True or False")
+    check_flags(is_causal=is_causal, need_weights=need_weights, average_attn_weights=average_attn_weights)
     if weight.dim() == 1:
         weight = weight.unsqueeze(0)
     upper = 0 if is_causal else None

@@ -119,8 +119,8 @@ def attention(
 ) -> Tensor | tuple[Tensor, ...]:
     """Exact softmax attention in memory linear in the sequence length (arXiv:2205.14135, arXiv:2307.08691).
 
-    The words and their meanings are those of ``F.scaled_dot_product_attention`` (``attn_mask``: True = may attend) and,
-    for the arguments it does not have, of ``nn.MultiheadAttention`` (``key_padding_mask``: True = padding).
+    Arguments are named and mean what they do in ``F.scaled_dot_product_attention`` (``attn_mask``: True = may attend)
+    and, where it has none, in ``nn.MultiheadAttention`` (``key_padding_mask``: True = padding).
     All masks combine: a key is seen where every one of them allows it. Every argument combines with every other.
 
     Args:

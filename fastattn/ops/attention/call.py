@@ -15,6 +15,7 @@ from fastattn.ops.common.checks import (
     DTYPES,
     check_attn_mask,
     check_dense,
+    check_flags,
     check_integers,
     check_key_padding_mask,
     check_number,
@@ -206,6 +207,7 @@ def make_call(
     if key_padding_mask is not None:
         check_key_padding_mask(key_padding_mask, key)
     check_causality(is_causal, causal_alignment)
+    check_flags(need_weights=need_weights, average_attn_weights=average_attn_weights, return_lse=return_lse)
     left, right = check_window(window)
     if prefix is not None:
         prefix = check_prefix(prefix, query, key)

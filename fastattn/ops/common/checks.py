@@ -145,3 +145,10 @@ def check_number(name: str, value: object) -> None:
     """Raise unless ``value`` is a Python number, or torch.compile's symbol for one."""
     if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}={value!r}: expected a number, got {type(value).__name__}")
+
+
+def check_flags(**flags: object) -> None:
+    """Raise unless each is a Python boolean; else ``"no"`` would count as True."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}={flag!r}: expected True or False")

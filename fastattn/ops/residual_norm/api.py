@@ -118,8 +118,8 @@ def add_layer_norm(
     """``layer_norm(r)`` of ``r = residual + dropout(x + x_bias) * row_scale`` in one pass (arXiv:1607.06450).
 
     Post-norm layers keep the norm, pre-norm layers ``r`` as well (``return_residual``). Everything is computed in
-    float32 (float64 for float64), and rounded once where it leaves. Every argument combines with every other; all of
-    them have gradients, of every order, but the flags. The backward is bitwise deterministic.
+    float32 (float64 for float64), and rounded once where it leaves. Every argument combines with every other; all
+    but the flags have gradients, of every order. The backward is bitwise deterministic.
 
     Args:
         x: ``[..., N]``, float16, bfloat16, float32 or float64; any strides, read as it lies unless its rows need more

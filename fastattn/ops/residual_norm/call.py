@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.ops.common.checks import DTYPES, check_dense, shape_of
+from fastattn.ops.common.checks import DTYPES, check_dense, check_flags, shape_of
 from fastattn.ops.residual_norm.contract import ResidualNormCall
 from fastattn.reference.residual_norm import Kind
 
@@ -128,10 +128,7 @@ def make_call(
         dropout_p = _number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p={dropout_p!r}: expected a number from 0 to 1")
-    flags = (("unit_offset", unit_offset), ("round_residual", round_residual), ("return_residual", return_residual))
-    for name, flag in flags:
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}={flag!r}: expected True or False")
+    check_flags(unit_offset=unit_offset, round_residual=round_residual, return_residual=return_residual)
     of_sum = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     residual_dtype = _check_dtype("residual_dtype", residual_dtype, of_sum)
     if eps is None and kind == "rms":  # torch's default for RMS norms: that of the dtype it computes in

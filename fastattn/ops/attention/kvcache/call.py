@@ -18,7 +18,15 @@ from fastattn.ops.attention.call import (
 from fastattn.ops.attention.functions.call import check_function
 from fastattn.ops.attention.functions.lookups import Extent
 from fastattn.ops.attention.kvcache.contract import KVCacheCall, KVCacheInputs, KVCacheOptions
-from fastattn.ops.common.checks import check_attn_mask, check_tensor, is_integer, shape_of, shapes_of, under_autocast
+from fastattn.ops.common.checks import (
+    check_attn_mask,
+    check_flags,
+    check_tensor,
+    is_integer,
+    shape_of,
+    shapes_of,
+    under_autocast,
+)
 from fastattn.ops.common.tracing import are_sizes, is_eager_on_cpu, is_traced
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
@@ -226,9 +234,7 @@ def make_call(
     if cache_leftpad is not None:
         _check_integers("cache_leftpad", cache_leftpad, query, ("batch",))
     _check_rotary(query, key, rotary_cos, rotary_sin)
-    for name, flag in (("rotary_interleaved", rotary_interleaved), ("is_causal", is_causal)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}={flag!r}: expected True or False")
+    check_flags(rotary_interleaved=rotary_interleaved, is_causal=is_causal, return_lse=return_lse)
     left, right = check_window(window)
     if softcap is not None:
         check_softcap(softcap)

@@ -41,8 +41,8 @@ def attention_varlen(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact softmax attention within each of ``N`` sequences of unequal length that lie packed behind one another.
 
-    No row attends across sequences, and nothing is computed for padding. Wherever :func:`fastattn.attention` counts
-    rows and keys, or has a batch, this counts them from the beginning of their sequence, and has the sequences.
+    No row attends across sequences, and nothing is computed for padding. Rows and keys are counted from the beginning
+    of their sequence, and where :func:`fastattn.attention` has an axis for the batch, this has one for the sequences.
 
     Args:
         query: ``[T, H, D]``, float16, bfloat16, float32 or float64; any strides.

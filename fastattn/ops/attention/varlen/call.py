@@ -23,7 +23,14 @@ from fastattn.ops.attention.functions.call import check_function
 from fastattn.ops.attention.functions.lookups import Extent
 from fastattn.ops.attention.varlen import sequences
 from fastattn.ops.attention.varlen.contract import VarlenCall
-from fastattn.ops.common.checks import check_attn_mask_tensor, is_integer, shape_of, shapes_of, under_autocast
+from fastattn.ops.common.checks import (
+    check_attn_mask_tensor,
+    check_flags,
+    is_integer,
+    shape_of,
+    shapes_of,
+    under_autocast,
+)
 from fastattn.ops.common.tracing import is_eager_on_cpu
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
@@ -137,6 +144,7 @@ def make_call(
             raise TypeError(f"{name}={length!r}: expected an int or None")
         if length is not None and length < 0:
             raise ValueError(f"{name}={length}: expected a length, 0 or more")
+    check_flags(need_weights=need_weights, return_lse=return_lse)
     if need_weights:
         raise ValueError(
             "need_weights=True: packed sequences have no common shape of weights; call fastattn.attention on a padded "
