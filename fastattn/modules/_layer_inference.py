@@ -84,7 +84,7 @@ def encode(layer: Any, src: Tensor, masks: _Masks) -> Tensor | None:
         output = None if is_causal else _fused(layer, src, attention, parts)
         if output is not None:
             return output
-    elif padding is not None and attention.batch_first:
+    elif padding is not None and attention.batch_first and not (is_causal and mask is None):  # which is an error
         packed = _rows_that_count(src, padding)
         if packed is not None:
             rows, hidden = packed

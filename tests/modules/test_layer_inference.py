@@ -123,6 +123,13 @@ def test_padding_that_is_more_than_padding_is_not_left_out(packs):
         torch.testing.assert_close(layer(x, src_key_padding_mask=bias), by_modules(layer, x, src_key_padding_mask=bias))
 
 
+def test_promise_of_causality_without_a_mask_stays_an_error_where_padding_is_left_out(packs):
+    """The packed rows ignored the promise, and saw keys that were to be hidden from them."""
+    x = torch.randn(N, L, E, dtype=torch.float64)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="Need attn_mask if specifying the is_causal hint"):
+        make()(x, src_key_padding_mask=PADDING, is_causal=True)
+
+
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 def test_stack_leaves_padding_out_as_torchs_does(packs):
     layer = make(dtype=torch.float32)
