@@ -164,8 +164,10 @@ def parameters_of(module: nn.MultiheadAttention, dtype: torch.dtype) -> tuple[An
 
 def _keys_of(key: Tensor, query: Tensor, batch_first: bool) -> int | None:
     """The number of keys; None where they do not go with the query."""
+    if not _is_dense(key):  # first, since a nested tensor has no shape
+        return None
     shape, of_query, axis = key.shape, query.shape, 0 if batch_first else 1
-    if not _is_dense(key) or len(shape) != 3 or key.dtype != query.dtype or not key.numel():
+    if len(shape) != 3 or key.dtype != query.dtype or not key.numel():
         return None
     return shape[1 - axis] if shape[2] == of_query[2] and shape[axis] == of_query[axis] else None
 
