@@ -149,7 +149,7 @@ def parameters_of(module: nn.MultiheadAttention, dtype: torch.dtype) -> tuple[An
         found = own["in_proj_weight"], own["in_proj_bias"], of_output["weight"], of_output["bias"]
     except (KeyError, AttributeError):
         return None
-    in_weight, _, out_weight, _ = found
+    in_weight, in_bias, out_weight, out_bias = found
     if in_weight is None or out_weight is None:
         return None
     if type(in_weight) not in _PLAIN or type(out_weight) not in _PLAIN or module.bias_k is not None:
@@ -159,6 +159,9 @@ def parameters_of(module: nn.MultiheadAttention, dtype: torch.dtype) -> tuple[An
     embed_dim = module.embed_dim
     if in_weight.shape != (3 * embed_dim, embed_dim) or out_weight.shape != (embed_dim, embed_dim):
         return None
+    for bias, size in ((in_bias, 3 * embed_dim), (out_bias, embed_dim)):
+        if bias is not None and not (type(bias) in _PLAIN and bias.dtype == dtype and bias.shape == (size,)):
+            return None
     return found if embed_dim % module.num_heads == 0 else None
 
 

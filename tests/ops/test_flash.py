@@ -105,6 +105,22 @@ def test_training_matches_the_reference(name, ran):
     assert set(ran) == {"forward", "backward"} - ({"backward"} if name == "padding_and_alibi" else set())
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2], ids=["entries", "heads", "rows"])
+def test_expanded_queries_train(axis, ran):
+    """Learned queries are one for all entries. Their output lay with the expanded axis innermost, whose elements the
+    kernel's backward took for those of a row: the gradients of queries and keys were silently wrong."""
+    query, key, value = inputs_of("window")
+    query = query.narrow(axis, 0, 1).expand_as(query)
+    leaves = [t.detach().requires_grad_() for t in (query, key, value)]
+    d_output = random_tensor(2, 4, LENGTH, 16, seed=7)
+    output, _ = attend(*leaves, **CALLS["window"], return_lse=True, backend="torch")
+    assert output.is_contiguous()
+    gradients = torch.autograd.grad(output, leaves, d_output)
+    assert set(ran) == {"forward", "backward"}
+    truth, peer = truth_and_peer(leaves, CALLS["window"], d_output)
+    check(dict(zip(truth, (output, *gradients))), truth, peer)
+
+
 def test_causality_alone_is_cut_into_tiles_where_that_is_faster(ran):
     for length, tiles in ((191, []), (192, ["forward"]), (767, ["forward"]), (768, [])):
         tensors = attention_inputs(1, 1, length, length, 8, seed=1)

@@ -258,8 +258,8 @@ def backward(d_output: Tensor, output: Tensor, lse: Tensor, inputs: Inputs, opti
         return Gradients(d_query, d_key, d_value, None if sinks is None or d_sinks is None else d_sinks.to(sinks.dtype))
     dtype = statistics_dtype(query.dtype)
     d_key, d_value = (empty_in_order_of(t, tuple(t.shape), dtype).zero_() for t in (key, value))
-    if d_output.stride(3) != 1:
-        d_output = d_output.contiguous()
+    # torch's kernel reads both as if the elements of a row lay side by side
+    d_output, output = (t if t.stride(3) == 1 else t.contiguous() for t in (d_output, output))
     finite = lse.masked_fill(lse == NEGATIVE_INFINITY, 0.0)
     for tile in _tiles(inputs, options):
         if tile.keys is None:
