@@ -84,7 +84,7 @@ def encode(layer: Any, src: Tensor, masks: _Masks) -> Tensor | None:
         output = None if is_causal else _fused(layer, src, attention, parts)
         if output is not None:
             return output
-    elif padding is not None and attention.batch_first:
+    elif padding is not None and attention.batch_first and not (is_causal and mask is None):  # which is an error
         packed = _rows_that_count(src, padding)
         if packed is not None:
             rows, hidden = packed
@@ -190,8 +190,11 @@ def _parts_of(layer: Any, x: Tensor, attentions: tuple[str, ...], norms: tuple[s
             if backends.default_for(device, norm.backend) != "torch":
                 return None
             weight, bias = norm._parameters["weight"], norm._parameters["bias"]
-            if weight is not None and (type(weight) not in _PLAIN or weight.dtype != dtype):
-                return None
+            for vector in (weight, bias):
+                if vector is not None and not (
+                    type(vector) in _PLAIN and vector.dtype == dtype and vector.shape == (width,)
+                ):
+                    return None
             found.append(_Norm((width,), weight, bias, norm.eps))
         linears = []
         for name in ("linear1", "linear2"):
@@ -228,8 +231,8 @@ def _fused(layer: Any, src: Tensor, attention: MultiheadAttention, parts: _Parts
     if any(t is None for t in (*projections, *norm1, *norm2, *parts.first, *parts.second)):
         return None
     return _FUSED(
-        src, width, heads, *projections, is_gelu, layer.norm_first, eps, *norm1, *norm2, *parts.first, *parts.second,
-        None, None,
+        src, width, heads, *projections, is_gelu, bool(layer.norm_first), eps, *norm1, *norm2, *parts.first,
+        *parts.second, None, None,
     )  # fmt: skip
 
 
@@ -241,9 +244,11 @@ def _rows_that_count(src: Tensor, padding: Tensor) -> tuple[Tensor, Tensor] | No
     they are most of them, or the mask is more than that."""
     batch, length, width = src.shape
     positions = batch * length
-    if positions * width < 2 * _FEWEST_LEFT_OUT or type(padding) not in _PLAIN or padding.shape != (batch, length):
+    if positions * width < 2 * _FEWEST_LEFT_OUT or type(padding) not in _PLAIN or padding.is_nested:
         return None
-    if padding.device.type != "cpu":
+    if padding.layout is not torch.strided or padding.device.type != "cpu" or padding.shape != (batch, length):
+        return None
+    if padding.dtype not in (torch.bool, src.dtype):
         return None
     hidden = padding
     if padding.dtype != torch.bool:

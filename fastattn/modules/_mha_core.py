@@ -8,16 +8,17 @@ which have derivatives of every kind, and to which what is hidden does not matte
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
 
 from fastattn.ops.attention import operator
 from fastattn.ops.attention.contract import AttentionCall, Weights
 from fastattn.ops.common.finite import is_finite
+from fastattn.ops.common.tracing import is_batched
 from fastattn.reference.attention import NEGATIVE_INFINITY
 
 # What F.scaled_dot_product_attention runs on a CPU. Its output lies as [N, L, H, D].
@@ -93,21 +94,24 @@ class _Attention(torch.autograd.Function):
         out_weight: Tensor,
         out_bias: Tensor | None,
     ) -> Any:
-        merged, weights, kept = _attended(plan, mask, *_sides(plan, query, memory, in_weight, in_bias))
+        # as within an operator, where a view of a new tensor is none to autograd: results may be changed in place
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            merged, weights, kept = _attended(plan, mask, *_sides(plan, query, memory, in_weight, in_bias))
+            output = _linear(merged, out_weight, out_bias).view(query.shape)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(query, memory, in_weight, in_bias, out_weight, out_bias, mask, merged, *kept)
-        output = _linear(merged, out_weight, out_bias).view(query.shape)
         return output if weights is None else (output, weights)
 
     @staticmethod
     def backward(ctx: Any, *d_results: Any) -> Any:
         d_output, d_weights = d_results if len(d_results) == 2 else (*d_results, None)
-        query, memory, in_weight, _, out_weight, _, mask, merged, q, k, v, attended, kept = ctx.saved_tensors
+        saved = ctx.saved_tensors  # read once: checkpointing unpacks what was saved a single time
+        query, memory, in_weight, _, out_weight, _, mask, merged, q, k, v, attended, kept = saved
         needs, plan = ctx.needs_input_grad, ctx.plan
         heads, batch_first, is_causal, _, weights = plan
         if d_output is None or torch.is_grad_enabled():
-            return _by_operators(ctx, d_output, d_weights)
+            return _by_operators(ctx, saved[:7], d_output, d_weights)
         first, second, embed_dim = query.shape
         d_rows = d_output.reshape(-1, embed_dim)
         d_attended = d_rows.mm(out_weight).view(first, second, heads, -1)
@@ -139,7 +143,7 @@ class _Attention(torch.autograd.Function):
                 d_in_bias = torch.cat((dq.sum(0), dk.sum(0), dv.sum(0)))
             if needs[4]:
                 pairs = (dq, rows), (dk, of_memory), (dv, of_memory)
-                if is_legacy_batchedtensor(d_output):  # of torch.autograd.grad(is_grads_batched=True)
+                if is_batched(d_output):
                     d_in_weight = torch.cat([side.t().mm(source) for side, source in pairs])
                 else:
                     d_in_weight = torch.empty_like(in_weight)
@@ -153,16 +157,17 @@ class _Attention(torch.autograd.Function):
             if memory is not None and needs[3]:
                 d_memory = torch.addmm(dk.mm(w_k), dv, w_v).view(memory.shape)
         if mask is not None and d_in_bias is not None and not _is_finite(d_in_bias):
-            return _by_operators(ctx, d_output, d_weights)
+            return _by_operators(ctx, saved[:7], d_output, d_weights)
         d_out_weight = d_rows.t().mm(merged) if needs[6] else None
         d_out_bias = d_rows.sum(0) if needs[7] else None
         return None, None, d_query, d_memory, d_in_weight, d_in_bias if needs[5] else None, d_out_weight, d_out_bias
 
 
-def _by_operators(ctx: Any, d_output: Tensor | None, d_weights: Tensor | None) -> Any:
-    """The gradients by the operators, differentiable where gradients are recorded."""
+def _by_operators(ctx: Any, saved: Sequence[Any], d_output: Tensor | None, d_weights: Tensor | None) -> Any:
+    """The gradients by the operators, of the tensors given to the forward and its mask; differentiable where gradients
+    are recorded."""
     plan, needs, differentiated = ctx.plan, ctx.needs_input_grad[2:], torch.is_grad_enabled()
-    *given, mask = ctx.saved_tensors[:7]
+    *given, mask = saved
     if mask is not None and mask.dim() == 2:
         mask = mask[None, None]
     with torch.enable_grad():
@@ -256,7 +261,7 @@ def _backward_of_formula(
         of_heads = (d_weights / heads)[:, None] if plan.weights == "average" else d_weights
         d_scores = d_scores.view(batch, heads, *weights.shape[1:]).add_(of_heads).view(weights.shape)
     del d_output, d_weights
-    if is_legacy_batchedtensor(d_scores):  # of torch.autograd.grad(is_grads_batched=True)
+    if is_batched(d_scores):
         d_scores = torch._softmax_backward_data(d_scores, weights, -1, query.dtype)
     else:
         _SOFTMAX_BACKWARD(d_scores, weights, -1, query.dtype, grad_input=d_scores)

@@ -151,7 +151,7 @@ def parameters_of(module: nn.MultiheadAttention, dtype: torch.dtype) -> tuple[An
         found = own["in_proj_weight"], own["in_proj_bias"], of_output["weight"], of_output["bias"]
     except (KeyError, AttributeError):
         return None
-    in_weight, _, out_weight, _ = found
+    in_weight, in_bias, out_weight, out_bias = found
     if in_weight is None or out_weight is None:
         return None
     if type(in_weight) not in _PLAIN or type(out_weight) not in _PLAIN or module.bias_k is not None:
@@ -161,13 +161,18 @@ def parameters_of(module: nn.MultiheadAttention, dtype: torch.dtype) -> tuple[An
     embed_dim = module.embed_dim
     if in_weight.shape != (3 * embed_dim, embed_dim) or out_weight.shape != (embed_dim, embed_dim):
         return None
+    for bias, size in ((in_bias, 3 * embed_dim), (out_bias, embed_dim)):
+        if bias is not None and not (type(bias) in _PLAIN and bias.dtype == dtype and bias.shape == (size,)):
+            return None
     return found if embed_dim % module.num_heads == 0 else None
 
 
 def _keys_of(key: Tensor, query: Tensor, batch_first: bool) -> int | None:
     """The number of keys; None where they do not go with the query."""
+    if not _is_dense(key):  # first, since a nested tensor has no shape
+        return None
     shape, of_query, axis = key.shape, query.shape, 0 if batch_first else 1
-    if not _is_dense(key) or len(shape) != 3 or key.dtype != query.dtype or not key.numel():
+    if len(shape) != 3 or key.dtype != query.dtype or not key.numel():
         return None
     return shape[1 - axis] if shape[2] == of_query[2] and shape[axis] == of_query[axis] else None
 

@@ -299,7 +299,7 @@ class LayeredKVCache(abc.ABC):
 
     def _to_device(self, numbers: Any) -> Tensor:
         """A few numbers of the host as int64, without waiting for the device."""
-        return torch.tensor(numbers, dtype=torch.int64).to(self.lengths.device, non_blocking=True)
+        return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(self.lengths.device, non_blocking=True)
 
     def _drop(self, sequence: int, length: int) -> None:
         self._lengths[sequence], self._reserved[sequence] = length, 0

@@ -123,6 +123,24 @@ def test_padding_that_is_more_than_padding_is_not_left_out(packs):
         torch.testing.assert_close(layer(x, src_key_padding_mask=bias), by_modules(layer, x, src_key_padding_mask=bias))
 
 
+@pytest.mark.parametrize(("convert", "error"), [
+    (torch.Tensor.half, RuntimeError),
+    (torch.Tensor.to_sparse, TypeError),
+], ids=["dtype", "layout"])  # fmt: skip
+def test_padding_of_another_kind_keeps_its_error_where_it_would_be_left_out(packs, convert, error):
+    layer, x = make(), torch.randn(N, L, E, dtype=torch.float64)
+    padding = convert(torch.zeros(N, L, dtype=x.dtype).masked_fill(PADDING, -torch.inf))
+    with torch.no_grad(), pytest.raises(error, match=r"a floating mask is torch\.float16|has the layout"):
+        layer(x, src_key_padding_mask=padding)
+
+
+def test_promise_of_causality_without_a_mask_stays_an_error_where_padding_is_left_out(packs):
+    """The packed rows ignored the promise, and saw keys that were to be hidden from them."""
+    x = torch.randn(N, L, E, dtype=torch.float64)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="Need attn_mask if specifying the is_causal hint"):
+        make()(x, src_key_padding_mask=PADDING, is_causal=True)
+
+
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 def test_stack_leaves_padding_out_as_torchs_does(packs):
     layer = make(dtype=torch.float32)
@@ -155,6 +173,9 @@ def test_layers_that_call_their_modules():
             lambda layer: layer.dropout1.train(),
             lambda layer: setattr(layer, "dropout2", nn.Identity()),
             lambda layer: setattr(layer, "norm1", nn.LayerNorm(E, dtype=torch.float64)),
+            lambda layer: setattr(layer.norm1, "bias", nn.Parameter(torch.zeros(E))),
+            lambda layer: setattr(layer.norm1, "bias", nn.Parameter(torch.zeros(1, dtype=torch.float64))),
+            lambda layer: setattr(layer.self_attn, "in_proj_bias", nn.Parameter(torch.zeros(1, dtype=torch.float64))),
             lambda layer: layer.norm2.register_forward_pre_hook(lambda *_: None),
             lambda layer: setattr(layer.linear1, "forward", layer.linear1.forward),
             lambda layer: setattr(layer, "self_attn", nn.MultiheadAttention(E, H, dtype=torch.float64)),

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from fastattn.modules import _mha_core, _mha_direct, multihead_attention
@@ -150,6 +151,44 @@ def test_second_derivatives_are_those_of_the_long_way(monkeypatch, call, weights
         first = torch.autograd.grad(output.square().sum(), tensors, create_graph=True)
         found.append(torch.autograd.grad(torch.stack([t.square().sum() for t in first]).sum(), tensors))
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_output_may_be_changed_in_place(direct_alone, weights):
+    """``x += attention(x)[0]`` failed in training: autograd took the output for a view made inside a Function."""
+    module = make()
+    x, _ = inputs(module)
+    gradients = []
+    for add in (torch.Tensor.add, torch.Tensor.add_):
+        leaf = x.clone().requires_grad_()
+        output, _ = module(leaf, leaf, leaf, **WEIGHTS[weights])
+        gradients.append(torch.autograd.grad(add(output, leaf).square().sum(), [leaf, *module.parameters()]))
+    torch.testing.assert_close(*gradients)
+
+
+def test_nested_memory_keeps_its_error():
+    module = make()
+    x, memory = inputs(module, crossed=True)
+    nested = torch.nested.nested_tensor(list(memory))
+    with pytest.raises(AssertionError, match="does not support NestedTensor outside of its fast path"):
+        module(x, nested, nested)
+
+
+@pytest.mark.parametrize("weights", ["output", "average"])
+def test_second_derivatives_behind_a_checkpoint(weights):
+    """Checkpointing unpacks each saved tensor a single time in a backward, which read them twice and failed."""
+    module = make()
+    x, _ = inputs(module)
+    x.requires_grad_()
+
+    def attended(x):
+        return module(x, x, x, **CALLS["both"], **WEIGHTS[weights])[0]
+
+    found = []
+    for output in (attended(x), checkpoint(attended, x, use_reentrant=False)):
+        (first,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), x))
+    torch.testing.assert_close(*found)
 
 
 def test_what_a_gradient_holds_at_hidden_pairs_does_not_matter():

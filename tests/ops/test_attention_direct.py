@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
 from fastattn import reference
@@ -178,6 +179,13 @@ def test_wrong_arguments_keep_their_errors(words, error):
         fastattn.attention(*qkv(), **words)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("convert", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr], ids=["coo", "csr"])
+def test_sparse_padding_of_tensors_of_one_shape_keeps_its_error(convert):
+    with pytest.raises(TypeError, match=r"^key_padding_mask has the layout torch\.sparse_"):
+        fastattn.attention(*qkv(keys=7, length=7), key_padding_mask=convert(padding()))
+
+
 @pytest.mark.parametrize("position", range(3))
 def test_nested_tensors_keep_their_error(position):
     inputs = qkv(keys=6)
@@ -218,6 +226,20 @@ def test_direct_call_trains_under_a_mask(garbage, taken):
     )
     for name, actual, *others in zip(("dq", "dk", "dv"), found, truth, peer):
         assert_within_budget(actual, truth=others[0], peer=others[1], name=name)
+
+
+@pytest.mark.parametrize("mask", ["key_padding_mask", "attn_mask"])
+@pytest.mark.parametrize("length", [6, 7])
+def test_garbage_stays_hidden_from_gradients_where_the_fused_kernel_is_off(length, mask):
+    """SDPA's other form has no hook that would look at its gradients: values of 1e38 at hidden keys made them NaN."""
+    query, key, value = qkv(length=length)
+    words: Any = {mask: padding() if mask == "key_padding_mask" else ~padding()[:, None, None]}
+    value.masked_fill_(padding()[:, None, :, None], 1e38)
+    leaves = [t.requires_grad_() for t in (query, key, value)]
+    with sdpa_kernel(SDPBackend.MATH):
+        output: Any = fastattn.attention(*leaves, **words)
+    found = torch.autograd.grad(output, leaves, torch.full_like(output, 10.0))
+    assert all(bool(t.isfinite().all()) for t in found)
 
 
 def test_direct_call_gives_gradients_of_every_order(taken):

@@ -8,6 +8,7 @@ import torch
 from benchmarks.families.masks import in_words_of_reference
 from fastattn.ops.attention import flash
 from fastattn.ops.attention.call import make_call
+from fastattn.ops.attention.functions import as_words
 from fastattn.ops.attention.operator import operands
 from fastattn.reference import attention as reference
 from fastattn.testing import assert_within_budget, attention_inputs, random_tensor
@@ -104,6 +105,22 @@ def test_training_matches_the_reference(name, ran):
     assert set(ran) == {"forward", "backward"} - ({"backward"} if name == "padding_and_alibi" else set())
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2], ids=["entries", "heads", "rows"])
+def test_expanded_queries_train(axis, ran):
+    """Learned queries are one for all entries. Their output lay with the expanded axis innermost, whose elements the
+    kernel's backward took for those of a row: the gradients of queries and keys were silently wrong."""
+    query, key, value = inputs_of("window")
+    query = query.narrow(axis, 0, 1).expand_as(query)
+    leaves = [t.detach().requires_grad_() for t in (query, key, value)]
+    d_output = random_tensor(2, 4, LENGTH, 16, seed=7)
+    output, _ = attend(*leaves, **CALLS["window"], return_lse=True, backend="torch")
+    assert output.is_contiguous()
+    gradients = torch.autograd.grad(output, leaves, d_output)
+    assert set(ran) == {"forward", "backward"}
+    truth, peer = truth_and_peer(leaves, CALLS["window"], d_output)
+    check(dict(zip(truth, (output, *gradients))), truth, peer)
+
+
 def test_causality_alone_is_cut_into_tiles_where_that_is_faster(ran):
     for length, tiles in ((191, []), (192, ["forward"]), (767, ["forward"]), (768, [])):
         tensors = attention_inputs(1, 1, length, length, 8, seed=1)
@@ -166,6 +183,27 @@ def test_garbage_at_hidden_pairs_leaves_the_call_to_the_careful_blocks(where, ra
         output = attend(query, key, value, **words, backend="torch")
     assert bool(output[:, :, :30].isnan().all())
     torch.testing.assert_close(output[:, :, 30:], clean[:, :, 30:])
+
+
+def test_parts_tell_a_mask_mod_which_heads_and_entries_they_are(monkeypatch, ran):
+    """Each part of a call that runs in float32 was a call of heads and batch entries that begin at 0."""
+    monkeypatch.setattr(flash, "_MOST_WIDE", 1)
+    monkeypatch.setattr(flash, "widens", lambda dtype, *_: dtype == torch.float16)
+    for limit in ("MOST", "MOST_TO_EVALUATE"):
+        monkeypatch.setattr(as_words, limit, 0)  # else the function is a mask by then
+    reach = torch.tensor([0, 9, 20, 3])
+
+    def near(batch, head, query_index, key_index):
+        return (query_index - key_index).abs() <= reach[head] + 40 * batch
+
+    leaves = [t.requires_grad_() for t in attention_inputs(2, 4, 64, 64, 16, kv_heads=2, dtype=torch.float16, seed=6)]
+    d_output = random_tensor(2, 4, 64, 16, seed=7, dtype=torch.float16)
+    output, _ = attend(*leaves, mask_mod=near, return_lse=True, backend="torch")
+    gradients = torch.autograd.grad(output, leaves, d_output)
+    assert set(ran) == {"forward", "backward"}
+    mask = near(*torch.meshgrid(*(torch.arange(size) for size in (2, 4, 64, 64)), indexing="ij"))
+    truth, peer = truth_and_peer(leaves, {"attn_mask": mask}, d_output)
+    check(dict(zip(truth, (output, *gradients))), truth, peer)
 
 
 @pytest.mark.parametrize("length", [20, LENGTH])

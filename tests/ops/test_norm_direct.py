@@ -198,6 +198,23 @@ def test_the_guard_of_a_kept_graph(dtype):
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_batched_gradients_in_blocks(kind, dtype, monkeypatch):
+    """Blocks write into memory of their own, which batched gradients do not fit: they raised a RuntimeError."""
+    monkeypatch.setattr(torch_rms_norm, "_FEWEST", 0)
+    monkeypatch.setattr(torch_layer_norm, "_BLOCK", 16)
+    leaves = [draw(7, 24, dtype=dtype).requires_grad_(), draw(24, seed=2, dtype=dtype).requires_grad_()]
+    output = ALONE[kind](leaves[0], (24,), leaves[1])
+    cotangents = draw(3, 7, 24, seed=3, dtype=dtype)
+
+    def pulled_back(cotangent, **words):
+        return torch.autograd.grad(output, leaves, cotangent, retain_graph=True, **words)
+
+    expected = [torch.stack(each) for each in zip(*map(pulled_back, cotangents))]
+    for found in (pulled_back(cotangents, is_grads_batched=True), torch.vmap(pulled_back)(cotangents)):
+        torch.testing.assert_close(list(found), expected, rtol=2e-2, atol=2e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
 def test_layer_norms_of_one_eps_share_their_hooks():
     hooked = {torch_layer_norm._hooked(eps) for eps in (1e-5, 1e-5, 1e-6)}
     assert len(hooked) == 2

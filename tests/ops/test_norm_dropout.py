@@ -387,7 +387,7 @@ def test_norm_dropout_in_blocks_of_rows(kind, dtype, monkeypatch):
     blocks = []
     total = on_torch._total
     monkeypatch.setattr(on_torch, "_BLOCK", 1 << 9)
-    monkeypatch.setattr(on_torch, "_total", lambda call: blocks.append(len(call.x)) or total(call))
+    monkeypatch.setattr(on_torch, "_total", lambda call, keep: blocks.append(len(call.x)) or total(call, keep))
     x, residual = random_tensor(3, 11, 48, seed=1, dtype=dtype), random_tensor(3, 11, 48, seed=2)
     vectors = {"weight": random_tensor(48, seed=3, dtype=dtype), "x_bias": random_tensor(48, seed=4, dtype=dtype)}
     call: dict[str, Any] = {**vectors, "row_scale": random_tensor(1, 11, seed=5), "dropout_p": 0.3, "eps": 1e-5}
@@ -403,6 +403,24 @@ def test_norm_dropout_in_blocks_of_rows(kind, dtype, monkeypatch):
     )
     for name, actual, of_peer, of_truth in zip(("output", "total"), result, peer, truth):
         assert_within_budget(actual, truth=of_truth, peer=of_peer.to(actual.dtype), name=name)
+
+
+@pytest.mark.parametrize("p", [0.3, 1.0])
+@pytest.mark.parametrize("terms", ["", "x_bias", "row_scale"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_norm_dropout_draws_the_same_without_gradients(dtype, terms, p, monkeypatch):
+    """Blocks of rows drew numbers of their own, which on Intel's processors are others than those of the whole: a
+    reentrant checkpoint, whose first run has no gradients, differentiated a sum that had kept other elements."""
+    monkeypatch.setattr(on_torch, "_BLOCK", 1 << 9)
+    drawn, draw = [], torch.Tensor.bernoulli_
+    monkeypatch.setattr(torch.Tensor, "bernoulli_", lambda t, *args: drawn.append(t.numel()) or draw(t, *args))
+    x, residual = random_tensor(3, 11, 48, seed=1, dtype=dtype), random_tensor(3, 11, 48, seed=2, dtype=dtype)
+    others = {"x_bias": random_tensor(48, seed=3, dtype=dtype), "row_scale": random_tensor(3, 11, seed=4, dtype=dtype)}
+    words: dict[str, Any] = {name: tensor for name, tensor in others.items() if name == terms}
+    evaluated = dropped(x, p, 5, "torch", residual=residual, **words)
+    assert drawn == ([] if p == 1.0 else [x.numel()])
+    trained = dropped(x.requires_grad_(), p, 5, "torch", residual=residual, **words)
+    torch.testing.assert_close(evaluated, trained.detach())
 
 
 def _to(value: Any, dtype: torch.dtype) -> Any:

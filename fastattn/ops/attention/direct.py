@@ -63,9 +63,9 @@ def attend_plainly(
     if key_padding_mask is not None:
         if is_causal or not (type(key_padding_mask) is Tensor and key_padding_mask.dtype is torch.bool):
             return None
-        if not key_padding_mask.is_cpu or key_padding_mask.shape != (shape[0], shape[2]):
+        if not _is_dense(key_padding_mask) or key_padding_mask.shape != (shape[0], shape[2]):
             return None
-        if key_padding_mask.is_nested or not (trains or shape[2] < sdpa.FEWEST_ROWS_OF_TILES):
+        if not key_padding_mask.is_cpu or not (sdpa.is_guarded() if trains else shape[2] < sdpa.FEWEST_ROWS_OF_TILES):
             return None
         mask = key_padding_mask.logical_not().view(shape[0], 1, 1, shape[2])  # half the time of ~mask[:, None, None]
     try:
@@ -108,7 +108,7 @@ def attend_by_difference(
         return None
     if scale is not None and not (type(scale) is float and LEAST_SCALE <= scale < math.inf):
         return None
-    if torch._C._is_any_autocast_enabled() or not backends.is_torch_on_cpu(backend):
+    if torch._C._is_any_autocast_enabled() or not backends.is_torch_on_cpu(backend) or not sdpa.is_guarded():
         return None
     left, right = (None, None) if window is None else window
     # as few masks as there are windows that differ, whatever stands for "no limit"
@@ -189,6 +189,8 @@ def attend(
     if key_padding_mask is not None and (mask := _with_padding(mask, key_padding_mask, query, keys)) is None:
         return None
     if is_causal and (mask is not None or length != keys):
+        return None
+    if mask is not None and trains and not sdpa.is_guarded():
         return None
     if mask is not None and (not _is_dense(mask) or mask.requires_grad or not _takes_mask(mask, query, trains, keys)):
         return None

@@ -98,8 +98,8 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     query, sinks = inputs.query, inputs.sinks
     if widens(query.dtype, False, scores_of(query, inputs.key)):
         output, lse = _empty(query)
-        for part in _parts(inputs):
-            found = forward(_wide(part, inputs), options)
+        for part in _parts(inputs, options):
+            found = forward(_wide(part, inputs), part.of_options(options))
             part.of(output, _OF_HEADS).copy_(found[0]), part.of(lse, _OF_HEADS).copy_(found[1])
         return output, lse
     output = lse = None
@@ -143,6 +143,10 @@ class _Part(NamedTuple):
             if part.stop - part.start != tensor.shape[axis] != 1:
                 tensor = tensor.narrow(axis, part.start, part.stop - part.start)
         return tensor
+
+    def of_options(self, options: Options) -> Options:
+        """The options, by which a mask_mod is told the numbers of the batch entries."""
+        return options._replace(first_batch=options.first_batch + self.batch.start)
 
 
 _OF_HEADS = ("batch", "heads")
@@ -196,11 +200,12 @@ def _has_float16() -> bool:
         return False
 
 
-def _parts(inputs: Inputs) -> Iterator[_Part]:
-    """As much at a time as float32 copies are to hold: all of it, some batch entries, or some heads of one."""
+def _parts(inputs: Inputs, options: Options) -> Iterator[_Part]:
+    """As much at a time as float32 copies are to hold: all of it, some batch entries, or some heads of one; but all
+    heads of a call with a mask_mod, which is told their numbers."""
     (batch, heads, length, size), (kv_heads, keys) = inputs.query.shape, inputs.key.shape[1:3]
     of_head = size * (2 * keys + 2 * length * (heads // kv_heads))
-    at_once = max(1, _MOST_WIDE * torch.get_num_threads() // of_head)
+    at_once = max(kv_heads if options.mask_mod else 1, _MOST_WIDE * torch.get_num_threads() // of_head)
     entries = max(1, at_once // kv_heads)
     at_once, group = min(at_once, kv_heads), heads // kv_heads
     for entry in range(0, batch, entries):
@@ -244,9 +249,9 @@ def backward(d_output: Tensor, output: Tensor, lse: Tensor, inputs: Inputs, opti
     if widens(query.dtype, True, scores_of(query, key)):
         d_key, d_value = (empty_in_order_of(t, tuple(t.shape)) for t in (key, value))
         d_sinks = None if sinks is None else torch.zeros_like(sinks, dtype=torch.float32)
-        for part in _parts(inputs):
+        for part in _parts(inputs, options):
             d_rows, rows = (part.of(t, _OF_HEADS).float() for t in (d_output, output))
-            made = backward(d_rows, rows, part.of(lse, _OF_HEADS), _wide(part, inputs), options)
+            made = backward(d_rows, rows, part.of(lse, _OF_HEADS), _wide(part, inputs), part.of_options(options))
             part.of(d_query, _OF_HEADS).copy_(made.d_query)
             part.of(d_key, _OF_KEYS).copy_(made.d_key), part.of(d_value, _OF_KEYS).copy_(made.d_value)
             if d_sinks is not None and made.d_sinks is not None:
@@ -254,8 +259,8 @@ def backward(d_output: Tensor, output: Tensor, lse: Tensor, inputs: Inputs, opti
         return Gradients(d_query, d_key, d_value, None if sinks is None or d_sinks is None else d_sinks.to(sinks.dtype))
     dtype = statistics_dtype(query.dtype)
     d_key, d_value = (empty_in_order_of(t, tuple(t.shape), dtype).zero_() for t in (key, value))
-    if d_output.stride(3) != 1:
-        d_output = d_output.contiguous()
+    # torch's kernel reads both as if the elements of a row lay side by side
+    d_output, output = (t if t.stride(3) == 1 else t.contiguous() for t in (d_output, output))
     finite = lse.masked_fill(lse == NEGATIVE_INFINITY, 0.0)
     for tile in _tiles(inputs, options):
         if tile.keys is None:
@@ -373,7 +378,7 @@ def _by_values(block: Block, inputs: Inputs, options: Options) -> _Tile:
         mask = seen.to(dtype).reciprocal_().neg_().add_(1)  # 1 - 1/x maps 1 to 0 and 0 to -inf
     added = own.bias
     if own.alibi_slopes is not None:
-        far = distances(visible.shape[2], visible.shape[3], rules.shift).to(dtype)
+        far = distances(visible.shape[2], visible.shape[3], rules.shift, visible.device).to(dtype)
         alibi = own.alibi_slopes[..., None, None].to(dtype) * -far
         added = alibi if added is None else added + alibi
     if added is not None:
@@ -394,8 +399,8 @@ def _by_rule(block: Block, vector: Tensor | None, inputs: Inputs, options: Optio
     mask = vector.as_strided(shape, (*vector.stride()[:2], 1, 1), first + inputs.query.shape[2] - 1)
     blind, last = None, inputs.key.shape[2] - 1
     if (upper is not None and start + upper < 0) or (lower is not None and stop - 1 + lower > last):
-        row = torch.arange(start, stop)
-        blind = torch.zeros(stop - start, dtype=torch.bool)
+        row = torch.arange(start, stop, device=mask.device)
+        blind = torch.zeros(stop - start, dtype=torch.bool, device=mask.device)
         blind |= False if upper is None else row + upper < 0
         blind |= False if lower is None else row + lower > last
     if mask.numel() <= 2 * inputs.query[:, :, rows].numel():  # less to turn over than what goes in and comes out
@@ -408,8 +413,9 @@ def by_difference(inputs: Inputs, options: Options) -> Tensor | None:
     from ``-(L - 1)`` on; None where nothing is."""
     length, keys, slopes = inputs.query.shape[2], inputs.key.shape[2], inputs.alibi_slopes
     dtype, lower, upper = _mask_dtype(inputs.query), options.lower, options.upper
+    device = inputs.query.device
     if slopes is not None:
-        far = torch.arange(1 - length - options.shift, keys - options.shift, dtype=dtype).abs_()
+        far = torch.arange(1 - length - options.shift, keys - options.shift, dtype=dtype, device=device).abs_()
         found = slopes.to(dtype).neg()[..., None] * far
         steepest = slopes.amax().item()
         if steepest * (length + keys) > _FARTHEST[dtype] and _stands_at_a_key(inputs, options):
@@ -418,7 +424,7 @@ def by_difference(inputs: Inputs, options: Options) -> Tensor | None:
     elif lower is None and upper is None:
         return None
     else:
-        found = torch.zeros(1, 1, length + keys - 1, dtype=dtype)
+        found = torch.zeros(1, 1, length + keys - 1, dtype=dtype, device=device)
     if lower is not None and lower > 1 - length:
         found[..., : lower + length - 1].fill_(NEGATIVE_INFINITY)
     if upper is not None and upper < keys - 1:

@@ -61,8 +61,9 @@ def run(call: AttentionCall, keep: Tensor | None) -> tuple[Tensor, Tensor | None
 def _with_alibi_as_bias(call: AttentionCall) -> AttentionCall:
     if call.alibi_slopes is None:
         return call
-    far = distances(call.query.shape[2], call.key.shape[2], call.shift).to(statistics_dtype(call.alibi_slopes.dtype))
-    alibi = call.alibi_slopes[..., None, None] * -far
+    compute = torch.promote_types(statistics_dtype(call.query.dtype), call.alibi_slopes.dtype)
+    far = distances(call.query.shape[2], call.key.shape[2], call.shift, call.device).to(compute)
+    alibi = call.alibi_slopes[..., None, None].to(compute) * -far
     return call._replace(alibi_slopes=None, bias=alibi if call.bias is None else call.bias + alibi)
 
 

@@ -34,7 +34,7 @@ def describe(call: AttentionCall) -> str:
         return backends.WHERE
     from fastattn.ops.attention import launch  # imports triton
 
-    seed = torch.empty(2, dtype=torch.int64) if call.dropout_p > 0.0 else None
+    seed = torch.empty(2, dtype=torch.int64, device="cpu") if call.dropout_p > 0.0 else None
     return f"{backends.WHERE}: {launch.describe(*operator.operands(call, seed, 'triton'))}"
 
 

@@ -80,7 +80,14 @@ def takes(call: AttentionCall) -> bool:
         and call.key.numel() > 0
         and (bias is None or not needs_care(bias, call.query))
         and merged_elements(call) <= MOST_MERGED
+        and (is_guarded() or not (hides(call) and trains(call)))
     )
+
+
+def is_guarded() -> bool:
+    """Does :func:`guard_gradients` look at the gradients of a call? Where ``torch.nn.attention.sdpa_kernel`` has turned
+    the fused kernel off, SDPA takes another form, whose nodes have no hook."""
+    return torch._C._get_flash_sdp_enabled()
 
 
 def needs_care(bias: Tensor, query: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -49,9 +49,14 @@ def empty_in_order_of(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype |
     """An empty dense tensor whose dimensions lie in memory in the order of ``like``'s.
 
     The output of attention over a ``[B, L, H, D]`` view then merges its heads without a copy, and the output over a
-    ``[B, C, H * W]`` feature map is such a map again.
+    ``[B, C, H * W]`` feature map is such a map again. An expanded dimension, whose elements lie in one place, gets the
+    place that it has in a contiguous tensor: ahead of the one behind it.
     """
-    order = sorted(range(like.dim()), key=lambda axis: -like.stride(axis))
+    steps: list[Any] = list(like.stride())
+    for axis in reversed(range(like.dim() - 1)):
+        if type(steps[axis]) is int and steps[axis] == 0:  # no symbol of a graph, which need not be looked at
+            steps[axis] = steps[axis + 1] * like.shape[axis + 1]
+    order = sorted(range(like.dim()), key=lambda axis: -steps[axis])
     return torch.empty_permuted(shape, order, dtype=dtype or like.dtype, device=like.device)
 
 

@@ -24,6 +24,7 @@ from fastattn.ops.common import derivatives
 from fastattn.ops.common.derivatives import Blocked
 from fastattn.ops.common.operator import ForwardArguments, Operator, OperatorFunction, looped, take
 from fastattn.ops.common.short_way import is_looked_at
+from fastattn.ops.common.tracing import is_batched
 
 
 def _without(prefix: str, names: Sequence[str]) -> list[str]:
@@ -281,7 +282,7 @@ class _Unwatched(torch.autograd.Function):
         gradients = pair.gradients_of(grads, kept, options)
         wanted = ctx.needs_input_grad[3:]
         needs = pair.needs_of(inputs, pair.inputs(*wanted, *(False,) * (len(inputs) - len(wanted))))
-        if torch.is_grad_enabled() or is_looked_at():
+        if torch.is_grad_enabled() or is_looked_at() or any(g is not None and is_batched(g) for g in gradients):
             found = backward_function.apply(*gradients, *kept, *needs, *inputs, *options)
         else:
             found = pair.run_backward(gradients, kept, needs, inputs, options)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active as is_functorch_active
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.fx import Proxy
 from torch.nn import Parameter
 from torch.overrides import handle_torch_function
@@ -45,6 +46,12 @@ def is_traced() -> bool:
 def is_transformed() -> bool:
     """Is this under ``torch.func``, or in forward mode?"""
     return is_functorch_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Is this gradient several of them, that a backward has to take together: under ``torch.vmap``, or for
+    ``torch.autograd.grad(is_grads_batched=True)``? Nothing may be written in place of them, nor ``out`` of them."""
+    return is_functorch_active() or is_legacy_batchedtensor(tensor)
 
 
 def is_eager_on_cpu(tensor: Tensor) -> bool:
@@ -129,7 +136,7 @@ def saved_tensors(node: Any, *names: str) -> list[Tensor]:
     """
     found: list[Tensor] = []
     with torch.enable_grad():
-        leaf = torch.zeros((), requires_grad=True)
+        leaf = torch.zeros((), device="cpu", requires_grad=True)
         leaf.register_hook(lambda _: found.extend(getattr(node, f"_saved_{name}") for name in names))
         torch.autograd.grad(leaf * 1, leaf)
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,17 +60,26 @@ def _has_gradients(call: ResidualNormCall) -> bool:
 
 
 def _total_by_rows(call: ResidualNormCall) -> Tensor:
-    """:func:`_total` in the residual's dtype, a block of rows at a time: what is wider is as large as a block."""
+    """:func:`_total` in the residual's dtype, a block of rows at a time: what is wider is as large as a block.
+
+    What dropout keeps is drawn at once, as with gradients: of blocks torch draws other numbers than of the whole, and a
+    reentrant checkpoint runs the same call once without gradients and once with them.
+    """
     size = call.x.shape[-1]
     total = call.x.new_empty(call.x.shape, dtype=call.residual_dtype)
+    height = max(1, _BLOCK * torch.get_num_threads() // size)
     rows_of = {"x": call.x.reshape(-1, size)}
     if call.residual is not None:
         rows_of["residual"] = call.residual.reshape(-1, size)
     if call.row_scale is not None:
         rows_of["row_scale"] = call.row_scale.expand(call.x.shape[:-1]).reshape(-1)
-    height = max(1, _BLOCK * torch.get_num_threads() // size)
-    for target, *rows in zip(*(t.split(height) for t in (total.view(-1, size), *rows_of.values()))):
-        target.copy_(_total(call._replace(**dict(zip(rows_of, rows)))))
+    keeps = None
+    if 0.0 < call.dropout_p < 1.0:
+        keep = torch.empty_like(call.x, dtype=torch.bool).bernoulli_(1.0 - call.dropout_p)
+        keeps = keep.reshape(-1, size).split(height)
+    blocks = zip(*(t.split(height) for t in (total.view(-1, size), *rows_of.values())))
+    for (target, *rows), keep in zip(blocks, itertools.repeat(None) if keeps is None else keeps):
+        target.copy_(_total(call._replace(**dict(zip(rows_of, rows))), keep))
     return total
 
 
@@ -79,16 +90,21 @@ def _steps(call: ResidualNormCall) -> int:
     )
 
 
-def _total(call: ResidualNormCall) -> Tensor:
-    """``residual + dropout(x + x_bias) * row_scale``, rounded once: wider than its dtype where there are more steps."""
+def _total(call: ResidualNormCall, keep: Tensor | None = None) -> Tensor:
+    """``residual + dropout(x + x_bias) * row_scale``, rounded once: wider than its dtype where there are more steps.
+
+    Args:
+        call: of the sum.
+        keep: boolean ``[..., N]``, which elements dropout keeps; default: they are drawn.
+    """
     x, residual, steps = call.x, call.residual, _steps(call)
     others = (residual, call.x_bias, call.row_scale)
     same_dtype = call.residual_dtype is x.dtype and all(t is None or t.dtype is x.dtype for t in others)
     is_dropout_alone = steps == 2 and residual is not None and 0.0 < call.dropout_p < 1.0
     if is_dropout_alone and same_dtype and call.round_residual and not _has_gradients(call):
         # this operation computes in float32 and rounds once; its gradients would be of factors rounded to 16 bits
-        keep = torch.empty_like(x).bernoulli_(1.0 - call.dropout_p)
-        return torch.addcmul(residual, x, keep, value=1.0 / (1.0 - call.dropout_p))
+        kept = torch.empty_like(x).bernoulli_(1.0 - call.dropout_p) if keep is None else keep.to(x.dtype)
+        return torch.addcmul(residual, x, kept, value=1.0 / (1.0 - call.dropout_p))
     # a narrow bias would have its gradient summed over the rows in its own dtype
     if steps > 1 or not call.round_residual or not same_dtype or (call.x_bias is not None and x.dtype in HALF):
         compute = torch.promote_types(torch.promote_types(x.dtype, call.residual_dtype), torch.float32)
@@ -99,7 +115,7 @@ def _total(call: ResidualNormCall) -> Tensor:
     if call.x_bias is not None:
         x = x + call.x_bias.to(x.dtype)
     if call.dropout_p > 0.0:
-        x = F.dropout(x, call.dropout_p)
+        x = F.dropout(x, call.dropout_p) if keep is None else x * keep * (1.0 / (1.0 - call.dropout_p))
     if call.row_scale is not None:
         x = x * call.row_scale.to(x.dtype)[..., None]
     return x if residual is None else residual + x

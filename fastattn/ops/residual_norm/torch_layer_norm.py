@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.ops.common.tracing import is_eager_on_cpu, is_traced, is_transformed, saved_tensors
+from fastattn.ops.common.tracing import is_batched, is_eager_on_cpu, is_traced, is_transformed, saved_tensors
 from fastattn.reference import add_norm
 
 HALF = (torch.float16, torch.bfloat16)
@@ -89,13 +89,16 @@ def _differentiable_gradients(
 def _formula_gradients(
     saved: Sequence[Tensor | None], wants: Sequence[bool], d_output: Tensor, eps: float
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of input, weight and bias, those that are wanted, which can be differentiated themselves."""
-    # views, since one tensor may be made from another, and no gradient is counted twice
-    x, weight, bias = (None if t is None else t.view_as(t) for t in saved)
-    assert x is not None
-    output = add_norm(x, None, weight, bias, eps=eps).output
-    wanted = [t for t, is_wanted in zip((x, weight, bias), wants) if is_wanted and t is not None]
-    found = iter(torch.autograd.grad([output], wanted, [d_output], create_graph=True))
+    """Gradients of input, weight and bias, those that are wanted, which can be differentiated where gradients are
+    recorded."""
+    differentiated = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # views, since one tensor may be made from another, and no gradient is counted twice
+        x, weight, bias = (None if t is None else t.view_as(t) for t in saved)
+        assert x is not None
+        output = add_norm(x, None, weight, bias, eps=eps).output
+        wanted = [t for t, is_wanted in zip((x, weight, bias), wants) if is_wanted and t is not None]
+        found = iter(torch.autograd.grad([output], wanted, [d_output], create_graph=differentiated))
     return tuple(next(found) if is_wanted else None for is_wanted in wants)
 
 
@@ -142,7 +145,7 @@ class _HalfLayerNorm(torch.autograd.Function):
         (d_output,) = grads
         x, weight, bias, mean, rstd = ctx.saved_tensors
         wants = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():  # the gradients may be differentiated again
+        if torch.is_grad_enabled() or is_batched(d_output):  # the gradients may be differentiated again
             return *_formula_gradients((x, weight, bias), wants, d_output, ctx.eps), None, None
         wide, d_x = x.new_ones(x.shape[-1], dtype=torch.float32) if weight is None else weight.float(), None
         statistics = mean, rstd, wide, wide  # of the bias torch reads nothing

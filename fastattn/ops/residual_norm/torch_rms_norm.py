@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.ops.common.checks import DTYPES
-from fastattn.ops.common.tracing import is_eager_on_cpu, is_transformed
+from fastattn.ops.common.tracing import is_batched, is_eager_on_cpu, is_transformed
 from fastattn.ops.residual_norm.torch_layer_norm import last_size
 
 # Elements from which on fewer passes save more than it takes to write them in Python; where threads share each of
@@ -108,14 +108,15 @@ class _RMSNorm(torch.autograd.Function):
         (d_output,) = grads
         x, weight, rstd = ctx.saved_tensors
         wants = ctx.needs_input_grad[:2]
-        if not torch.is_grad_enabled():
+        differentiated = torch.is_grad_enabled()  # the gradients may be differentiated again
+        if not (differentiated or is_batched(d_output)):
             return *_backward(d_output, x, weight, rstd, wants), None
-        # The gradients may be differentiated again.
-        x = x.view_as(x)  # one tensor may be both, or one made from the other: no gradient is counted twice
-        weight = None if weight is None else weight.view_as(weight)
-        wanted = [t for t, is_wanted in zip((x, weight), wants) if is_wanted and t is not None]
-        output = F.rms_norm(x, x.shape[-1:], weight, ctx.eps)
-        found = iter(torch.autograd.grad([output], wanted, [d_output], create_graph=True))
+        with torch.enable_grad():
+            x = x.view_as(x)  # one tensor may be both, or one made from the other: no gradient is counted twice
+            weight = None if weight is None else weight.view_as(weight)
+            wanted = [t for t, is_wanted in zip((x, weight), wants) if is_wanted and t is not None]
+            output = F.rms_norm(x, x.shape[-1:], weight, ctx.eps)
+            found = iter(torch.autograd.grad([output], wanted, [d_output], create_graph=differentiated))
         return *(next(found) if is_wanted else None for is_wanted in wants), None
 
 

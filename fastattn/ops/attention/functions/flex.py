@@ -166,7 +166,7 @@ def _largest_scores(
 def _from_row(function: Any, start: int, has_score: bool) -> Any:
     """A function that counts rows from ``start``, which is a tensor: a number would be a new program for each part."""
     function, *rest = function if isinstance(function, tuple) else (function,)
-    first = torch.tensor(start, dtype=torch.int32)
+    first = torch.tensor(start, dtype=torch.int32, device="cpu")
 
     def of_all(*arguments: Any) -> Any:
         score, (batch, head, query_index, key_index, *more) = arguments[:has_score], arguments[has_score:]

@@ -77,7 +77,7 @@ _WORDS: dict[str, Any] = {
     "div_rn": lambda a, b: a / b,
     "fdiv": lambda a, b, **hints: a / b,
     "fma": lambda a, b, c: a * b + c,
-    "full": lambda shape, value, dtype: torch.full((), value, dtype=dtype),
+    "full": lambda shape, value, dtype: torch.full((), value, dtype=dtype, device="cpu"),
     "load": _load,
     "maximum": _both(torch.maximum),
     "minimum": _both(torch.minimum),

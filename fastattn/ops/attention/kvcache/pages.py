@@ -99,13 +99,13 @@ def _whole(inputs: KVCacheInputs, options: KVCacheOptions, parts: list[_Part]) -
         keys, values = keys[first : last + 1], values[first : last + 1]
         row = {page: page - first for page in holders}
     else:
-        used = torch.tensor(sorted(holders))
+        used = torch.tensor(sorted(holders), device=keys.device)
         keys, values = keys.index_select(0, used), values.index_select(0, used)
         row = {page: number for number, page in enumerate(sorted(holders))}
     sequence_at = [0] * (keys.shape[0] * most)  # where a page has fewer queries, sequence 0 fills up
     for page, sequences in holders.items():
         sequence_at[row[page] * most : row[page] * most + len(sequences)] = sequences
-    queries = inputs.query.index_select(0, torch.tensor(sequence_at))
+    queries = inputs.query.index_select(0, torch.tensor(sequence_at, device=inputs.query.device))
     if most > 1:
         queries = queries.unflatten(0, (-1, most)).transpose(1, 2).flatten(2, 3)
     output, lse = _attend(queries, keys, values, scale=options.scale)
@@ -133,7 +133,7 @@ def _merge(
         lses.append(inputs.query.new_full((1, kv_heads, group), nothing, dtype=dtype))
         filling, most = sum(map(len, outputs)) - 1, max(1, most)
         of_sequences = [own + [filling] * (most - len(own)) for own in of_sequences]
-    mine = torch.tensor(of_sequences).flatten()
+    mine = torch.tensor(of_sequences, device=inputs.query.device).flatten()
     output = torch.cat(outputs).index_select(0, mine).unflatten(0, (-1, most))  # [B, most, Hk, G, D]
     lse = torch.cat(lses).index_select(0, mine).unflatten(0, (-1, most))
     if inputs.sinks is not None:  # a part without a value
