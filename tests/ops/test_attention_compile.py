@@ -174,6 +174,19 @@ def test_attention_compiles_with_any_prefix(dynamic, backend, device):
         assert_same([compiled(prefix)], [function(min(prefix, S))])
 
 
+def test_attention_compiles_with_any_scale(backend, device):
+    """A float of a dynamic graph is a symbol, which math.isfinite refused: there was no graph at all."""
+    torch._dynamo.reset()
+    inputs = attention_inputs(B, H, L, S, D, device=device)
+
+    def function(scale):
+        return attend(*inputs, scale=scale, backend=backend)
+
+    compiled = torch.compile(function, backend="eager", fullgraph=True, dynamic=True)
+    for scale in (0.3, 0.4, -0.5):
+        assert_same([compiled(scale)], [function(scale)])
+
+
 def test_attention_compiled_inside_use_backend_follows_it(device):
     torch._dynamo.reset()
     inputs = attention_inputs(B, H, L, S, D, device=device)

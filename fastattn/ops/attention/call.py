@@ -169,7 +169,7 @@ def check_scale(scale: float | None, query: Tensor) -> float:
     if scale is None:
         return 1.0 / math.sqrt(query.shape[-1])
     check_number("scale", scale)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # isfinite has no rule for torch.compile's symbols
         raise ValueError(f"scale={scale}: expected a finite number or None")
     return float(scale)
 
