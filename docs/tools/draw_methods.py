@@ -25,7 +25,13 @@ POWERS = range(3, 13)  # of 2, ranks
 LENGTHS = np.arange(13, 24.01, 0.25)  # powers of 2, tokens
 WHOLE = Workload(batch=1, heads=32, kv_heads=8, length=2**20, head_dim=128, is_causal=True, training=True)
 _COLOURS = {"allgather": "#E69F00", "ulysses": "#0072B2", "2d": "#009E73", "ring": "#CC79A7", "does not fit": "#BBBBBB"}
-_LABELS = {"allgather": "all-gather", "ulysses": "Ulysses", "2d": "2-D", "ring": "ring", "does not fit": "does not\nfit"}
+_LABELS = {
+    "allgather": "all-gather",
+    "ulysses": "Ulysses",
+    "2d": "2-D",
+    "ring": "ring",
+    "does not fit": "too\nlarge",
+}
 _CLOSE = 1.1  # a runner-up that takes less than so many times as long makes a cell pale
 _STYLE = {"font.size": 9, "svg.hashsalt": "fastattn", "axes.edgecolor": "#777777", "axes.labelcolor": "#333333"}
 
@@ -61,7 +67,8 @@ def cells(workload: Workload, cluster: Cluster) -> list[list[tuple[str, bool] | 
 
 
 def draw_panel(axes: Axes, columns: list[list[tuple[str, bool] | None]]) -> None:
-    """Cells of one look that lie over each other are one rectangle; each method's name stands where it has most room."""
+    """Cells of one look that lie over each other are one rectangle; each method's name stands where it has most
+    room."""
     step = LENGTHS[1] - LENGTHS[0]
     corners, colours = [], []
     for x, column in enumerate(columns):
@@ -76,9 +83,11 @@ def draw_panel(axes: Axes, columns: list[list[tuple[str, bool] | None]]) -> None
     axes.add_collection(PolyCollection(corners, facecolors=colours, edgecolors="face", linewidths=0.3))
     methods = np.array([[look[0] if look else "" for look in column] for column in columns])
     for method in sorted({*methods.flat} - {""}):
-        x, y, room = _middle(methods == method)
+        x, y, room, width = _middle(methods == method)
+        label = _LABELS[method]
+        rotation = 90 if width < 2 and len(label.split()[-1]) > 5 else 0
         if room > 0.4:
-            axes.text(x, y, _LABELS[method], ha="center", va="center", color="#111111", fontsize=10)
+            axes.text(x, y, label, ha="center", va="center", color="#111111", rotation=rotation)
     axes.set(xlim=(0, len(columns)), ylim=(LENGTHS[0] - step / 2, LENGTHS[-1] + step / 2))
     axes.set_xticks(np.arange(len(columns)) + 0.5, [str(2**power) for power in POWERS])
     powers = range(int(LENGTHS[0]), int(LENGTHS[-1]) + 1)
@@ -86,39 +95,41 @@ def draw_panel(axes: Axes, columns: list[list[tuple[str, bool] | None]]) -> None
     axes.tick_params(length=0)
 
 
-def _middle(inside: np.ndarray) -> tuple[float, float, float]:
-    """Of the cells of a region, the place that is farthest from what is outside, and how far, a column as the unit."""
-    step = LENGTHS[1] - LENGTHS[0]
+def _middle(inside: np.ndarray) -> tuple[float, float, float, int]:
+    """Of a region's cells the one that is farthest from what is outside: its place, how far that is, with a column as
+    the unit, and over how many columns the region goes on there."""
     bordered = np.pad(inside, 1)
-    x, y = np.meshgrid(np.arange(bordered.shape[0]) - 0.5, LENGTHS[0] + step * (np.arange(bordered.shape[1]) - 1), indexing="ij")
+    column, row = np.indices(bordered.shape)
+    x, y = column - 0.5, LENGTHS[0] + (row - 1) * (LENGTHS[1] - LENGTHS[0])
     outside = np.stack([x[~bordered], y[~bordered]], 1)
     within = np.stack([x[bordered], y[bordered]], 1)
     room = np.abs(within[:, None] - outside).max(2).min(1)
-    # Of equally good places the middle one.
-    best = within[room >= room.max() - 1e-9]
-    chosen = best[np.abs(best - best.mean(0)).sum(1).argmin()]
-    return float(chosen[0]), float(chosen[1]), float(room.max())
+    # Of equally good cells the middle one.
+    best = np.flatnonzero(room >= room.max() - 1e-9)
+    chosen = best[np.abs(within[best] - within[best].mean(0)).sum(1).argmin()]
+    in_row = bordered[:, row[bordered][chosen]]
+    here = column[bordered][chosen]
+    left, right = (np.argmin(side) for side in (in_row[here::-1], in_row[here:]))  # steps to the first cell outside
+    x_of_text = within[chosen][0] + (right - left) / 2
+    return float(x_of_text), float(within[chosen][1]), float(room.max()), int(left + right - 1)
 
 
 def draw() -> Figure:
     """Two clusters side by side, all heads above, and what tensor parallelism within a node leaves of them below."""
+    clusters = (DGX_H100, A2_ULTRA)
     few = dataclasses.replace(WHOLE, heads=4, kv_heads=1)
-    rows = [
-        ("32 heads, 8 of keys", WHOLE, (DGX_H100, A2_ULTRA)),
-        ("4 heads, 1 of keys; a rank a node", few, tuple(map(with_tensor_parallelism, (DGX_H100, A2_ULTRA)))),
-    ]
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(8.4, 7.4), layout="constrained")
+        figure = Figure(figsize=(8.4, 7.8), layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(2, 2, sharex=True, sharey=True)
-        for line, (heads, workload, clusters) in zip(panels, rows):
-            for axes, cluster in zip(line, clusters):
-                draw_panel(axes, cells(workload, cluster))
-            line[0].set_ylabel(f"{heads}\ntokens")
-        for axes, cluster in zip(panels[0], (DGX_H100, A2_ULTRA)):
-            axes.set_title(cluster.name, loc="left", fontsize=9)
-        for axes in panels[-1]:
-            axes.set_xlabel("ranks that share a sequence")
+        for above, below, cluster in zip(*panels, clusters):
+            draw_panel(above, cells(WHOLE, cluster))
+            draw_panel(below, cells(few, with_tensor_parallelism(cluster)))
+            above.set_title(f"{cluster.name}\n32 heads, 8 of keys", loc="left", fontsize=9)
+            below.set_title("one rank a node: 4 heads, 1 of keys", loc="left", fontsize=9)
+            below.set_xlabel("ranks that share a sequence")
+        for axes in panels[:, 0]:
+            axes.set_ylabel("tokens")
     return figure
 
 

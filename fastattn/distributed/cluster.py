@@ -1,7 +1,8 @@
 """Links between ranks, and what a rank and a node of a cluster can do, with the public figures of two clusters.
 
-Bandwidths are those that large messages reach, and not those of the data sheet. Latencies are NCCL's, of its protocol
-Simple on a ring (``hwLat`` in its ``src/graph/tuning.cc``): 3.4 microseconds over NVLink, 5.7 over PCIe, 14 over a network.
+Bandwidths are those that large messages reach, and not those of the data sheet. Latencies are those by which NCCL
+itself models its rings (``hwLat`` in its ``src/graph/tuning.cc``), for three protocols: Simple, LL128, which keeps 0.92
+of the bandwidth, and LL, which keeps half.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ class Link:
         name: as explanations call it.
         bandwidth: bytes a second in one direction.
         latency: seconds that a message takes beside those of its bytes.
+        protocols: what a collective may use instead where messages are small, the same on all of its links: for each a
+            latency, and the share of the bandwidth that it keeps.
 
     Raises:
         ValueError: the bandwidth is not a finite number above 0, or the latency not one from 0 on.
@@ -26,6 +29,7 @@ class Link:
     name: str
     bandwidth: float
     latency: float
+    protocols: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
         check_above_zero("bandwidth", self.bandwidth)
@@ -93,16 +97,16 @@ def check_count(name: str, value: int) -> None:
 
 # 18 links of 25 GB/s in each direction, 450 GB/s together (NVIDIA H100 architecture whitepaper). NCCL takes 20.6 GB/s
 # for what a link reaches (SM90_NVLINK_BW in its src/graph/topo.h).
-NVLINK_4 = Link("NVLink 4", 18 * 20.6e9, 3.4e-6)
+NVLINK_4 = Link("NVLink 4", 18 * 20.6e9, 3.4e-6, ((1.9e-6, 0.92), (0.6e-6, 0.5)))
 # 12 links of 25 GB/s in each direction (NVIDIA A100 data sheet), of which NCCL takes 20.0 GB/s (SM80_NVLINK_BW).
-NVLINK_3 = Link("NVLink 3", 12 * 20.0e9, 3.4e-6)
+NVLINK_3 = Link("NVLink 3", 12 * 20.0e9, 3.4e-6, ((1.9e-6, 0.92), (0.6e-6, 0.5)))
 # 32 GB/s in each direction. NCCL takes 12 GB/s for a slot of PCIe 3 (PCI_BW), and PCIe 4 is twice as fast.
-PCIE_4 = Link("PCIe 4", 2 * 12.0e9, 5.7e-6)
-# A port of ConnectX-7 of 400 Gb/s, which is 50 GB/s (DGX H100 user guide); 48.5 GB/s are reached (CX7_BW in the simulator
-# SimAI, github.com/aliyun/SimAI).
-INFINIBAND_NDR = Link("InfiniBand NDR", 48.5e9, 14e-6)
+PCIE_4 = Link("PCIe 4", 2 * 12.0e9, 5.7e-6, ((2.5e-6, 0.92), (1.0e-6, 0.5)))
+# A port of ConnectX-7 of 400 Gb/s, which is 50 GB/s (DGX H100 user guide); 48.5 GB/s are reached (CX7_BW in the
+# simulator SimAI, github.com/aliyun/SimAI).
+INFINIBAND_NDR = Link("InfiniBand NDR", 48.5e9, 14e-6, ((4.0e-6, 0.92), (2.7e-6, 0.5)))
 # 12.5 GB/s, of which NCCL takes 12 (NET_BW).
-ETHERNET_100 = Link("100 Gb/s Ethernet", 12.0e9, 14e-6)
+ETHERNET_100 = Link("100 Gb/s Ethernet", 12.0e9, 14e-6, ((4.0e-6, 0.92), (2.7e-6, 0.5)))
 
 # Eight H100 and a network port for each (DGX H100 user guide): 80 GB, 3.35 TB/s (H100 data sheet). The rates are
 # FlashAttention-3's for bfloat16, head size 128 and length 16384, forward causal (arXiv:2407.08608, figures 5 and 6).
@@ -117,9 +121,9 @@ DGX_H100 = Cluster(
     memory=80e9,
     memory_bandwidth=3.35e12,
 )
-# Eight A100 that share 100 Gb/s: Google Cloud's A2 Ultra (cloud.google.com/compute/docs/gpus/gpu-network-bandwidth), 80 GB,
-# 2.039 TB/s (A100 data sheet). The rates are the shares of 312 TFLOP/s that FlashAttention-2 reaches: 73 % forward, 63 %
-# backward (arXiv:2307.08691).
+# Eight A100 that share 100 Gb/s: Google Cloud's A2 Ultra (cloud.google.com/compute/docs/gpus/gpu-network-bandwidth),
+# 80 GB, 2.039 TB/s (A100 data sheet). The rates are the shares of 312 TFLOP/s that FlashAttention-2 reaches: 73 %
+# forward, 63 % backward (arXiv:2307.08691).
 A2_ULTRA = Cluster(
     name="8 x A100 on NVLink 3, one port of 100 Gb/s Ethernet",
     within=NVLINK_3,

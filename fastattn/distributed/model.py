@@ -1,7 +1,7 @@
 """Which method of context parallelism is fastest: the time and the memory of each, by its bytes and messages.
 
-The bytes are exact (:func:`fastattn.distributed.traffic.bytes_sent`). The times are an estimate, made to rank methods: what is
-left out of them stands in docs/distributed_model.md. Nothing here communicates.
+The bytes are exact (:func:`fastattn.distributed.traffic.bytes_sent`). The times are an estimate, made to rank methods:
+what is left out of them stands in docs/distributed_model.md. Nothing here communicates.
 """
 
 from __future__ import annotations
@@ -115,10 +115,10 @@ def estimate(
     Args:
         method: ``"allgather"``, ``"ring"``, ``"ulysses"`` or ``"2d"``.
         workload: the call.
-        world_size: ranks that share the sequence, at least a node of the cluster, or a part of one.
+        world_size: ranks that share the sequence: nodes of the cluster, or a part of one.
         cluster: what links and ranks can do.
-        balance: how tokens lie on ranks, ``"none"``, ``"zigzag"`` or ``"stripe"``. Without a balance the busiest rank decides;
-            with one, all have the same work.
+        balance: how tokens lie on ranks, ``"none"``, ``"zigzag"`` or ``"stripe"``. Without a balance the busiest rank
+            decides; with one, all are taken to have the same work.
 
     Raises:
         ValueError: as :func:`fastattn.distributed.traffic.bytes_sent`.
@@ -172,11 +172,12 @@ def choose(
     return Choice(best, by_time, reasons)
 
 
-# -------------------------------------------------------------------------------------------------------------- in words
+# ------------------------------------------------------------------------------------------------------------- in words
 
 
 def _why(best: Estimate, world_size: int, missed: float | None) -> str:
-    said = f"{best.method}: {_seconds(best.time_s)} on each of {world_size} ranks, {_seconds(best.waiting_s)} of it waiting"
+    times = f"{_seconds(best.time_s)} on each of {world_size} ranks, {_seconds(best.waiting_s)} of it waiting"
+    said = f"{best.method}: {times}"
     if missed is not None:
         said += f"; it holds {_bytes(best.memory)} on a rank, more than {_bytes(missed)}, but the others hold more"
     return said
@@ -207,7 +208,7 @@ def _bytes(count: float) -> str:
     return f"{count / 1e9:.3g} GB"
 
 
-# ------------------------------------------------------------------------------------------------------------- the times
+# ------------------------------------------------------------------------------------------------------------ the times
 
 
 def _pass(
@@ -221,7 +222,7 @@ def _pass(
     )
     attention = _attention_seconds(workload, arrangement, cluster, balance, backward)
     if method == "allgather":
-        transfer = _collective_seconds(sent, ranks, node, cluster, phases=2 if backward else 1)
+        transfer = _collective_seconds(sent, ranks, node, cluster, phases=3 if backward else 1)
         return Pass(sent, messages, attention + cluster.launch, transfer, 0.0)
     exchange = _exchange_seconds(exchanged_bytes(workload, arrangement, backward), arrangement.group, node, cluster)
     steps = _steps(workload, arrangement, balance)
@@ -279,21 +280,25 @@ def _ring_step_seconds(
 
 
 def _collective_seconds(sent: int, ranks: int, node: int, cluster: Cluster, phases: int) -> float:
-    """An all-gather, or with a reduce-scatter behind it two phases, on rings of all ranks, one ring through each port."""
+    """An all-gather, or one and two reduce-scatters, on rings of all ranks, one ring through each port."""
     nodes = ranks // node
     within = sent / cluster.within.bandwidth if node > 1 else 0.0
     between = sent / (cluster.between.bandwidth * cluster.ports_per_node) if nodes > 1 else 0.0
-    latency = (ranks - nodes) * cluster.within.latency + (nodes - 1) * cluster.between.latency
-    return phases * latency + max(within, between)
+    simple = ((cluster.within.latency, 1.0), (cluster.between.latency, 1.0))
+    return min(
+        phases * ((ranks - nodes) * near + (nodes - 1) * far) + max(within / kept_near, between / kept_far)
+        for (near, kept_near), (far, kept_far) in (simple, *zip(cluster.within.protocols, cluster.between.protocols))
+    )
 
 
 def _exchange_seconds(to_each: int, group: int, node: int, cluster: Cluster) -> float:
-    """The all-to-all of a group, there and back: a message to each other rank, one after the other."""
+    """The all-to-all of a group, there and back, in which each rank sends to all others at once."""
     near = min(group, node) - 1
     far = group - 1 - near
     within = near * to_each / cluster.within.bandwidth
     between = far * to_each / _port_bandwidth(cluster, senders=node)
-    return 2 * (near * cluster.within.latency + far * cluster.between.latency) + max(within, between)
+    latency = cluster.between.latency if far else cluster.within.latency if near else 0.0
+    return 2 * latency + max(within, between)
 
 
 def _port_bandwidth(cluster: Cluster, senders: int) -> float:
@@ -301,7 +306,7 @@ def _port_bandwidth(cluster: Cluster, senders: int) -> float:
     return cluster.between.bandwidth * min(1.0, cluster.ports_per_node / senders)
 
 
-# ------------------------------------------------------------------------------------------------------------ the memory
+# ----------------------------------------------------------------------------------------------------------- the memory
 
 
 def _memory(method: Method, workload: Workload, arrangement: Arrangement) -> int:

@@ -1,8 +1,8 @@
 """What each method of context parallelism sends: bytes and messages of a rank, exact for even shards.
 
-Every method is a ring of groups. Ranks of a group share heads: each takes all of the group's tokens, of its part of the heads.
-Blocks of keys and values then go round the ring. ``"ring"`` is a ring of single ranks, ``"ulysses"`` one group, and ``"2d"`` a
-ring of nodes, each of which is a group; ``"allgather"`` stands apart.
+Every method is a ring of groups. Ranks of a group share heads: each takes all of the group's tokens, of its part of the
+heads. Blocks of keys and values then go round the ring. ``"ring"`` is a ring of single ranks, ``"ulysses"`` one group,
+and ``"2d"`` a ring of nodes, each of which is a group; ``"allgather"`` stands apart.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def bytes_sent(
     | ulysses | Q, K, V to each rank its heads; O and the LSE back | dO; dQ, dK, dV back |
     | 2d | ulysses within a node, ring from node to node | the same of gradients |
 
-    Sums and the LSE are float32 (float64 of float64 inputs); all else has the dtype of the inputs. In an all-gather and a
-    reduce-scatter a rank sends ``world_size - 1`` shards. Where a group has more ranks than there are heads of keys, each rank
-    gets the one head that its queries see. In a ring a block stops at the last rank that sees a key of it.
+    Sums and the LSE are float32 (float64 of float64 inputs); all else has the dtype of the inputs. In an all-gather and
+    a reduce-scatter a rank sends ``world_size - 1`` shards. Where a group has more ranks than there are heads of keys,
+    each rank gets the one head that its queries see. In a ring a block stops at the last rank that sees a key of it.
 
     Args:
         method: ``"allgather"``, ``"ring"``, ``"ulysses"`` or ``"2d"``.
@@ -65,7 +65,9 @@ def bytes_sent(
         ValueError: shards are not even, the heads cannot be shared so, or an argument is outside of its range.
     """
     arrangement = arranged(method, workload, world_size, ranks_per_node, balance)
-    return max(_sent(method, workload, arrangement, balance, place, backward)[0] for place in _places(arrangement, rank))
+    return max(
+        _sent(method, workload, arrangement, balance, place, backward)[0] for place in _places(arrangement, rank)
+    )
 
 
 def messages_sent(
@@ -83,15 +85,15 @@ def messages_sent(
     Args and errors are those of :func:`fastattn.distributed.traffic.bytes_sent`.
     """
     arrangement = arranged(method, workload, world_size, ranks_per_node, balance)
-    return max(_sent(method, workload, arrangement, balance, place, backward)[1] for place in _places(arrangement, rank))
+    return max(
+        _sent(method, workload, arrangement, balance, place, backward)[1] for place in _places(arrangement, rank)
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- arrangements
 
 
-def arranged(
-    method: Method, workload: Workload, world_size: int, ranks_per_node: int, balance: Balance
-) -> Arrangement:
+def arranged(method: Method, workload: Workload, world_size: int, ranks_per_node: int, balance: Balance) -> Arrangement:
     """The groups of a method, or ValueError where an argument is outside of its range or the method cannot be used."""
     for name, value, accepted in (("method", method, Method), ("balance", balance, Balance)):
         if value not in get_args(accepted):
@@ -103,7 +105,7 @@ def arranged(
         raise ValueError(f"world_size={world_size}: expected a multiple of ranks_per_node={ranks_per_node}")
     group = {"allgather": 1, "ring": 1, "ulysses": world_size, "2d": node}[method]
     arrangement = Arrangement(world_size // group, group)
-    pieces = world_size if balance == "none" else 2 * world_size
+    pieces = 2 * world_size if balance == "zigzag" else world_size
     if workload.length % pieces:
         raise ValueError(
             f"length={workload.length}: expected a multiple of {pieces}, for world_size={world_size} and "
@@ -129,7 +131,7 @@ def copies(workload: Workload, arrangement: Arrangement) -> int:
     return max(1, arrangement.group // workload.kv_heads)
 
 
-# ---------------------------------------------------------------------------------------------------------- what is sent
+# --------------------------------------------------------------------------------------------------------- what is sent
 
 
 def query_elements(workload: Workload, arrangement: Arrangement) -> int:
@@ -159,15 +161,16 @@ def exchanged_bytes(workload: Workload, arrangement: Arrangement, backward: bool
 def passes(workload: Workload, arrangement: Arrangement, balance: Balance, place: int) -> tuple[int, int]:
     """How many blocks of K and V, and how many of their gradients, the group at ``place`` of the ring sends on.
 
-    A block goes from place to place, from the last to the first, as far as somebody sees a key of it. Its gradient goes with
-    it, and from the last place that sees it home to its owner.
+    A block goes from place to place, from the last to the first, as far as somebody sees a key of it. Its gradient goes
+    with it, and from the last place that sees it home to its owner.
     """
     ring, last = arrangement.ring, arrangement.ring - 1
     if last == 0:
         return 0, 0
     steps, others = _reach(workload, ring, balance)
     if others == "round":
-        # All blocks but the first come to the place in front of their own, so that each place sends all but one of them on.
+        # All blocks but the first come to the place in front of their own, so that each place sends all but one of them
+        # on.
         of_first = steps > 0 and place <= steps
         return (last if place == last else last - 1 + (place < steps)), last + of_first
     if steps == 0:
@@ -178,13 +181,13 @@ def passes(workload: Workload, arrangement: Arrangement, balance: Balance, place
 
 
 def _reach(workload: Workload, ring: int, balance: Balance) -> tuple[int, Literal["alike", "to the end", "round"]]:
-    """How many places the first block goes, and how the others do: as far, as far but not past the last place, or past it to
-    the place in front of their own."""
+    """How many places the first block goes, and how the others do: as far, as far but not past the last place, or past
+    it to the place in front of their own."""
     last, tokens = ring - 1, workload.length // ring
     left, right = (workload.length if side is None else side for side in workload.bounds)
     if balance == "zigzag":
-        # A place has a piece from each end of the sequence. Others see keys of one that have a piece so many pieces away, to
-        # whichever side: a place's pieces lie in the opposite order at the end.
+        # A place has a piece from each end of the sequence. Others see keys of one that have a piece so many pieces
+        # away, to whichever side: a place's pieces lie in the opposite order at the end.
         pieces = -(-max(left, right) // (tokens // 2))
         if pieces == 0:
             return 0, "alike"
@@ -196,7 +199,8 @@ def _reach(workload: Workload, ring: int, balance: Balance) -> tuple[int, Litera
 
 
 def _places(arrangement: Arrangement, rank: int | None) -> tuple[int, ...]:
-    """The rank's place in the ring; for None places of which one sends as much as any: the ends, and the last but one."""
+    """The rank's place in the ring; for None places of which one sends as much as any: the ends, and the last but
+    one."""
     if rank is None:
         return (0, max(0, arrangement.ring - 2), arrangement.ring - 1)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < arrangement.ranks:

@@ -1,4 +1,5 @@
-"""A call of attention over a whole sequence, before it is sharded: its sizes, and the pairs that its mask lets be seen."""
+"""A call of attention over a whole sequence, before it is sharded: its sizes, and the pairs that its mask lets be
+seen."""
 
 from __future__ import annotations
 
@@ -81,8 +82,8 @@ class Workload:
     def most_pairs(self, shards: int) -> int:
         """The pairs that the busiest of ``shards`` equal, contiguous pieces of the queries sees.
 
-        The pairs of a query rise by one a query until the window or the sequence stops them, stay, and fall: the busiest
-        piece is that in which they stop rising, or a neighbour of it.
+        The pairs of a query rise by one a query until the window or the sequence stops them, stay, and fall: the
+        busiest piece is that in which they stop rising, or a neighbour of it.
         """
         left, right = self.bounds
         last, size = self.length - 1, self.length // shards

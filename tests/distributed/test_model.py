@@ -12,7 +12,8 @@ from fastattn.distributed.model import Choice, choose, estimate
 from fastattn.distributed.traffic import METHODS, Balance, Method, bytes_sent, messages_sent
 from fastattn.distributed.workload import Workload
 
-# Of 1 * 8 heads * 16 tokens * 4 numbers of a bfloat16: a rank of four has 256 bytes of queries, and 128 of K and V together.
+# Of 1 * 8 heads * 16 tokens * 4 numbers of a bfloat16: a rank of four has 256 bytes of queries, and 128 of K and V
+# together.
 SMALL = Workload(batch=1, heads=8, kv_heads=2, length=16, head_dim=4)
 LLAMA = Workload(batch=1, heads=32, kv_heads=8, length=2**20, head_dim=128, is_causal=True, training=True)
 
@@ -66,11 +67,11 @@ def test_pairs_are_those_of_the_mask(masked):
         ("allgather", 3 * 128, 3 * 128 + 3 * 256),
         # Three passes; again, with dK and dV, which have a fourth one, home.
         ("ring", 3 * 128, 3 * 128 + 4 * 256),
-        # To each of three 1/4 of q and of o, 64 + 64 bytes, a head of K and V (two ranks get the same), 64, and the LSE of 2
-        # heads and 4 tokens, 32.
+        # To each of three 1/4 of q and of o, 64 + 64 bytes, a head of K and V (two ranks get the same), 64, and the LSE
+        # of 2 heads and 4 tokens, 32.
         ("ulysses", 3 * (128 + 64 + 32), 3 * (128 + 64)),
-        # One to the other of the node: half of q and o, 128 + 128, a head of K and V, 64, and an LSE, 64. One pass of 128 to
-        # the other node, which comes back as a sum.
+        # One to the other of the node: half of q and o, 128 + 128, a head of K and V, 64, and an LSE, 64. One pass of
+        # 128 to the other node, which comes back as a sum.
         ("2d", 256 + 64 + 64 + 128, 256 + 64 + 128 + 2 * 256),
     ],
 )
@@ -85,12 +86,15 @@ def test_bytes_by_hand(method, forward, backward):
     ("method", "forward", "backward"), [("allgather", 3, 9), ("ring", 3, 7), ("ulysses", 6, 6), ("2d", 3, 5)]
 )
 def test_messages_by_hand(method, forward, backward):
-    """K and V go together, their gradients too, but in an all-gather's backward; Q, K and V go, and O and the LSE come."""
+    """K and V go together, their gradients too, but in an all-gather's backward; Q, K and V go, and O and the LSE
+    come."""
     assert messages_sent(method, SMALL, 4, ranks_per_node=2) == forward
     assert messages_sent(method, SMALL, 4, ranks_per_node=2, backward=True) == backward
 
 
-@pytest.mark.parametrize(("dtype", "size", "sums"), [(torch.float16, 2, 4), (torch.float32, 4, 4), (torch.float64, 8, 8)])
+@pytest.mark.parametrize(
+    ("dtype", "size", "sums"), [(torch.float16, 2, 4), (torch.float32, 4, 4), (torch.float64, 8, 8)]
+)
 def test_sums_are_float32_or_wider(dtype, size, sums):
     workload = changed(SMALL, dtype=dtype)
     assert bytes_sent("allgather", workload, 4, backward=True) == 3 * 64 * (size + sums)
@@ -174,13 +178,15 @@ def test_allgather_waits_for_all_of_its_transfers():
     forward = estimate("allgather", SMALL, 4, PLAIN).forward
     assert forward.transfer_s == 3 * 0.5 + 384
     assert forward.hidden_s == 0
-    assert forward.compute_s == 1 + 4 * 4 * 8 * 4 * 16  # a launch; 4 D operations for each head and each of 4 x 16 pairs
+    assert (
+        forward.compute_s == 1 + 4 * 4 * 8 * 4 * 16
+    )  # a launch; 4 D operations for each head and each of 4 x 16 pairs
     assert forward.time_s == forward.transfer_s + forward.compute_s
 
 
 def test_ring_computes_while_it_sends():
-    """Four parts of 2048 operations each, of which three are merged: a read of two and a write of one number in float32,
-    128 numbers."""
+    """Four parts of 2048 operations each, of which three are merged: a read of two and a write of one number in
+    float32, 128 numbers."""
     forward = estimate("ring", SMALL, 4, PLAIN).forward
     assert forward.compute_s == (2048 + 1) + 3 * (2048 + 1 + 128)
     assert forward.transfer_s == 3 * (0.5 + 128)
@@ -255,23 +261,35 @@ def assert_best(choice: Choice, method: Method) -> None:
 
 def test_heads_are_shared_where_there_are_enough():
     """Ulysses sends the least, as long as each rank has a head; beyond that, heads are shared within nodes."""
-    assert_best(choose(LLAMA, 16, balance="zigzag"), "ulysses")
+    assert_best(choose(LLAMA, 8, balance="zigzag"), "ulysses")
     choice = choose(LLAMA, 256, balance="zigzag")
     assert_best(choice, "2d")
     assert choice.reasons["ulysses"] == "not ulysses: heads=32: ulysses over 256 ranks takes a multiple of 256"
 
 
+# What tensor parallelism leaves: each node is one rank, with one port and an eighth of the heads.
+ALONE = dataclasses.replace(DGX_H100, ranks_per_node=1, ports_per_node=1)
+FEW_HEADS = changed(LLAMA, heads=4, kv_heads=1)
+
+
 def test_few_tokens_are_gathered():
-    """Steps of a ring that compute next to nothing wait for their latency."""
-    assert_best(choose(changed(LLAMA, length=2**15, training=False), 1024, balance="zigzag"), "allgather")
+    """Steps of a ring that compute next to nothing wait for their latency; a collective has a protocol for that."""
+    assert_best(choose(changed(FEW_HEADS, length=2**15), 256, ALONE, balance="zigzag"), "allgather")
 
 
 def test_long_sequences_of_few_heads_go_round():
-    """What tensor parallelism leaves of the heads cannot be shared any more, and gathering all keys takes long."""
-    alone = dataclasses.replace(DGX_H100, ranks_per_node=1, ports_per_node=1)
-    choice = choose(changed(LLAMA, heads=4, kv_heads=1, length=2**22), 64, alone, balance="zigzag")
+    """Heads cannot be shared any more, and gathering all keys takes long."""
+    choice = choose(changed(FEW_HEADS, length=2**22), 64, ALONE, balance="zigzag")
     assert_best(choice, "ring")
     assert choice.reasons["2d"] == "not 2d: 64 ranks, 1 in a node: it would be ring"
+    assert choice.reasons["ulysses"] == "not ulysses: heads=4: ulysses over 64 ranks takes a multiple of 64"
+
+
+def test_collective_of_small_messages_takes_another_protocol():
+    """64 messages one after the other, each of a latency of 2.7 instead of 14; of long ones the bytes decide."""
+    short, long = (estimate("allgather", changed(FEW_HEADS, length=length), 65, ALONE) for length in (65, 65 * 2**20))
+    assert short.forward.transfer_s == pytest.approx(64 * 2.7e-6, rel=0.01)
+    assert long.forward.transfer_s == pytest.approx(64 * 2**20 * 512 / 48.5e9, rel=0.01)
 
 
 def test_choice_is_the_fastest_that_fits():
@@ -295,13 +313,13 @@ def test_what_does_not_fit_is_not_chosen():
 
 
 def test_choice_says_why():
-    said = str(choose(LLAMA, 16, balance="zigzag")).splitlines()
+    said = str(choose(LLAMA, 8, balance="zigzag")).splitlines()
     assert said[0].startswith("ulysses: ")
     assert said[0].endswith(" waiting")
     assert sorted(line.split(":")[0] for line in said[1:]) == ["not 2d", "not allgather", "not ring"]
 
 
-# ------------------------------------------------------------------------------------------------------- wrong arguments
+# ------------------------------------------------------------------------------------------------------ wrong arguments
 
 
 @pytest.mark.parametrize(
@@ -353,7 +371,10 @@ def test_heads_of_keys_that_ranks_cannot_share():
         (lambda: Link("l", 0.0, 0.0), "bandwidth=0.0: expected a finite number above 0"),
         (lambda: Link("l", 1.0, -1.0), "latency=-1.0: expected a finite number of seconds, 0 or more"),
         (lambda: dataclasses.replace(DGX_H100, ports_per_node=0), "ports_per_node=0: expected an int above 0"),
-        (lambda: dataclasses.replace(DGX_H100, forward_rate=-1.0), r"forward_rate=-1.0: expected a finite number above 0"),
+        (
+            lambda: dataclasses.replace(DGX_H100, forward_rate=-1.0),
+            r"forward_rate=-1.0: expected a finite number above 0",
+        ),
         (lambda: choose(LLAMA, 8, memory=0), "memory=0: expected a finite number above 0"),
         (lambda: choose(changed(LLAMA, length=1000), 64), "length=1000: expected a multiple of 64"),
     ],
