@@ -6,6 +6,7 @@ what is left out of them stands in docs/distributed_model.md. Nothing here commu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastattn.distributed.cluster import DGX_H100, Cluster, check_above_zero
@@ -135,34 +136,40 @@ def choose(
     cluster: Cluster = DGX_H100,
     *,
     balance: Balance = "none",
+    methods: Sequence[Method] = METHODS,
     memory: float | None = None,
 ) -> Choice:
     """The fastest method for a call, and why the others are not.
 
     Args:
         workload: the call.
-        world_size: ranks that share the sequence.
+        world_size: ranks that share the sequence: nodes of the cluster, or a part of one.
         cluster: what links and ranks can do.
         balance: how tokens lie on ranks.
+        methods: those to choose from.
         memory: bytes that the call may hold on a rank; None is all that a rank of the cluster has.
 
     Raises:
-        ValueError: shards are not even, or an argument is outside of its range.
+        ValueError: shards are not even, no method can be used, or an argument is outside of its range.
     """
     limit = cluster.memory if memory is None else memory
     check_above_zero("memory", limit)
-    # What holds for all methods raises here; in the loop a ValueError is one method's refusal.
-    found: dict[Method, Estimate] = {"allgather": estimate("allgather", workload, world_size, cluster, balance=balance)}
+    # What no method can do raises here; in the loop a ValueError is the refusal of one.
+    arranged("allgather", workload, world_size, cluster.ranks_per_node, balance)
+    found: dict[Method, Estimate] = {}
     refused: dict[Method, str] = {}
-    for method in METHODS[1:]:
+    for method in methods:
         try:
-            found[method] = estimate(method, workload, world_size, cluster, balance=balance)
+            arrangement = arranged(method, workload, world_size, cluster.ranks_per_node, balance)
+            if method == "2d" and 1 in arrangement:
+                same = "ring" if arrangement.group == 1 else "ulysses"
+                refused[method] = f"{arrangement.group} of {world_size} ranks in a node: it would be {same}"
+            else:
+                found[method] = estimate(method, workload, world_size, cluster, balance=balance)
         except ValueError as error:
             refused[method] = str(error)
-    node = min(cluster.ranks_per_node, world_size)
-    if "2d" in found and node in (1, world_size):
-        del found["2d"]
-        refused["2d"] = f"{world_size} ranks, {node} in a node: it would be {'ring' if node == 1 else 'ulysses'}"
+    if not found:
+        raise ValueError(f"methods={tuple(methods)!r}: expected one that can be used: {'; '.join(refused.values())}")
     by_time = {of.method: of for of in sorted(found.values(), key=lambda of: of.time_s)}
     fitting = [method for method, of in by_time.items() if of.memory <= limit]
     best = fitting[0] if fitting else min(by_time, key=lambda method: by_time[method].memory)

@@ -247,9 +247,9 @@ def test_training_adds_a_backward(method):
 
 def test_hidden_transfers_are_a_part_of_all():
     for method, length, cluster in itertools.product(METHODS, (2**14, 2**20), (DGX_H100, A2_ULTRA)):
-        for one in (estimate(method, changed(LLAMA, length=length), 32, cluster).forward,):
-            assert 0 <= one.hidden_s <= one.transfer_s
-            assert one.time_s == pytest.approx(one.compute_s + one.transfer_s - one.hidden_s)
+        forward = estimate(method, changed(LLAMA, length=length), 32, cluster).forward
+        assert 0 <= forward.hidden_s <= forward.transfer_s
+        assert forward.time_s == pytest.approx(forward.compute_s + forward.transfer_s - forward.hidden_s)
 
 
 # ----------------------------------------------------------------------------------------------------------- the choice
@@ -281,7 +281,7 @@ def test_long_sequences_of_few_heads_go_round():
     """Heads cannot be shared any more, and gathering all keys takes long."""
     choice = choose(changed(FEW_HEADS, length=2**22), 64, ALONE, balance="zigzag")
     assert_best(choice, "ring")
-    assert choice.reasons["2d"] == "not 2d: 64 ranks, 1 in a node: it would be ring"
+    assert choice.reasons["2d"] == "not 2d: 1 of 64 ranks in a node: it would be ring"
     assert choice.reasons["ulysses"] == "not ulysses: heads=4: ulysses over 64 ranks takes a multiple of 64"
 
 
@@ -310,6 +310,14 @@ def test_what_does_not_fit_is_not_chosen():
     nothing = choose(LLAMA, 64, balance="zigzag", memory=1.0)
     assert nothing.method == least
     assert "but the others hold more" in nothing.reasons[least]
+
+
+def test_choice_is_among_those_asked_for():
+    choice = choose(LLAMA, 256, balance="zigzag", methods=("ring", "ulysses"))
+    assert_best(choice, "ring")
+    assert set(choice.reasons) == {"ring", "ulysses"}
+    with pytest.raises(ValueError, match="expected one that can be used: heads=32: ulysses over"):
+        choose(LLAMA, 256, methods=("ulysses",))
 
 
 def test_choice_says_why():
