@@ -82,16 +82,21 @@ def test_results_of_public_names_are_no_types():
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 
-def test_pictures_of_masks_are_those_of_their_code(tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    spec = importlib.util.spec_from_file_location("draw_masks", ROOT / "docs" / "tools" / "draw_masks.py")
+def drawn_by(tool: str, folder: Path) -> dict[str, str]:
+    """The pictures that a script of docs/tools draws, by their names."""
+    spec = importlib.util.spec_from_file_location(tool, ROOT / "docs" / "tools" / f"{tool}.py")
     assert spec is not None and spec.loader is not None
-    draw_masks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(draw_masks)
-    drawn = {path.name: path.read_text() for path in draw_masks.write(tmp_path)}
-    committed = {path.name: path.read_text() for path in draw_masks.PICTURES.iterdir()}
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return {path.name: path.read_text() for path in module.write(folder)}
+
+
+def test_pictures_are_those_of_their_code(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    drawn = drawn_by("draw_masks", tmp_path) | drawn_by("draw_methods", tmp_path)
+    committed = {path.name: path.read_text() for path in (ROOT / "docs" / "pictures").iterdir()}
     assert drawn.keys() == committed.keys()
-    assert drawn == committed, "`python docs/tools/draw_masks.py` draws them anew"
+    assert drawn == committed, "`python docs/tools/draw_masks.py` or `draw_methods.py` draws them anew"
 
 
 # ------------------------------------------------------------------------------------------------------------- messages
