@@ -1,0 +1,16 @@
+"""Floor 3: attention over sequences that are shared out among processes, on torch.distributed."""
+
+from fastattn.distributed.agreement import RanksDisagreeError
+from fastattn.distributed.api import context_parallel_attention, position_ids, shard, unshard
+from fastattn.distributed.exchange import RankLostError, Traffic, record_traffic
+
+__all__ = [
+    "RankLostError",
+    "RanksDisagreeError",
+    "Traffic",
+    "context_parallel_attention",
+    "position_ids",
+    "record_traffic",
+    "shard",
+    "unshard",
+]

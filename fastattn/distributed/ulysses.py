@@ -1,0 +1,143 @@
+"""Context parallelism by heads: an all-to-all turns shards of the sequence into shards of heads (arXiv:2309.14509).
+
+Each rank then computes some heads of the whole sequence, as one ordinary call, and a second all-to-all brings its rows
+home. The messages are a share ``1 / W`` of what an all-gather sends, and the number of heads limits the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fastattn.distributed import exchange
+from fastattn.distributed.layout import Piece, in_order, out_of_order
+from fastattn.distributed.parts import Run, kept_weights
+from fastattn.ops.attention import operator
+from fastattn.ops.attention.contract import InputGradients, Inputs, Kept, Needs, OutputGradients
+from fastattn.ops.common.blocks import statistics_dtype
+
+
+def refusal(heads: int, kv_heads: int, world: int) -> str | None:
+    """Why heads cannot be shared out among so many ranks; None where they can."""
+    if heads % world:
+        return f"the {heads} query heads are no multiple of the {world} ranks"
+    if kv_heads % world and world % kv_heads:
+        return f"the {kv_heads} key heads are neither a multiple nor a divisor of the {world} ranks"
+    return None
+
+
+def forward(run: Run, inputs: Inputs) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """Output, LSE, and what :func:`backward` takes."""
+    own = _of_heads(run, inputs)
+    found = operator.implementation(run.options.backend).forward(own, run.options)
+    output, lse = _to_rows(run, [found.output, found.lse])
+    return output, lse, (*own, found.output, found.statistics)
+
+
+def backward(
+    run: Run, d_output: Tensor, d_lse: Tensor | None, kept: tuple[Tensor | None, ...], needs: Needs
+) -> InputGradients:
+    """The gradients of the inputs; of those that all ranks have alike this rank's share, which is that of its heads."""
+    own, output, statistics = Inputs(*kept[:-2]), *kept[-2:]
+    assert output is not None and statistics is not None
+    incoming = _to_heads(run, [d_output] if d_lse is None else [d_output, d_lse])
+    gradients = OutputGradients(incoming[0], None if d_lse is None else incoming[1], None)
+    implementation = operator.implementation(run.options.backend)
+    found = implementation.backward(gradients, Kept(output, statistics), needs, own, run.options)
+    d_query, d_key, d_value = _to_rows(run, [found.d_query, found.d_key, found.d_value])
+    repeats = d_key.shape[1] // run.kv_heads
+    if repeats > 1:
+        d_key, d_value = (t.unflatten(1, (run.kv_heads, repeats)).sum(dim=2) for t in (d_key, d_value))
+    found = found._replace(d_query=d_query, d_key=d_key, d_value=d_value)
+    if needs.needs_d_bias:
+        found = found._replace(d_bias=_bias_home(run, found.d_bias))
+    if needs.needs_d_alibi_slopes:
+        found = found._replace(d_alibi_slopes=_among_all_heads(run, found.d_alibi_slopes))
+    if needs.needs_d_sinks:
+        found = found._replace(d_sinks=_among_all_heads(run, found.d_sinks))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ from rows to heads
+
+
+def _to_heads(run: Run, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Of ``[B, H, n, ...]``, this rank's heads of the whole sequence, in its order."""
+    world = run.place.world
+    split = [t.unflatten(1, (world, t.shape[1] // world)).movedim(1, 0) for t in tensors]
+    return [in_order(list(t), 2, run.balance) for t in exchange.all_to_all(split, run.place)]
+
+
+def _to_rows(run: Run, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The inverse of :func:`_to_heads`."""
+    split = [out_of_order(t, 2, run.place.world, run.balance) for t in tensors]
+    return [t.movedim(0, 1).flatten(1, 2) for t in exchange.all_to_all(split, run.place)]
+
+
+def _own_heads(run: Run) -> slice:
+    heads = run.heads // run.place.world
+    return slice(run.place.rank * heads, (run.place.rank + 1) * heads)
+
+
+def _of_heads(run: Run, inputs: Inputs) -> Inputs:
+    """The call on the whole sequence and this rank's heads."""
+    place, heads = run.place, _own_heads(run)
+    key, value = inputs.key, inputs.value
+    if run.kv_heads % place.world:  # each key head goes to several ranks
+        key, value = (t.repeat_interleave(place.world // run.kv_heads, dim=1) for t in (key, value))
+    query, key, value = _to_heads(run, [inputs.query, key, value])
+    by_token = {
+        name: tensor
+        for name in ("key_padding_mask", "query_documents", "key_documents")
+        if (tensor := getattr(inputs, name)) is not None
+    }
+    if by_token:
+        gathered = exchange.all_gather(list(by_token.values()), place)
+        by_token = {name: in_order(list(t), 1, run.balance) for name, t in zip(by_token, gathered)}
+    keep = None
+    if inputs.dropout_state is not None:
+        of_rows, of_keys = (Piece(slice(0, n * place.world), 0, 1) for n in (run.rows, run.keys))
+        keep = kept_weights(inputs, of_rows, of_keys, run.options)
+        keep = None if keep is None else keep[:, heads]
+    return inputs._replace(
+        query=query,
+        key=key,
+        value=value,
+        bias=_mask_of_heads(run, inputs.bias),
+        alibi_slopes=None if inputs.alibi_slopes is None else inputs.alibi_slopes[:, heads],
+        sinks=None if inputs.sinks is None else inputs.sinks[:, heads],
+        mask=_mask_of_heads(run, inputs.mask),
+        dropout_state=keep,
+        **by_token,
+    )
+
+
+def _mask_of_heads(run: Run, mask: Tensor | None) -> Tensor | None:
+    """Of ``[B | 1, H | 1, n | 1, S | 1]``, this rank's heads and all rows."""
+    if mask is None:
+        return None
+    has_heads, has_rows = run.mask_axes
+    if has_heads and has_rows:
+        return _to_heads(run, [mask])[0]
+    if has_rows:
+        return in_order(list(exchange.all_gather([mask], run.place)[0]), 2, run.balance)
+    return mask[:, _own_heads(run)] if has_heads else mask
+
+
+def _bias_home(run: Run, d_bias: Tensor) -> Tensor:
+    """The gradient of the bias that was given, from that of :func:`_mask_of_heads`."""
+    has_heads, has_rows = run.mask_axes
+    if has_heads and has_rows:
+        return _to_rows(run, [d_bias])[0]
+    if has_rows:  # every rank has a share, of its heads, in the gradients of all rows
+        shares = out_of_order(d_bias.to(statistics_dtype(d_bias.dtype)), 2, run.place.world, run.balance)
+        return exchange.sum_over_ranks(shares, run.place).to(d_bias.dtype)
+    return _among_all_heads(run, d_bias) if has_heads else d_bias
+
+
+def _among_all_heads(run: Run, gradient: Tensor) -> Tensor:
+    """The gradient of this rank's heads, ``[B | 1, h, ...]``, among zeros for the others."""
+    whole = gradient.new_zeros(gradient.shape[0], run.heads, *gradient.shape[2:])
+    whole[:, _own_heads(run)] = gradient
+    return whole

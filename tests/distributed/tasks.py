@@ -1,0 +1,166 @@
+"""What the ranks of a test do; each function runs in every process of a group."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import signal
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import fastattn
+from fastattn import distributed
+from fastattn.distributed import ring
+from tests.distributed import cases
+
+# Of groups that lose a rank.
+SECONDS = 3.0
+
+
+def qkv(world: int, length: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Query, key and value of a whole sequence, ``length`` tokens for each rank, the same on all of them."""
+    torch.manual_seed(0)
+    return [torch.randn(1, 4, world * length, 16, dtype=torch.float64).to(dtype) for _ in range(3)]
+
+
+def own_qkv(group: dist.ProcessGroup, length: int = 8, **keywords: Any) -> list[Tensor]:
+    """The shards of a rank."""
+    return [distributed.shard(t, 2, group).requires_grad_() for t in qkv(group.size(), length, **keywords)]
+
+
+# ---------------------------------------------------------------------------------------------------- right, and counted
+
+
+def every_call(group: dist.ProcessGroup) -> dict[str, Any]:
+    """How far each call is from one process; a sentence where it is not what it should be."""
+    wrong, farthest, count = [], 0.0, 0
+    for name, method, balance in cases.calls(group.size()):
+        ours, expected = cases.both(name, method, balance, group)
+        far, what = cases.distance(ours, expected)
+        farthest, count = max(farthest, far), count + 1
+        if not far <= cases.MOST:
+            wrong.append(f"{name}, {method}, {balance}: {what} is off by {far:.3g}")
+        if name == "everything" and not cases.is_same(ours, cases.both(name, method, balance, group)[0]):
+            wrong.append(f"{name}, {method}, {balance}: another run gives other bits")
+    return {"wrong": wrong, "farthest": farthest, "count": count}
+
+
+def traffic(group: dist.ProcessGroup) -> dict[str, list[int]]:
+    """What a rank sends and computes: ``[bytes, messages, parts, skipped parts]`` of some forward passes."""
+    found, rank = {}, group.rank()
+    documents = torch.full((1, 8), rank)
+    for name, words in {
+        "all": {},
+        "causal": {"is_causal": True},
+        "window": {"window": (8, 0)},
+        "documents": {"document_ids": documents},
+        "zigzag": {"is_causal": True, "balance": "zigzag"},
+        "allgather": {"method": "allgather"},
+        "ulysses": {"method": "ulysses"},
+    }.items():
+        with distributed.record_traffic() as counted, torch.no_grad():
+            words = {"method": "ring", **words}
+            distributed.context_parallel_attention(*own_qkv(group), group, **words, backend="torch")
+        found[name] = [counted.bytes_sent, counted.messages, counted.parts, counted.parts_skipped]
+    return found
+
+
+def sixteen_bits(group: dist.ProcessGroup) -> dict[str, list[float]]:
+    """The largest errors beside float64 of output and gradients in bfloat16: of a ring, and of one process."""
+    results = {}
+    for name, dtype in (("truth", torch.float64), ("one process", torch.bfloat16), ("ring", torch.bfloat16)):
+        whole = [t.to(dtype) for t in qkv(group.size(), 64, torch.bfloat16)]
+        if name == "ring":
+            leaves = [distributed.shard(t, 2, group).requires_grad_() for t in whole]
+            output = distributed.context_parallel_attention(*leaves, group, method="ring", backend="torch")
+            output.backward(torch.ones_like(output))
+            found = [output.detach(), *(t.grad for t in leaves)]
+        else:
+            leaves = [t.requires_grad_() for t in whole]
+            output = fastattn.attention(*leaves, backend="torch")
+            output.backward(torch.ones_like(output))
+            found = [distributed.shard(t.detach(), 2, group) for t in (output, *(leaf.grad for leaf in leaves))]
+        results[name] = [t.double() for t in found]
+    return {
+        name: [(a - b).abs().max().item() for a, b in zip(results[name], results["truth"])]
+        for name in ("one process", "ring")
+    }
+
+
+def sharing_out(group: dist.ProcessGroup) -> list[str]:
+    """What of ``shard``, ``unshard`` and ``position_ids`` does not go together."""
+    wrong = []
+    whole = torch.randn(3, 8 * group.size(), 2, generator=torch.Generator().manual_seed(0))
+    for balance in cases.BALANCES:
+        own = distributed.shard(whole, 1, group, balance=balance).requires_grad_()
+        back = distributed.unshard(own, -2, group, balance=balance)
+        places = distributed.position_ids(whole.shape[1], group, balance=balance)
+        if not torch.equal(back, whole):
+            wrong.append(f"{balance}: unshard")
+        if not torch.equal(whole[:, places], own):
+            wrong.append(f"{balance}: position_ids")
+        (back * whole * (group.rank() + 1)).sum().backward()
+        expected = own.detach() * sum(range(1, group.size() + 1))
+        if own.grad is None or not torch.allclose(own.grad, expected):
+            wrong.append(f"{balance}: the gradient of unshard")
+    return wrong
+
+
+# --------------------------------------------------------------------------------------------------------------- faults
+
+
+def disagreements(group: dist.ProcessGroup) -> dict[str, str]:
+    """What a rank is told where rank 1 is called with something else; and that the group is none the worse for it."""
+    odd, said = group.rank() == 1, {}
+    query, key, value = own_qkv(group)
+    longer = distributed.shard(qkv(group.size(), 9)[0], 2, group)
+    mask = torch.ones(8, 8 * group.size(), dtype=torch.bool)
+    for name, tensors, words in (
+        ("length", (longer if odd else query, key, value), {}),
+        ("dtype", [t.double() if odd else t for t in (query, key, value)], {}),
+        ("mask", (query, key, value), {"attn_mask": mask if odd else None}),
+        ("window", (query, key, value), {"window": (3, 0) if odd else (2, 0)}),
+        ("sinks", (query, key, value), {"sinks": torch.full((4,), float(odd))}),
+        ("gradients", [t.detach() if odd else t for t in (query, key, value)], {}),
+        ("refused", (query, key, value), {"softcap": -1.0 if odd else 1.0}),
+        ("a tensor", (query, key, value), {"key_padding_mask": "none" if odd else None}),
+    ):
+        try:
+            distributed.context_parallel_attention(*tensors, group, **words, backend="torch")
+            said[name] = "nothing"
+        except (TypeError, ValueError) as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    output = distributed.context_parallel_attention(query, key, value, group, method="ring", backend="torch")
+    said["afterwards"] = "right" if torch.isfinite(output).all() else "wrong"
+    return said
+
+
+def losses(group: dist.ProcessGroup) -> dict[str, Any]:
+    """What ranks 0 and 1 are told where a third one is killed before a call or in its backward, or stopped."""
+    timeout = datetime.timedelta(seconds=SECONDS)
+    rank, said = group.rank(), {}
+    groups = {victim: dist.new_group([0, 1, victim], timeout=timeout) for victim in (2, 3, 4)}
+    dist.barrier()
+    for victim, fault in ((2, "killed"), (3, "killed in the backward"), (4, "stopped")):
+        if rank not in (0, 1, victim):
+            continue
+        if rank == victim and fault == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if rank == victim and fault == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if rank == victim:
+            ring.backward = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+        leaves, start = own_qkv(groups[victim]), time.monotonic()
+        try:
+            output = distributed.context_parallel_attention(*leaves, groups[victim], method="ring", backend="torch")
+            output.sum().backward()
+            message = "nothing"
+        except distributed.RankLostError as error:
+            message = str(error)
+        gradients = [leaf.grad is None for leaf in leaves]
+        said[fault] = {"said": message, "seconds": time.monotonic() - start, "no gradient": all(gradients)}
+    return said
