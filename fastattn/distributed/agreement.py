@@ -36,9 +36,9 @@ def digest(tensor: Tensor | None) -> str | None:
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} of digest {value:08x}"
 
 
-def agree(same: dict[str, Any], own: dict[str, Any], refusal: Exception | None, place: Place, device: torch.device) -> (
-    list[dict[str, Any]]
-):
+def agree(
+    same: dict[str, Any], own: dict[str, Any], refusal: Exception | None, place: Place, device: torch.device
+) -> list[dict[str, Any]]:
     """What each rank says for itself, in the order of ranks.
 
     Args:

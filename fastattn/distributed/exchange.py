@@ -181,9 +181,7 @@ class Pending:
         kept: what is sent and received, which has to live as long as the messages travel.
     """
 
-    def __init__(
-        self, works: list[dist.Work], peers: list[int], place: Place, what: str, kept: list[Tensor]
-    ) -> None:
+    def __init__(self, works: list[dist.Work], peers: list[int], place: Place, what: str, kept: list[Tensor]) -> None:
         self._works, self._peers, self._place, self._what, self._kept = works, peers, place, what, kept
 
     def wait(self) -> None:

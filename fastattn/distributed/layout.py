@@ -89,9 +89,7 @@ def in_order(shards: list[Tensor], dim: int, balance: Balance) -> Tensor:
     if balance == "stripe":
         return torch.stack(shards, dim=dim + 1).flatten(dim, dim + 1)
     found = sorted(
-        (piece.first, rank, piece.local)
-        for rank in range(world)
-        for piece in pieces(rank, world, length, balance)
+        (piece.first, rank, piece.local) for rank in range(world) for piece in pieces(rank, world, length, balance)
     )
     return torch.cat([shards[rank].narrow(dim, part.start, part.stop - part.start) for _, rank, part in found], dim=dim)
 

@@ -122,9 +122,7 @@ def is_seen(of_rows: Piece, of_keys: Piece, options: Options, longest_prefix: in
 # ---------------------------------------------------------------------------------------------------------------- parts
 
 
-def part_of(
-    inputs: Inputs, shard: Shard, of_rows: Piece, of_keys: Piece, options: Options
-) -> tuple[Inputs, Options]:
+def part_of(inputs: Inputs, shard: Shard, of_rows: Piece, of_keys: Piece, options: Options) -> tuple[Inputs, Options]:
     """The call that a part is by itself.
 
     Args:

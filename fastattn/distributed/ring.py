@@ -48,7 +48,9 @@ class _Ring:
 
     def _reach_of(self, owner: int) -> int:
         """How many steps a rank's keys go round the ring: as far as some rank needs them."""
-        return max((step for step in range(1, self.world) if self.run.needs((owner + step) % self.world, owner)), default=0)
+        return max(
+            (step for step in range(1, self.world) if self.run.needs((owner + step) % self.world, owner)), default=0
+        )
 
     def owner(self, step: int) -> int:
         """Whose keys are here in a step."""

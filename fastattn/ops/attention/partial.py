@@ -78,10 +78,7 @@ def backward(row: Row, needs: Needs, inputs: Inputs, options: Options) -> InputG
 
 def _wide(inputs: Inputs) -> Inputs:
     """The inputs with no floating tensor below float32: what plain torch computes of them is then not rounded."""
-    found = (
-        t.to(statistics_dtype(t.dtype)) if t is not None and t.is_floating_point() else t
-        for t in inputs
-    )
+    found = (t.to(statistics_dtype(t.dtype)) if t is not None and t.is_floating_point() else t for t in inputs)
     return Inputs(*found)
 
 
