@@ -53,7 +53,11 @@ def agree(
         RanksDisagreeError: the message names the ranks and what they have.
         RankLostError: a rank did not come.
     """
-    said = {"refusal": None if refusal is None else f"{refusal}"[:_LONGEST_REFUSAL], "same": same, "own": own}
+    said: dict[str, Any] = {
+        "refusal": None if refusal is None else f"{refusal}"[:_LONGEST_REFUSAL],
+        "same": same,
+        "own": own,
+    }
     headers = [said] if place.world == 1 else _exchange(said, place, device)
     if refusal is not None:
         raise refusal
@@ -95,7 +99,7 @@ def _exchange(said: dict[str, Any], place: Place, device: torch.device) -> list[
 
 
 def _one_by_one(message: Tensor, place: Place) -> list[Tensor]:
-    """The headers of all ranks, each by a message of its own: of a collective that fails nobody knows who was missing."""
+    """The headers of all ranks, each by a message of its own: a collective that fails does not say who was missing."""
     others = [rank for rank in range(place.world) if rank != place.rank]
     headers = [message if rank == place.rank else torch.empty_like(message) for rank in range(place.world)]
     what = "the exchange of headers, before anything else,"

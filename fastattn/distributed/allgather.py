@@ -6,35 +6,35 @@ rank sends every other the share that it has in the gradients of that one's keys
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
 
 from fastattn.distributed import exchange
 from fastattn.distributed.layout import Piece, in_order, out_of_order
-from fastattn.distributed.parts import Run, Shard, Sums, backward_part, forward_part, is_seen, seen_pairs
+from fastattn.distributed.parts import Done, Run, Shard, Sums, backward_part, forward_part, is_seen, seen_pairs
 from fastattn.ops.attention import partial
-from fastattn.ops.attention.contract import InputGradients, Inputs, Needs
+from fastattn.ops.attention.contract import InputGradients, Inputs, Kept, Needs, OutputGradients
 from fastattn.ops.common.blocks import statistics_dtype
 
+# The rank of some keys, or None of all together; these keys; which pieces of queries and of them are to be computed.
+_Shards = tuple[int | None, Shard, list[tuple[Piece, Piece]]]
 
-def forward(run: Run, inputs: Inputs) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """Output, LSE, and what :func:`backward` takes."""
+
+def forward(run: Run, inputs: Inputs) -> Done:
+    """This rank's rows."""
     merge = partial.Merge(inputs.query, inputs.value.shape[3])
     for _, shard, pairs in _shards(run, inputs):
         for of_rows, of_keys in pairs:
             forward_part(merge, inputs, shard, of_rows, of_keys, run.options)
     output, lse = merge.finish(inputs.sinks)
     output = output.to(inputs.query.dtype)
-    return output, lse, (*inputs, output, lse)
+    return Done(output, lse, inputs, Kept(output, lse))
 
 
-def backward(
-    run: Run, d_output: Tensor, d_lse: Tensor | None, kept: tuple[Tensor | None, ...], needs: Needs
-) -> InputGradients:
+def backward(run: Run, gradients: OutputGradients, kept: Kept, needs: Needs, inputs: Inputs) -> InputGradients:
     """The gradients of the inputs; of those that all ranks have alike this rank's share."""
-    inputs, output, lse = Inputs(*kept[:-2]), *kept[-2:]
-    assert output is not None and lse is not None
-    row = partial.Row(output, lse, d_output, partial.delta_of(output, lse, d_output, d_lse), d_lse)
+    row = partial.row_of(gradients, kept)
     sums = Sums(inputs, needs)
     world, dtype = run.place.world, statistics_dtype(inputs.query.dtype)
     d_key, d_value = (t.new_zeros((world, *t.shape), dtype=dtype) for t in (inputs.key, inputs.value))
@@ -52,20 +52,21 @@ def backward(
     return sums.finish(row, exchange.sum_over_ranks(d_key, run.place), exchange.sum_over_ranks(d_value, run.place))
 
 
-def _shards(run: Run, inputs: Inputs) -> list[tuple[int | None, Shard, list[tuple[Piece, Piece]]]]:
-    """The keys of all ranks, and the pieces of this rank's queries and of them that see one another: all keys at once in
-    the order of the sequence, without an owner, or shard by shard where stripes leave no other bounds."""
+def _shards(run: Run, inputs: Inputs) -> list[_Shards]:
+    """The keys of all ranks, and the pieces of this rank's queries and of them that see one another: all keys at once
+    in the order of the sequence, without an owner, or shard by shard where stripes leave no other bounds."""
     own = Shard(inputs.key, inputs.value, inputs.key_padding_mask, inputs.key_documents)
     present = [t for t in own if t is not None]
     gathered = iter(exchange.all_gather(present, run.place))
-    everything = [None if t is None else next(gathered) for t in own]
+    everything: list[Any] = [None if t is None else next(gathered) for t in own]
     if run.balance == "stripe":
-        return [
-            (rank, Shard(*(t if t is None else t[rank] for t in everything)), list(seen_pairs(run, rank)))
-            for rank in range(run.place.world)
-        ]
+        found: list[_Shards] = []
+        for rank in range(run.place.world):
+            shard: Any = [t if t is None else t[rank] for t in everything]
+            found.append((rank, Shard(*shard), seen_pairs(run, rank)))
+        return found
     dims = (2, 2, 1, 1)
-    whole = Shard(*(t if t is None else in_order(list(t), dim, run.balance) for t, dim in zip(everything, dims)))
+    whole: Any = [t if t is None else in_order(list(t), dim, run.balance) for t, dim in zip(everything, dims)]
     keys = run.keys * run.place.world
     of_keys = Piece(slice(0, keys), 0, 1)
     pairs = []
@@ -74,4 +75,4 @@ def _shards(run: Run, inputs: Inputs) -> list[tuple[int | None, Shard, list[tupl
         exchange.count_part(seen)
         if seen:
             pairs.append((of_rows, of_keys))
-    return [(None, whole, pairs)]
+    return [(None, Shard(*whole), pairs)]

@@ -22,14 +22,15 @@ from fastattn.distributed.layout import (
     pieces,
     place_in,
 )
-from fastattn.distributed.parts import Run, Span
+from fastattn.distributed.parts import Done, Run, Span
 from fastattn.ops.attention import dropout, on_triton
 from fastattn.ops.attention.call import make_call
-from fastattn.ops.attention.contract import Alignment, AttentionCall, Inputs, Needs
+from fastattn.ops.attention.contract import Alignment, AttentionCall, Inputs, Kept, Needs, OutputGradients
 from fastattn.ops.attention.operator import operands
 from fastattn.ops.common import backends
 from fastattn.ops.common.blocks import statistics_dtype
 from fastattn.ops.common.checks import check_attn_mask, shape_of, shapes_of
+from fastattn.ops.common.operator import take
 
 Method = Literal["auto", "allgather", "ring", "ulysses"]
 
@@ -38,7 +39,7 @@ _METHODS: dict[str, ModuleType] = {"allgather": allgather, "ring": ring, "ulysse
 _FEWEST_KEYS_OF_RING = 4096
 
 
-# ---------------------------------------------------------------------------------------------------------- a checked call
+# ------------------------------------------------------------------------------------------------------- a checked call
 
 
 class _Checked(NamedTuple):
@@ -64,13 +65,14 @@ def _check(
         raise ValueError(f"{shapes_of(query, key, call.value)}: expected at least one query and one key on each rank")
     if balance == "zigzag" and world > 1 and (query.shape[2] % 2 or key.shape[2] % 2):
         raise ValueError(
-            f"{shapes_of(query, key, call.value)}: expected even lengths (dimension 2) for balance='zigzag', which gives "
-            "each rank two chunks of the sequence"
+            f"{shapes_of(query, key, call.value)}: expected even lengths (dimension 2) for balance='zigzag', which "
+            "gives each rank two chunks of the sequence"
         )
     if attn_mask is not None:
         all_keys = key.new_empty((*key.shape[:2], key.shape[2] * world, 0), device="meta")
         attn_mask = check_attn_mask(attn_mask, query, all_keys)
-        call = call._replace(**{"mask" if attn_mask.dtype == torch.bool else "bias": attn_mask})
+        is_boolean = attn_mask.dtype == torch.bool
+        call = call._replace(mask=attn_mask if is_boolean else None, bias=None if is_boolean else attn_mask)
     further = (world - 1) * call.shift
     call = call._replace(
         lower=None if call.lower is None else call.lower + further,
@@ -80,8 +82,8 @@ def _check(
     chosen = backends.choose(call, backend, on_triton.refusals)
     if call.dropout_p > 0.0 and chosen == "triton":
         raise NotImplementedError(
-            f"dropout_p={call.dropout_p}: the kernels draw by a weight's place in their own call, and so cannot drop what "
-            "one process would; backend='torch' can"
+            f"dropout_p={call.dropout_p}: the kernels draw by a weight's place in their own call, and so cannot drop "
+            "what one process would; backend='torch' can"
         )
     heads, kv_heads = query.shape[1], key.shape[1]
     refusal = ulysses.refusal(heads, kv_heads, world)
@@ -146,32 +148,30 @@ def _spans(documents: Tensor | None, place: Place, balance: Balance) -> list[lis
     return [[int(edge) for edge in documents[:, piece.local].aminmax()] for piece in own]
 
 
-# --------------------------------------------------------------------------------------------------------- the attention
+# -------------------------------------------------------------------------------------------------------- the attention
 
 
 class _Attention(torch.autograd.Function):
     """``(output, lse)`` of a rank's rows, by a module with ``forward`` and ``backward``."""
 
     @staticmethod
-    def forward(ctx: Any, method: ModuleType, run: Run, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        output, lse, kept = method.forward(run, Inputs(*tensors))
+    def forward(ctx: Any, method: ModuleType, run: Run, *tensors: Any) -> tuple[Tensor, Tensor]:
+        done: Done = method.forward(run, Inputs(*tensors))
         ctx.method, ctx.run = method, run
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*kept)
-        return output, lse
+        ctx.save_for_backward(*done.inputs, *done.kept)
+        return done.output, done.lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        kept, run = ctx.saved_tensors, ctx.run
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyrefly: ignore[bad-override]  # of the decorator, not of this
+        inputs, kept = take(ctx.saved_tensors, Inputs, Kept)
         d_output, d_lse = grads
         if d_output is None:
-            assert d_lse is not None
-            query, _, value = kept[:3]
-            d_output = query.new_zeros(*d_lse.shape, value.shape[3])
+            d_output = inputs.query.new_zeros(*d_lse.shape, inputs.value.shape[3])
         wanted = Inputs(*ctx.needs_input_grad[2:])
-        needs = Needs(wanted.bias, wanted.alibi_slopes, wanted.sinks, False)
-        found = ctx.method.backward(run, d_output, d_lse, kept, needs)
+        needs: Any = Needs(wanted.bias, wanted.alibi_slopes, wanted.sinks, False)  # pyrefly: ignore[bad-argument-type]
+        found = ctx.method.backward(ctx.run, OutputGradients(d_output, d_lse, None), kept, needs, inputs)
         gradients = [g if wanted_one else None for g, wanted_one in zip(found, wanted)]
         return None, None, *gradients, *(None,) * (len(wanted) - len(gradients))
 
@@ -237,7 +237,8 @@ def context_parallel_attention(
         backend: as there. The parts of the first two methods run in plain Triton's kernels where they run in Triton's.
 
     Returns:
-        This rank's rows of the output, ``[B, H, n, Dv]`` in ``query.dtype``, or a tuple of it and the LSE ``[B, H, n]``.
+        This rank's rows of the output, ``[B, H, n, Dv]`` in ``query.dtype``, or a tuple of it and the LSE
+        ``[B, H, n]``.
         Results and gradients of every rank are bitwise the same in every run. The gradients of ``sinks``,
         ``alibi_slopes`` and an ``attn_mask`` of one row are a rank's share, as those of all weights that ranks have
         alike: they add up to those of one process.
@@ -308,7 +309,7 @@ def _dropout_state(call: AttentionCall, place: Place) -> Tensor | None:
     return exchange.from_first(state, place)
 
 
-# -------------------------------------------------------------------------------------------------------- sharing out
+# ---------------------------------------------------------------------------------------------------------- sharing out
 
 
 def _own_pieces(name: str, length: int, place: Place, balance: Balance) -> tuple[Piece, ...]:
@@ -355,7 +356,7 @@ class _Unshard(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyrefly: ignore[bad-override]  # of the decorator, not of this
         (gradient,) = grads
         wide = gradient.to(statistics_dtype(gradient.dtype))
         shares = out_of_order(wide, ctx.dim, ctx.place.world, ctx.balance)

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Generator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,9 @@ from fastattn.distributed.layout import Place
 
 _ALIGNMENT = 16  # bytes: a tensor in a message begins at a multiple, so that it can be viewed in its dtype
 # torch 2.13 has renamed it.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_all_gather: Any = getattr(
+    dist, "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+)
 
 
 class RankLostError(RuntimeError):
@@ -167,7 +170,7 @@ def _of_everybody(place: Place, what: str) -> Generator[None]:
         ) from error
 
 
-# ------------------------------------------------------------------------------------------------- from rank to rank
+# ---------------------------------------------------------------------------------------------------- from rank to rank
 
 
 class Pending:
@@ -199,7 +202,8 @@ class Pending:
 def _lost(place: Place, what: str, peers: list[int], error: RuntimeError) -> RankLostError:
     names = " or ".join(dict.fromkeys(place.name(peer) for peer in peers))
     return RankLostError(
-        f"{place.name(place.rank)}: {what} failed: {names} did not come within the group's time-out, or is gone: {error}"
+        f"{place.name(place.rank)}: {what} failed: {names} did not come within the group's time-out, or is gone: "
+        f"{error}"
     )
 
 

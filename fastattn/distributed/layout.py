@@ -1,8 +1,8 @@
 """Which tokens of a sequence each rank has: contiguous shards, and two ways to share causal work out evenly.
 
-Under causality the last rows see many keys and the first ones few. ``zigzag`` gives rank ``r`` of ``W`` the chunks ``r``
-and ``2 W - 1 - r`` of ``2 W`` (arXiv:2407.21783, section 3.3.2), ``stripe`` the tokens ``r``, ``r + W``, ``r + 2 W``,
-... (arXiv:2311.09431).
+Under causality the last rows see many keys and the first ones few. ``zigzag`` gives rank ``r`` of ``W`` the chunks
+``r`` and ``2 W - 1 - r`` of ``2 W`` (arXiv:2407.21783, section 3.3.2), ``stripe`` the tokens ``r``, ``r + W``,
+``r + 2 W``, ... (arXiv:2311.09431).
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class Piece(NamedTuple):
     step: int  # from one to the next
 
     @property
-    def count(self) -> int:
+    def tokens(self) -> int:
         """How many there are."""
         return self.local.stop - self.local.start
 
     @property
     def positions(self) -> slice:
         """Where they stand in the sequence."""
-        return slice(self.first, self.first + (self.count - 1) * self.step + 1, self.step)
+        return slice(self.first, self.first + (self.tokens - 1) * self.step + 1, self.step)
 
 
 def pieces(rank: int, world: int, length: int, balance: Balance) -> tuple[Piece, ...]:
@@ -70,8 +70,8 @@ def place_in(group_or_mesh: Any) -> Place:
     if isinstance(group_or_mesh, dist.DeviceMesh):
         if group_or_mesh.ndim != 1:
             raise ValueError(
-                f"group_or_mesh has the dimensions {tuple(group_or_mesh.shape)}: expected a mesh of one dimension, such "
-                "as mesh['context']"
+                f"group_or_mesh has the dimensions {tuple(group_or_mesh.shape)}: expected a mesh of one dimension, "
+                "such as mesh['context']"
             )
         group = group_or_mesh.get_group()
     if not isinstance(group, dist.ProcessGroup):

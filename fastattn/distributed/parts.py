@@ -9,7 +9,7 @@ bound ``upper`` of the whole call.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from fastattn.distributed import exchange
 from fastattn.distributed.layout import Balance, Piece, Place, pieces
 from fastattn.ops.attention import dropout, partial
-from fastattn.ops.attention.contract import InputGradients, Inputs, Needs, Options
+from fastattn.ops.attention.contract import InputGradients, Inputs, Kept, Needs, Options
 from fastattn.ops.common.blocks import statistics_dtype
 
 
@@ -29,6 +29,15 @@ class Shard(NamedTuple):
     value: Tensor  # [B, Hk, n, Dv]
     key_padding_mask: Tensor | None  # [B, n]
     key_documents: Tensor | None  # [B | 1, n]
+
+
+class Done(NamedTuple):
+    """What the forward of a method makes: results of this rank's rows, and what its backward is to get."""
+
+    output: Tensor  # [B, H, n, Dv], in the query's dtype
+    lse: Tensor  # [B, H, n]
+    inputs: Inputs
+    kept: Kept
 
 
 class Span(NamedTuple):
@@ -82,8 +91,8 @@ class Run:
         return pieces(rank, self.place.world, self.keys, self.balance)
 
     def pairs(self, rank: int, owner: int) -> Iterator[tuple[Piece, Piece, bool]]:
-        """The pieces of a rank's queries, each with each of another's keys, and whether some query may see some key, as
-        far as bounds and the numbers of documents tell."""
+        """The pieces of a rank's queries, each with each of another's keys, and whether some query may see some key,
+        as far as bounds and the numbers of documents tell."""
         for row_number, of_rows in enumerate(self.row_pieces(rank)):
             for key_number, of_keys in enumerate(self.key_pieces(owner)):
                 seen = is_seen(of_rows, of_keys, self.options, self.longest_prefix)
@@ -96,13 +105,13 @@ class Run:
         return any(seen for _, _, seen in self.pairs(rank, owner))
 
 
-# ------------------------------------------------------------------------------------------------------- bounds of parts
+# ------------------------------------------------------------------------------------------------------ bounds of parts
 
 
 def bounds(of_rows: Piece, of_keys: Piece, options: Options) -> tuple[int | None, int | None, int]:
     """``lower``, ``upper`` and ``shift`` of a part."""
     step, apart = of_rows.step, of_rows.first - of_keys.first
-    assert step == of_keys.step or of_rows.count == 1 or of_keys.count == 1
+    assert step == of_keys.step or of_rows.tokens == 1 or of_keys.tokens == 1
     lower = None if options.lower is None else -((-options.lower - apart) // step)
     upper = None if options.upper is None else (options.upper + apart) // step
     return lower, upper, (options.shift + apart) // step
@@ -110,7 +119,7 @@ def bounds(of_rows: Piece, of_keys: Piece, options: Options) -> tuple[int | None
 
 def is_seen(of_rows: Piece, of_keys: Piece, options: Options, longest_prefix: int) -> bool:
     """Do the bounds let some query of a part see some key?"""
-    rows, keys = of_rows.count, of_keys.count
+    rows, keys = of_rows.tokens, of_keys.tokens
     lower, upper, _ = bounds(of_rows, of_keys, options)
     if longest_prefix > of_keys.first or (lower is None and upper is None):
         return True
@@ -138,8 +147,8 @@ def part_of(inputs: Inputs, shard: Shard, of_rows: Piece, of_keys: Piece, option
     if prefix is not None:
         prefix = ((prefix - of_keys.first + of_keys.step - 1) // of_keys.step).clamp_(min=0)
     # bounds that hide nothing are left out, for the sake of backends that know a faster way without them
-    lower = None if lower is not None and lower + of_rows.count - 1 <= 0 else lower
-    upper = None if upper is not None and upper >= of_keys.count - 1 else upper
+    lower = None if lower is not None and lower + of_rows.tokens - 1 <= 0 else lower
+    upper = None if upper is not None and upper >= of_keys.tokens - 1 else upper
     rows, keys = of_rows.local, of_keys.local
     padding, documents = shard.key_padding_mask, inputs.query_documents
     own = Inputs(
@@ -169,7 +178,7 @@ def place_in_mask(mask: Tensor | None, of_rows: Piece, of_keys: Piece) -> Tensor
 
 
 def kept_weights(inputs: Inputs, of_rows: Piece, of_keys: Piece, options: Options) -> Tensor | None:
-    """Boolean ``[B, H, rows, keys]``: which weights of a part dropout keeps: those that it would keep in one process."""
+    """Boolean ``[B, H, rows, keys]``: the weights of a part that dropout keeps, as it would in one process."""
     state, rows, keys = inputs.dropout_state, of_rows.positions, of_keys.positions
     if state is None:
         return None
@@ -181,7 +190,7 @@ def kept_weights(inputs: Inputs, of_rows: Piece, of_keys: Piece, options: Option
     return drawn[:, :, :: rows.step, :: keys.step]
 
 
-# ----------------------------------------------------------------------------------------------- what parts are added to
+# ---------------------------------------------------------------------------------------------- what parts are added to
 
 
 def forward_part(
@@ -256,7 +265,7 @@ def _zeros(tensor: Tensor | None) -> Tensor:
     return torch.zeros(tensor.shape, dtype=statistics_dtype(tensor.dtype), device=tensor.device)
 
 
-def seen_pairs(run: Run, owner: int) -> Sequence[tuple[Piece, Piece]]:
+def seen_pairs(run: Run, owner: int) -> list[tuple[Piece, Piece]]:
     """The pieces of this rank's queries and another's keys that are to be computed; all of them are counted."""
     found = []
     for of_rows, of_keys, seen in run.pairs(run.place.rank, owner):

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from fastattn.distributed import exchange
-from fastattn.distributed.parts import Run, Shard, Sums, backward_part, forward_part, seen_pairs
+from fastattn.distributed.parts import Done, Run, Shard, Sums, backward_part, forward_part, seen_pairs
 from fastattn.ops.attention import partial
-from fastattn.ops.attention.contract import InputGradients, Inputs, Needs
+from fastattn.ops.attention.contract import InputGradients, Inputs, Kept, Needs, OutputGradients
 from fastattn.ops.common.blocks import statistics_dtype
 
 # Keys and gradients travel between the same ranks, and may overtake one another.
@@ -94,8 +94,8 @@ class _Ring:
         return Shard(key, value, *masks)
 
 
-def forward(run: Run, inputs: Inputs) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """Output, LSE, and what :func:`backward` takes."""
+def forward(run: Run, inputs: Inputs) -> Done:
+    """This rank's rows."""
     ring, merge = _Ring(run, inputs), partial.Merge(inputs.query, inputs.value.shape[3])
     for step in range(run.place.world):
         shard = ring.keys_of(step)
@@ -104,16 +104,12 @@ def forward(run: Run, inputs: Inputs) -> tuple[Tensor, Tensor, tuple[Tensor | No
             forward_part(merge, inputs, shard, of_rows, of_keys, run.options)
     output, lse = merge.finish(inputs.sinks)
     output = output.to(inputs.query.dtype)
-    return output, lse, (*inputs, output, lse)
+    return Done(output, lse, inputs, Kept(output, lse))
 
 
-def backward(
-    run: Run, d_output: Tensor, d_lse: Tensor | None, kept: tuple[Tensor | None, ...], needs: Needs
-) -> InputGradients:
+def backward(run: Run, gradients: OutputGradients, kept: Kept, needs: Needs, inputs: Inputs) -> InputGradients:
     """The gradients of the inputs; of those that all ranks have alike this rank's share."""
-    inputs, output, lse = Inputs(*kept[:-2]), *kept[-2:]
-    assert output is not None and lse is not None
-    row = partial.Row(output, lse, d_output, partial.delta_of(output, lse, d_output, d_lse), d_lse)
+    row = partial.row_of(gradients, kept)
     sums, ring, place = Sums(inputs, needs), _Ring(run, inputs), run.place
     dtype = statistics_dtype(inputs.query.dtype)
     sizes = inputs.key.numel(), inputs.value.numel()

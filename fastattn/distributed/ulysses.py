@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastattn.distributed import exchange
 from fastattn.distributed.layout import Piece, in_order, out_of_order
-from fastattn.distributed.parts import Run, kept_weights
+from fastattn.distributed.parts import Done, Run, kept_weights
 from fastattn.ops.attention import operator
 from fastattn.ops.attention.contract import InputGradients, Inputs, Kept, Needs, OutputGradients
 from fastattn.ops.common.blocks import statistics_dtype
@@ -27,24 +27,20 @@ def refusal(heads: int, kv_heads: int, world: int) -> str | None:
     return None
 
 
-def forward(run: Run, inputs: Inputs) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """Output, LSE, and what :func:`backward` takes."""
+def forward(run: Run, inputs: Inputs) -> Done:
+    """This rank's rows."""
     own = _of_heads(run, inputs)
     found = operator.implementation(run.options.backend).forward(own, run.options)
     output, lse = _to_rows(run, [found.output, found.lse])
-    return output, lse, (*own, found.output, found.statistics)
+    return Done(output, lse, own, Kept(found.output, found.statistics))
 
 
-def backward(
-    run: Run, d_output: Tensor, d_lse: Tensor | None, kept: tuple[Tensor | None, ...], needs: Needs
-) -> InputGradients:
+def backward(run: Run, gradients: OutputGradients, kept: Kept, needs: Needs, inputs: Inputs) -> InputGradients:
     """The gradients of the inputs; of those that all ranks have alike this rank's share, which is that of its heads."""
-    own, output, statistics = Inputs(*kept[:-2]), *kept[-2:]
-    assert output is not None and statistics is not None
-    incoming = _to_heads(run, [d_output] if d_lse is None else [d_output, d_lse])
+    d_lse = gradients.d_lse
+    incoming = _to_heads(run, [gradients.d_output] if d_lse is None else [gradients.d_output, d_lse])
     gradients = OutputGradients(incoming[0], None if d_lse is None else incoming[1], None)
-    implementation = operator.implementation(run.options.backend)
-    found = implementation.backward(gradients, Kept(output, statistics), needs, own, run.options)
+    found = operator.implementation(run.options.backend).backward(gradients, kept, needs, inputs, run.options)
     d_query, d_key, d_value = _to_rows(run, [found.d_query, found.d_key, found.d_value])
     repeats = d_key.shape[1] // run.kv_heads
     if repeats > 1:
@@ -59,7 +55,7 @@ def backward(
     return found
 
 
-# ------------------------------------------------------------------------------------------------ from rows to heads
+# --------------------------------------------------------------------------------------------------- from rows to heads
 
 
 def _to_heads(run: Run, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -17,6 +17,7 @@ from fastattn.ops.attention import dropout
 BATCH, HEAD_DIM = 2, 16
 METHODS = ("allgather", "ring", "ulysses")
 BALANCES = ("none", "zigzag", "stripe")
+attend_on_shards: Any = distributed.context_parallel_attention  # of lists and dictionaries of arguments
 # float32 beside float32: sums in another order
 MOST = 2e-6
 
@@ -124,7 +125,7 @@ def calls(world: int) -> Iterator[tuple[str, str, str]]:
     """``(case, method, balance)`` of everything that there is."""
     for method in METHODS:
         for balance in BALANCES:
-            for name, case in CASES.items():
+            for name in CASES:
                 slopes = name in ("alibi", "alibi-causal", "everything")
                 if slopes and balance == "stripe" and method != "ulysses" and world > 1:
                     continue  # refused
@@ -156,7 +157,7 @@ def _run(attend: Callable[[], Any], weights: list[Tensor], leaves: dict[str, Ten
     found = attend()
     results = list(found) if isinstance(found, tuple) else [found]
     # a row that sees nothing has an LSE of -inf
-    loss = sum((r.masked_fill(r == float("-inf"), 0) * w).sum() for r, w in zip(results, weights))
+    loss: Any = sum((r.masked_fill(r == float("-inf"), 0) * w).sum() for r, w in zip(results, weights))
     gradients = torch.autograd.grad(loss, list(leaves.values()))
     return Outcome([r.detach() for r in results], dict(zip(leaves, gradients)))
 
@@ -188,7 +189,7 @@ def both(name: str, method: Any, balance: Any, group: dist.ProcessGroup) -> tupl
         for n in extra:
             own_words[n] = own_leaves[n] = own_words[n].detach().clone().requires_grad_()
         ours = _run(
-            lambda: distributed.context_parallel_attention(
+            lambda: attend_on_shards(
                 *(own_leaves[n] for n in ("query", "key", "value")), group, method=method, balance=balance, **own_words,
                 backend="torch",
             ),

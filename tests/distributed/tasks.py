@@ -16,23 +16,26 @@ import fastattn
 from fastattn import distributed
 from fastattn.distributed import ring
 from tests.distributed import cases
+from tests.distributed.cases import attend_on_shards
 
 # Of groups that lose a rank.
-SECONDS = 3.0
+SECONDS = 5.0
 
 
-def qkv(world: int, length: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def qkv(world: int, length: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value of a whole sequence, ``length`` tokens for each rank, the same on all of them."""
     torch.manual_seed(0)
-    return [torch.randn(1, 4, world * length, 16, dtype=torch.float64).to(dtype) for _ in range(3)]
+    query, key, value = torch.randn(3, 1, 4, world * length, 16, dtype=torch.float64).to(dtype)
+    return query, key, value
 
 
-def own_qkv(group: dist.ProcessGroup, length: int = 8, **keywords: Any) -> list[Tensor]:
-    """The shards of a rank."""
-    return [distributed.shard(t, 2, group).requires_grad_() for t in qkv(group.size(), length, **keywords)]
+def own_qkv(group: dist.ProcessGroup, length: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """The shards of a rank, trained."""
+    query, key, value = (distributed.shard(t, 2, group).requires_grad_() for t in qkv(group.size(), length))
+    return query, key, value
 
 
-# ---------------------------------------------------------------------------------------------------- right, and counted
+# --------------------------------------------------------------------------------------------------- right, and counted
 
 
 def every_call(group: dist.ProcessGroup) -> dict[str, Any]:
@@ -51,9 +54,9 @@ def every_call(group: dist.ProcessGroup) -> dict[str, Any]:
 
 def traffic(group: dist.ProcessGroup) -> dict[str, list[int]]:
     """What a rank sends and computes: ``[bytes, messages, parts, skipped parts]`` of some forward passes."""
-    found, rank = {}, group.rank()
-    documents = torch.full((1, 8), rank)
-    for name, words in {
+    found = {}
+    documents = torch.full((1, 8), group.rank())
+    calls: dict[str, dict[str, Any]] = {
         "all": {},
         "causal": {"is_causal": True},
         "window": {"window": (8, 0)},
@@ -61,29 +64,33 @@ def traffic(group: dist.ProcessGroup) -> dict[str, list[int]]:
         "zigzag": {"is_causal": True, "balance": "zigzag"},
         "allgather": {"method": "allgather"},
         "ulysses": {"method": "ulysses"},
-    }.items():
+    }
+    for name, words in calls.items():
         with distributed.record_traffic() as counted, torch.no_grad():
-            words = {"method": "ring", **words}
-            distributed.context_parallel_attention(*own_qkv(group), group, **words, backend="torch")
+            attend_on_shards(*own_qkv(group), group, **{"method": "ring", **words}, backend="torch")
         found[name] = [counted.bytes_sent, counted.messages, counted.parts, counted.parts_skipped]
     return found
 
 
 def sixteen_bits(group: dist.ProcessGroup) -> dict[str, list[float]]:
     """The largest errors beside float64 of output and gradients in bfloat16: of a ring, and of one process."""
-    results = {}
+    results: dict[str, Any] = {}
+    found: Any
+    of_leaves: Any
     for name, dtype in (("truth", torch.float64), ("one process", torch.bfloat16), ("ring", torch.bfloat16)):
         whole = [t.to(dtype) for t in qkv(group.size(), 64, torch.bfloat16)]
         if name == "ring":
             leaves = [distributed.shard(t, 2, group).requires_grad_() for t in whole]
-            output = distributed.context_parallel_attention(*leaves, group, method="ring", backend="torch")
+            output = attend_on_shards(*leaves, group, method="ring", backend="torch")
             output.backward(torch.ones_like(output))
-            found = [output.detach(), *(t.grad for t in leaves)]
+            of_leaves = [leaf.grad for leaf in leaves]
+            found = [output.detach(), *of_leaves]
         else:
             leaves = [t.requires_grad_() for t in whole]
-            output = fastattn.attention(*leaves, backend="torch")
+            output: Any = fastattn.attention(*leaves, backend="torch")
             output.backward(torch.ones_like(output))
-            found = [distributed.shard(t.detach(), 2, group) for t in (output, *(leaf.grad for leaf in leaves))]
+            of_leaves = [leaf.grad for leaf in leaves]
+            found = [distributed.shard(t, 2, group) for t in [output.detach(), *of_leaves]]
         results[name] = [t.double() for t in found]
     return {
         name: [(a - b).abs().max().item() for a, b in zip(results[name], results["truth"])]
@@ -130,33 +137,39 @@ def disagreements(group: dist.ProcessGroup) -> dict[str, str]:
         ("a tensor", (query, key, value), {"key_padding_mask": "none" if odd else None}),
     ):
         try:
-            distributed.context_parallel_attention(*tensors, group, **words, backend="torch")
+            attend_on_shards(*tensors, group, **words, backend="torch")
             said[name] = "nothing"
         except (TypeError, ValueError) as error:
             said[name] = f"{type(error).__name__}: {error}"
-    output = distributed.context_parallel_attention(query, key, value, group, method="ring", backend="torch")
+    output = attend_on_shards(query, key, value, group, method="ring", backend="torch")
     said["afterwards"] = "right" if torch.isfinite(output).all() else "wrong"
     return said
+
+
+def die(*arguments: Any) -> Any:
+    """As a process does that runs out of memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def losses(group: dist.ProcessGroup) -> dict[str, Any]:
     """What ranks 0 and 1 are told where a third one is killed before a call or in its backward, or stopped."""
     timeout = datetime.timedelta(seconds=SECONDS)
     rank, said = group.rank(), {}
-    groups = {victim: dist.new_group([0, 1, victim], timeout=timeout) for victim in (2, 3, 4)}
+    groups: dict[int, Any] = {victim: dist.new_group([0, 1, victim], timeout=timeout) for victim in (2, 3, 4)}
     dist.barrier()
     for victim, fault in ((2, "killed"), (3, "killed in the backward"), (4, "stopped")):
         if rank not in (0, 1, victim):
             continue
         if rank == victim and fault == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
         if rank == victim and fault == "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
         if rank == victim:
-            ring.backward = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+            method: Any = ring
+            method.backward = die
         leaves, start = own_qkv(groups[victim]), time.monotonic()
         try:
-            output = distributed.context_parallel_attention(*leaves, groups[victim], method="ring", backend="torch")
+            output = attend_on_shards(*leaves, groups[victim], method="ring", backend="torch")
             output.sum().backward()
             message = "nothing"
         except distributed.RankLostError as error:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from fastattn import distributed
 from tests.distributed import cases, tasks
+from tests.distributed.cases import attend_on_shards
 from tests.distributed.processes import run_on_ranks
 
 
@@ -19,7 +20,7 @@ def none_raised(said):
     return said
 
 
-# --------------------------------------------------------------------------------------------------- several processes
+# ---------------------------------------------------------------------------------------------------- several processes
 
 
 @pytest.mark.parametrize("world", [2, 4, pytest.param(8, marks=pytest.mark.ranks)])
@@ -84,8 +85,7 @@ def check_traffic(said):
     assert sent["ulysses"] == [(4 * of_rows + 8 * 4 * 4) * (world - 1) // world] * world
 
 
-@pytest.mark.parametrize("fault", ["lost"])
-def test_lost_rank_is_named_on_every_other(fault):
+def test_lost_rank_is_named_on_every_other():
     """A rank that is killed before a call or in its backward, or stopped: an error within the group's time-out that
     names it on both ranks that are left, no hang, and no gradient."""
     said = run_on_ranks(5, (tasks.losses,), lost=(2, 3, 4))
@@ -94,11 +94,11 @@ def test_lost_rank_is_named_on_every_other(fault):
         for victim, fault in ((2, "killed"), (3, "killed in the backward"), (4, "stopped")):
             found = of_rank["losses"][fault]
             assert f"rank {victim} did not come within the group's time-out, or is gone" in found["said"]
-            assert found["seconds"] < tasks.SECONDS + 2.0
+            assert found["seconds"] < 3.0 * tasks.SECONDS
             assert found["no gradient"]
 
 
-# ----------------------------------------------------------------------------------------------------------- one process
+# ---------------------------------------------------------------------------------------------------------- one process
 
 
 @pytest.fixture
@@ -118,8 +118,8 @@ def test_one_rank_gives_what_attention_gives(group):
 def test_mesh_of_one_dimension_is_a_group(group):
     mesh = dist.init_device_mesh("cpu", (1,), mesh_dim_names=("context",))
     tensors = tasks.own_qkv(group)
-    output = distributed.context_parallel_attention(*tensors, mesh["context"], backend="torch")
-    assert torch.equal(output, distributed.context_parallel_attention(*tensors, group, backend="torch"))
+    output = attend_on_shards(*tensors, mesh["context"], backend="torch")
+    assert torch.equal(output, attend_on_shards(*tensors, group, backend="torch"))
 
 
 @pytest.mark.parametrize(
@@ -135,28 +135,26 @@ def test_mesh_of_one_dimension_is_a_group(group):
 )
 def test_wrong_argument_is_named(words, error, said, group):
     with pytest.raises(error, match=said):
-        distributed.context_parallel_attention(*tasks.own_qkv(group), group, **words)
+        attend_on_shards(*tasks.own_qkv(group), group, **words)
 
 
 def test_wrong_tensor_or_group_is_named(group):
     query, key, value = tasks.own_qkv(group)
-    with pytest.raises(
-        TypeError, match=r"group_or_mesh: expected a torch.distributed.ProcessGroup or DeviceMesh, got int"
-    ):
-        distributed.context_parallel_attention(query, key, value, 1)
+    with pytest.raises(TypeError, match=r"group_or_mesh: expected .*ProcessGroup or DeviceMesh, got int"):
+        attend_on_shards(query, key, value, 1)
     with pytest.raises(
         ValueError, match=r"group_or_mesh has the dimensions \(1, 1\): expected a mesh of one dimension"
     ):
         distributed.position_ids(8, dist.init_device_mesh("cpu", (1, 1)))
-    with pytest.raises(TypeError, match="query: expected a torch.Tensor, got list"):
-        distributed.context_parallel_attention([1], key, value, group)
+    with pytest.raises(TypeError, match=r"query: expected a torch\.Tensor, got list"):
+        attend_on_shards([1], key, value, group)
     with pytest.raises(ValueError, match="expected at least one query and one key on each rank"):
-        distributed.context_parallel_attention(query[:, :, :0], key, value, group)
+        attend_on_shards(query[:, :, :0], key, value, group)
 
 
 def test_gradient_of_a_gradient_is_refused(group):
     query, key, value = tasks.own_qkv(group)
-    output = distributed.context_parallel_attention(query, key, value, group, backend="torch")
+    output = attend_on_shards(query, key, value, group, backend="torch")
     (gradient,) = torch.autograd.grad(output.square().sum(), query, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
 
 import fastattn
 from fastattn.ops.attention import partial
 from fastattn.ops.attention.call import make_call
-from fastattn.ops.attention.contract import Needs
+from fastattn.ops.attention.contract import Kept, Needs, OutputGradients
 from fastattn.ops.attention.operator import operands
 
 ROWS, CUTS = 20, (0, 9, 10, 33)
@@ -17,7 +20,8 @@ ROWS, CUTS = 20, (0, 9, 10, 33)
 def by_parts(call, backend, d_output, d_lse):
     """``(output, lse, d_query, d_key, d_value, d_bias, d_sinks)`` of a call whose keys are cut into parts."""
     inputs, options = operands(call, None, backend, keeps_statistics=True)
-    spans = [slice(start, stop) for start, stop in zip(CUTS, CUTS[1:])]
+    assert inputs.bias is not None and inputs.sinks is not None and options.upper is not None
+    spans = [slice(start, stop) for start, stop in itertools.pairwise(CUTS)]
     parts = []
     for keys in spans:
         own = inputs._replace(
@@ -28,10 +32,9 @@ def by_parts(call, backend, d_output, d_lse):
     for own, rules in parts:
         merge.add(*partial.forward(own, rules), slice(0, ROWS))
     output, lse = merge.finish(inputs.sinks)
-    rounded = output.to(inputs.query.dtype)
-    row = partial.Row(rounded, lse, d_output, partial.delta_of(rounded, lse, d_output, d_lse), d_lse)
+    row = partial.row_of(OutputGradients(d_output, d_lse, None), Kept(output.to(inputs.query.dtype), lse))
     found = [partial.backward(row, Needs(True, False, False, False), own, rules) for own, rules in parts]
-    d_query = sum(gradients.d_query for gradients in found)
+    d_query = torch.stack([gradients.d_query for gradients in found]).sum(dim=0)
     d_key, d_value = (torch.cat([getattr(g, name) for g in found], dim=2) for name in ("d_key", "d_value"))
     d_bias = torch.cat([gradients.d_bias for gradients in found], dim=3)
     return output, lse, d_query, d_key, d_value, d_bias, partial.sink_gradients(inputs.sinks, row)
@@ -47,7 +50,7 @@ def test_parts_are_the_whole(dtype, with_lse, backend, device):
     bias, sinks = torch.randn(4, ROWS, CUTS[-1], device=device), torch.randn(4, device=device)
     bias[:, 3] = float("-inf")
     d_output, d_lse = torch.randn_like(query), torch.randn(2, 4, ROWS, device=device) if with_lse else None
-    words = {"is_causal": True, "causal_alignment": "bottom_right", "softcap": 5.0}
+    words: Any = {"is_causal": True, "causal_alignment": "bottom_right", "softcap": 5.0}
 
     leaves = [t.double().requires_grad_() for t in (query, key, value, bias, sinks)]
     output, lse = fastattn.attention(

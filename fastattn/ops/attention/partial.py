@@ -12,7 +12,7 @@ bits between two merges would lose a digit with each doubling of the number of p
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,22 +31,25 @@ class Row(NamedTuple):
     output: Tensor  # [B, H, L, Dv]
     lse: Tensor  # [B, H, L], sinks included
     d_output: Tensor  # [B, H, L, Dv]
-    delta: Tensor  # [B, H, L], rowsum(dO * O) - dLSE; see delta_of
+    delta: Tensor  # [B, H, L], rowsum(dO * O) - dLSE, at least float32
     d_lse: Tensor | None  # [B, H, L]
 
     def rows(self, part: slice) -> Row:
         """Some of the rows."""
-        return Row(*(t if t is None else t[:, :, part] for t in self))
+        output, lse, d_output, delta = (t[:, :, part] for t in self[:4])
+        return Row(output, lse, d_output, delta, None if self.d_lse is None else self.d_lse[:, :, part])
 
 
-def delta_of(output: Tensor, lse: Tensor, d_output: Tensor, d_lse: Tensor | None) -> Tensor:
-    """``rowsum(dO * O) - dLSE``, ``[B, H, L]``, at least float32; a row that sees no key has no part in it, whatever
-    comes in."""
+def row_of(gradients: OutputGradients, kept: Kept) -> Row:
+    """What the backward has to know, of output and LSE of whole rows and of their gradients."""
+    (d_output, d_lse, _), (output, lse) = gradients, kept
     dtype = statistics_dtype(output.dtype)
-    delta = torch.linalg.vecdot(d_output.to(dtype), output.to(dtype)).masked_fill_(~output.any(dim=3), 0)
+    delta = torch.linalg.vecdot(d_output.to(dtype), output.to(dtype))
+    delta = delta.masked_fill_(~output.any(dim=3), 0)  # a row that sees no key, whatever comes in as its gradient
     if d_lse is not None:
         delta = delta - d_lse
-    return delta.masked_fill_(lse == NEGATIVE_INFINITY, 0)
+    delta = delta.masked_fill_(lse == NEGATIVE_INFINITY, 0)
+    return Row(output, lse, d_output, delta, d_lse)
 
 
 def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
@@ -78,7 +81,7 @@ def backward(row: Row, needs: Needs, inputs: Inputs, options: Options) -> InputG
 
 def _wide(inputs: Inputs) -> Inputs:
     """The inputs with no floating tensor below float32: what plain torch computes of them is then not rounded."""
-    found = (t.to(statistics_dtype(t.dtype)) if t is not None and t.is_floating_point() else t for t in inputs)
+    found: Any = [t.to(statistics_dtype(t.dtype)) if t is not None and t.is_floating_point() else t for t in inputs]
     return Inputs(*found)
 
 
