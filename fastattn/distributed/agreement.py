@@ -13,10 +13,11 @@ import zlib
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastattn.distributed import exchange
-from fastattn.distributed.layout import Place
+from fastattn.distributed.layout import Place, ranks_of
 
 _SIZE = 4096  # bytes of a header, the same on every rank, since none knows those of the others yet
 _LONGEST_REFUSAL = 1000  # characters of an error of another rank that are passed on
@@ -37,7 +38,11 @@ def digest(tensor: Tensor | None) -> str | None:
 
 
 def agree(
-    same: dict[str, Any], own: dict[str, Any], refusal: Exception | None, place: Place, device: torch.device
+    same: dict[str, Any],
+    own: dict[str, Any],
+    refusal: Exception | None,
+    places: tuple[Place, ...],
+    device: torch.device,
 ) -> list[dict[str, Any]]:
     """What each rank says for itself, in the order of ranks.
 
@@ -46,7 +51,7 @@ def agree(
         own: what need not be.
         refusal: the error that this rank would raise for its own arguments; None: it has nothing against them. It is
             raised here, behind the exchange, so that the others do not wait for a rank that has gone.
-        place: of this process.
+        places: of this process, one for each dimension of a mesh.
         device: where the tensors of the exchange lie.
 
     Raises:
@@ -54,18 +59,18 @@ def agree(
         RankLostError: a rank did not come.
     """
     said: dict[str, Any] = {
+        "rank": dist.get_rank(),
         "refusal": None if refusal is None else f"{refusal}"[:_LONGEST_REFUSAL],
         "same": same,
         "own": own,
     }
-    headers = [said] if place.world == 1 else _exchange(said, place, device)
+    headers = [said] if ranks_of(places) == 1 else _exchange(said, places, device)
     if refusal is not None:
         raise refusal
-    refused = [(rank, header["refusal"]) for rank, header in enumerate(headers) if header["refusal"] is not None]
+    refused = [f"rank {header['rank']}: {header['refusal']}" for header in headers if header["refusal"] is not None]
     if refused:
-        words = "; ".join(f"{place.name(rank)}: {text}" for rank, text in refused)
-        raise RanksDisagreeError(f"another rank refuses its arguments, and nothing was exchanged: {words}")
-    differences = _differences([header["same"] for header in headers], place)
+        raise RanksDisagreeError(f"another rank refuses its arguments, and nothing was exchanged: {'; '.join(refused)}")
+    differences = _differences(headers)
     if differences:
         raise RanksDisagreeError(
             f"the ranks of the group were called with different arguments: {'; '.join(differences)}: expected the same "
@@ -74,28 +79,30 @@ def agree(
     return [header["own"] for header in headers]
 
 
-def _differences(said: list[dict[str, Any]], place: Place) -> list[str]:
+def _differences(headers: list[dict[str, Any]]) -> list[str]:
     """For each argument that is not the same everywhere, who has what beside what most have."""
     found = []
-    for name in said[0]:
-        values = [json.dumps(of_rank[name]) for of_rank in said]
-        usual = collections.Counter(values).most_common(1)[0][0]
-        others = [f"{place.name(rank)} has {value}" for rank, value in enumerate(values) if value != usual]
+    for name in headers[0]["same"]:
+        values = [(header["rank"], json.dumps(header["same"][name])) for header in headers]
+        usual = collections.Counter(value for _, value in values).most_common(1)[0][0]
+        others = [f"rank {rank} has {value}" for rank, value in values if value != usual]
         if others:
-            like = next(place.name(rank) for rank, value in enumerate(values) if value == usual)
-            found.append(f"{name}: {', '.join(others)}, {like} has {usual}")
+            like = next(rank for rank, value in values if value == usual)
+            found.append(f"{name}: {', '.join(others)}, rank {like} has {usual}")
     return found
 
 
-def _exchange(said: dict[str, Any], place: Place, device: torch.device) -> list[dict[str, Any]]:
+def _exchange(said: dict[str, Any], places: tuple[Place, ...], device: torch.device) -> list[dict[str, Any]]:
+    """The headers of all ranks: along the last dimension first, and then those of it along the one before."""
     text = json.dumps(said).encode()
     assert len(text) <= _SIZE, f"a header of {len(text)} bytes"
-    message = torch.frombuffer(bytearray(text.ljust(_SIZE)), dtype=torch.uint8).to(device)
-    if device.type == "cpu":
-        messages = _one_by_one(message, place)
-    else:
-        messages = list(exchange.all_gather([message], place, counts=False)[0].cpu())
-    return [json.loads(bytes(other.tolist())) for other in messages]
+    messages = torch.frombuffer(bytearray(text.ljust(_SIZE)), dtype=torch.uint8)[None].to(device)
+    for place in reversed(places):
+        if device.type == "cpu":
+            messages = torch.cat(_one_by_one(messages, place))
+        else:
+            messages = exchange.all_gather([messages], place, counts=False)[0].flatten(0, 1)
+    return [json.loads(bytes(message.tolist())) for message in messages.cpu()]
 
 
 def _one_by_one(message: Tensor, place: Place) -> list[Tensor]:

@@ -26,7 +26,7 @@ def forward(run: Run, inputs: Inputs) -> Done:
     merge = partial.Merge(inputs.query, inputs.value.shape[3])
     for _, shard, pairs in _shards(run, inputs):
         for of_rows, of_keys in pairs:
-            forward_part(merge, inputs, shard, of_rows, of_keys, run.options)
+            forward_part(merge, run, inputs, shard, of_rows, of_keys)
     output, lse = merge.finish(inputs.sinks)
     output = output.to(inputs.query.dtype)
     return Done(output, lse, inputs, Kept(output, lse))
@@ -44,7 +44,7 @@ def backward(run: Run, gradients: OutputGradients, kept: Kept, needs: Needs, inp
         else:
             d_whole = [d_key[owner], d_value[owner]]
         for of_rows, of_keys in pairs:
-            found = backward_part(sums, row, needs, inputs, shard, of_rows, of_keys, run.options)
+            found = backward_part(sums, row, needs, run, inputs, shard, of_rows, of_keys)
             for total, share in zip(d_whole, found):
                 total[:, :, of_keys.local] += share
         if owner is None:

@@ -7,6 +7,7 @@ Under causality the last rows see many keys and the first ones few. ``zigzag`` g
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -64,21 +65,34 @@ def check_balance(balance: Any) -> Balance:
     return balance
 
 
-def place_in(group_or_mesh: Any) -> Place:
-    """Where this process stands in a process group, or in a device mesh of one dimension, or raise."""
-    group = group_or_mesh
+def places_in(group_or_mesh: Any) -> tuple[Place, ...]:
+    """Where this process stands in a process group, or in each dimension of a device mesh of one or two, or raise.
+
+    Along the first dimension tokens are shared out by a balance, along the second one what a rank of the first has, in
+    contiguous pieces.
+    """
     if isinstance(group_or_mesh, dist.DeviceMesh):
-        if group_or_mesh.ndim != 1:
+        if group_or_mesh.ndim > 2:
             raise ValueError(
                 f"group_or_mesh has the dimensions {tuple(group_or_mesh.shape)}: expected a mesh of one dimension, "
-                "such as mesh['context']"
+                "such as mesh['context'], or of two, for method='2d'"
             )
-        group = group_or_mesh.get_group()
-    if not isinstance(group, dist.ProcessGroup):
+        return tuple(_place_in(group_or_mesh.get_group(dim)) for dim in range(group_or_mesh.ndim))
+    if not isinstance(group_or_mesh, dist.ProcessGroup):
         raise TypeError(
-            f"group_or_mesh: expected a torch.distributed.ProcessGroup or DeviceMesh, got {type(group).__name__}"
+            "group_or_mesh: expected a torch.distributed.ProcessGroup or DeviceMesh, got "
+            f"{type(group_or_mesh).__name__}"
         )
+    return (_place_in(group_or_mesh),)
+
+
+def _place_in(group: dist.ProcessGroup) -> Place:
     return Place(group, dist.get_rank(group), dist.get_world_size(group))
+
+
+def ranks_of(places: tuple[Place, ...]) -> int:
+    """How many ranks there are in all dimensions."""
+    return math.prod(place.world for place in places)
 
 
 def in_order(shards: list[Tensor], dim: int, balance: Balance) -> Tensor:

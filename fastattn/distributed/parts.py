@@ -66,6 +66,8 @@ class Run:
         key_spans: the same of its keys.
         heads: of the queries.
         kv_heads: of the keys.
+        first_head: which of all heads the first of ``inputs`` is, where a rank has some of them.
+        heads_for: along which ranks heads are shared out beside the sequence; None: they are not.
         mask_axes: does the additive or boolean mask have an axis of heads, and one of this rank's rows? Without it is
             one for all of them.
     """
@@ -79,8 +81,10 @@ class Run:
     mask_axes: tuple[bool, bool]
     options: Options
     longest_prefix: int
-    query_spans: tuple[tuple[Span, ...], ...] | None
-    key_spans: tuple[tuple[Span, ...], ...] | None
+    query_spans: tuple[tuple[Span | None, ...], ...] | None
+    key_spans: tuple[tuple[Span | None, ...], ...] | None
+    first_head: int = 0
+    heads_for: Place | None = None
 
     def row_pieces(self, rank: int) -> tuple[Piece, ...]:
         """The pieces of a rank's queries."""
@@ -97,7 +101,8 @@ class Run:
             for key_number, of_keys in enumerate(self.key_pieces(owner)):
                 seen = is_seen(of_rows, of_keys, self.options, self.longest_prefix)
                 if self.query_spans is not None and self.key_spans is not None:
-                    seen = seen and self.query_spans[rank][row_number].meets(self.key_spans[owner][key_number])
+                    spans = self.query_spans[rank][row_number], self.key_spans[owner][key_number]
+                    seen = seen and (spans[0] is not None and spans[1] is not None and spans[0].meets(spans[1]))
                 yield of_rows, of_keys, seen
 
     def needs(self, rank: int, owner: int) -> bool:
@@ -131,18 +136,18 @@ def is_seen(of_rows: Piece, of_keys: Piece, options: Options, longest_prefix: in
 # ---------------------------------------------------------------------------------------------------------------- parts
 
 
-def part_of(inputs: Inputs, shard: Shard, of_rows: Piece, of_keys: Piece, options: Options) -> tuple[Inputs, Options]:
+def part_of(run: Run, inputs: Inputs, shard: Shard, of_rows: Piece, of_keys: Piece) -> tuple[Inputs, Options]:
     """The call that a part is by itself.
 
     Args:
+        run: the call.
         inputs: of this rank. ``bias`` and ``mask`` have its rows, and the keys of the whole sequence in their order;
             ``dropout_state`` is that of the whole sequence.
         shard: of the keys' rank.
         of_rows: a piece of this rank's queries.
         of_keys: a piece of the shard.
-        options: of the whole sequence.
     """
-    lower, upper, shift = bounds(of_rows, of_keys, options)
+    lower, upper, shift = bounds(of_rows, of_keys, run.options)
     prefix = inputs.prefix
     if prefix is not None:
         prefix = ((prefix - of_keys.first + of_keys.step - 1) // of_keys.step).clamp_(min=0)
@@ -163,9 +168,9 @@ def part_of(inputs: Inputs, shard: Shard, of_rows: Piece, of_keys: Piece, option
         query_documents=None if documents is None else documents[:, rows],
         key_documents=None if shard.key_documents is None else shard.key_documents[:, keys],
         prefix=None if lower is upper is None else prefix,
-        dropout_state=kept_weights(inputs, of_rows, of_keys, options),
+        dropout_state=kept_weights(run, inputs, of_rows, of_keys),
     )
-    return own, options._replace(lower=lower, upper=upper, shift=shift)
+    return own, run.options._replace(lower=lower, upper=upper, shift=shift)
 
 
 def place_in_mask(mask: Tensor | None, of_rows: Piece, of_keys: Piece) -> Tensor | None:
@@ -177,27 +182,26 @@ def place_in_mask(mask: Tensor | None, of_rows: Piece, of_keys: Piece) -> Tensor
     return mask if mask.shape[3] == 1 else mask[..., of_keys.positions]
 
 
-def kept_weights(inputs: Inputs, of_rows: Piece, of_keys: Piece, options: Options) -> Tensor | None:
+def kept_weights(run: Run, inputs: Inputs, of_rows: Piece, of_keys: Piece) -> Tensor | None:
     """Boolean ``[B, H, rows, keys]``: the weights of a part that dropout keeps, as it would in one process."""
     state, rows, keys = inputs.dropout_state, of_rows.positions, of_keys.positions
     if state is None:
         return None
-    if not dropout.is_seed(state):
-        return state[:, :, rows, keys]
     batch, heads = inputs.query.shape[:2]
+    own_heads = slice(run.first_head, run.first_head + heads)
+    if not dropout.is_seed(state):
+        return state[:, own_heads, rows, keys]
     spans = (slice(span.start, span.stop) for span in (rows, keys))
-    drawn = dropout.kept(state, options.dropout_p, heads, slice(0, batch), *spans)
-    return drawn[:, :, :: rows.step, :: keys.step]
+    drawn = dropout.kept(state, run.options.dropout_p, run.heads, slice(0, batch), *spans)
+    return drawn[:, own_heads, :: rows.step, :: keys.step]
 
 
 # ---------------------------------------------------------------------------------------------- what parts are added to
 
 
-def forward_part(
-    merge: partial.Merge, inputs: Inputs, shard: Shard, of_rows: Piece, of_keys: Piece, options: Options
-) -> None:
+def forward_part(merge: partial.Merge, run: Run, inputs: Inputs, shard: Shard, of_rows: Piece, of_keys: Piece) -> None:
     """Compute a part, and merge it into its rows."""
-    output, lse = partial.forward(*part_of(inputs, shard, of_rows, of_keys, options))
+    output, lse = partial.forward(*part_of(run, inputs, shard, of_rows, of_keys))
     merge.add(output, lse, of_rows.local)
 
 
@@ -247,14 +251,14 @@ def backward_part(
     sums: Sums,
     row: partial.Row,
     needs: Needs,
+    run: Run,
     inputs: Inputs,
     shard: Shard,
     of_rows: Piece,
     of_keys: Piece,
-    options: Options,
 ) -> tuple[Tensor, Tensor]:
     """Add the gradients of a part; return those of its keys and values."""
-    own, rules = part_of(inputs, shard, of_rows, of_keys, options)
+    own, rules = part_of(run, inputs, shard, of_rows, of_keys)
     found = partial.backward(row.rows(of_rows.local), needs, own, rules)
     sums.add(found, of_rows, of_keys)
     return found.d_key, found.d_value

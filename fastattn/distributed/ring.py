@@ -101,7 +101,7 @@ def forward(run: Run, inputs: Inputs) -> Done:
         shard = ring.keys_of(step)
         for of_rows, of_keys in seen_pairs(run, ring.owner(step)):
             assert shard is not None
-            forward_part(merge, inputs, shard, of_rows, of_keys, run.options)
+            forward_part(merge, run, inputs, shard, of_rows, of_keys)
     output, lse = merge.finish(inputs.sinks)
     output = output.to(inputs.query.dtype)
     return Done(output, lse, inputs, Kept(output, lse))
@@ -124,7 +124,7 @@ def backward(run: Run, gradients: OutputGradients, kept: Kept, needs: Needs, inp
         d_key, d_value = (t.view(like.shape) for t, like in zip(total.split(sizes), (inputs.key, inputs.value)))
         for of_rows, of_keys in seen_pairs(run, ring.owner(step)):
             assert shard is not None
-            found = backward_part(sums, row, needs, inputs, shard, of_rows, of_keys, run.options)
+            found = backward_part(sums, row, needs, run, inputs, shard, of_rows, of_keys)
             for into, share in zip((d_key, d_value), found):
                 into[:, :, of_keys.local] += share
         if pending is not None:

@@ -15,7 +15,7 @@ from fastattn import distributed
 from fastattn.ops.attention import dropout
 
 BATCH, HEAD_DIM = 2, 16
-METHODS = ("allgather", "ring", "ulysses")
+METHODS = ("allgather", "ring", "ulysses", "2d")
 BALANCES = ("none", "zigzag", "stripe")
 attend_on_shards: Any = distributed.context_parallel_attention  # of lists and dictionaries of arguments
 # float32 beside float32: sums in another order
@@ -37,6 +37,7 @@ class Sizes:
         return BATCH, self.heads, self.rows, self.keys
 
 
+Group = dist.ProcessGroup | dist.DeviceMesh  # of all processes
 Words = Callable[[Sizes], dict[str, Any]]
 
 
@@ -124,15 +125,18 @@ CASES: dict[str, Case] = {
 def calls(world: int) -> Iterator[tuple[str, str, str]]:
     """``(case, method, balance)`` of everything that there is."""
     for method in METHODS:
+        if method == "2d" and world % 2:
+            continue
+        of_ring = {"2d": world // 2, "ulysses": 1}.get(method, world)
         for balance in BALANCES:
             for name in CASES:
                 slopes = name in ("alibi", "alibi-causal", "everything")
-                if slopes and balance == "stripe" and method != "ulysses" and world > 1:
+                if slopes and balance == "stripe" and of_ring > 1:
                     continue  # refused
                 yield name, method, balance
 
 
-def sharded(words: dict[str, Any], group: dist.ProcessGroup, balance: Any) -> dict[str, Any]:
+def sharded(words: dict[str, Any], group: Group, balance: Any) -> dict[str, Any]:
     """A rank's arguments, of those of the whole sequence."""
     own = dict(words)
     for name, dim in (("key_padding_mask", 1), ("document_ids", 1), ("attn_mask", -2)):
@@ -162,9 +166,9 @@ def _run(attend: Callable[[], Any], weights: list[Tensor], leaves: dict[str, Ten
     return Outcome([r.detach() for r in results], dict(zip(leaves, gradients)))
 
 
-def both(name: str, method: Any, balance: Any, group: dist.ProcessGroup) -> tuple[Outcome, Outcome]:
+def both(name: str, method: Any, balance: Any, group: Group) -> tuple[Outcome, Outcome]:
     """``(ours, expected)`` of this rank, for a case; gradients of what all ranks have alike are added up."""
-    case, world = CASES[name], dist.get_world_size(group)
+    case, world = CASES[name], dist.get_world_size()
     heads = max(4, world)
     kv_heads = heads // case.shared if case.shared else 1
     sizes = Sizes(world, case.rows * world, case.keys * world, heads, kv_heads)
@@ -207,7 +211,7 @@ def both(name: str, method: Any, balance: Any, group: dist.ProcessGroup) -> tupl
             expected.gradients[n] = distributed.shard(gradient, -2, group, balance=balance)
         else:
             expected.gradients[n] = gradient
-            dist.all_reduce(ours.gradients[n], group=group)
+            dist.all_reduce(ours.gradients[n])
     return ours, expected
 
 

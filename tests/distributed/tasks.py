@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import signal
 import time
@@ -20,12 +21,13 @@ from tests.distributed.cases import attend_on_shards
 
 # Of groups that lose a rank.
 SECONDS = 5.0
+HEADS = 8
 
 
 def qkv(world: int, length: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value of a whole sequence, ``length`` tokens for each rank, the same on all of them."""
     torch.manual_seed(0)
-    query, key, value = torch.randn(3, 1, 4, world * length, 16, dtype=torch.float64).to(dtype)
+    query, key, value = torch.randn(3, 1, HEADS, world * length, 16, dtype=torch.float64).to(dtype)
     return query, key, value
 
 
@@ -41,13 +43,15 @@ def own_qkv(group: dist.ProcessGroup, length: int = 8) -> tuple[Tensor, Tensor, 
 def every_call(group: dist.ProcessGroup) -> dict[str, Any]:
     """How far each call is from one process; a sentence where it is not what it should be."""
     wrong, farthest, count = [], 0.0, 0
+    mesh = dist.init_device_mesh("cpu", (group.size() // 2, 2))
     for name, method, balance in cases.calls(group.size()):
-        ours, expected = cases.both(name, method, balance, group)
+        over = mesh if method == "2d" else group
+        ours, expected = cases.both(name, method, balance, over)
         far, what = cases.distance(ours, expected)
         farthest, count = max(farthest, far), count + 1
         if not far <= cases.MOST:
             wrong.append(f"{name}, {method}, {balance}: {what} is off by {far:.3g}")
-        if name == "everything" and not cases.is_same(ours, cases.both(name, method, balance, group)[0]):
+        if name == "everything" and not cases.is_same(ours, cases.both(name, method, balance, over)[0]):
             wrong.append(f"{name}, {method}, {balance}: another run gives other bits")
     return {"wrong": wrong, "farthest": farthest, "count": count}
 
@@ -95,10 +99,12 @@ def sharing_out(group: dist.ProcessGroup) -> list[str]:
     """What of ``shard``, ``unshard`` and ``position_ids`` does not go together."""
     wrong = []
     whole = torch.randn(3, 8 * group.size(), 2, generator=torch.Generator().manual_seed(0))
-    for balance in cases.BALANCES:
-        own = distributed.shard(whole, 1, group, balance=balance).requires_grad_()
-        back = distributed.unshard(own, -2, group, balance=balance)
-        places = distributed.position_ids(whole.shape[1], group, balance=balance)
+    mesh = dist.init_device_mesh("cpu", (group.size() // 2, 2))
+    calls: Any = itertools.product(cases.BALANCES, (group, mesh))
+    for balance, over in calls:
+        own = distributed.shard(whole, 1, over, balance=balance).requires_grad_()
+        back = distributed.unshard(own, -2, over, balance=balance)
+        places = distributed.position_ids(whole.shape[1], over, balance=balance)
         if not torch.equal(back, whole):
             wrong.append(f"{balance}: unshard")
         if not torch.equal(whole[:, places], own):
@@ -124,7 +130,7 @@ def disagreements(group: dist.ProcessGroup) -> dict[str, str]:
         ("dtype", [t.double() if odd else t for t in (query, key, value)], {}),
         ("mask", (query, key, value), {"attn_mask": mask if odd else None}),
         ("window", (query, key, value), {"window": (3, 0) if odd else (2, 0)}),
-        ("sinks", (query, key, value), {"sinks": torch.full((4,), float(odd))}),
+        ("sinks", (query, key, value), {"sinks": torch.full((HEADS,), float(odd))}),
         ("gradients", [t.detach() if odd else t for t in (query, key, value)], {}),
         ("refused", (query, key, value), {"softcap": -1.0 if odd else 1.0}),
         ("a tensor", (query, key, value), {"key_padding_mask": "none" if odd else None}),
