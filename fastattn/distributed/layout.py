@@ -20,13 +20,13 @@ Balance = Literal["none", "zigzag", "stripe"]
 class Place(NamedTuple):
     """A process group, and where in it this process stands."""
 
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None  # None: of all processes
     rank: int  # in the group
     world: int  # ranks of the group
 
     def name(self, rank: int) -> str:
         """A rank of the group, for a message: by the number that it has among all processes."""
-        return f"rank {dist.get_global_rank(self.group, rank)}"
+        return f"rank {rank if self.group is None else dist.get_global_rank(self.group, rank)}"
 
 
 class Piece(NamedTuple):

@@ -9,6 +9,7 @@ bound ``upper`` of the whole call.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -108,6 +109,21 @@ class Run:
     def needs(self, rank: int, owner: int) -> bool:
         """Does a rank need another's keys?"""
         return any(seen for _, _, seen in self.pairs(rank, owner))
+
+
+def reaches(run: Run) -> tuple[int, ...]:
+    """For each rank, how many steps its keys go round a ring: as far as some rank needs them."""
+    # without the group, which what is remembered would keep alive
+    return _reaches(dataclasses.replace(run, place=Place(None, 0, run.place.world), heads_for=None))
+
+
+@functools.lru_cache(maxsize=64)
+def _reaches(run: Run) -> tuple[int, ...]:
+    world = run.place.world
+    return tuple(
+        next((step for step in range(world - 1, 0, -1) if run.needs((owner + step) % world, owner)), 0)
+        for owner in range(world)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ bounds of parts

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastattn.distributed import exchange
-from fastattn.distributed.parts import Done, Run, Shard, Sums, backward_part, forward_part, seen_pairs
+from fastattn.distributed.parts import Done, Run, Shard, Sums, backward_part, forward_part, reaches, seen_pairs
 from fastattn.ops.attention import partial
 from fastattn.ops.attention.contract import InputGradients, Inputs, Kept, Needs, OutputGradients
 from fastattn.ops.common.blocks import statistics_dtype
@@ -42,15 +42,9 @@ class _Ring:
         gathered = iter(exchange.all_gather(present, run.place) if present else ())
         self._padding = None if inputs.key_padding_mask is None else next(gathered)
         self._documents = None if inputs.key_documents is None else next(gathered)
-        self._reach = [self._reach_of(owner) for owner in range(self.world)]
+        self._reach = reaches(run)
         self._pending: exchange.Pending | None = None
         self._coming: Tensor | None = None
-
-    def _reach_of(self, owner: int) -> int:
-        """How many steps a rank's keys go round the ring: as far as some rank needs them."""
-        return max(
-            (step for step in range(1, self.world) if self.run.needs((owner + step) % self.world, owner)), default=0
-        )
 
     def owner(self, step: int) -> int:
         """Whose keys are here in a step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,6 +52,7 @@ class Case:
     shared: int = 1  # query heads to a key head; 0: there is one key head
     value_dim: int = HEAD_DIM
     seeds: bool = False  # dropout by a seed and not by weights that are drawn whole
+    poisoned: bool = False  # padding holds NaN and inf
 
 
 def _documents(length: int, of: int) -> Tensor:
@@ -102,6 +104,8 @@ CASES: dict[str, Case] = {
     "documents-causal": Case(lambda s: {"is_causal": True, "document_ids": _documents(s.rows, s.rows // 2)}),
     "documents-pair": Case(lambda s: {"document_ids": (_documents(s.rows, 4), _documents(s.keys, 8))}, rows=6),
     "padding": Case(lambda s: {"key_padding_mask": _padding(s), "return_lse": True}),
+    "poisoned-padding": Case(lambda s: {"key_padding_mask": _padding(s), "is_causal": True}, poisoned=True),
+    "documents-of-all-entries": Case(lambda s: {"document_ids": _documents(s.rows, 5)[:1], "window": (9, None)}),
     "alibi": Case(lambda s: {"alibi_slopes": _slopes(s)}),
     "alibi-causal": Case(lambda s: {"is_causal": True, "alibi_slopes": _slopes(s).detach()}),
     "softcap": Case(lambda s: {"softcap": 2.0, "is_causal": True}),
@@ -177,6 +181,9 @@ def both(name: str, method: Any, balance: Any, group: Group) -> tuple[Outcome, O
     key = torch.randn(BATCH, kv_heads, sizes.keys, HEAD_DIM, requires_grad=True)
     value = torch.randn(BATCH, kv_heads, sizes.keys, case.value_dim, requires_grad=True)
     words = case.words(sizes)
+    if case.poisoned:
+        hidden = words["key_padding_mask"][:, None, :, None]
+        key.data.masked_fill_(hidden, math.nan), value.data.masked_fill_(hidden, math.inf)
     weights = [torch.randn(BATCH, heads, sizes.rows, case.value_dim), torch.randn(BATCH, heads, sizes.rows)]
     extra = {k: v for k, v in words.items() if isinstance(v, Tensor) and v.requires_grad}
 
