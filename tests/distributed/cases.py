@@ -170,8 +170,9 @@ def _run(attend: Callable[[], Any], weights: list[Tensor], leaves: dict[str, Ten
     return Outcome([r.detach() for r in results], dict(zip(leaves, gradients)))
 
 
-def both(name: str, method: Any, balance: Any, group: Group) -> tuple[Outcome, Outcome]:
-    """``(ours, expected)`` of this rank, for a case; gradients of what all ranks have alike are added up."""
+def both(name: str, method: Any, balance: Any, group: Group, backend: str = "torch") -> tuple[Outcome, Outcome]:
+    """``(ours, expected)`` of this rank, for a case, ours by a backend; gradients of what all ranks have alike are
+    added up."""
     case, world = CASES[name], dist.get_world_size()
     heads = max(4, world)
     kv_heads = heads // case.shared if case.shared else 1
@@ -202,7 +203,7 @@ def both(name: str, method: Any, balance: Any, group: Group) -> tuple[Outcome, O
         ours = _run(
             lambda: attend_on_shards(
                 *(own_leaves[n] for n in ("query", "key", "value")), group, method=method, balance=balance, **own_words,
-                backend="torch",
+                backend=backend,
             ),
             [distributed.shard(w, 2, group, balance=balance) for w in weights],
             own_leaves,

@@ -20,16 +20,18 @@ import torch.multiprocessing as mp
 Task = Callable[[dist.ProcessGroup], Any]
 
 
-def run_on_ranks(world: int, tasks: Sequence[Task], *, lost: Sequence[int] = (), seconds: float = 120.0) -> list[Any]:
+def run_on_ranks(
+    world: int, tasks: Sequence[Task], *, lost: Sequence[int] = (), seconds: float = 120.0, interprets: bool = False
+) -> list[Any]:
     """For each of ``world`` processes what the tasks return, by their names; of one that raises, its traceback.
 
     The ranks that are ``lost`` do not end by themselves, and give None; ``seconds`` is the time-out of the group, and
-    of all of it.
+    of all of it. If a process ``interprets``, the kernels run in it, in Triton's interpreter.
     """
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         before = os.environ.get("TRITON_INTERPRET")
-        os.environ["TRITON_INTERPRET"] = "0"  # a machine that interprets kernels is not what these processes are for
+        os.environ["TRITON_INTERPRET"] = str(int(interprets))  # read once, when triton is imported
         try:
             arguments = (world, tasks, folder, seconds)
             started = [context.Process(target=_work, args=(rank, *arguments)) for rank in range(world)]

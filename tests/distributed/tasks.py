@@ -56,6 +56,17 @@ def every_call(group: dist.ProcessGroup) -> dict[str, Any]:
     return {"wrong": wrong, "farthest": farthest, "count": count}
 
 
+def kernels(group: dist.ProcessGroup) -> dict[str, float]:
+    """How far calls by the kernels, in Triton's interpreter, are from plain torch in one process."""
+    calls = (
+        ("everything", "allgather", "none"),
+        ("everything", "ring", "zigzag"),
+        ("everything", "ulysses", "stripe"),
+        ("sinks", "ring", "stripe"),
+    )
+    return {" ".join(call): cases.distance(*cases.both(*call, group, backend="triton"))[0] for call in calls}
+
+
 def traffic(group: dist.ProcessGroup) -> dict[str, list[int]]:
     """What a rank sends and computes: ``[bytes, messages, parts, skipped parts]`` of some forward passes."""
     found = {}

@@ -86,6 +86,14 @@ def check_traffic(said):
     assert sent["ulysses"] == [(4 * of_rows + 8 * tasks.HEADS * 4) * (world - 1) // world] * world
 
 
+def test_shards_by_the_kernels_give_what_one_process_gives():
+    """Parts in the kernels, which hand over float32 and take the LSE of the whole row."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    for of_rank in none_raised(run_on_ranks(2, (tasks.kernels,), interprets=True)):
+        # the kernels' exponentials are to base 2, so that they round scores once more
+        assert max(of_rank["kernels"].values()) < 5 * cases.MOST, of_rank["kernels"]
+
+
 def test_lost_rank_is_named_on_every_other():
     """A rank that is killed before a call or in its backward, or stopped: an error within the group's time-out that
     names it on both ranks that are left, no hang, and no gradient."""
