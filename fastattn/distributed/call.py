@@ -19,14 +19,15 @@ from fastattn.ops.common.checks import check_attn_mask, shapes_of
 
 Method = Literal["auto", "allgather", "ring", "ulysses", "2d"]
 
-# Below so many keys on each rank one exchange of all of them is faster than many of a shard.
+# From so many keys on each rank on, a ring: computing on a shard then takes longer than the start of a message, and all
+# keys at once are much memory. An estimate, and no measurement.
 _FEWEST_KEYS_OF_RING = 4096
 
 
 class Checked(NamedTuple):
     """A call that this rank has nothing against."""
 
-    call: AttentionCall  # bounds and shift are those of the whole sequence; what is said of keys by the mask, too
+    call: AttentionCall  # tensors are this rank's; bounds and shift are those of the whole sequence
     method: str
     balance: Balance
     backend: str
@@ -65,12 +66,7 @@ def check(
         upper=None if call.upper is None else call.upper + further,
         shift=call.shift + further,
     )
-    chosen = backends.choose(call, backend, on_triton.refusals)
-    if call.dropout_p > 0.0 and chosen == "triton":
-        raise NotImplementedError(
-            f"dropout_p={call.dropout_p}: the kernels draw by a weight's place in their own call, and so cannot drop "
-            "what one process would; backend='torch' can"
-        )
+    chosen = backends.choose(call, backend, _triton_refusals)
     heads, kv_heads = query.shape[1], key.shape[1]
     refusal = ulysses.refusal(heads, kv_heads, places[-1].world)
     if method == "auto":
@@ -83,6 +79,17 @@ def check(
             "numbers of their tokens; balance='zigzag' and method='ulysses' have them"
         )
     return Checked(call, method, balance, chosen)
+
+
+def _triton_refusals(call: AttentionCall) -> list[str]:
+    """Why the kernels cannot run the parts of a call; empty where they can."""
+    reasons = on_triton.refusals(call)
+    if call.dropout_p > 0.0:
+        reasons.append(
+            f"dropout_p={call.dropout_p}: the kernels draw by a weight's place in their own call, and so would not "
+            "drop what one process does"
+        )
+    return reasons
 
 
 def _choose(call: AttentionCall, world: int, heads_fit: bool) -> str:

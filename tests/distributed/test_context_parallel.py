@@ -140,6 +140,7 @@ def test_mesh_of_one_dimension_is_a_group(group):
         ({"attn_mask": torch.ones(9, 8, dtype=torch.bool)}, ValueError, r"attn_mask has shape \(9, 8\)"),
         ({"key_padding_mask": torch.zeros(1, 9, dtype=torch.bool)}, ValueError, "key_padding_mask has shape"),
         ({"backend": "cuda"}, ValueError, "backend='cuda'"),
+        ({"backend": "triton", "dropout_p": 0.5}, NotImplementedError, "dropout_p=0.5: the kernels draw by a weight"),
     ],
 )
 def test_wrong_argument_is_named(words, error, said, group):
