@@ -68,9 +68,9 @@ class Run:
         heads: of the queries.
         kv_heads: of the keys.
         first_head: which of all heads the first of ``inputs`` is, where a rank has some of them.
-        heads_for: along which ranks heads are shared out beside the sequence; None: they are not.
-        mask_axes: does the additive or boolean mask have an axis of heads, and one of this rank's rows? Without it is
-            one for all of them.
+        heads_for: the ranks along which heads are shared out beside the sequence; None: they are not.
+        mask_axes: does the additive or boolean mask have an axis of heads, and one of this rank's rows? An axis that it
+            has not is of size 1, and it holds for all of them.
     """
 
     place: Place
