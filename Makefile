@@ -36,12 +36,16 @@ PIP     := -m pip install --quiet --disable-pip-version-check --only-binary :all
 INSTALL := $(BIN)/python $(PIP) -c constraints.txt
 UPGRADE ?= --upgrade
 
-.PHONY: test lint docs bench report parity resources resources-pairs fuzz dist wheel lock compat clients families proof gpu gpu-cache clean
+.PHONY: test ranks lint docs bench report parity resources resources-pairs fuzz dist wheel lock compat clients families proof gpu gpu-cache clean
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal
 	FASTATTN_MACHINE=ttgir $(BIN)/python -m pytest -n auto --dist worksteal -m machine tests/kernels tests/machines
 	FASTATTN_MACHINE=ptx $(BIN)/python -m pytest -n 0 -k "soft_gpu or decode_whole" tests/machines
+
+# Context parallelism on eight processes, within three minutes.
+ranks: $(STAMP)
+	$(BIN)/python -m pytest -n 0 -m ranks tests/distributed
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks --quick --out build/bench

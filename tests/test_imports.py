@@ -12,7 +12,7 @@ import torch
 
 import fastattn
 from fastattn import __main__ as report
-from fastattn import reference, testing
+from fastattn import distributed, reference, testing
 
 # As on a machine where it is not installed: nobody finds it.
 HIDE_TRITON = """
@@ -156,7 +156,7 @@ def test_report_lists_every_gpu(monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------- public names
 
-PUBLIC = [(module.__name__, name) for module in (fastattn, reference, testing) for name in module.__all__]
+PUBLIC = [(module.__name__, name) for module in (fastattn, distributed, reference, testing) for name in module.__all__]
 
 
 @pytest.mark.parametrize(("module", "name"), PUBLIC)

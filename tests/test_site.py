@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import fastattn
+from fastattn import distributed
 
 ROOT = Path(__file__).parents[1]
 PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -67,7 +68,8 @@ def test_every_page_is_in_the_navigation():
 
 def test_every_public_name_is_in_the_reference():
     text = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs" / "api").glob("*.md")))
-    assert {f"fastattn.{name}" for name in fastattn.__all__} <= set(re.findall(r"^::: (\S+)$", text, re.M))
+    names = {f"{module.__name__}.{name}" for module in (fastattn, distributed) for name in module.__all__}
+    assert names <= set(re.findall(r"^::: (\S+)$", text, re.M))
 
 
 def test_results_of_public_names_are_no_types():

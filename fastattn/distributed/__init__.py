@@ -1,1 +1,17 @@
-"""Attention over sequences that are sharded over ranks."""
+"""Floor 3: attention over sequences that are shared out among processes, on torch.distributed."""
+
+from fastattn.distributed.agreement import RanksDisagreeError
+from fastattn.distributed.api import context_parallel_attention
+from fastattn.distributed.exchange import RankLostError, Traffic, record_traffic
+from fastattn.distributed.sharing import position_ids, shard, unshard
+
+__all__ = [
+    "RankLostError",
+    "RanksDisagreeError",
+    "Traffic",
+    "context_parallel_attention",
+    "position_ids",
+    "record_traffic",
+    "shard",
+    "unshard",
+]

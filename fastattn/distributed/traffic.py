@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Literal, NamedTuple, get_args
 
 from fastattn.distributed.cluster import check_count
+from fastattn.distributed.layout import Balance
 from fastattn.distributed.workload import Workload
 
 Method = Literal["allgather", "ring", "ulysses", "2d"]
-Balance = Literal["none", "zigzag", "stripe"]
+
 METHODS: tuple[Method, ...] = get_args(Method)
 
 

@@ -204,15 +204,27 @@ def _forward(inputs: Inputs, options: Options, careful: bool) -> tuple[Tensor, T
     return output, lse, weights
 
 
-def backward(gradients: OutputGradients, kept: Kept, needs: Needs, inputs: Inputs, options: Options) -> InputGradients:
+def backward(
+    gradients: OutputGradients,
+    kept: Kept,
+    needs: Needs,
+    inputs: Inputs,
+    options: Options,
+    *,
+    delta: Tensor | None = None,
+) -> InputGradients:
     """The contract of ``fastattn::attention_backward``. Where ``d_weights_may_be_zeros`` they are added all the same:
-    that is one addition here."""
+    that is one addition here.
+
+    With ``delta``, ``rowsum(dO * O) - dLSE`` of every row, the call is a part of another: what is kept belongs to rows
+    that see more keys than the call has.
+    """
     with without_autocast(inputs.query.device):
         results = _of_flash(gradients, kept, needs, inputs, options)
         if results is None:
-            results = _backward(gradients, kept.statistics, needs, inputs, options, careful=False)
+            results = _backward(gradients, kept.statistics, needs, inputs, options, careful=False, delta=delta)
         if _hides(inputs, options) and not is_finite(*results):
-            results = _backward(gradients, kept.statistics, needs, inputs, options, careful=True)
+            results = _backward(gradients, kept.statistics, needs, inputs, options, careful=True, delta=delta)
     return results
 
 
@@ -233,7 +245,13 @@ def _of_flash(
 
 
 def _backward(
-    gradients: OutputGradients, lse: Tensor, needs: Needs, inputs: Inputs, options: Options, careful: bool
+    gradients: OutputGradients,
+    lse: Tensor,
+    needs: Needs,
+    inputs: Inputs,
+    options: Options,
+    careful: bool,
+    delta: Tensor | None,
 ) -> InputGradients:
     d_output, d_lse, d_weights = gradients
     query, sinks, statistics = inputs.query, inputs.sinks, statistics_dtype(inputs.query.dtype)
@@ -247,6 +265,8 @@ def _backward(
     d_alibi_slopes = _zeros_like(inputs.alibi_slopes, needs.needs_d_alibi_slopes, statistics)
     d_sinks = _zeros_like(sinks, needs.needs_d_sinks, statistics)
     of_captured = CapturedGradients(inputs, options, needs)
+    # exp(score - inf) is the weight 0 of a row that sees nothing, whatever its scores are
+    ceiling = None if delta is None else lse.masked_fill(lse == NEGATIVE_INFINITY, math.inf)
     # A sink's weight in each row, 1 where the row sees no key, and the mean of dP under the keys' weights
     sink_weight, means = (None, None) if d_sinks is None else (torch.ones_like(lse), torch.zeros_like(lse))
     # The average's gradient reaches every head, divided; and dropout scales what reaches a kept weight.
@@ -271,7 +291,9 @@ def _backward(
                 if inputs.dropout_state is not None:
                     d_rows = d_rows * keep_scale
                 scores, bent, unmodified, visible = scores_of(queries, own_keys, own, rules, added, scratch, keeps=True)
-                if own.sinks is None:
+                if ceiling is not None:
+                    p = scores.sub_(turn.of(ceiling[batch, :, block.rows, None]).to(scores.dtype)).exp_()
+                elif own.sinks is None:
                     empty = turn.of(lse[batch, :, block.rows, None]) == NEGATIVE_INFINITY if hides else None
                     p = _softmax(scores, empty)
                 else:
@@ -292,8 +314,11 @@ def _backward(
                 dp = _cleared(_dropped(dp, own, scratch), visible)
                 if means is not None:
                     turn.of(means[batch, :, block.rows]).copy_(torch.linalg.vecdot(p, dp))
-                ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
-                if d_lse is not None:
+                if delta is not None:
+                    ds = _cleared(dp.sub_(turn.of(delta[batch, :, block.rows, None]).to(p.dtype)).mul_(p), visible)
+                else:
+                    ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
+                if d_lse is not None and delta is None:
                     of_rows = turn.of(d_lse[batch, :, block.rows, None]).to(p.dtype)
                     ds = _cleared(ds.addcmul_(p, of_rows), visible)
                 if d_bias is not None:

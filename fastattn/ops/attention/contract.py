@@ -208,11 +208,11 @@ def weights_shape(query: Tensor, key: Tensor, weights: str) -> tuple[int, ...]:
     return shapes[weights]
 
 
-def empty_results(inputs: Inputs, options: Options) -> Results:
-    """Output, LSE, weights and statistics, for a backend to write."""
+def empty_results(inputs: Inputs, options: Options, output_dtype: torch.dtype | None = None) -> Results:
+    """Output, LSE, weights and statistics, for a backend to write; the output in the query's dtype by default."""
     query, dtype = inputs.query, statistics_dtype(inputs.query.dtype)
     return Results(
-        output=empty_in_order_of(query, (*query.shape[:3], inputs.value.shape[3])),
+        output=empty_in_order_of(query, (*query.shape[:3], inputs.value.shape[3]), output_dtype),
         lse=query.new_empty(query.shape[:3], dtype=dtype),
         weights=query.new_empty(weights_shape(query, inputs.key, options.weights)),
         statistics=query.new_empty(statistics_shape(query, options.backend), dtype=dtype),

@@ -82,6 +82,13 @@ def forward(inputs: Inputs, options: Options) -> Results:
     return results
 
 
+def partial_forward(inputs: Inputs, options: Options) -> Results:
+    """:func:`forward` with the output in float32, for parts that are to be added up. By plain Triton's kernels: Gluon's
+    store their results through a tile of the query's dtype."""
+    results, _ = _forward(inputs, options, "triton", torch.float32)
+    return results
+
+
 def forward_and_map(inputs: Inputs, options: Options) -> tuple[Results, Tensor | None]:
     """:func:`forward`, and the granules of the tile map that it made, which :func:`backward` takes; None: it made
     none."""
@@ -89,9 +96,11 @@ def forward_and_map(inputs: Inputs, options: Options) -> tuple[Results, Tensor |
 
 
 @planned
-def _forward(inputs: Inputs, options: Options, kernels: Kernels) -> tuple[Results, Tensor | None]:
+def _forward(
+    inputs: Inputs, options: Options, kernels: Kernels, dtype: torch.dtype | None = None
+) -> tuple[Results, Tensor | None]:
     problem = _problem(inputs, options)
-    results = output, lse, weights, statistics = empty_results(inputs, options)
+    results = output, lse, weights, statistics = empty_results(inputs, options, dtype)
     tile_map = tile_map_for(problem)
     choice.launch_attention_fwd(problem, output, lse, statistics, tile_map, kernels)
     if not inputs.query.shape[1]:
@@ -113,6 +122,13 @@ def backward(
     return _backward(gradients, kept, needs, inputs, options, kernel_choice(), granules)
 
 
+def partial_backward(
+    gradients: OutputGradients, kept: Kept, needs: Needs, inputs: Inputs, options: Options
+) -> InputGradients:
+    """:func:`backward` with the gradients of query, key and value in float32, as :func:`partial_forward`."""
+    return _backward(gradients, kept, needs, inputs, options, KernelChoice("triton"), None, torch.float32)
+
+
 @planned
 def _backward(
     gradients: OutputGradients,
@@ -122,6 +138,7 @@ def _backward(
     options: Options,
     kernels: KernelChoice,
     granules: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> InputGradients:
     # vmap expands the statistics that its samples share, and the kernels read them without strides
     statistics = kept.statistics.contiguous()
@@ -133,7 +150,9 @@ def _backward(
         used = gradients.d_weights.any() if needs.d_weights_may_be_zeros else None  # stays on the device
         d_weights = WeightsGradient(gradients.d_weights, inputs.query.shape[1], used)
         launch_attention_weights_delta(problem, statistics, d_weights, delta.tensor)
-    d_query, d_key, d_value = (empty_in_order_of(t, tuple(t.shape)) for t in (inputs.query, inputs.key, inputs.value))
+    d_query, d_key, d_value = (
+        empty_in_order_of(t, tuple(t.shape), dtype) for t in (inputs.query, inputs.key, inputs.value)
+    )
     d_bias, d_alibi_slopes, d_sinks = (d_output.new_empty(0) for _ in range(3))
     of_rows = None
     if needs.needs_d_alibi_slopes:

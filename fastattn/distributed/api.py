@@ -1,0 +1,185 @@
+"""The public function: attention over a sequence that is shared out among ranks."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastattn.distributed import allgather, exchange, ring, two_dimensions, ulysses
+from fastattn.distributed.agreement import agree
+from fastattn.distributed.call import Method, check, said_of, spans, spans_of
+from fastattn.distributed.layout import Balance, Place, places_in, ranks_of
+from fastattn.distributed.parts import Done, Run
+from fastattn.ops.attention import dropout
+from fastattn.ops.attention.contract import Alignment, AttentionCall, Inputs, Kept, Needs, OutputGradients
+from fastattn.ops.attention.operator import operands
+from fastattn.ops.common import backends
+from fastattn.ops.common.operator import take
+
+_METHODS: dict[str, ModuleType] = {"allgather": allgather, "ring": ring, "ulysses": ulysses, "2d": two_dimensions}
+
+
+class _Attention(torch.autograd.Function):
+    """``(output, lse)`` of a rank's rows, by a module with ``forward`` and ``backward``."""
+
+    @staticmethod
+    def forward(ctx: Any, method: ModuleType, run: Run, *tensors: Any) -> tuple[Tensor, Tensor]:
+        done: Done = method.forward(run, Inputs(*tensors))
+        ctx.method, ctx.run = method, run
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*done.inputs, *done.kept)
+        return done.output, done.lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyrefly: ignore[bad-override]  # of the decorator, not of this
+        inputs, kept = take(ctx.saved_tensors, Inputs, Kept)
+        d_output, d_lse = grads
+        if d_output is None:
+            d_output = inputs.query.new_zeros(*d_lse.shape, inputs.value.shape[3])
+        wanted = Inputs(*ctx.needs_input_grad[2:])
+        needs: Any = Needs(wanted.bias, wanted.alibi_slopes, wanted.sinks, False)  # pyrefly: ignore[bad-argument-type]
+        found = ctx.method.backward(ctx.run, OutputGradients(d_output, d_lse, None), kept, needs, inputs)
+        gradients = [g if wanted_one else None for g, wanted_one in zip(found, wanted)]
+        return None, None, *gradients, *(None,) * (len(wanted) - len(gradients))
+
+
+def context_parallel_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    group_or_mesh: dist.ProcessGroup | dist.DeviceMesh,
+    *,
+    method: Method = "auto",
+    balance: Balance = "none",
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: Alignment = "top_left",
+    window: tuple[int | None, int | None] | None = None,
+    prefix: int | Tensor | None = None,
+    document_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: backends.Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention over a sequence of which every rank of a group has a shard (arXiv:2310.01889, 2309.14509).
+
+    The words mean what they mean in :func:`fastattn.attention`, of the whole sequence: its rows are ``L = W n`` and its
+    keys ``S = W m`` on ``W`` ranks. All ranks call it with shards of one shape, as :func:`shard` makes them, and with
+    the same arguments otherwise; and all of them run the backward, or none does.
+
+    Args:
+        query: this rank's ``[B, H, n, D]``, float16, bfloat16, float32 or float64.
+        key: its ``[B, Hk, m, D]``; ``Hk`` divides ``H``.
+        value: its ``[B, Hk, m, Dv]``.
+        group_or_mesh: the ranks, in the order of their shards: a process group, or a device mesh of one dimension; for
+            ``"2d"`` of two.
+        method: ``"allgather"`` (all keys to every rank, arXiv:2407.21783, section 3.3.2), ``"ring"`` (keys from rank to
+            rank while each computes, arXiv:2310.01889), ``"ulysses"`` (each rank computes some heads of the whole
+            sequence, arXiv:2309.14509; the ranks have to divide the heads), ``"2d"`` (by heads along the second
+            dimension of a mesh, and a ring along the first, arXiv:2405.07719), or ``"auto"``: ``"2d"`` on a mesh of two
+            dimensions, else by heads where they can be shared and there is no ``attn_mask``, else a ring where a rank
+            has 4096 keys or more.
+        balance: which tokens a rank has: ``"none"``, contiguous ones; ``"zigzag"``, one chunk from the beginning and
+            one from the end of the sequence; ``"stripe"``, every ``W``-th (arXiv:2311.09431). Under causality the last
+            two give every rank the same work. See :func:`position_ids`.
+        attn_mask: boolean or floating, broadcastable to ``[B, H, n, S]``: this rank's rows, in the order of its shard,
+            and all keys, in the order of the sequence. With one row for ``n`` queries it is the same on every rank.
+        key_padding_mask: this rank's boolean ``[B, m]``, True = padding.
+        is_causal: query ``i`` of the sequence sees keys ``j <= i`` of it, or ``j <= i + S - L``.
+        causal_alignment: ``"top_left"`` or ``"bottom_right"``.
+        window: ``(left, right)``, in tokens of the sequence.
+        prefix: this many keys, the first ones of the sequence, are visible to every query in spite of causality and
+            window; an int, or an integer tensor ``[B]``, the same on every rank.
+        document_ids: this rank's integers ``[B, n]``, or a pair ``([B, n], [B, m])``.
+        alibi_slopes: floating ``[H]`` or ``[B, H]``, the same on every rank.
+        softcap: as there.
+        sinks: floating ``[H]``, the same on every rank.
+        scale: as there.
+        dropout_p: as there. The torch backend drops what :func:`fastattn.attention` drops in one process on a CPU, by
+            the random state of the group's first rank, at the cost of a byte for each weight of a part while that is
+            computed.
+        return_lse: also return the log-sum-exp of the scores, differentiable.
+        backend: as there. The parts of the first two methods run in plain Triton's kernels where they run in Triton's.
+
+    Returns:
+        This rank's rows of the output, ``[B, H, n, Dv]`` in ``query.dtype``, or a tuple of it and the LSE
+        ``[B, H, n]``.
+        Results and gradients of every rank are bitwise the same in every run. The gradients of ``sinks``,
+        ``alibi_slopes`` and an ``attn_mask`` of one row are a rank's share, as those of all weights that ranks have
+        alike: they add up to those of one process.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as :func:`fastattn.attention`; a method or balance cannot be.
+        RanksDisagreeError: the ranks were called with different arguments; the message names rank and argument.
+        RankLostError: a rank did not come within the group's time-out, or is gone.
+    """
+    places = places_in(group_or_mesh)
+    words: dict[str, Any] = {
+        "key_padding_mask": key_padding_mask,
+        "is_causal": is_causal,
+        "causal_alignment": causal_alignment,
+        "window": window,
+        "prefix": prefix,
+        "document_ids": document_ids,
+        "alibi_slopes": alibi_slopes,
+        "softcap": softcap,
+        "sinks": sinks,
+        "scale": scale,
+        "dropout_p": dropout_p,
+        "return_lse": return_lse,
+    }
+    device = query.device if isinstance(query, Tensor) else torch.device("cpu")
+    try:
+        checked = check(query, key, value, attn_mask, words, method, balance, backend, places)
+    except (TypeError, ValueError, NotImplementedError) as refusal:
+        agree({}, {}, refusal, places, device)
+        raise
+    call, chosen = checked.call, checked.balance
+    own = [spans(documents, places, chosen) for documents in (call.query_documents, call.key_documents)]
+    said = agree(said_of(checked, words), {"spans": own}, None, places, device)
+    options = operands(call, None, checked.backend, keeps_statistics=True)[1]
+    mask = call.bias if call.bias is not None else call.mask
+    beside = ranks_of(places[1:])
+    run = Run(
+        place=places[0],
+        balance=chosen,
+        rows=call.query.shape[2] * beside,
+        keys=call.key.shape[2] * beside,
+        heads=call.query.shape[1],
+        kv_heads=call.key.shape[1],
+        mask_axes=(False, False)
+        if mask is None
+        else (mask.shape[1] == call.query.shape[1] > 1, mask.shape[2] == call.query.shape[2]),
+        options=options,
+        longest_prefix=0 if call.prefix is None else int(call.prefix.max()),
+        query_spans=spans_of([of_rank["spans"][0] for of_rank in said], places),
+        key_spans=spans_of([of_rank["spans"][1] for of_rank in said], places),
+        heads_for=places[1] if len(places) == 2 else None,
+    )
+    inputs, _ = operands(call, _dropout_state(call, places), checked.backend)
+    output, lse = _Attention.apply(_METHODS[checked.method], run, *inputs)
+    return (output, lse) if return_lse else output
+
+
+def _dropout_state(call: AttentionCall, places: tuple[Place, ...]) -> Tensor | None:
+    """The state that one process would draw for the whole sequence, from the first rank: every rank draws, so that
+    generators which are alike remain so."""
+    if call.dropout_p == 0.0:
+        return None
+    ranks = ranks_of(places)
+    rows = call.query.detach()[:, :, :1].expand(-1, -1, call.query.shape[2] * ranks, -1)
+    state = dropout.draw(rows, call.key.shape[2] * ranks, call.dropout_p)
+    for place in places:
+        state = exchange.from_first(state, place)
+    return state

@@ -1,0 +1,161 @@
+"""One call on shards, as a rank checks it by itself, and what it says of it to the others."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from fastattn.distributed import ulysses
+from fastattn.distributed.agreement import digest
+from fastattn.distributed.layout import Balance, Place, check_balance, pieces, ranks_of
+from fastattn.distributed.parts import Span
+from fastattn.ops.attention import on_triton
+from fastattn.ops.attention.call import make_call
+from fastattn.ops.attention.contract import AttentionCall
+from fastattn.ops.common import backends
+from fastattn.ops.common.checks import check_attn_mask, shapes_of
+
+Method = Literal["auto", "allgather", "ring", "ulysses", "2d"]
+
+# From so many keys on each rank on, a ring: computing on a shard then takes longer than the start of a message, and all
+# keys at once are much memory. An estimate, and no measurement.
+_FEWEST_KEYS_OF_RING = 4096
+
+
+class Checked(NamedTuple):
+    """A call that this rank has nothing against."""
+
+    call: AttentionCall  # tensors are this rank's; bounds and shift are those of the whole sequence
+    method: str
+    balance: Balance
+    backend: str
+
+
+def check(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, words: dict[str, Any], method: Any,
+    balance: Any, backend: backends.Backend | None, places: tuple[Place, ...],
+) -> Checked:  # fmt: skip
+    """Check everything that a rank can check by itself."""
+    if method not in get_args(Method):
+        raise ValueError(f"method={method!r}: expected one of {', '.join(map(repr, get_args(Method)))}")
+    if (method == "2d") != (len(places) == 2) and method != "auto":
+        raise ValueError(
+            f"method={method!r} over ranks in {len(places)} dimensions: expected '2d' or 'auto' on a device mesh of "
+            "two, and another method on a group or a mesh of one"
+        )
+    balance, world = check_balance(balance), ranks_of(places)
+    call = make_call(query, key, value, **words)
+    query, key = call.query, call.key
+    if 0 in (*query.shape[:3], key.shape[1], key.shape[2]):
+        raise ValueError(f"{shapes_of(query, key, call.value)}: expected at least one query and one key on each rank")
+    if balance == "zigzag" and world > 1 and (query.shape[2] % 2 or key.shape[2] % 2):
+        raise ValueError(
+            f"{shapes_of(query, key, call.value)}: expected even lengths (dimension 2) for balance='zigzag', which "
+            "gives each rank two chunks of the sequence"
+        )
+    if attn_mask is not None:
+        all_keys = key.new_empty((*key.shape[:2], key.shape[2] * world, 0), device="meta")
+        attn_mask = check_attn_mask(attn_mask, query, all_keys)
+        is_boolean = attn_mask.dtype == torch.bool
+        call = call._replace(mask=attn_mask if is_boolean else None, bias=None if is_boolean else attn_mask)
+    further = (world - 1) * call.shift
+    call = call._replace(
+        lower=None if call.lower is None else call.lower + further,
+        upper=None if call.upper is None else call.upper + further,
+        shift=call.shift + further,
+    )
+    chosen = backends.choose(call, backend, _triton_refusals)
+    heads, kv_heads = query.shape[1], key.shape[1]
+    refusal = ulysses.refusal(heads, kv_heads, places[-1].world)
+    if method == "auto":
+        method = "2d" if len(places) == 2 else _choose(call, world, refusal is None)
+    if method in ("ulysses", "2d") and refusal is not None:
+        raise ValueError(f"method={method!r}: {refusal}: expected heads that the ranks can share, or another method")
+    if balance == "stripe" and method != "ulysses" and call.alibi_slopes is not None and places[0].world > 1:
+        raise NotImplementedError(
+            f"balance='stripe' with alibi_slopes and method={method!r}: the distances between two stripes are no whole "
+            "numbers of their tokens; balance='zigzag' and method='ulysses' have them"
+        )
+    return Checked(call, method, balance, chosen)
+
+
+def _triton_refusals(call: AttentionCall) -> list[str]:
+    """Why the kernels cannot run the parts of a call; empty where they can."""
+    reasons = on_triton.refusals(call)
+    if call.dropout_p > 0.0:
+        reasons.append(
+            f"dropout_p={call.dropout_p}: the kernels draw by a weight's place in their own call, and so would not "
+            "drop what one process does"
+        )
+    return reasons
+
+
+def _choose(call: AttentionCall, world: int, heads_fit: bool) -> str:
+    """The method that ``"auto"`` stands for."""
+    if world == 1:
+        return "allgather"
+    mask = call.bias if call.bias is not None else call.mask
+    # by heads the least is sent, unless a mask of all rows has to be
+    if heads_fit and mask is None:
+        return "ulysses"
+    return "ring" if call.key.shape[2] >= _FEWEST_KEYS_OF_RING else "allgather"
+
+
+def said_of(checked: Checked, words: dict[str, Any]) -> dict[str, Any]:
+    """What has to be the same on every rank."""
+    call = checked.call
+
+    def kind(tensor: Tensor | None) -> Any:
+        return None if tensor is None else [str(tensor.dtype).removeprefix("torch."), *tensor.shape]
+
+    differentiable = ("query", "key", "value", "bias", "alibi_slopes", "sinks")
+    trained = [
+        "attn_mask" if name == "bias" else name
+        for name in differentiable
+        if torch.is_grad_enabled() and (t := getattr(call, name)) is not None and t.requires_grad
+    ]
+    return {
+        **{name: kind(getattr(call, name)) for name in ("query", "key", "value")},
+        "device": call.query.device.type,
+        "method": checked.method,
+        "balance": checked.balance,
+        "backend": checked.backend,
+        **{name: words[name] for name in ("is_causal", "causal_alignment", "window", "softcap", "dropout_p")},
+        "scale": call.scale,
+        "return_lse": call.return_lse,
+        "attn_mask": kind(call.bias if call.bias is not None else call.mask),
+        "key_padding_mask": kind(call.key_padding_mask),
+        "document_ids": [kind(call.query_documents), kind(call.key_documents)],
+        **{name: digest(getattr(call, name)) for name in ("prefix", "alibi_slopes", "sinks")},
+        "tensors that need gradients": trained,
+    }
+
+
+def spans(documents: Tensor | None, places: tuple[Place, ...], balance: Balance) -> list[list[int] | None] | None:
+    """The smallest and the largest number that this rank has of each piece of a shard along the first dimension."""
+    if documents is None:
+        return None
+    tokens = documents.shape[1]
+    first = places[1].rank * tokens if len(places) == 2 else 0
+    found: list[list[int] | None] = []
+    for piece in pieces(places[0].rank, places[0].world, tokens * ranks_of(places[1:]), balance):
+        own = documents[:, max(0, piece.local.start - first) : max(0, piece.local.stop - first)]
+        found.append([int(edge) for edge in own.aminmax()] if own.numel() else None)
+    return found
+
+
+def spans_of(
+    said: list[list[list[int] | None] | None], places: tuple[Place, ...]
+) -> tuple[tuple[Span | None, ...], ...] | None:
+    """The spans of each rank along the first dimension, of what :func:`spans` gives on every rank."""
+    beside = ranks_of(places[1:])
+    found: list[tuple[Span | None, ...]] = []
+    for rank in range(0, len(said), beside):
+        together: list[Span | None] = []
+        for of_piece in zip(*(of_rank or () for of_rank in said[rank : rank + beside])):
+            edges = [edge for span in of_piece if span is not None for edge in span]
+            together.append(Span(min(edges), max(edges)) if edges else None)
+        found.append(tuple(together))
+    return None if said[0] is None else tuple(found)
