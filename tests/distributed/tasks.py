@@ -16,6 +16,8 @@ from torch import Tensor
 import fastattn
 from fastattn import distributed
 from fastattn.distributed import ring
+from fastattn.distributed.traffic import bytes_sent, messages_sent
+from fastattn.distributed.workload import Workload
 from tests.distributed import cases
 from tests.distributed.cases import attend_on_shards
 
@@ -85,6 +87,34 @@ def traffic(group: dist.ProcessGroup) -> dict[str, list[int]]:
             attend_on_shards(*own_qkv(group), group, **{"method": "ring", **words}, backend="torch")
         found[name] = [counted.bytes_sent, counted.messages, counted.parts, counted.parts_skipped]
     return found
+
+
+def modelled(group: dist.ProcessGroup) -> list[str]:
+    """Where bytes or messages of forward and backward are not those of the communication model, exactly."""
+    world, rank, wrong = group.size(), group.rank(), []
+    masks: Any = (
+        {},
+        {"is_causal": True},
+        {"window": (3, 9)},
+        {"is_causal": True, "window": (17, None)},
+        {"window": (0, 0)},
+    )
+    calls: Any = itertools.product(("allgather", "ring", "ulysses"), cases.BALANCES, masks)
+    for method, balance, words in calls:
+        workload = Workload(batch=2, heads=8, kv_heads=2, length=12 * world, head_dim=16, **words)
+        leaves = [torch.randn(2, heads, 12, 16, dtype=workload.dtype, requires_grad=True) for heads in (8, 2, 2)]
+        with distributed.record_traffic() as forward:
+            output = distributed.context_parallel_attention(
+                *leaves, group, method=method, balance=balance, **words, backend="torch"
+            )
+        with distributed.record_traffic() as backward:
+            output.sum().backward()
+        for counted, is_backward in ((forward, False), (backward, True)):
+            of_rank: Any = {"balance": balance, "rank": rank, "backward": is_backward}
+            said = [count(method, workload, world, **of_rank) for count in (bytes_sent, messages_sent)]
+            if said != [counted.bytes_sent, counted.messages]:
+                wrong.append(f"{method}, {balance}, {words}, {is_backward}: {said} and {counted}")
+    return wrong
 
 
 def sixteen_bits(group: dist.ProcessGroup) -> dict[str, list[float]]:

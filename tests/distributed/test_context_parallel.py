@@ -11,6 +11,9 @@ from tests.distributed import cases, tasks
 from tests.distributed.cases import attend_on_shards
 from tests.distributed.processes import run_on_ranks
 
+# of one start of the processes
+TASKS = ("every_call", "sharing_out", "disagreements", "traffic", "modelled", "sixteen_bits")
+
 
 def none_raised(said):
     """What the ranks say, if all of them came to an end."""
@@ -27,12 +30,20 @@ def none_raised(said):
 def test_shards_give_what_one_process_gives(world):
     """Results and every gradient, of every mask by every method and balance; the same bits in two runs; and what else
     ranks can be asked for. All in one test, since starting the processes takes longer than most of what they do."""
-    several = (tasks.every_call, tasks.sharing_out, tasks.disagreements, tasks.traffic, tasks.sixteen_bits)
+    several = (
+        tasks.every_call,
+        tasks.sharing_out,
+        tasks.disagreements,
+        tasks.traffic,
+        tasks.modelled,
+        tasks.sixteen_bits,
+    )
     said = none_raised(run_on_ranks(world, several))
     for rank, of_rank in enumerate(said):
         assert of_rank["every_call"]["wrong"] == []
         assert of_rank["every_call"]["count"] == len(list(cases.calls(world)))
         assert of_rank["sharing_out"] == []
+        assert of_rank["modelled"] == []
         check_disagreements(of_rank["disagreements"], rank)
         for ours, theirs in zip(of_rank["sixteen_bits"]["ring"], of_rank["sixteen_bits"]["one process"]):
             # partial results are not rounded, however many there are; delta is made of an output that is
