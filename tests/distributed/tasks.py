@@ -104,9 +104,7 @@ def modelled(group: dist.ProcessGroup) -> list[str]:
         workload = Workload(batch=2, heads=8, kv_heads=2, length=12 * world, head_dim=16, **words)
         leaves = [torch.randn(2, heads, 12, 16, dtype=workload.dtype, requires_grad=True) for heads in (8, 2, 2)]
         with distributed.record_traffic() as forward:
-            output = distributed.context_parallel_attention(
-                *leaves, group, method=method, balance=balance, **words, backend="torch"
-            )
+            output = attend_on_shards(*leaves, group, method=method, balance=balance, **words, backend="torch")
         with distributed.record_traffic() as backward:
             output.sum().backward()
         for counted, is_backward in ((forward, False), (backward, True)):

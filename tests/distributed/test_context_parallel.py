@@ -30,14 +30,7 @@ def none_raised(said):
 def test_shards_give_what_one_process_gives(world):
     """Results and every gradient, of every mask by every method and balance; the same bits in two runs; and what else
     ranks can be asked for. All in one test, since starting the processes takes longer than most of what they do."""
-    several = (
-        tasks.every_call,
-        tasks.sharing_out,
-        tasks.disagreements,
-        tasks.traffic,
-        tasks.modelled,
-        tasks.sixteen_bits,
-    )
+    several = [getattr(tasks, name) for name in TASKS]
     said = none_raised(run_on_ranks(world, several))
     for rank, of_rank in enumerate(said):
         assert of_rank["every_call"]["wrong"] == []
