@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import copy
+import shutil
+import tempfile
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -40,7 +49,13 @@ def language_model(**words: Any) -> TransformerLanguageModel:
 
 def train(model: nn.Module, batches: list[tuple[Tensor, ...]]) -> list[float]:
     """The losses of a training by Adam, with clipped gradients."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, foreach=True)
+    # eps: the keys' biases have no gradient but rounding, which Adam would make as large as any
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, eps=1e-4, foreach=True)
+    return losses_of(model, optimizer, batches)
+
+
+def losses_of(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[tuple[Tensor, ...]]) -> list[float]:
+    """The loss of each step, in front of it."""
     losses = []
     for batch in batches:
         loss = model.loss(*batch)
@@ -93,3 +108,181 @@ def training(group: dist.ProcessGroup) -> dict[str, Any]:
             "all DTensors": all(isinstance(p, DTensor) for p in model.parameters()),
         }
     return found
+
+
+# ------------------------------------------------------------------------------------------------ attention and layers
+
+# Arguments of the module; of a call, of the whole sequence. Masks: True = not allowed.
+ATTENTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "no weights": ({}, {"need_weights": False}),
+    "weights of heads": ({"bias": False}, {"average_attn_weights": False}),
+    "appended keys": ({"add_bias_kv": True, "add_zero_attn": True}, {}),
+    "three weights": ({"kdim": 6, "vdim": 10}, {}),
+    "mask": ({}, {"attn_mask": torch.ones(6, 6, dtype=torch.bool).triu(1), "need_weights": False}),
+    "causal": ({}, {"attn_mask": torch.ones(6, 6, dtype=torch.bool).triu(1), "is_causal": True, "need_weights": False}),
+    "mask of heads": ({}, {"attn_mask": torch.linspace(-3, 3, 12 * 36).sin().view(12, 6, 6)}),
+    "mask of entries": ({"batch_first": False}, {"attn_mask": torch.linspace(-3, 3, 3 * 36).sin().view(3, 6, 6)}),
+    "padding": ({}, {"key_padding_mask": torch.arange(6) >= torch.tensor([[6], [4], [1]]), "need_weights": False}),
+}
+
+def _seams(module: nn.Module, inputs: list[Tensor], words: dict[str, Any]) -> dict[str, Tensor]:
+    """Results and the gradients of everything, of a loss that weighs them."""
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    output, weights = module(leaves[0], *(leaves * 3)[1:3] if len(leaves) == 3 else leaves * 2, **words)
+    results = {"output": output} if weights is None else {"output": output, "weights": weights}
+    sum((r * torch.linspace(-1, 1, r.numel()).view(r.shape)).sum() for r in results.values()).backward()
+    found = {name: result.detach() for name, result in results.items()}
+    found |= {f"input {i}": leaf.grad for i, leaf in enumerate(leaves) if leaf.grad is not None}
+    for name, parameter in module.named_parameters():
+        gradient: Any = parameter.grad
+        gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+        found[name] = gradient.flatten(0, 1) if gradient.dim() == 3 and gradient.shape[0] == 3 else gradient
+    return found
+
+
+def attention(group: dist.ProcessGroup) -> dict[str, float]:
+    """How far results and gradients of a module with shared heads are from those of a whole one."""
+    mesh = mesh_of({"data": 2, "tensor": 2})["tensor"]
+    found = {}
+    for name, (of_module, words) in ATTENTIONS.items():
+        torch.manual_seed(2)
+        module = fastattn.MultiheadAttention(8, 4, **{"batch_first": True, **of_module})
+        widths = (8, 6, 10) if "kdim" in of_module else (8,)
+        shape = (3, 6) if module.batch_first else (6, 3)
+        inputs = [torch.randn(*shape, width) for width in widths]
+        whole = _seams(copy.deepcopy(module), inputs, words)
+        ours = _seams(distributed.parallelize(module, mesh), inputs, words)
+        assert ours.keys() == whole.keys(), (ours.keys(), whole.keys())
+        found[name] = max((ours[key] - value).abs().max().item() for key, value in whole.items())
+    return found
+
+
+# Arguments of a call of self-attention: of this rank's rows where they have any.
+CONTEXTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "mask": {"attn_mask": torch.ones(8, 8, dtype=torch.bool).triu(2)},
+    "bias of heads": {"attn_mask": torch.linspace(-3, 3, 12 * 64).sin().view(12, 8, 8)},
+    "causal, padded": {
+        "attn_mask": torch.ones(8, 8, dtype=torch.bool).triu(1),
+        "is_causal": True,
+        "key_padding_mask": torch.arange(8) >= torch.tensor([[8], [6], [3]]),
+    },
+}
+
+
+def context(group: dist.ProcessGroup) -> dict[str, float]:
+    """How far this rank's rows of a module with shared heads and shared sequences are from those of a whole one."""
+    mesh = mesh_of({"context": 2, "tensor": 2})
+    found = {}
+    for name, words in CONTEXTS.items():
+        torch.manual_seed(3)
+        module = fastattn.MultiheadAttention(8, 4, batch_first=True)
+        x = torch.randn(3, 8, 8)
+        words = {"need_weights": False, **words}
+        whole = distributed.shard(module(x, x, x, **words)[0], 1, mesh["context"], balance="zigzag")
+        for key, dim in (("attn_mask", -2), ("key_padding_mask", 1)):
+            if key in words:
+                words[key] = distributed.shard(words[key], dim, mesh["context"], balance="zigzag")
+        distributed.parallelize(module, mesh, balance="zigzag")
+        own = distributed.shard(x, 1, mesh["context"], balance="zigzag")
+        ours = module(own, own, own, **words)[0]
+        found[name] = (ours - whole).abs().max().item()
+    return found
+
+
+def sequence_to_sequence(group: dist.ProcessGroup) -> dict[str, float]:
+    """How far the losses of padded batches are from one process, of an encoder with a decoder."""
+    torch.manual_seed(4)
+    padding = torch.arange(8) >= torch.tensor([[8], [5], [3], [8]])
+    batches = [(torch.randint(9, (4, 8)), torch.randint(7, (4, 9)), padding) for _ in range(3)]
+    config = TransformerConfig(width=8, heads=4, layers=1, feed_forward=16, max_length=16)
+    whole = TransformerEncoderDecoder(9, 7, config)
+    found = {}
+    for name, balance in (("tensor x data", "none"), ("tensor x context", "zigzag"), ("context x data", "stripe")):
+        mesh = mesh_of(MESHES[name])
+        model = distributed.parallelize(copy.deepcopy(whole), mesh, balance=balance)
+        ours = mean_over_data(train(model, of_this_rank(batches, mesh)), mesh)
+        found[name] = _apart(ours, train(copy.deepcopy(whole), batches))
+    return found
+
+
+def fused_layers(group: dist.ProcessGroup) -> dict[str, float]:
+    """How far torch's encoder, fused and shared out, is from itself, in training and in inference."""
+    torch.manual_seed(5)
+    layer = nn.TransformerEncoderLayer(8, 4, 16, dropout=0.0, batch_first=True, norm_first=True)
+    model = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(8), enable_nested_tensor=False)
+    x = torch.randn(4, 6, 8)
+    expected = model(x)
+    fastattn.fuse(model)
+    mesh = mesh_of({"data": 2, "tensor": 2})
+    distributed.parallelize(model, mesh, fsdp={"reshard_after_forward": False})
+    (own,) = of_this_rank([(x,)], mesh)[0]
+    (rows,) = of_this_rank([(expected,)], mesh)[0]
+    found = {"training": (model(own) - rows).abs().max().item()}
+    model.eval()
+    with torch.no_grad():
+        found["inference"] = (model(own) - rows).abs().max().item()
+    return found
+
+
+# -------------------------------------------------------------------------------------------- state dicts, checkpoints
+
+
+def _equal(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return list(ours) == list(expected) and all(torch.equal(ours[name], value) for name, value in expected.items())
+
+
+def state_dicts(group: dist.ProcessGroup) -> dict[str, bool]:
+    """Whether full state dicts go into parallel models and come out as they were."""
+    found = {}
+    for name, sizes in MESHES.items():
+        whole = language_model()
+        names = [key for key, _ in whole.named_parameters()]
+        model = distributed.parallelize(copy.deepcopy(whole), mesh_of(sizes))
+        with torch.no_grad():
+            for parameter in whole.parameters():
+                parameter.add_(torch.arange(parameter.numel()).view(parameter.shape) / 100)
+        set_model_state_dict(model, whole.state_dict(), options=FULL)
+        found[name] = _equal(get_model_state_dict(model, options=FULL), whole.state_dict())
+        found[f"{name}, names"] = names == [key for key, _ in model.named_parameters()]
+    return found
+
+
+def _same_folder() -> str:
+    """A new folder, on all ranks."""
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder, src=0)
+    return folder[0]
+
+
+def checkpoints(group: dist.ProcessGroup) -> dict[str, Any]:
+    """What becomes of a checkpoint of four ranks on two of them, with the optimizer's state, and on one."""
+    torch.manual_seed(6)
+    batches = [(torch.randint(11, (4, 17)),) for _ in range(4)]
+    mesh, of_two = mesh_of({"data": 2, "tensor": 2}), DeviceMesh("cpu", [0, 1], mesh_dim_names=("tensor",))
+    whole = language_model()
+    model = distributed.parallelize(copy.deepcopy(whole), mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    of_whole = torch.optim.SGD(whole.parameters(), lr=0.1, momentum=0.9)
+    losses_of(whole, of_whole, batches[:2])
+    losses_of(model, optimizer, of_this_rank(batches[:2], mesh))
+    folder, found = _same_folder(), {}
+    states = get_state_dict(model, optimizer)
+    dcp.save(dict(zip(("model", "optimizer"), states)), checkpoint_id=folder)
+    if group.rank() == 0:
+        alone = language_model()
+        dcp.load({"model": alone.state_dict()}, checkpoint_id=folder, no_dist=True)
+        pairs = zip(alone.state_dict().values(), whole.state_dict().values())
+        found["one"] = max((a - b).abs().max().item() for a, b in pairs)
+    if group.rank() in (0, 1):
+        smaller = distributed.parallelize(language_model(), of_two)
+        other = torch.optim.SGD(smaller.parameters(), lr=0.1, momentum=0.9)
+        states = dict(zip(("model", "optimizer"), get_state_dict(smaller, other)))
+        dcp.load(states, checkpoint_id=folder, process_group=of_two.get_group())
+        set_state_dict(smaller, other, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+        found["two"] = losses_of(smaller, other, batches[2:])
+    dist.barrier()
+    if group.rank() == 0:
+        shutil.rmtree(folder)
+    return found | {"expected": losses_of(whole, of_whole, batches[2:])}
