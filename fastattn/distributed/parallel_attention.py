@@ -69,7 +69,9 @@ class ParallelMultiheadAttention(MultiheadAttention):
             NotImplementedError: weights, or a floating padding, are asked for with a context; or tensors are nested.
         """
         if query.is_nested or key.is_nested or value.is_nested:
-            raise NotImplementedError("a nested tensor in a parallel MultiheadAttention: expected dense ones; pad the batch")
+            raise NotImplementedError(
+                "a nested tensor in a parallel MultiheadAttention: expected dense ones; pad the batch"
+            )
         if key_padding_mask is not None or attn_mask is not None:
             check_types(key_padding_mask, attn_mask)
         check_dimensions(query, key, value, key_padding_mask, attn_mask)
@@ -157,8 +159,8 @@ class ParallelMultiheadAttention(MultiheadAttention):
         assert self.context is not None
         masks = Masks()
         if attn_mask is not None:
-            keys = call.key.shape[2] * self.context.mesh.size()
-            masks = make_masks(None, attn_mask, Scores(*call.query.shape[:3], keys, 0, batched))
+            (batch, heads, length, _), keys = call.query.shape, call.key.shape[2] * self.context.mesh.size()
+            masks = make_masks(None, attn_mask, Scores(batch, heads, length, keys, 0, batched))
         output = context_parallel_attention(
             call.query,
             call.key,
@@ -180,7 +182,9 @@ class ParallelMultiheadAttention(MultiheadAttention):
 def _check_context_call(need_weights: bool, key_padding_mask: Tensor | None) -> None:
     """Raise for what attention on shards has not."""
     if need_weights:
-        raise NotImplementedError("need_weights=True with a 'context': the weights are nowhere whole; pass need_weights=False")
+        raise NotImplementedError(
+            "need_weights=True with a 'context': the weights are nowhere whole; pass need_weights=False"
+        )
     if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
         raise NotImplementedError(
             f"key_padding_mask is {key_padding_mask.dtype} with a 'context': expected torch.bool, True = padding"
@@ -233,7 +237,7 @@ def _show_as_torch(module: nn.Module, state_dict: dict[str, Any], prefix: str, l
     if not isinstance(sharded, DTensor) or sharded.dim() != 3:
         return
     tensor_dim = sharded.device_mesh.ndim - 1
-    whole = sharded.detach().full_tensor().flatten(0, 1)
+    whole = sharded.full_tensor().detach().flatten(0, 1)
     # the heads become rows; what data-parallel ranks have of the second dimension becomes columns
     placements = [
         Shard(0) if dim == tensor_dim else Shard(1) if not placement.is_replicate() else placement
@@ -251,7 +255,7 @@ def _take_from_torch(
     given = state_dict.get(name)
     if not isinstance(given, Tensor) or not isinstance(parameter, DTensor) or given.dim() != 2:
         return
-    whole = given.detach().full_tensor() if isinstance(given, DTensor) else given.detach()
+    whole = (given.full_tensor() if isinstance(given, DTensor) else given).detach()
     if whole.shape != (3 * parameter.shape[1], parameter.shape[2]):
         return  # torch says what is wrong with it
     whole = whole.to(parameter.device).unflatten(0, (3, parameter.shape[1])).contiguous()

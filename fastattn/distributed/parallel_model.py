@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -26,6 +26,8 @@ from fastattn.modules import (
     TransformerEncoderLayer,
 )
 
+Model = TypeVar("Model", bound=nn.Module)
+
 # In this order: tensor-parallel ranks exchange most, and neighbours in a mesh are near one another.
 _NAMES = ("data", "context", "tensor")
 _LAYERS = (TransformerEncoderLayer, TransformerDecoderLayer)
@@ -38,24 +40,24 @@ class _Plan(NamedTuple):
 
     attentions: list[tuple[str, MultiheadAttention]]
     layers: list[tuple[str, nn.Module]]
-    trunks: list[TransformerTrunk]
+    trunks: list[tuple[str, TransformerTrunk]]
     positions: list[LearnedPositionalEncoding]
     others: list[nn.Module]  # with parameters that every tensor-parallel rank has
 
 
 def parallelize(
-    model: nn.Module,
+    model: Model,
     mesh: DeviceMesh,
     *,
     method: Method = "auto",
     balance: Balance = "none",
     fsdp: Mapping[str, Any] | None = None,
-) -> nn.Module:
+) -> Model:
     """Share a model out among the ranks of a mesh, in place, by the names of the mesh's dimensions.
 
-    ``"tensor"``: the ranks share the heads of each :class:`fastattn.MultiheadAttention` (the rows of its projections in,
-    the columns of the one back) and the hidden units of each layer's MLP (arXiv:1909.08053); they have all other
-    parameters alike. ``"context"``: they share the tokens of each sequence, and attention is
+    ``"tensor"``: the ranks share the heads of each :class:`fastattn.MultiheadAttention` (rows of its projections in,
+    columns of the one back) and the hidden units of each layer's MLP (arXiv:1909.08053); they have all other parameters
+    alike. ``"context"``: they share the tokens of each sequence, and attention is
     :func:`context_parallel_attention`. ``"data"``: they share the batch. Over the last two every parameter is sharded
     by FSDP2 (``torch.distributed.fsdp.fully_shard``, layer by layer), which averages gradients: over the one of both
     that there is, or replicated over ``"data"`` and sharded over ``"context"``.
@@ -98,7 +100,7 @@ def parallelize(
     for _, attention in plan.attentions:
         attention.__class__ = ParallelMultiheadAttention
         attention.__dict__["tensor"], attention.__dict__["context"] = tensor, context
-    for trunk in plan.trunks:
+    for _, trunk in plan.trunks:
         trunk.__class__ = ParallelTrunk
         trunk.__dict__["context"] = context
     for positions in plan.positions if context is not None else ():
@@ -146,54 +148,63 @@ def _check_mesh(mesh: Any) -> None:
 
 def _planned(model: nn.Module, tensor: DeviceMesh | None, context: Context | None) -> _Plan:
     """What becomes of each module, or raise where one is not known."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ValueError(f"{name} is a DTensor: expected a model that is not parallel yet")
     plan = _Plan([], [], [], [], [])
-    inside: set[nn.Module] = set()  # of modules that know what becomes of their parts
+    inside: set[nn.Module] = set()  # parts that are shared out with the module that they are of
     for name, module in model.named_modules():
         shown = name or "the model"
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            if isinstance(parameter, DTensor):
-                raise ValueError(f"{shown}.{parameter_name} is a DTensor: expected a model that is not parallel yet")
-        if isinstance(module, _LAYERS):
+        is_layer = isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
+        if is_layer:
             plan.layers.append((shown, module))
-        if tensor is None and context is None:
-            continue
         if isinstance(module, TransformerTrunk):
-            _check_class(shown, module, TransformerTrunk)
-            plan.trunks.append(module)
-        elif isinstance(module, _LAYERS):
+            plan.trunks.append((shown, module))
+        if (tensor is None and context is None) or module in inside:
+            continue
+        if is_layer:
             _check_class(shown, module, *_LAYERS)
-            inside |= {module.linear1, module.linear2} if tensor is not None else set()
+            inside |= {module.get_submodule("linear1"), module.get_submodule("linear2")} if tensor else set()
         elif isinstance(module, nn.MultiheadAttention):
             _check_class(shown, module, MultiheadAttention)
             assert isinstance(module, MultiheadAttention)
+            if context is not None and (module.bias_k is not None or module.add_zero_attn):
+                raise ValueError(
+                    f"{shown} appends keys to its sequences: expected add_bias_kv=False and add_zero_attn=False with "
+                    "mesh['context']"
+                )
             plan.attentions.append((shown, module))
             inside.add(module.out_proj)
-        elif module not in inside:
-            _check_known(shown, module)
+        elif not isinstance(module, TransformerTrunk):
+            _check_known(shown, module, context)
             if isinstance(module, LearnedPositionalEncoding):
                 plan.positions.append(module)
             if module._parameters:
                 plan.others.append(module)
+    for shown, trunk in plan.trunks:
+        _check_class(shown, trunk, TransformerTrunk)
     return plan
 
 
 def _check_class(shown: str, module: nn.Module, *kinds: type[nn.Module]) -> None:
     if type(module) not in kinds:
-        accepted = " or ".join(f"fastattn.{kind.__name__}" for kind in kinds)
+        accepted = " or ".join(f"fastattn's {kind.__name__}" for kind in kinds)
         raise TypeError(
-            f"{shown} is a {type(module).__module__}.{type(module).__name__}: expected a {accepted}; fastattn.fuse makes "
+            f"{shown} is a {type(module).__module__}.{type(module).__name__}: expected {accepted}; fastattn.fuse makes "
             "torch's modules ours"
         )
 
 
-def _check_known(shown: str, module: nn.Module) -> None:
+def _check_known(shown: str, module: nn.Module, context: Context | None) -> None:
     """Raise unless the module has nothing of its own, or is of a known class."""
-    if not (module._parameters or module._buffers) or type(module) in _OF_TOKENS:
+    # a buffer may be of positions, which would be those of the first rank's tokens
+    of_its_own = module._parameters or (module._buffers and context is not None)
+    if not of_its_own or type(module) in _OF_TOKENS:
         return
     known = ", ".join(kind.__name__ for kind in _OF_TOKENS)
     raise TypeError(
-        f"{shown} is a {type(module).__module__}.{type(module).__name__} with parameters or buffers: expected containers, "
-        f"layers and attention of this package, or one of {known}"
+        f"{shown} is a {type(module).__module__}.{type(module).__name__} with parameters or buffers: expected "
+        f"containers, layers and attention of this package, or one of {known}"
     )
 
 

@@ -46,7 +46,7 @@ def _reads_locally(kind: type[nn.Module], names: tuple[str, ...]) -> Any:
     At other times they read as they are, since FSDP2 looks at them by their names, too.
     """
 
-    def reader(name: str) -> property:
+    def reader(name: str) -> Any:
         def read(module: Any) -> Any:
             parameter = module._parameters[name]
             return local(parameter) if module.is_computing else parameter

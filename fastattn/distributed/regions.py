@@ -28,11 +28,17 @@ def summed(tensor: Tensor, mesh: DeviceMesh | None) -> Tensor:
     """The sum of what the ranks have, on all of them; all of them have its gradient alike."""
     if mesh is None:
         return tensor
-    return DTensor.from_local(tensor, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()
+    return (
+        DTensor.from_local(tensor, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()
+    )
 
 
 def joined(tensor: Tensor, dim: int, mesh: DeviceMesh | None) -> Tensor:
     """What the ranks have, side by side, on all of them; all of them have its gradient alike."""
     if mesh is None:
         return tensor
-    return DTensor.from_local(tensor, mesh, [Shard(dim)], run_check=False).redistribute(placements=[Replicate()]).to_local()
+    return (
+        DTensor.from_local(tensor, mesh, [Shard(dim)], run_check=False)
+        .redistribute(placements=[Replicate()])
+        .to_local()
+    )

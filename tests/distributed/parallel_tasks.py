@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import tempfile
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,13 +26,14 @@ import fastattn
 from fastattn import distributed
 from fastattn.models import TransformerConfig, TransformerEncoderDecoder, TransformerLanguageModel
 
+Batches = Sequence[tuple[Tensor, ...]]  # each the arguments of a loss
+
 STEPS = 20
 FULL = StateDictOptions(full_state_dict=True)
 MESHES: dict[str, dict[str, int]] = {
     "tensor x data": {"data": 2, "tensor": 2},
     "tensor x context": {"context": 2, "tensor": 2},
     "context x data": {"data": 2, "context": 2},
-    "tensor": {"tensor": 4},
 }
 
 
@@ -40,21 +42,21 @@ def mesh_of(sizes: dict[str, int]) -> DeviceMesh:
     return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
-def language_model(**words: Any) -> TransformerLanguageModel:
+def language_model(layers: int = 2) -> TransformerLanguageModel:
     """The same on every rank."""
     torch.manual_seed(0)
-    config = TransformerConfig(width=16, heads=4, layers=2, feed_forward=32, max_length=32, **words)
+    config = TransformerConfig(width=16, heads=4, layers=layers, feed_forward=32, max_length=32)
     return TransformerLanguageModel(11, config)
 
 
-def train(model: nn.Module, batches: list[tuple[Tensor, ...]]) -> list[float]:
+def train(model: Any, batches: Batches) -> list[float]:
     """The losses of a training by Adam, with clipped gradients."""
     # eps: the keys' biases have no gradient but rounding, which Adam would make as large as any
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, eps=1e-4, foreach=True)
     return losses_of(model, optimizer, batches)
 
 
-def losses_of(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[tuple[Tensor, ...]]) -> list[float]:
+def losses_of(model: Any, optimizer: torch.optim.Optimizer, batches: Batches) -> list[float]:
     """The loss of each step, in front of it."""
     losses = []
     for batch in batches:
@@ -67,7 +69,7 @@ def losses_of(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[
     return losses
 
 
-def of_this_rank(batches: list[tuple[Tensor, ...]], mesh: DeviceMesh) -> list[tuple[Tensor, ...]]:
+def of_this_rank(batches: Batches, mesh: DeviceMesh) -> Batches:
     """A rank's share of every batch."""
     if "data" not in (mesh.mesh_dim_names or ()):
         return batches
@@ -84,7 +86,8 @@ def mean_over_data(losses: list[float], mesh: DeviceMesh) -> list[float]:
     return (total / mesh["data"].size()).tolist()
 
 
-def _apart(ours: list[float], expected: list[float]) -> float:
+def apart(ours: list[float], expected: list[float]) -> float:
+    """The largest difference of two losses, relative to what was expected."""
     return max(abs(a - b) / abs(b) for a, b in zip(ours, expected))
 
 
@@ -92,20 +95,18 @@ def training(group: dist.ProcessGroup) -> dict[str, Any]:
     """For each mesh, how far losses and trained weights are from one process."""
     torch.manual_seed(1)
     batches = [(torch.randint(11, (4, 17)),) for _ in range(STEPS)]
-    found = {}
-    for name, sizes in MESHES.items():
-        mesh = mesh_of(sizes)
-        whole = language_model(norm_first=name == "tensor x context")
-        model = distributed.parallelize(copy.deepcopy(whole), mesh)
-        expected = train(whole, batches)
+    whole, found = language_model(), {}
+    models = {name: distributed.parallelize(copy.deepcopy(whole), mesh_of(sizes)) for name, sizes in MESHES.items()}
+    expected = train(whole, batches)
+    for name, model in models.items():
+        mesh = mesh_of(MESHES[name])
         ours = mean_over_data(train(model, of_this_rank(batches, mesh)), mesh)
         state = get_model_state_dict(model, options=FULL)
-        weights = max((state[key] - value).abs().max().item() for key, value in whole.state_dict().items())
         found[name] = {
-            "losses": _apart(ours, expected),
-            "weights": weights,
+            "losses": apart(ours, expected),
+            "weights": max((state[key] - value).abs().max().item() for key, value in whole.state_dict().items()),
             "learned": expected[0] - expected[-1],
-            "all DTensors": all(isinstance(p, DTensor) for p in model.parameters()),
+            "all DTensors": all(isinstance(parameter, DTensor) for parameter in model.parameters()),
         }
     return found
 
@@ -126,12 +127,14 @@ ATTENTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "padding": ({}, {"key_padding_mask": torch.arange(6) >= torch.tensor([[6], [4], [1]]), "need_weights": False}),
 }
 
+
 def _seams(module: nn.Module, inputs: list[Tensor], words: dict[str, Any]) -> dict[str, Tensor]:
     """Results and the gradients of everything, of a loss that weighs them."""
     leaves = [t.detach().clone().requires_grad_() for t in inputs]
     output, weights = module(leaves[0], *(leaves * 3)[1:3] if len(leaves) == 3 else leaves * 2, **words)
     results = {"output": output} if weights is None else {"output": output, "weights": weights}
-    sum((r * torch.linspace(-1, 1, r.numel()).view(r.shape)).sum() for r in results.values()).backward()
+    losses = [(r * torch.linspace(-1, 1, r.numel()).view(r.shape)).sum() for r in results.values()]
+    torch.stack(losses).sum().backward()
     found = {name: result.detach() for name, result in results.items()}
     found |= {f"input {i}": leaf.grad for i, leaf in enumerate(leaves) if leaf.grad is not None}
     for name, parameter in module.named_parameters():
@@ -147,7 +150,8 @@ def attention(group: dist.ProcessGroup) -> dict[str, float]:
     found = {}
     for name, (of_module, words) in ATTENTIONS.items():
         torch.manual_seed(2)
-        module = fastattn.MultiheadAttention(8, 4, **{"batch_first": True, **of_module})
+        arguments: dict[str, Any] = {"batch_first": True, **of_module}
+        module = fastattn.MultiheadAttention(8, 4, **arguments)
         widths = (8, 6, 10) if "kdim" in of_module else (8,)
         shape = (3, 6) if module.batch_first else (6, 3)
         inputs = [torch.randn(*shape, width) for width in widths]
@@ -175,11 +179,11 @@ def context(group: dist.ProcessGroup) -> dict[str, float]:
     """How far this rank's rows of a module with shared heads and shared sequences are from those of a whole one."""
     mesh = mesh_of({"context": 2, "tensor": 2})
     found = {}
-    for name, words in CONTEXTS.items():
+    for name, given in CONTEXTS.items():
         torch.manual_seed(3)
         module = fastattn.MultiheadAttention(8, 4, batch_first=True)
         x = torch.randn(3, 8, 8)
-        words = {"need_weights": False, **words}
+        words: dict[str, Any] = {"need_weights": False, **given}
         whole = distributed.shard(module(x, x, x, **words)[0], 1, mesh["context"], balance="zigzag")
         for key, dim in (("attn_mask", -2), ("key_padding_mask", 1)):
             if key in words:
@@ -203,7 +207,7 @@ def sequence_to_sequence(group: dist.ProcessGroup) -> dict[str, float]:
         mesh = mesh_of(MESHES[name])
         model = distributed.parallelize(copy.deepcopy(whole), mesh, balance=balance)
         ours = mean_over_data(train(model, of_this_rank(batches, mesh)), mesh)
-        found[name] = _apart(ours, train(copy.deepcopy(whole), batches))
+        found[name] = apart(ours, train(copy.deepcopy(whole), batches))
     return found
 
 
@@ -229,7 +233,7 @@ def fused_layers(group: dist.ProcessGroup) -> dict[str, float]:
 # -------------------------------------------------------------------------------------------- state dicts, checkpoints
 
 
-def _equal(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+def _equal(ours: dict[str, Any], expected: dict[str, Tensor]) -> bool:
     return list(ours) == list(expected) and all(torch.equal(ours[name], value) for name, value in expected.items())
 
 
@@ -256,6 +260,11 @@ def _same_folder() -> str:
     return folder[0]
 
 
+def states_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a checkpoint holds."""
+    return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+
+
 def checkpoints(group: dist.ProcessGroup) -> dict[str, Any]:
     """What becomes of a checkpoint of four ranks on two of them, with the optimizer's state, and on one."""
     torch.manual_seed(6)
@@ -268,8 +277,7 @@ def checkpoints(group: dist.ProcessGroup) -> dict[str, Any]:
     losses_of(whole, of_whole, batches[:2])
     losses_of(model, optimizer, of_this_rank(batches[:2], mesh))
     folder, found = _same_folder(), {}
-    states = get_state_dict(model, optimizer)
-    dcp.save(dict(zip(("model", "optimizer"), states)), checkpoint_id=folder)
+    dcp.save(states_of(model, optimizer), checkpoint_id=folder)
     if group.rank() == 0:
         alone = language_model()
         dcp.load({"model": alone.state_dict()}, checkpoint_id=folder, no_dist=True)
@@ -278,7 +286,7 @@ def checkpoints(group: dist.ProcessGroup) -> dict[str, Any]:
     if group.rank() in (0, 1):
         smaller = distributed.parallelize(language_model(), of_two)
         other = torch.optim.SGD(smaller.parameters(), lr=0.1, momentum=0.9)
-        states = dict(zip(("model", "optimizer"), get_state_dict(smaller, other)))
+        states = states_of(smaller, other)
         dcp.load(states, checkpoint_id=folder, process_group=of_two.get_group())
         set_state_dict(smaller, other, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
         found["two"] = losses_of(smaller, other, batches[2:])
@@ -286,3 +294,80 @@ def checkpoints(group: dist.ProcessGroup) -> dict[str, Any]:
     if group.rank() == 0:
         shutil.rmtree(folder)
     return found | {"expected": losses_of(whole, of_whole, batches[2:])}
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
+
+
+def _said(function: Callable[[], Any]) -> str:
+    try:
+        function()
+    except (TypeError, ValueError, NotImplementedError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+class _Odd(nn.Linear):
+    """A module that ``parallelize`` does not know."""
+
+
+def _tied() -> nn.Module:
+    first, second = (fastattn.TransformerEncoderLayer(8, 4, 16) for _ in range(2))
+    second.linear1.weight = first.linear1.weight
+    return nn.Sequential(first, second)
+
+
+def refusals(group: dist.ProcessGroup) -> dict[str, str]:
+    """What is said of models and meshes that do not go together; nothing of a model may have changed then."""
+    mesh = mesh_of({"data": 2, "tensor": 2})
+    of_all = mesh_of({"tensor": 4})
+    context = mesh_of({"context": 2, "tensor": 2})
+
+    def layer(width: int = 8, heads: int = 4, hidden: int = 16) -> nn.Module:
+        return fastattn.TransformerEncoderLayer(width, heads, hidden)
+
+    found = {}
+    cases: list[tuple[str, Any, Any, dict[str, Any]]] = [
+        ("mesh's type", layer(), group, {}),
+        ("mesh's names", layer(), mesh_of({"dp": 2, "tp": 2}), {}),
+        ("mesh's order", layer(), mesh_of({"tensor": 2, "data": 2}), {}),
+        ("model's type", "model", mesh, {}),
+        ("heads", layer(12, 6, 24), of_all, {}),
+        ("hidden units", layer(8, 4, 18), of_all, {}),
+        ("width", layer(6, 2, 16), mesh, {}),
+        ("torch's layer", nn.TransformerEncoderLayer(8, 4, 16), mesh, {}),
+        ("torch's attention", nn.MultiheadAttention(8, 4), mesh, {}),
+        ("unknown", nn.Sequential(layer(), _Odd(8, 8)), mesh, {}),
+        ("unknown, with a context", nn.Sequential(layer(), nn.Conv1d(8, 8, 1)), context, {}),
+        ("tied", _tied(), mesh, {}),
+        ("appended keys", fastattn.MultiheadAttention(8, 4, add_bias_kv=True), context, {}),
+        ("method", layer(), mesh, {"method": "star"}),
+        ("balance", layer(), mesh, {"balance": "even"}),
+        ("twice", distributed.parallelize(layer(), mesh), mesh, {}),
+    ]
+    for name, model, on, words in cases:
+        before = [*map(type, model.modules())] if isinstance(model, nn.Module) else []
+        found[name] = _said(lambda: distributed.parallelize(model, on, **words))  # noqa: B023
+        if before and before != [*map(type, model.modules())]:
+            found[name] = "changed the model"
+    model = distributed.parallelize(language_model(), context)
+    tokens = torch.zeros(2, 9, dtype=torch.int64)
+    attention: Any = model.trunk.layers[0].get_submodule("self_attn")
+    x = torch.zeros(2, 4, 16)
+    found["odd length"] = _said(lambda: model(tokens))
+    found["decoding"] = _said(lambda: model.generate(tokens, 2))
+    found["weights"] = _said(lambda: attention(x, x, x))
+    found["floating padding"] = _said(lambda: attention(x, x, x, torch.zeros(2, 4), need_weights=False))
+    return found
+
+
+def broadcast(group: dist.ProcessGroup) -> str:
+    """What torch says where one rank alone has the state dict: there it asks no hook for the shape of a parameter."""
+    model = distributed.parallelize(language_model(), mesh_of({"tensor": 4}))
+    own = language_model().state_dict() if group.rank() == 0 else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    try:
+        set_model_state_dict(model, own, options=options)
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
