@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from fastattn.distributed.api import Method, context_parallel_attention
+from fastattn.distributed.api import context_parallel_attention
+from fastattn.distributed.call import Method
 from fastattn.distributed.layout import Balance
 from fastattn.distributed.regions import joined, local, shared, summed
 from fastattn.modules import MultiheadAttention

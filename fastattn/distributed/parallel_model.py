@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from fastattn.distributed.api import Method
+from fastattn.distributed.call import Method
 from fastattn.distributed.layout import Balance, check_balance
 from fastattn.distributed.parallel_attention import PACKED, Context, ParallelMultiheadAttention, share_heads_out
 from fastattn.distributed.parallel_parts import ContextPositionalEncoding, ParallelTrunk, replicate_parameters
@@ -30,6 +30,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # In this order: tensor-parallel ranks exchange most, and neighbours in a mesh are near one another.
 _NAMES = ("data", "context", "tensor")
+_METHODS = tuple(method for method in get_args(Method) if method != "2d")  # the context has one dimension
 _LAYERS = (TransformerEncoderLayer, TransformerDecoderLayer)
 # Modules that treat each token by itself, and read their parameters as attributes: every rank has all of them.
 _OF_TOKENS = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, AddLayerNorm, AddRMSNorm, LearnedPositionalEncoding)
@@ -85,8 +86,8 @@ def parallelize(
     _check_mesh(mesh)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if method not in get_args(Method):
-        raise ValueError(f"method={method!r}: expected one of {', '.join(map(repr, get_args(Method)))}")
+    if method not in _METHODS:
+        raise ValueError(f"method={method!r}: expected one of {', '.join(map(repr, _METHODS))}")
     check_balance(balance)
     names = mesh.mesh_dim_names or ()
     tensor = mesh["tensor"] if "tensor" in names else None

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 
-from fastattn.distributed.api import position_ids, shard, unshard
 from fastattn.distributed.parallel_attention import Context
 from fastattn.distributed.regions import local
+from fastattn.distributed.sharing import position_ids, shard, unshard
 from fastattn.models.transformer import TransformerTrunk
 from fastattn.modules import LearnedPositionalEncoding
 

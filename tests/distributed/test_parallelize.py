@@ -40,7 +40,7 @@ _REFUSALS = {
     "unknown, with a context": "TypeError: 1 is a torch.nn.modules.conv.Conv1d with parameters or buffers: expected",
     "tied": "ValueError: 0 has parameters that another module has, too",
     "appended keys": "ValueError: the model appends keys to its sequences: expected add_bias_kv=False",
-    "method": "ValueError: method='star': expected one of 'auto', ",
+    "method": "ValueError: method='2d': expected one of 'auto', ",
     "balance": "ValueError: balance='even': expected one of 'none', ",
     "twice": "ValueError: self_attn.in_proj_weight is a DTensor: expected a model that is not parallel yet",
     "odd length": "ValueError: tensor.shape[1]=9: expected a multiple of 2, for 2 ranks and balance='none'",
