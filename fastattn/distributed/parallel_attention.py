@@ -106,7 +106,7 @@ class ParallelMultiheadAttention(MultiheadAttention):
         merged, weights = attend(of_call, words, here if self.context is None else on_shards)
         output = summed(F.linear(merged, local(self.out_proj.weight)), self.tensor)
         if self.out_proj.bias is not None:
-            output = output + local(self.out_proj.bias)
+            output = output + local(self.out_proj.bias).to(output.dtype)  # which autocast may have lowered
         if weights is not None and average_attn_weights:
             weights = summed(weights / ranks, self.tensor)
         elif weights is not None:

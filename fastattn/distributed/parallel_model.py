@@ -41,7 +41,7 @@ class _Plan(NamedTuple):
 
     attentions: list[tuple[str, MultiheadAttention]]
     layers: list[tuple[str, nn.Module]]
-    trunks: list[tuple[str, TransformerTrunk]]
+    trunks: list[TransformerTrunk]
     positions: list[LearnedPositionalEncoding]
     others: list[nn.Module]  # with parameters that every tensor-parallel rank has
 
@@ -101,7 +101,7 @@ def parallelize(
     for _, attention in plan.attentions:
         attention.__class__ = ParallelMultiheadAttention
         attention.__dict__["tensor"], attention.__dict__["context"] = tensor, context
-    for _, trunk in plan.trunks:
+    for trunk in plan.trunks:
         trunk.__class__ = ParallelTrunk
         trunk.__dict__["context"] = context
     for positions in plan.positions if context is not None else ():
@@ -159,8 +159,8 @@ def _planned(model: nn.Module, tensor: DeviceMesh | None, context: Context | Non
         is_layer = isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
         if is_layer:
             plan.layers.append((shown, module))
-        if isinstance(module, TransformerTrunk):
-            plan.trunks.append((shown, module))
+        if type(module) is TransformerTrunk:
+            plan.trunks.append(module)
         if (tensor is None and context is None) or module in inside:
             continue
         if is_layer:
@@ -176,14 +176,14 @@ def _planned(model: nn.Module, tensor: DeviceMesh | None, context: Context | Non
                 )
             plan.attentions.append((shown, module))
             inside.add(module.out_proj)
-        elif not isinstance(module, TransformerTrunk):
+        elif isinstance(module, TransformerTrunk):
+            _check_class(shown, module, TransformerTrunk)
+        else:
             _check_known(shown, module, context)
             if isinstance(module, LearnedPositionalEncoding):
                 plan.positions.append(module)
             if module._parameters:
                 plan.others.append(module)
-    for shown, trunk in plan.trunks:
-        _check_class(shown, trunk, TransformerTrunk)
     return plan
 
 

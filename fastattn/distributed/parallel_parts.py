@@ -14,6 +14,7 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 from fastattn.distributed.parallel_attention import Context
 from fastattn.distributed.regions import local
 from fastattn.distributed.sharing import position_ids, shard, unshard
+from fastattn.models._checks import check_padding, check_tokens
 from fastattn.models.transformer import TransformerTrunk
 from fastattn.modules import LearnedPositionalEncoding
 
@@ -104,6 +105,8 @@ class ParallelTrunk(TransformerTrunk):
         """As for the trunk that it was: of whole sequences, the same on every rank of the context."""
         if self.context is None:
             return super().forward(tokens, padding, memory=memory, memory_padding=memory_padding)
+        check_tokens("tokens", tokens)
+        check_padding("padding", padding, tokens.shape)
         self._check_memory(memory, memory_padding, tokens.shape[0])
         own = [
             None if tensor is None else shard(tensor, 1, self.context.mesh, balance=self.context.balance)

@@ -35,6 +35,8 @@ MESHES: dict[str, dict[str, int]] = {
     "tensor x context": {"context": 2, "tensor": 2},
     "context x data": {"data": 2, "context": 2},
 }
+# FSDP2 replicates along the first dimension and shards along the second.
+_ALL_THREE = {"all three": {"data": 2, "context": 1, "tensor": 2}}
 
 
 def mesh_of(sizes: dict[str, int]) -> DeviceMesh:
@@ -203,8 +205,8 @@ def sequence_to_sequence(group: dist.ProcessGroup) -> dict[str, float]:
     config = TransformerConfig(width=8, heads=4, layers=1, feed_forward=16, max_length=16)
     whole = TransformerEncoderDecoder(9, 7, config)
     found = {}
-    for name, balance in (("tensor x context", "zigzag"), ("context x data", "stripe")):
-        mesh = mesh_of(MESHES[name])
+    for name, balance in (("tensor x context", "zigzag"), ("context x data", "stripe"), ("all three", "none")):
+        mesh = mesh_of({**MESHES, **_ALL_THREE}[name])
         model = distributed.parallelize(copy.deepcopy(whole), mesh, balance=balance)
         ours = mean_over_data(train(model, of_this_rank(batches, mesh)), mesh)
         found[name] = apart(ours, train(copy.deepcopy(whole), batches))
@@ -237,10 +239,17 @@ def _equal(ours: dict[str, Any], expected: dict[str, Tensor]) -> bool:
     return list(ours) == list(expected) and all(torch.equal(ours[name], value) for name, value in expected.items())
 
 
+# Arguments of modules with other parameters than most have.
+_MODULES: dict[str, dict[str, Any]] = {
+    "three weights": {"kdim": 6, "vdim": 10},
+    "appended keys": {"add_bias_kv": True, "bias": False},
+}
+
+
 def state_dicts(group: dist.ProcessGroup) -> dict[str, bool]:
     """Whether full state dicts go into parallel models and come out as they were."""
     found = {}
-    for name, sizes in MESHES.items():
+    for name, sizes in {**MESHES, **_ALL_THREE}.items():
         whole = language_model()
         names = [key for key, _ in whole.named_parameters()]
         model = distributed.parallelize(copy.deepcopy(whole), mesh_of(sizes))
@@ -250,6 +259,12 @@ def state_dicts(group: dist.ProcessGroup) -> dict[str, bool]:
         set_model_state_dict(model, whole.state_dict(), options=FULL)
         found[name] = _equal(get_model_state_dict(model, options=FULL), whole.state_dict())
         found[f"{name}, names"] = names == [key for key, _ in model.named_parameters()]
+    for name, words in _MODULES.items():
+        module = fastattn.MultiheadAttention(8, 4, **words)
+        expected = fastattn.MultiheadAttention(8, 4, **words).state_dict()
+        distributed.parallelize(module, mesh_of({"data": 2, "tensor": 2}))
+        set_model_state_dict(module, dict(expected), options=FULL)
+        found[name] = _equal(get_model_state_dict(module, options=FULL), expected)
     return found
 
 
