@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastattn.distributed.call import Method
 from fastattn.distributed.layout import Balance, check_balance
@@ -31,6 +32,7 @@ Model = TypeVar("Model", bound=nn.Module)
 # In this order: tensor-parallel ranks exchange most, and neighbours in a mesh are near one another.
 _NAMES = ("data", "context", "tensor")
 _METHODS = tuple(method for method in get_args(Method) if method != "2d")  # the context has one dimension
+_FSDP_WORDS = ("mp_policy", "offload_policy", "reshard_after_forward")
 _LAYERS = (TransformerEncoderLayer, TransformerDecoderLayer)
 # Modules that treat each token by itself, and read their parameters as attributes: every rank has all of them.
 _OF_TOKENS = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, AddLayerNorm, AddRMSNorm, LearnedPositionalEncoding)
@@ -72,7 +74,7 @@ def parallelize(
         mesh: a device mesh with some of the dimensions ``"data"``, ``"context"`` and ``"tensor"``, in this order.
         method: of :func:`context_parallel_attention`.
         balance: which tokens a rank has, as there.
-        fsdp: further arguments of ``fully_shard``, such as ``mp_policy``.
+        fsdp: ``mp_policy``, ``offload_policy`` and ``reshard_after_forward`` of ``fully_shard``.
 
     Returns:
         The model. A :class:`fastattn.models.TransformerTrunk` still takes and gives whole sequences; layers and
@@ -81,7 +83,8 @@ def parallelize(
     Raises:
         TypeError: ``model`` is no module, or holds one that is not known; ``mesh`` is no device mesh.
         ValueError: the mesh's dimensions have other names, or sizes that do not divide heads or features; a parameter
-            is shared out already; ``method`` or ``balance`` is not known. Nothing is changed then.
+            is shared out already, or tied to another that is to be; ``method``, ``balance`` or a word of ``fsdp`` is
+            not known. Nothing is changed then.
     """
     _check_mesh(mesh)
     if not isinstance(model, nn.Module):
@@ -90,6 +93,9 @@ def parallelize(
         raise ValueError(f"method={method!r}: expected one of {', '.join(map(repr, _METHODS))}")
     check_balance(balance)
     names = mesh.mesh_dim_names or ()
+    words = dict(fsdp or {})
+    if not set(words) <= set(_FSDP_WORDS):
+        raise ValueError(f"fsdp has {', '.join(map(repr, words))}: expected some of {_FSDP_WORDS}")
     tensor = mesh["tensor"] if "tensor" in names else None
     context = Context(mesh["context"], method, balance) if "context" in names else None
     sharding = tuple(name for name in names if name != "tensor")
@@ -110,7 +116,7 @@ def parallelize(
     if tensor is not None:
         _share_out(plan, tensor)
     if sharding:
-        _fully_shard(model, plan, mesh[sharding], dict(fsdp or {}))
+        _fully_shard(model, plan, mesh[sharding], words)
     return model
 
 
@@ -214,21 +220,17 @@ def _check_sizes(model: nn.Module, plan: _Plan, tensor: DeviceMesh, shards: int)
     ranks = tensor.size()
     uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     for name, attention in plan.attentions:
-        parts: list[nn.Module] = [attention, attention.out_proj]
         if attention.num_heads % ranks:
             raise ValueError(
                 f"{name}.num_heads={attention.num_heads}: expected a multiple of the {ranks} ranks of mesh['tensor']"
             )
         _check_features(f"{name}.embed_dim", attention.embed_dim, ranks, shards)
-        _check_parts(name, parts, uses)
+        _check_linear(f"{name}.out_proj", attention.out_proj)
+        _check_untied(name, [attention, attention.out_proj], uses)
     for name, layer in plan.layers:
-        first, second = layer.get_submodule("linear1"), layer.get_submodule("linear2")
-        for part, linear in (("linear1", first), ("linear2", second)):
-            if type(linear) is not nn.Linear:
-                raise TypeError(f"{name}.{part} is a {type(linear).__name__}: expected an nn.Linear")
-        assert isinstance(first, nn.Linear)
+        first, second = (_check_linear(f"{name}.{part}", layer.get_submodule(part)) for part in ("linear1", "linear2"))
         _check_features(f"{name}.linear1.out_features", first.out_features, ranks, shards)
-        _check_parts(name, [first, second], uses)
+        _check_untied(name, [first, second], uses)
 
 
 def _check_features(what: str, features: int, ranks: int, shards: int) -> None:
@@ -237,9 +239,12 @@ def _check_features(what: str, features: int, ranks: int, shards: int) -> None:
         raise ValueError(f"{what}={features}: expected a multiple of the {ranks} ranks of mesh['tensor']{further}")
 
 
-def _check_parts(name: str, parts: list[nn.Module], uses: Counter[int]) -> None:
-    for part in parts:
-        if "parametrizations" in part._modules:
-            raise TypeError(f"{name} has parametrized weights: expected plain ones; make it parallel first")
-        if any(parameter is not None and uses[id(parameter)] > 1 for parameter in part._parameters.values()):
-            raise ValueError(f"{name} has parameters that another module has, too: expected some of its own")
+def _check_linear(what: str, module: nn.Module) -> nn.Linear:
+    if not isinstance(module, nn.Linear) or type(module) not in (nn.Linear, NonDynamicallyQuantizableLinear):
+        raise TypeError(f"{what} is a {type(module).__name__}: expected an nn.Linear")
+    return module
+
+
+def _check_untied(name: str, parts: list[nn.Module], uses: Counter[int]) -> None:
+    if any(p is not None and uses[id(p)] > 1 for part in parts for p in part._parameters.values()):
+        raise ValueError(f"{name} has parameters that another module has, too: expected some of its own")

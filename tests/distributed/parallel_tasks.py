@@ -342,6 +342,8 @@ def refusals(group: dist.ProcessGroup) -> dict[str, str]:
         return fastattn.TransformerEncoderLayer(width, heads, hidden)
 
     found = {}
+    odd = layer()
+    odd.linear1 = _Odd(8, 16)
     cases: list[tuple[str, Any, Any, dict[str, Any]]] = [
         ("mesh's type", layer(), group, {}),
         ("mesh's names", layer(), mesh_of({"dp": 2, "tp": 2}), {}),
@@ -358,6 +360,8 @@ def refusals(group: dist.ProcessGroup) -> dict[str, str]:
         ("appended keys", fastattn.MultiheadAttention(8, 4, add_bias_kv=True), context, {}),
         ("method", layer(), mesh, {"method": "2d"}),
         ("balance", layer(), mesh, {"balance": "even"}),
+        ("words of FSDP2", layer(), mesh, {"fsdp": {"mesh": mesh}}),
+        ("another linear layer", odd, mesh, {}),
         ("twice", distributed.parallelize(layer(), mesh), mesh, {}),
     ]
     for name, model, on, words in cases:

@@ -42,6 +42,8 @@ _REFUSALS = {
     "appended keys": "ValueError: the model appends keys to its sequences: expected add_bias_kv=False",
     "method": "ValueError: method='2d': expected one of 'auto', ",
     "balance": "ValueError: balance='even': expected one of 'none', ",
+    "words of FSDP2": "ValueError: fsdp has 'mesh': expected some of ('mp_policy', 'offload_policy', ",
+    "another linear layer": "TypeError: the model.linear1 is a _Odd: expected an nn.Linear",
     "twice": "ValueError: self_attn.in_proj_weight is a DTensor: expected a model that is not parallel yet",
     "odd length": "ValueError: tensor.shape[1]=9: expected a multiple of 2, for 2 ranks and balance='none'",
     "decoding": "NotImplementedError: decoding with a parallel model: load its full state dict",
