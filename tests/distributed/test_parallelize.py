@@ -25,7 +25,9 @@ _TASKS = (
     parallel_tasks.broadcast,
     parallel_tasks.refusals,
 )
-# The words that each refusal has.
+# Of these, how far they may be from one process, in float32.
+_MOST = {"attention": 2e-6, "context": 2e-6, "fused_layers": 2e-6, "sequence_to_sequence": 1e-5}
+# How each refusal begins.
 _REFUSALS = {
     "mesh's type": "TypeError: mesh: expected a torch.distributed.DeviceMesh, got ProcessGroup",
     "mesh's names": "ValueError: mesh has the dimensions ('dp', 'tp'): expected some of ('data', 'context', 'tensor')",
@@ -52,55 +54,40 @@ _REFUSALS = {
 }
 
 
-@pytest.fixture(scope="module")
-def said():
-    """What each of four ranks says: in one start of the processes, which takes longer than most of what they do."""
-    found = run_on_ranks(4, _TASKS)
-    assert all(of_rank is not None for of_rank in found), "a rank came to no end"
-    raised = [of_rank["raised"] for of_rank in found if "raised" in of_rank]
-    assert not raised, raised[0]
-    return found
-
-
-def test_twenty_steps_have_the_losses_and_weights_of_one_process(said):
+def test_parallel_models_are_what_they_are_in_one_process():
+    """All in one test, since starting four processes takes longer than most of what they do."""
+    said = run_on_ranks(4, _TASKS)
     for of_rank in said:
-        assert of_rank["training"].keys() == parallel_tasks.MESHES.keys()
-        for name, found in of_rank["training"].items():
-            assert found["learned"] > 0.1, name
-            assert found["losses"] <= 1e-5, (name, found)
-            assert found["weights"] <= 1e-4, (name, found)
-            assert found["all DTensors"], name
-
-
-@pytest.mark.parametrize(
-    ("task", "most"), [("attention", 2e-6), ("context", 2e-6), ("fused_layers", 2e-6), ("sequence_to_sequence", 1e-5)]
-)
-def test_parallel_modules_compute_what_whole_ones_do(said, task, most):
+        assert of_rank is not None, "a rank did not end"
+        assert "raised" not in of_rank, of_rank["raised"]
     for of_rank in said:
-        assert of_rank[task]
-        assert {name: far for name, far in of_rank[task].items() if not far <= most} == {}
-
-
-def test_full_state_dicts_are_torchs_in_both_directions(said):
-    for of_rank in said:
+        check_training(of_rank["training"])
+        for task, most in _MOST.items():
+            assert of_rank[task]
+            assert {name: far for name, far in of_rank[task].items() if not far <= most} == {}, task
         assert {name for name, is_right in of_rank["state_dicts"].items() if not is_right} == set()
-
-
-def test_checkpoint_of_four_ranks_loads_on_two_and_on_one(said):
-    first, second = (of_rank["checkpoints"] for of_rank in said[:2])
-    assert first["one"] <= 1e-6
-    assert first["two"] == second["two"] == pytest.approx(first["expected"], rel=1e-5)
-
-
-def test_state_dict_of_one_rank_alone_is_refused(said):
-    """torch would copy its rows into those of the packed projection, in another order; the shapes keep it from that."""
-    assert all("must match" in of_rank["broadcast"] for of_rank in said)
-
-
-def test_refusals_name_what_was_given_and_what_is_accepted(said):
-    for of_rank in said:
+        # torch would copy rows into those of the packed projection, in another order: their shapes keep it from that
+        assert "must match" in of_rank["broadcast"]
         assert of_rank["refusals"].keys() == _REFUSALS.keys()
         assert {n: m for n, m in of_rank["refusals"].items() if not m.startswith(_REFUSALS[n])} == {}
+    check_checkpoints([of_rank["checkpoints"] for of_rank in said])
+
+
+def check_training(said):
+    """20 steps have the losses and the weights of one process."""
+    assert said.keys() == parallel_tasks.MESHES.keys()
+    for name, found in said.items():
+        assert found["learned"] > 0.1, name
+        assert found["losses"] <= 1e-5, (name, found)
+        assert found["weights"] <= 1e-4, (name, found)
+        assert found["all DTensors"], name
+
+
+def check_checkpoints(said):
+    """What four ranks have written goes on on two of them, and is whole on one."""
+    first, second = said[:2]
+    assert first["one"] <= 1e-6
+    assert first["two"] == second["two"] == pytest.approx(first["expected"], rel=1e-5)
 
 
 def test_compiled_steps_under_torchrun():
