@@ -56,7 +56,7 @@ _REFUSALS = {
 
 def test_parallel_models_are_what_they_are_in_one_process():
     """All in one test, since starting four processes takes longer than most of what they do."""
-    said = run_on_ranks(4, _TASKS)
+    said = run_on_ranks(4, _TASKS, seconds=240.0)
     for of_rank in said:
         assert of_rank is not None, "a rank did not end"
         assert "raised" not in of_rank, of_rank["raised"]
