@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ("attention", "residual_norm", "additive_attention")
 # Of the floors, each may import those in front of it.
-FLOORS = ("reference", "ops", "modules", "distributed", "models", "integrations")
+FLOORS = ("reference", "ops", "modules", "models", "distributed", "integrations")
 
 
 def modules_under(folder: Path, name: str) -> dict[str, Path]:

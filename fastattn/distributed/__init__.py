@@ -1,8 +1,9 @@
-"""Floor 3: attention over sequences that are shared out among processes, on torch.distributed."""
+"""Floor 4: sequences, heads and batches that are shared out among processes, on torch.distributed."""
 
 from fastattn.distributed.agreement import RanksDisagreeError
 from fastattn.distributed.api import context_parallel_attention
 from fastattn.distributed.exchange import RankLostError, Traffic, record_traffic
+from fastattn.distributed.parallel_model import parallelize
 from fastattn.distributed.sharing import position_ids, shard, unshard
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "RanksDisagreeError",
     "Traffic",
     "context_parallel_attention",
+    "parallelize",
     "position_ids",
     "record_traffic",
     "shard",

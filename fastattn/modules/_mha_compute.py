@@ -37,10 +37,12 @@ class Inputs(NamedTuple):
 
 
 class Words(NamedTuple):
-    """What else decides what is computed. ``is_causal``: keys ``j > i`` are hidden, and ``attn_mask`` is not read."""
+    """What else decides what is computed. ``is_causal``: keys ``j > i`` are hidden, and ``attn_mask`` is not read.
+    The heads are all of a module's, ``num_heads * head_dim == embed_dim``, or those that one rank of several has."""
 
     embed_dim: int
     num_heads: int
+    head_dim: int
     batch_first: bool
     add_zero_attn: bool
     is_causal: bool
@@ -83,17 +85,18 @@ def attend(inputs: Inputs, words: Words, run: Callable[[AttentionCall], Any]) ->
         mask=masks.mask,
         key_padding_mask=masks.key_padding_mask,
         upper=0 if words.is_causal else None,
-        scale=1.0 / math.sqrt(words.embed_dim // words.num_heads),
+        scale=1.0 / math.sqrt(words.head_dim),
         dropout_p=words.dropout_p,
         weights=words.weights,
     )
     attended, weights, *_ = run(call)
+    width = words.num_heads * words.head_dim
     if words.batch_first and batched:
-        merged = attended.transpose(1, 2).reshape(batch, length, words.embed_dim)
+        merged = attended.transpose(1, 2).reshape(batch, length, width)
     elif batched:
-        merged = attended.permute(2, 0, 1, 3).reshape(length, batch, words.embed_dim)
+        merged = attended.permute(2, 0, 1, 3).reshape(length, batch, width)
     else:
-        merged = attended.transpose(1, 2).reshape(length, words.embed_dim)
+        merged = attended.transpose(1, 2).reshape(length, width)
         weights = None if weights is None else weights[0]
     return merged, weights
 
@@ -102,20 +105,21 @@ def project(inputs: Inputs, words: Words, batched: bool) -> Sequence[Tensor]:
     """The three projections as ``[N, H, length, D]`` views, by as few products as the inputs' identities allow."""
     query, key, value = inputs.query, inputs.key, inputs.value
     weight, bias = inputs.in_weight, inputs.in_bias
-    embed_dim, heads = query.shape[-1], words.num_heads
+    embed_dim, heads, head_dim = query.shape[-1], words.num_heads, words.head_dim
     if embed_dim != words.embed_dim:
         raise AssertionError(f"was expecting embedding dimension of {words.embed_dim}, but got {embed_dim}")
     if embed_dim % heads:
         raise AssertionError(f"embed_dim {embed_dim} not divisible by num_heads {heads}")
+    width = heads * head_dim
     sequence_first = batched and not words.batch_first
     batch = (query.shape[1] if sequence_first else query.shape[0]) if batched else 1
-    layout = _Layout(sequence_first, batch, heads, embed_dim // heads)
+    layout = _Layout(sequence_first, batch, heads, head_dim)
     if inputs.in_weights is None:
         assert weight is not None
         if key is value and query is key:
             return _split_heads(F.linear(query, weight, bias), 3, layout)
         if key is value:
-            sizes = (embed_dim, 2 * embed_dim)
+            sizes = (width, 2 * width)
             w_q, w_kv = weight.split(sizes)
             b_q, b_kv = (None, None) if bias is None else bias.split(sizes)
             q, kv = F.linear(query, w_q, b_q), F.linear(key, w_kv, b_kv)
@@ -182,9 +186,10 @@ def _check_separate(
         shapes = [_sequence_first_shape(t, layout)[:2] for t in (key, value)]
         raise AssertionError(f"key's sequence and batch dims {shapes[0]} do not match value's {shapes[1]}")
     widths = embed_dim, key.shape[-1], value.shape[-1]
+    rows = layout.heads * layout.head_dim
     for name, weight, width in zip(("query", "key", "value"), weights, widths):
-        if weight.shape != (embed_dim, width):
-            raise AssertionError(f"expecting {name} weights shape of {(embed_dim, width)}, but got {weight.shape}")
+        if weight.shape != (rows, width):
+            raise AssertionError(f"expecting {name} weights shape of {(rows, width)}, but got {weight.shape}")
 
 
 def _sequence_first_shape(tensor: Tensor, layout: _Layout) -> torch.Size:

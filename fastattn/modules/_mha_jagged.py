@@ -63,7 +63,7 @@ def attend_jagged(inputs: Inputs, words: Words, backend: Backend | None, project
         cu_seqlens_k,
         attn_mask=_mask(inputs, words),
         is_causal=words.is_causal,
-        scale=1.0 / math.sqrt(words.embed_dim // words.num_heads),
+        scale=1.0 / math.sqrt(words.head_dim),
         dropout_p=words.dropout_p,
         backend=backend,
     )

@@ -25,6 +25,7 @@ def short_forward(arguments: Arguments, needs: tuple[bool, ...]) -> Made:
     words = Words(
         arguments.embed_dim,
         arguments.num_heads,
+        arguments.embed_dim // arguments.num_heads,
         arguments.batch_first,
         arguments.add_zero_attn,
         arguments.is_causal and is_taken_as_causal(arguments.key_padding_mask, arguments.need_weights),

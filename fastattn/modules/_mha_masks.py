@@ -74,6 +74,16 @@ def check_dimensions(query: Tensor, key: Tensor, value: Tensor, kpm: Tensor | No
         )
 
 
+def check_causal_hint(attn_mask: Tensor | None) -> None:
+    """Raise RuntimeError unless there is a mask that ``is_causal=True`` may say something of."""
+    if attn_mask is None:
+        raise RuntimeError(
+            "Need attn_mask if specifying the is_causal hint. "
+            "You may use the Transformer module method "
+            "`generate_square_subsequent_mask` to create this mask."
+        )
+
+
 def make_masks(key_padding_mask: Tensor | None, attn_mask: Tensor | None, scores: Scores) -> Masks:
     """Both masks as an :class:`AttentionCall` takes them; views wherever the values allow it."""
     bias = mask = None

@@ -18,7 +18,7 @@ from fastattn.modules._mha_arguments import TENSORS, Arguments, arguments_of
 from fastattn.modules._mha_compute import Inputs, Words, attend, is_taken_as_causal
 from fastattn.modules._mha_direct import attend as attend_directly
 from fastattn.modules._mha_jagged import attend_jagged
-from fastattn.modules._mha_masks import check_dimensions, check_types
+from fastattn.modules._mha_masks import check_causal_hint, check_dimensions, check_types
 from fastattn.modules._tracing import leaf_node
 from fastattn.ops.attention import on_triton
 from fastattn.ops.attention.api import run
@@ -191,12 +191,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             check_types(key_padding_mask, attn_mask)
         check_dimensions(query, key, value, key_padding_mask, attn_mask)
         if is_causal:
-            if attn_mask is None:
-                raise RuntimeError(
-                    "Need attn_mask if specifying the is_causal hint. "
-                    "You may use the Transformer module method "
-                    "`generate_square_subsequent_mask` to create this mask."
-                )
+            check_causal_hint(attn_mask)
             is_causal = is_taken_as_causal(key_padding_mask, need_weights)
         inputs, words = self._described(given, parameters, is_causal, *weights_words)
         try:
@@ -221,6 +216,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return Inputs(*given, in_weight, in_weights, in_bias, bias_k, bias_v), Words(
             self.embed_dim,
             self.num_heads,
+            self.embed_dim // self.num_heads,
             self.batch_first,
             self.add_zero_attn,
             is_causal,
