@@ -10,7 +10,9 @@ from torch import Tensor
 from fastattn.distributed import ulysses
 from fastattn.distributed.agreement import digest
 from fastattn.distributed.layout import Balance, Place, check_balance, pieces, ranks_of
+from fastattn.distributed.model import choose
 from fastattn.distributed.parts import Span
+from fastattn.distributed.workload import Workload
 from fastattn.ops.attention import on_triton
 from fastattn.ops.attention.call import make_call
 from fastattn.ops.attention.contract import AttentionCall
@@ -19,8 +21,8 @@ from fastattn.ops.common.checks import check_attn_mask, shapes_of
 
 Method = Literal["auto", "allgather", "ring", "ulysses", "2d"]
 
-# From so many keys on each rank on, a ring: computing on a shard then takes longer than the start of a message, and all
-# keys at once are much memory. An estimate, and no measurement.
+# Of calls that the communication model does not know: from so many keys on each rank on, a ring. Computing on a shard
+# then takes longer than the start of a message, and all keys at once are much memory. An estimate, and no measurement.
 _FEWEST_KEYS_OF_RING = 4096
 
 
@@ -70,7 +72,7 @@ def check(
     heads, kv_heads = query.shape[1], key.shape[1]
     refusal = ulysses.refusal(heads, kv_heads, places[-1].world)
     if method == "auto":
-        method = "2d" if len(places) == 2 else _choose(call, world, refusal is None)
+        method = "2d" if len(places) == 2 else _choose(call, world, refusal is None, balance)
     if method in ("ulysses", "2d") and refusal is not None:
         raise ValueError(f"method={method!r}: {refusal}: expected heads that the ranks can share, or another method")
     if balance == "stripe" and method != "ulysses" and call.alibi_slopes is not None and places[0].world > 1:
@@ -92,15 +94,44 @@ def _triton_refusals(call: AttentionCall) -> list[str]:
     return reasons
 
 
-def _choose(call: AttentionCall, world: int, heads_fit: bool) -> str:
-    """The method that ``"auto"`` stands for."""
+def _choose(call: AttentionCall, world: int, heads_fit: bool, balance: Balance) -> str:
+    """The method that ``"auto"`` stands for: of those that can run the call the one that the communication model has as
+    the fastest, or a rule where the model does not know such a call."""
     if world == 1:
         return "allgather"
     mask = call.bias if call.bias is not None else call.mask
-    # by heads the least is sent, unless a mask of all rows has to be
+    methods: list[Any] = ["allgather", "ring"]
+    # by heads, a mask of all rows would have to be sent; and stripes know no distances but by heads
     if heads_fit and mask is None:
+        methods = ["ulysses"] if balance == "stripe" and call.alibi_slopes is not None else [*methods, "ulysses"]
+    workload = _workload(call, world)
+    if workload is not None:
+        return choose(workload, world, balance=balance, methods=methods).method
+    if "ulysses" in methods:
         return "ulysses"
     return "ring" if call.key.shape[2] >= _FEWEST_KEYS_OF_RING else "allgather"
+
+
+def _workload(call: AttentionCall, world: int) -> Workload | None:
+    """The call in the terms of the communication model; None where that has none for it."""
+    (batch, heads, length, head_dim), (kv_heads, keys) = call.query.shape, call.key.shape[1:3]
+    left, right = (None if call.lower is None else -call.lower), call.upper
+    masks = (call.bias, call.mask, call.query_documents, call.prefix)
+    if length != keys or call.value.shape[3] != head_dim or any(mask is not None for mask in masks):
+        return None
+    if any(bound is not None and bound < 0 for bound in (left, right)):
+        return None
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (call.query, call.key, call.value))
+    return Workload(
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        length=length * world,
+        head_dim=head_dim,
+        dtype=call.query.dtype,
+        window=None if left is right is None else (left, right),
+        training=trains,
+    )
 
 
 def said_of(checked: Checked, words: dict[str, Any]) -> dict[str, Any]:

@@ -38,11 +38,11 @@ _ADDED = {
 }
 # Weights, and scores in the other of these two dtypes, would be rounded to 16 bits.
 _FULL = (torch.float32, torch.float64)
-# Elements of the scores up to which that function, which makes all of them, is faster than the kernel that makes none,
-# on one core of a server CPU, and on more, to whom the kernel gives whole blocks of rows; the same under a mask, for
-# which it has a slow softmax; and up to which weights are made
-# at once, and not a block of rows at a time. In training they are as many as torch's module keeps for its backward in
-# 16 MiB, and blocks would make them twice.
+# Elements of the scores up to which that function, which makes all of them, is faster than the kernel that makes none:
+# on one core of a server CPU, and on more, to each of which the kernel gives whole blocks of rows. The same under a
+# mask, for which the function has a slow softmax. And the scores up to which weights are made at once, and not a block
+# of rows at a time: in training as many as torch's module keeps for its backward in 16 MiB; blocks would make them
+# twice.
 _MOST_NATIVE, _MOST_NATIVE_OF_THREADS = 1 << 14, 1 << 17
 _MOST_NATIVE_MASKED = 1 << 12
 _MOST_SCORES, _MOST_SCORES_TRAINED = 1 << 21, 1 << 22

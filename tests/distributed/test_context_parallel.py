@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from fastattn import distributed
+from fastattn.distributed import call
+from fastattn.distributed.layout import Place
+from fastattn.distributed.model import choose
+from fastattn.distributed.workload import Workload
 from tests.distributed import cases, tasks
 from tests.distributed.cases import attend_on_shards
 from tests.distributed.processes import run_on_ranks
@@ -172,3 +178,26 @@ def test_gradient_of_a_gradient_is_refused(group):
     (gradient,) = torch.autograd.grad(output.square().sum(), query, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("words", "heads", "expected"),
+    [
+        ({}, (8, 8), "by the model"),
+        ({"is_causal": True, "window": (64, None)}, (8, 2), "by the model"),
+        ({"document_ids": True}, (8, 8), "ulysses"),
+        ({"document_ids": True}, (6, 6), "allgather"),
+    ],
+)
+def test_auto_is_what_the_model_has_as_fastest(words: dict[str, Any], heads: tuple[int, int], expected: str) -> None:
+    """Or a rule where the model does not know the call."""
+    query, key = (torch.zeros(1, count, 256, 64) for count in heads)
+    if words.get("document_ids"):
+        words = {"document_ids": torch.zeros(1, 256, dtype=torch.int64)}
+    checked = call.check(query, key, key, None, words, "auto", "none", "torch", (Place(None, 1, 4),))
+    if expected == "by the model":
+        bounds = {"window": (words["window"][0], 0)} if words else {}
+        workload = Workload(batch=1, heads=heads[0], kv_heads=heads[1], length=1024, head_dim=64,
+                            dtype=torch.float32, **bounds)  # fmt: skip
+        expected = choose(workload, 4, methods=("allgather", "ring", "ulysses")).method
+    assert checked.method == expected
