@@ -104,7 +104,7 @@ def test_parts_follow_one_another_within_the_calls_time():
 
 def test_page_has_the_schedule_that_is_kept():
     page = (ROOT / "docs" / "measuring.md").read_text()
-    table = page[page.index("| | seconds |") : page.index("What ends earlier leaves its time")]
+    table = page[page.index("| | seconds |") : page.index("A part that ends early leaves its time")]
     first, second, sweep = (line for line in table.splitlines() if "CALL=" in line)
     assert f"at most {gpu.SECONDS['1']:.0f} " in first and f"at most {gpu.SECONDS['2']:.0f} " in second
     assert f"at most {gpu.SECONDS['sweep']:.0f} " in sweep

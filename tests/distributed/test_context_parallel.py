@@ -196,8 +196,8 @@ def test_auto_is_what_the_model_has_as_fastest(words: dict[str, Any], heads: tup
         words = {"document_ids": torch.zeros(1, 256, dtype=torch.int64)}
     checked = call.check(query, key, key, None, words, "auto", "none", "torch", (Place(None, 1, 4),))
     if expected == "by the model":
-        bounds = {"window": (words["window"][0], 0)} if words else {}
+        window = (words["window"][0], 0) if words else None
         workload = Workload(batch=1, heads=heads[0], kv_heads=heads[1], length=1024, head_dim=64,
-                            dtype=torch.float32, **bounds)  # fmt: skip
+                            dtype=torch.float32, window=window)  # fmt: skip
         expected = choose(workload, 4, methods=("allgather", "ring", "ulysses")).method
     assert checked.method == expected

@@ -13,6 +13,7 @@ which decides at its own import whether it interprets. docs/proof.md says what e
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Generator
 
@@ -60,6 +61,10 @@ def install() -> None:
         from fastattn_kernels.attention import choice
 
         choice.fewest_operations = 0
+    if INTERPRETING and importlib.util.find_spec("triton"):
+        from tests.machines import products
+
+        products.install()
     if not EXECUTING:
         return
     from fastattn.ops.common import backends

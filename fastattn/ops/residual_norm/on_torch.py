@@ -42,13 +42,12 @@ _BLOCK = 1 << 16
 
 def _goes_by_rows(call: ResidualNormCall) -> bool:
     """Is this a sum of several steps without derivatives, of rows that leave the cache between two steps?"""
-    x = call.x
     return (
         call.round_residual
         and _steps(call) > 1
-        and x.numel() > _BLOCK * torch.get_num_threads()
-        and (call.residual is None or call.residual.shape == x.shape)
-        and not _has_gradients(call)
+        and (call.residual is None or call.residual.shape == call.x.shape)
+        and not _has_gradients(call)  # nor a graph, which cannot hold the number of threads
+        and call.x.numel() > _BLOCK * torch.get_num_threads()
     )
 
 
