@@ -1,6 +1,7 @@
 """Machines: where the kernels run while the tests look at them. The same tests run on every one.
 
-- ``interpreter``: Triton's own, on the Python source of plain kernels. What a CPU gets where nothing else is asked for.
+- ``interpreter``: Triton's own, on the Python source of plain kernels; its products of tiles are summed
+  in one order everywhere (``products.py``). What a CPU gets where nothing else is asked for.
 - ``ttgir``: the compiler's own modules, executed on a CPU: TTIR of plain kernels, TTGIR of Gluon's (:mod:`.ttgir`).
 - ``ptx``: the compiler's PTX, executed on a CPU behind triton's own launcher (:mod:`.soft_gpu`).
 - ``gpu``: a real one, where torch sees one.

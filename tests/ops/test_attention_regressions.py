@@ -45,8 +45,13 @@ def check(query, key, value, backend, bias):
     # gives a key most of its gradient there is no average over queries, and the peer may be lucky.
     exact = reference(*(t.double() for t in (query, key, value)), bias=bias.double())
     scores = (exact.weights.log() + exact.lse[..., None]).nan_to_num(neginf=0.0)
-    terms = (exact.weights * scores.abs()).mT @ d_output.double().abs()
-    allowances = {"d_value": 2.0**-24 * math.log2(math.e) * terms.max().item()}
+    rounded = exact.weights * scores.abs() * 2.0**-24 * math.log2(math.e)
+    d_weights = d_output.double() @ value.double().mT
+    d_scores = d_weights - (d_output.double() * exact.output).sum(dim=3, keepdim=True)
+    allowances = {
+        "d_value": (rounded.mT @ d_output.double().abs()).max().item(),
+        "d_bias": (rounded * d_scores.abs()).sum_to_size(bias.shape).max().item(),
+    }
     names = ("output", "lse", "d_query", "d_key", "d_value", "d_bias")
     for name, found, wanted, eager in zip(names, actual, truth, peer):
         assert_within_budget(found, truth=wanted, peer=eager, name=name, allowance=allowances.get(name, 0.0))

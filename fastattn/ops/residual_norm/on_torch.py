@@ -107,10 +107,7 @@ def _total(call: ResidualNormCall, keep: Tensor | None = None) -> Tensor:
     # a narrow bias would have its gradient summed over the rows in its own dtype
     if steps > 1 or not call.round_residual or not same_dtype or (call.x_bias is not None and x.dtype in HALF):
         compute = torch.promote_types(torch.promote_types(x.dtype, call.residual_dtype), torch.float32)
-        compute = compute if residual is None else torch.promote_types(compute, residual.dtype)
-        # of one add of two dtypes torch widens each element itself, without a wider copy of x
-        if steps > 1 or residual is None or torch.promote_types(x.dtype, residual.dtype) != compute:
-            x = x.to(compute)
+        x = x.to(compute if residual is None else torch.promote_types(compute, residual.dtype))
     if call.x_bias is not None:
         x = x + call.x_bias.to(x.dtype)
     if call.dropout_p > 0.0:
