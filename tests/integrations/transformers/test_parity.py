@@ -103,11 +103,12 @@ def test_what_is_lost_is_noticed(name, what, monkeypatch):
 
 @pytest.mark.parametrize(("name", "padding"), ON_KERNELS)
 def test_kernels_get_what_the_model_says(name, padding, request):
-    budget = truth_and_peer(name, padding, draws=1)
+    draws = 2  # the interpreter takes its time; of one draw, small gradients are right by luck on some processors
+    budget = truth_and_peer(name, padding, draws=draws)
     request.getfixturevalue("poisoned")
     with watching() as watch, fastattn.use_backend("triton"):
-        actual = drawn(name, padding, "fastattn", draws=1)
-    assert len(watch.calls) == BY_NAME[name].calls
+        actual = drawn(name, padding, "fastattn", draws=draws)
+    assert len(watch.calls) == draws * BY_NAME[name].calls
     assert_results_within_budget(actual, **budget, feature=name)
 
 
