@@ -143,7 +143,8 @@ def _fed_forward(parts: _Parts, x: Tensor, residual: Tensor) -> Tensor:
     hidden = hidden.relu_() if parts.activation is torch.relu_ else parts.activation(hidden)
     if parts.second.bias is not None:
         total.add_(parts.second.bias)
-    return total.addmm_(hidden, parts.second.weight.t()).view(residual.shape)
+    total.addmm_(hidden, parts.second.weight.t())
+    return residual  # and no view of it, which under no_grad could not be changed in place afterwards
 
 
 def _linear(rows: Tensor, linear: _Linear) -> Tensor:

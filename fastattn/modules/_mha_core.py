@@ -25,6 +25,9 @@ from fastattn.reference.attention import NEGATIVE_INFINITY
 _FLASH: Any = torch._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _SOFTMAX_BACKWARD: Any = torch.ops.aten._softmax_backward_data.out
+# Within it a view of a new tensor is none to autograd, as within an operator: results may be changed in place, also
+# what is made under no_grad.
+_NEW_TENSORS: Any = torch._C._AutoDispatchBelowADInplaceOrView
 # Elements of the query up to which the gradients of the three projections are stacked: one product instead of three. A
 # node keeps what it has saved while it runs, so that of larger ones the stack would be memory that torch does not take.
 _MOST_STACKED = 1 << 15
@@ -77,8 +80,9 @@ def infer(
     out_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`attend` where nothing has a gradient."""
-    merged, weights, _ = _attended(plan, mask, *_sides(plan, query, memory, in_weight, in_bias))
-    return _linear(merged, out_weight, out_bias).view(query.shape), weights
+    with _NEW_TENSORS():
+        merged, weights, _ = _attended(plan, mask, *_sides(plan, query, memory, in_weight, in_bias))
+        return _linear(merged, out_weight, out_bias).view(query.shape), weights
 
 
 class _Attention(torch.autograd.Function):
@@ -94,8 +98,7 @@ class _Attention(torch.autograd.Function):
         out_weight: Tensor,
         out_bias: Tensor | None,
     ) -> Any:
-        # as within an operator, where a view of a new tensor is none to autograd: results may be changed in place
-        with torch._C._AutoDispatchBelowADInplaceOrView():
+        with _NEW_TENSORS():
             merged, weights, kept = _attended(plan, mask, *_sides(plan, query, memory, in_weight, in_bias))
             output = _linear(merged, out_weight, out_bias).view(query.shape)
         ctx.plan = plan

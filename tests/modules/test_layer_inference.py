@@ -204,3 +204,23 @@ def test_row_that_sees_nothing_is_what_the_modules_make_of_it(kind):
     mask[2] = True
     with torch.no_grad():
         torch.testing.assert_close(layer(x, mask), by_modules(layer, x, mask))
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_output_made_under_no_grad_may_be_changed_in_place_behind_it(norm_first, batch_first):
+    """As torch's: where it is no view, autograd counts the change."""
+    words: dict[str, Any] = {"dropout": 0.0, "norm_first": norm_first, "batch_first": batch_first, "backend": "torch"}
+    encoder, decoder = (
+        made(E, H, 20, **words).eval() for made in (fastattn.TransformerEncoderLayer, fastattn.TransformerDecoderLayer)
+    )
+    attention = fastattn.MultiheadAttention(E, H, batch_first=batch_first, backend="torch").eval()
+    for length in (L, 70):  # one of attention by the formula, one of the fused kernel
+        x, change = torch.randn(N, length, E), torch.ones(E, requires_grad=True)
+        with torch.no_grad():
+            outputs = [encoder(x), decoder(x, x)]
+            if batch_first:  # with the other order torch's is a view, too
+                outputs.append(attention(x, x, x, need_weights=False)[0])
+        for output in outputs:
+            (gradient,) = torch.autograd.grad(output.add_(change).sum(), change)
+            assert gradient.unique().item() == output[..., 0].numel()
