@@ -12,7 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from fastattn.distributed import allgather, exchange, ring, two_dimensions, ulysses
 from fastattn.distributed.agreement import agree
-from fastattn.distributed.call import Method, check, said_of, spans, spans_of
+from fastattn.distributed.call import MaskSide, Method, check, said_of, spans, spans_of
+from fastattn.distributed.columns import by_rows
 from fastattn.distributed.layout import Balance, Place, places_in, ranks_of
 from fastattn.distributed.parts import Done, Run
 from fastattn.ops.attention import dropout
@@ -58,6 +59,7 @@ def context_parallel_attention(
     method: Method = "auto",
     balance: Balance = "none",
     attn_mask: Tensor | None = None,
+    attn_mask_by: MaskSide = "rows",
     key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
     causal_alignment: Alignment = "top_left",
@@ -96,6 +98,8 @@ def context_parallel_attention(
             two give every rank the same work. See :func:`position_ids`.
         attn_mask: boolean or floating, broadcastable to ``[B, H, n, S]``: this rank's rows, in the order of its shard,
             and all keys, in the order of the sequence. With one row for ``n`` queries it is the same on every rank.
+        attn_mask_by: ``"rows"``, or ``"columns"``: ``attn_mask`` is broadcastable to ``[B, H, L, m]``, all rows, in the
+            order of the sequence, and this rank's keys, in the order of its shard. One exchange makes rows of them.
         key_padding_mask: this rank's boolean ``[B, m]``, True = padding.
         is_causal: query ``i`` of the sequence sees keys ``j <= i`` of it, or ``j <= i + S - L``.
         causal_alignment: ``"top_left"`` or ``"bottom_right"``.
@@ -142,7 +146,7 @@ def context_parallel_attention(
     }
     device = query.device if isinstance(query, Tensor) else torch.device("cpu")
     try:
-        checked = check(query, key, value, attn_mask, words, method, balance, backend, places)
+        checked = check(query, key, value, attn_mask, words, method, balance, backend, places, attn_mask_by)
     except (TypeError, ValueError, NotImplementedError) as refusal:
         agree({}, {}, refusal, places, device)
         raise
@@ -150,6 +154,9 @@ def context_parallel_attention(
     own = [spans(documents, places, chosen) for documents in (call.query_documents, call.key_documents)]
     said = agree(said_of(checked, words), {"spans": own}, None, places, device)
     options = operands(call, None, checked.backend, keeps_statistics=True)[1]
+    if checked.attn_mask_by == "columns":
+        bias, mask = (t if t is None else by_rows(t, call.key.shape[2], places, chosen) for t in (call.bias, call.mask))
+        call = call._replace(bias=bias, mask=mask)
     mask = call.bias if call.bias is not None else call.mask
     beside = ranks_of(places[1:])
     run = Run(

@@ -20,6 +20,7 @@ from fastattn.ops.common import backends
 from fastattn.ops.common.checks import check_attn_mask, shapes_of
 
 Method = Literal["auto", "allgather", "ring", "ulysses", "2d"]
+MaskSide = Literal["rows", "columns"]
 
 # Of calls that the communication model does not know: from so many keys on each rank on, a ring. Computing on a shard
 # then takes longer than the start of a message, and all keys at once are much memory. An estimate, and no measurement.
@@ -33,11 +34,12 @@ class Checked(NamedTuple):
     method: str
     balance: Balance
     backend: str
+    attn_mask_by: MaskSide  # bias and mask of the call have this rank's queries and all keys, or all and its keys
 
 
 def check(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, words: dict[str, Any], method: Any,
-    balance: Any, backend: backends.Backend | None, places: tuple[Place, ...],
+    balance: Any, backend: backends.Backend | None, places: tuple[Place, ...], attn_mask_by: Any = "rows",
 ) -> Checked:  # fmt: skip
     """Check everything that a rank can check by itself."""
     if method not in get_args(Method):
@@ -47,6 +49,8 @@ def check(
             f"method={method!r} over ranks in {len(places)} dimensions: expected '2d' or 'auto' on a device mesh of "
             "two, and another method on a group or a mesh of one"
         )
+    if attn_mask_by not in get_args(MaskSide):
+        raise ValueError(f"attn_mask_by={attn_mask_by!r}: expected one of {', '.join(map(repr, get_args(MaskSide)))}")
     balance, world = check_balance(balance), ranks_of(places)
     call = make_call(query, key, value, **words)
     query, key = call.query, call.key
@@ -58,8 +62,11 @@ def check(
             "gives each rank two chunks of the sequence"
         )
     if attn_mask is not None:
-        all_keys = key.new_empty((*key.shape[:2], key.shape[2] * world, 0), device="meta")
-        attn_mask = check_attn_mask(attn_mask, query, all_keys)
+        queries, keys = (
+            t.new_empty((*t.shape[:2], t.shape[2] * (world if side == attn_mask_by else 1), 0))
+            for t, side in ((query, "columns"), (key, "rows"))
+        )
+        attn_mask = check_attn_mask(attn_mask, queries, keys)
         is_boolean = attn_mask.dtype == torch.bool
         call = call._replace(mask=attn_mask if is_boolean else None, bias=None if is_boolean else attn_mask)
     further = (world - 1) * call.shift
@@ -80,7 +87,7 @@ def check(
             f"balance='stripe' with alibi_slopes and method={method!r}: the distances between two stripes are no whole "
             "numbers of their tokens; balance='zigzag' and method='ulysses' have them"
         )
-    return Checked(call, method, balance, chosen)
+    return Checked(call, method, balance, chosen, attn_mask_by)
 
 
 def _triton_refusals(call: AttentionCall) -> list[str]:
@@ -157,6 +164,7 @@ def said_of(checked: Checked, words: dict[str, Any]) -> dict[str, Any]:
         "scale": call.scale,
         "return_lse": call.return_lse,
         "attn_mask": kind(call.bias if call.bias is not None else call.mask),
+        "attn_mask_by": checked.attn_mask_by,
         "key_padding_mask": kind(call.key_padding_mask),
         "document_ids": [kind(call.query_documents), kind(call.key_documents)],
         **{name: digest(getattr(call, name)) for name in ("prefix", "alibi_slopes", "sinks")},

@@ -59,6 +59,11 @@ def shard(
     """
     places, dim = places_in(group_or_mesh), dim % tensor.dim()
     _check_length(f"tensor.shape[{dim}]", tensor.shape[dim], places, check_balance(balance))
+    return shard_along(tensor, dim, places, balance)
+
+
+def shard_along(tensor: Tensor, dim: int, places: tuple[Place, ...], balance: Balance) -> Tensor:
+    """:func:`shard` of a tensor whose tokens can be shared out evenly."""
     for place, own_balance in _along(places, balance):
         own = pieces(place.rank, place.world, tensor.shape[dim] // place.world, own_balance)
         found = [tensor[(*(slice(None),) * dim, piece.positions)] for piece in own]

@@ -117,6 +117,18 @@ CASES: dict[str, Case] = {
     "bias-for-all-heads": Case(lambda s: {"attn_mask": _bias(1, 1, s.rows, s.keys)}),
     "bias-of-keys": Case(lambda s: {"attn_mask": _bias(s.heads, 1, s.keys)}),
     "bias-of-rows": Case(lambda s: {"attn_mask": _bias(1, s.heads, s.rows, 1)}),
+    "mask-by-columns": Case(lambda s: {"attn_mask": torch.rand(s.scores) > 0.4, "attn_mask_by": "columns"}, keys=8),
+    "mask-of-keys-by-columns": Case(
+        lambda s: {"attn_mask": torch.rand(BATCH, 1, 1, s.keys) > 0.4, "attn_mask_by": "columns"}
+    ),
+    "bias-by-columns": Case(
+        lambda s: {"attn_mask": _bias(*s.scores), "attn_mask_by": "columns", "is_causal": True}, rows=8
+    ),
+    "bias-for-all-heads-by-columns": Case(
+        lambda s: {"attn_mask": _bias(1, 1, s.rows, s.keys), "attn_mask_by": "columns"}
+    ),
+    "bias-of-keys-by-columns": Case(lambda s: {"attn_mask": _bias(s.heads, 1, s.keys), "attn_mask_by": "columns"}),
+    "bias-of-rows-by-columns": Case(lambda s: {"attn_mask": _bias(1, s.heads, s.rows, 1), "attn_mask_by": "columns"}),
     "grouped": Case(lambda s: {"is_causal": True}, shared=2),
     "one-key-head": Case(lambda s: {"window": (9, 9)}, shared=0),
     "narrow-values": Case(lambda s: {"is_causal": True}, value_dim=8),
@@ -143,13 +155,17 @@ def calls(world: int) -> Iterator[tuple[str, str, str]]:
 def sharded(words: dict[str, Any], group: Group, balance: Any) -> dict[str, Any]:
     """A rank's arguments, of those of the whole sequence."""
     own = dict(words)
-    for name, dim in (("key_padding_mask", 1), ("document_ids", 1), ("attn_mask", -2)):
+    for name, dim in (("key_padding_mask", 1), ("document_ids", 1), ("attn_mask", _dim_of_mask(words))):
         given = words.get(name)
         if isinstance(given, tuple):
             own[name] = tuple(distributed.shard(t, dim, group, balance=balance) for t in given)
         elif given is not None and given.shape[dim] != 1:
             own[name] = distributed.shard(given, dim, group, balance=balance)
     return own
+
+
+def _dim_of_mask(words: dict[str, Any]) -> int:
+    return -1 if words.get("attn_mask_by") == "columns" else -2
 
 
 @dataclasses.dataclass
@@ -192,7 +208,8 @@ def both(name: str, method: Any, balance: Any, group: Group, backend: str = "tor
     most = dropout.MOST_DRAWN_WHOLE
     dropout.MOST_DRAWN_WHOLE = 0 if case.seeds else most
     try:
-        whole = _run(lambda: fastattn.attention(query, key, value, **words, backend="torch"), weights, leaves)
+        of_whole = {n: word for n, word in words.items() if n != "attn_mask_by"}
+        whole = _run(lambda: fastattn.attention(query, key, value, **of_whole, backend="torch"), weights, leaves)
         own_leaves = {
             n: distributed.shard(t.detach(), 2, group, balance=balance).clone().requires_grad_()
             for n, t in (("query", query), ("key", key), ("value", value))
@@ -215,8 +232,8 @@ def both(name: str, method: Any, balance: Any, group: Group, backend: str = "tor
     for n, gradient in whole.gradients.items():
         if n in ("query", "key", "value"):
             expected.gradients[n] = distributed.shard(gradient, 2, group, balance=balance)
-        elif n == "attn_mask" and words[n].shape[-2] != 1:
-            expected.gradients[n] = distributed.shard(gradient, -2, group, balance=balance)
+        elif n == "attn_mask" and words[n].shape[_dim_of_mask(words)] != 1:
+            expected.gradients[n] = distributed.shard(gradient, _dim_of_mask(words), group, balance=balance)
         else:
             expected.gradients[n] = gradient
             dist.all_reduce(ours.gradients[n])

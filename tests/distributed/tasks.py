@@ -99,16 +99,18 @@ def modelled(group: dist.ProcessGroup) -> list[str]:
         {"is_causal": True, "window": (17, None)},
         {"window": (0, 0)},
     )
-    calls: Any = itertools.product(("allgather", "ring", "ulysses"), cases.BALANCES, masks)
+    mesh = dist.init_device_mesh("cpu", (world // 2, 2))
+    calls: Any = itertools.product(cases.METHODS, cases.BALANCES, masks)
     for method, balance, words in calls:
         workload = Workload(batch=2, heads=8, kv_heads=2, length=12 * world, head_dim=16, **words)
         leaves = [torch.randn(2, heads, 12, 16, dtype=workload.dtype, requires_grad=True) for heads in (8, 2, 2)]
+        over = mesh if method == "2d" else group
         with distributed.record_traffic() as forward:
-            output = attend_on_shards(*leaves, group, method=method, balance=balance, **words, backend="torch")
+            output = attend_on_shards(*leaves, over, method=method, balance=balance, **words, backend="torch")
         with distributed.record_traffic() as backward:
             output.sum().backward()
         for counted, is_backward in ((forward, False), (backward, True)):
-            of_rank: Any = {"balance": balance, "rank": rank, "backward": is_backward}
+            of_rank: Any = {"balance": balance, "rank": rank, "backward": is_backward, "ranks_per_node": 2}
             said = [count(method, workload, world, **of_rank) for count in (bytes_sent, messages_sent)]
             if said != [counted.bytes_sent, counted.messages]:
                 wrong.append(f"{method}, {balance}, {words}, {is_backward}: {said} and {counted}")
