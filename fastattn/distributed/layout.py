@@ -33,7 +33,7 @@ class Piece(NamedTuple):
     """Tokens of a shard whose positions in the sequence are equally far apart."""
 
     local: slice  # where they lie in the shard
-    first: int  # the position of the first of them
+    first: Any  # the position of the first of them, an int; of the pieces of many ranks a tensor
     step: int  # from one to the next
 
     @property
@@ -47,8 +47,9 @@ class Piece(NamedTuple):
         return slice(self.first, self.first + (self.tokens - 1) * self.step + 1, self.step)
 
 
-def pieces(rank: int, world: int, length: int, balance: Balance) -> tuple[Piece, ...]:
-    """The pieces of a rank's shard of ``length`` tokens, in the order in which they lie in it."""
+def pieces(rank: Any, world: int, length: int, balance: Balance) -> tuple[Piece, ...]:
+    """The pieces of a rank's shard of ``length`` tokens, in the order in which they lie in it; ``rank`` is an int, or a
+    tensor of ranks, whose pieces then are alike but for their first positions."""
     if balance == "stripe":
         return (Piece(slice(0, length), rank, world),)
     if balance == "none" or world == 1:

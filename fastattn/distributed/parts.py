@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from fastattn.distributed.layout import Balance, Piece, Place, pieces
 from fastattn.ops.attention import dropout, partial
 from fastattn.ops.attention.contract import InputGradients, Inputs, Kept, Needs, Options
 from fastattn.ops.common.blocks import statistics_dtype
+
+# Pairs of ranks that are looked at at once, so that memory does not grow with the square of their number.
+_MOST_PAIRS = 1 << 20
 
 
 class Shard(NamedTuple):
@@ -42,14 +46,14 @@ class Done(NamedTuple):
 
 
 class Span(NamedTuple):
-    """The smallest and the largest number of a document in a piece of a shard."""
+    """The smallest and the largest number of a document in a piece of a shard; or tensors of those of many ranks."""
 
-    least: int
-    most: int
+    least: Any
+    most: Any
 
-    def meets(self, other: Span) -> bool:
+    def meets(self, other: Span) -> Any:
         """May both hold tokens of one document?"""
-        return self.least <= other.most and other.least <= self.most
+        return (self.least <= other.most) & (other.least <= self.most)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +91,12 @@ class Run:
     first_head: int = 0
     heads_for: Place | None = None
 
-    def row_pieces(self, rank: int) -> tuple[Piece, ...]:
-        """The pieces of a rank's queries."""
+    def row_pieces(self, rank: Any) -> tuple[Piece, ...]:
+        """The pieces of a rank's queries; of a tensor of ranks, those of each."""
         return pieces(rank, self.place.world, self.rows, self.balance)
 
-    def key_pieces(self, rank: int) -> tuple[Piece, ...]:
-        """The pieces of a rank's keys."""
+    def key_pieces(self, rank: Any) -> tuple[Piece, ...]:
+        """The pieces of a rank's keys, likewise."""
         return pieces(rank, self.place.world, self.keys, self.balance)
 
     def pairs(self, rank: int, owner: int) -> Iterator[tuple[Piece, Piece, bool]]:
@@ -106,10 +110,6 @@ class Run:
                     seen = seen and (spans[0] is not None and spans[1] is not None and spans[0].meets(spans[1]))
                 yield of_rows, of_keys, seen
 
-    def needs(self, rank: int, owner: int) -> bool:
-        """Does a rank need another's keys?"""
-        return any(seen for _, _, seen in self.pairs(rank, owner))
-
 
 def reaches(run: Run) -> tuple[int, ...]:
     """For each rank, how many steps its keys go round a ring: as far as some rank needs them."""
@@ -120,17 +120,34 @@ def reaches(run: Run) -> tuple[int, ...]:
 @functools.lru_cache(maxsize=64)
 def _reaches(run: Run) -> tuple[int, ...]:
     world = run.place.world
-    return tuple(
-        next((step for step in range(world - 1, 0, -1) if run.needs((owner + step) % world, owner)), 0)
-        for owner in range(world)
-    )
+    everybody, found = torch.arange(world, device="cpu"), []
+    for owners in everybody.split(max(1, _MOST_PAIRS // world)):
+        seen = torch.zeros(len(owners), world, dtype=torch.bool, device="cpu")
+        rows, keys = run.row_pieces(everybody), run.key_pieces(owners[:, None])
+        for (row_number, of_rows), (key_number, of_keys) in itertools.product(enumerate(rows), enumerate(keys)):
+            of_pair = is_seen(of_rows, of_keys, run.options, run.longest_prefix)
+            if run.query_spans is not None and run.key_spans is not None:
+                queried = _spans_of_ranks(run.query_spans, row_number)
+                kept = _spans_of_ranks(run.key_spans, key_number)
+                of_pair = of_pair & queried.meets(Span(*(edges[owners, None] for edges in kept)))
+            seen |= of_pair
+        steps = (everybody - owners[:, None]) % world
+        found += (steps * seen).amax(dim=1).tolist()
+    return tuple(found)
+
+
+def _spans_of_ranks(spans: tuple[tuple[Span | None, ...], ...], number: int) -> Span:
+    """The spans of one piece of every rank; one that holds no token meets none."""
+    nothing = Span(torch.iinfo(torch.int64).max, torch.iinfo(torch.int64).min)
+    edges = torch.tensor([of_rank[number] or nothing for of_rank in spans], dtype=torch.int64, device="cpu")
+    return Span(*edges.unbind(dim=1))
 
 
 # ------------------------------------------------------------------------------------------------------ bounds of parts
 
 
-def bounds(of_rows: Piece, of_keys: Piece, options: Options) -> tuple[int | None, int | None, int]:
-    """``lower``, ``upper`` and ``shift`` of a part."""
+def bounds(of_rows: Piece, of_keys: Piece, options: Options) -> tuple[Any, Any, Any]:
+    """``lower``, ``upper`` and ``shift`` of a part; tensors where pieces are those of many ranks."""
     step, apart = of_rows.step, of_rows.first - of_keys.first
     assert step == of_keys.step or of_rows.tokens == 1 or of_keys.tokens == 1
     lower = None if options.lower is None else -((-options.lower - apart) // step)
@@ -138,15 +155,17 @@ def bounds(of_rows: Piece, of_keys: Piece, options: Options) -> tuple[int | None
     return lower, upper, (options.shift + apart) // step
 
 
-def is_seen(of_rows: Piece, of_keys: Piece, options: Options, longest_prefix: int) -> bool:
-    """Do the bounds let some query of a part see some key?"""
-    rows, keys = of_rows.tokens, of_keys.tokens
+def is_seen(of_rows: Piece, of_keys: Piece, options: Options, longest_prefix: int) -> Any:
+    """Do the bounds let some query of a part see some key? Of the pieces of many ranks at once a boolean tensor."""
     lower, upper, _ = bounds(of_rows, of_keys, options)
-    if longest_prefix > of_keys.first or (lower is None and upper is None):
-        return True
-    first = 0 if upper is None else max(0, -upper)  # the first row whose last key is there
-    last = rows - 1 if lower is None else min(rows - 1, keys - 1 - lower)  # the last one whose first key is there
-    return first <= last and (lower is None or upper is None or lower <= upper)
+    seen: Any = True
+    if upper is not None:  # the last row has a last key
+        seen = seen & (-upper <= of_rows.tokens - 1)
+    if lower is not None:  # the first key of the first row is there
+        seen = seen & (lower <= of_keys.tokens - 1)
+    if lower is not None and upper is not None:  # some row of those between has both
+        seen = seen & (lower <= upper) & (-upper <= of_keys.tokens - 1 - lower)
+    return seen | (longest_prefix > of_keys.first)
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from fastattn import distributed
 from fastattn.distributed import call
 from fastattn.distributed.layout import Place
 from fastattn.distributed.model import choose
+from fastattn.distributed.parts import Run, Span, reaches
 from fastattn.distributed.workload import Workload
+from fastattn.ops.attention.contract import Options
 from tests.distributed import cases, tasks
 from tests.distributed.cases import attend_on_shards
 from tests.distributed.processes import run_on_ranks
@@ -201,3 +204,37 @@ def test_auto_is_what_the_model_has_as_fastest(words: dict[str, Any], heads: tup
                             dtype=torch.float32, window=window)  # fmt: skip
         expected = choose(workload, 4, methods=("allgather", "ring", "ulysses")).method
     assert checked.method == expected
+
+
+def test_keys_go_round_as_far_as_the_last_rank_that_sees_some():
+    """Of all ranks at once, beside a look at each pair of ranks."""
+    draw = random.Random(0)
+    for number in range(300):
+        world, rows, keys = draw.randint(1, 6), 2 * draw.randint(1, 4), 2 * draw.randint(1, 4)
+        edges: Any = [draw.choice((None, draw.randint(-6 * keys, 6 * keys))) for _ in range(2)]
+        documents = [
+            tuple(
+                tuple(draw.choice((None, Span(least := draw.randint(0, 5), least + draw.randint(0, 2)))) for _ in "12")
+                for _ in range(world)
+            )
+            for _ in range(2)
+        ]
+        run = Run(
+            place=Place(None, 0, world),
+            balance=draw.choice(cases.BALANCES),
+            rows=rows,
+            keys=keys,
+            heads=1,
+            kv_heads=1,
+            mask_axes=(False, False),
+            options=Options(edges[0], edges[1], 0, None, 1.0, 0.0, "none", "torch"),
+            longest_prefix=draw.choice((0, 0, draw.randint(1, world * keys))),
+            query_spans=documents[0] if number % 2 else None,
+            key_spans=documents[1] if number % 2 else None,
+        )
+        needed = [[any(seen for *_, seen in run.pairs(rank, owner)) for rank in range(world)] for owner in range(world)]
+        expected = [
+            max((step for step in range(1, world) if needed[owner][(owner + step) % world]), default=0)
+            for owner in range(world)
+        ]
+        assert list(reaches(run)) == expected, run
