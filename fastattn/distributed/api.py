@@ -10,14 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastattn.distributed import allgather, exchange, ring, two_dimensions, ulysses
+from fastattn.distributed import allgather, exchange, functions, ring, two_dimensions, ulysses
 from fastattn.distributed.agreement import agree
 from fastattn.distributed.call import MaskSide, Method, check, said_of, spans, spans_of
 from fastattn.distributed.columns import by_rows
 from fastattn.distributed.layout import Balance, Place, places_in, ranks_of
 from fastattn.distributed.parts import Done, Run
 from fastattn.ops.attention import dropout
-from fastattn.ops.attention.contract import Alignment, AttentionCall, Inputs, Kept, Needs, OutputGradients
+from fastattn.ops.attention.contract import Alignment, AttentionCall, Kept, MaskMod, OutputGradients, ScoreMod
 from fastattn.ops.attention.operator import operands
 from fastattn.ops.common import backends
 from fastattn.ops.common.operator import take
@@ -30,7 +30,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, method: ModuleType, run: Run, *tensors: Any) -> tuple[Tensor, Tensor]:
-        done: Done = method.forward(run, Inputs(*tensors))
+        done: Done = method.forward(run, functions.kinds_of(run.options)[0](*tensors))
         ctx.method, ctx.run = method, run
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*done.inputs, *done.kept)
@@ -39,12 +39,14 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyrefly: ignore[bad-override]  # of the decorator, not of this
-        inputs, kept = take(ctx.saved_tensors, Inputs, Kept)
+        kind, kind_of_needs = functions.kinds_of(ctx.run.options)
+        inputs, kept = take(ctx.saved_tensors, kind, Kept)
         d_output, d_lse = grads
         if d_output is None:
             d_output = inputs.query.new_zeros(*d_lse.shape, inputs.value.shape[3])
-        wanted = Inputs(*ctx.needs_input_grad[2:])
-        needs: Any = Needs(wanted.bias, wanted.alibi_slopes, wanted.sinks, False)  # pyrefly: ignore[bad-argument-type]
+        wanted = kind(*ctx.needs_input_grad[2:])
+        asked = (name.removeprefix("needs_d_") for name in kind_of_needs._fields[:-1])
+        needs = kind_of_needs(*(getattr(wanted, name) for name in asked), d_weights_may_be_zeros=False)
         found = ctx.method.backward(ctx.run, OutputGradients(d_output, d_lse, None), kept, needs, inputs)
         gradients = [g if wanted_one else None for g, wanted_one in zip(found, wanted)]
         return None, None, *gradients, *(None,) * (len(wanted) - len(gradients))
@@ -68,6 +70,8 @@ def context_parallel_attention(
     document_ids: Tensor | tuple[Tensor, Tensor] | None = None,
     alibi_slopes: Tensor | None = None,
     softcap: float | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
     sinks: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
@@ -109,6 +113,10 @@ def context_parallel_attention(
         document_ids: this rank's integers ``[B, n]``, or a pair ``([B, n], [B, m])``.
         alibi_slopes: floating ``[H]`` or ``[B, H]``, the same on every rank.
         softcap: as there.
+        score_mod: as there, the same on every rank: it is told heads, queries and keys of the whole sequence, and the
+            tensors that it captures are whole. Where two programs differ, ranks disagree; the numbers that are captured
+            are not compared.
+        mask_mod: as there, likewise. What it hides is not computed with, and sent all the same.
         sinks: floating ``[H]``, the same on every rank.
         scale: as there.
         dropout_p: as there. The torch backend drops what :func:`fastattn.attention` drops in one process on a CPU, by
@@ -121,8 +129,8 @@ def context_parallel_attention(
         This rank's rows of the output, ``[B, H, n, Dv]`` in ``query.dtype``, or a tuple of it and the LSE
         ``[B, H, n]``.
         Results and gradients of every rank are bitwise the same in every run. The gradients of ``sinks``,
-        ``alibi_slopes`` and an ``attn_mask`` of one row are a rank's share, as those of all weights that ranks have
-        alike: they add up to those of one process.
+        ``alibi_slopes``, an ``attn_mask`` of one row and what ``score_mod`` captures are a rank's share, as those of
+        all weights that ranks have alike: they add up to those of one process.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as :func:`fastattn.attention`; a method or balance cannot be.
@@ -146,7 +154,8 @@ def context_parallel_attention(
     }
     device = query.device if isinstance(query, Tensor) else torch.device("cpu")
     try:
-        checked = check(query, key, value, attn_mask, words, method, balance, backend, places, attn_mask_by)
+        mods = {"score_mod": score_mod, "mask_mod": mask_mod}
+        checked = check(query, key, value, attn_mask, words, method, balance, backend, places, attn_mask_by, mods)
     except (TypeError, ValueError, NotImplementedError) as refusal:
         agree({}, {}, refusal, places, device)
         raise

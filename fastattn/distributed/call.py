@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -9,13 +10,14 @@ from torch import Tensor
 
 from fastattn.distributed import ulysses
 from fastattn.distributed.agreement import digest
+from fastattn.distributed.functions import function_of_whole
 from fastattn.distributed.layout import Balance, Place, check_balance, pieces, ranks_of
 from fastattn.distributed.model import choose
 from fastattn.distributed.parts import Span
 from fastattn.distributed.workload import Workload
 from fastattn.ops.attention import on_triton
 from fastattn.ops.attention.call import make_call
-from fastattn.ops.attention.contract import AttentionCall
+from fastattn.ops.attention.contract import AttentionCall, Function
 from fastattn.ops.common import backends
 from fastattn.ops.common.checks import check_attn_mask, shapes_of
 
@@ -40,6 +42,7 @@ class Checked(NamedTuple):
 def check(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, words: dict[str, Any], method: Any,
     balance: Any, backend: backends.Backend | None, places: tuple[Place, ...], attn_mask_by: Any = "rows",
+    mods: dict[str, Any] | None = None,
 ) -> Checked:  # fmt: skip
     """Check everything that a rank can check by itself."""
     if method not in get_args(Method):
@@ -69,6 +72,10 @@ def check(
         attn_mask = check_attn_mask(attn_mask, queries, keys)
         is_boolean = attn_mask.dtype == torch.bool
         call = call._replace(mask=attn_mask if is_boolean else None, bias=None if is_boolean else attn_mask)
+    score_mod, mask_mod = (
+        function_of_whole(kind, (mods or {}).get(kind), query, key, world) for kind in ("score_mod", "mask_mod")
+    )
+    call = call._replace(score_mod=score_mod, mask_mod=mask_mod)
     further = (world - 1) * call.shift
     call = call._replace(
         lower=None if call.lower is None else call.lower + further,
@@ -123,7 +130,7 @@ def _workload(call: AttentionCall, world: int) -> Workload | None:
     """The call in the terms of the communication model; None where that has none for it."""
     (batch, heads, length, head_dim), (kv_heads, keys) = call.query.shape, call.key.shape[1:3]
     left, right = (None if call.lower is None else -call.lower), call.upper
-    masks = (call.bias, call.mask, call.query_documents, call.prefix)
+    masks = (call.bias, call.mask, call.query_documents, call.prefix, call.mask_mod)
     if length != keys or call.value.shape[3] != head_dim or any(mask is not None for mask in masks):
         return None
     if any(bound is not None and bound < 0 for bound in (left, right)):
@@ -168,8 +175,17 @@ def said_of(checked: Checked, words: dict[str, Any]) -> dict[str, Any]:
         "key_padding_mask": kind(call.key_padding_mask),
         "document_ids": [kind(call.query_documents), kind(call.key_documents)],
         **{name: digest(getattr(call, name)) for name in ("prefix", "alibi_slopes", "sinks")},
+        **{name: _said_of_function(getattr(call, name)) for name in ("score_mod", "mask_mod")},
         "tensors that need gradients": trained,
     }
+
+
+def _said_of_function(function: Function | None) -> Any:
+    """A digest of its program, and what it captures."""
+    if function is None:
+        return None
+    read = [[str(t.dtype).removeprefix("torch."), *t.shape, t.requires_grad] for t in function.captured]
+    return [f"a program of digest {zlib.crc32(function.text.encode()):08x}", read]
 
 
 def spans(documents: Tensor | None, places: tuple[Place, ...], balance: Balance) -> list[list[int] | None] | None:

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.distributed import exchange
+from fastattn.distributed import exchange, functions
 from fastattn.distributed.layout import Balance, Piece, Place, pieces
 from fastattn.ops.attention import dropout, partial
-from fastattn.ops.attention.contract import InputGradients, Inputs, Kept, Needs, Options
+from fastattn.ops.attention.contract import Inputs, Kept, Needs, Options
 from fastattn.ops.common.blocks import statistics_dtype
 
 # Pairs of ranks that are looked at at once, so that memory does not grow with the square of their number.
@@ -171,7 +171,7 @@ def is_seen(of_rows: Piece, of_keys: Piece, options: Options, longest_prefix: in
 # ---------------------------------------------------------------------------------------------------------------- parts
 
 
-def part_of(run: Run, inputs: Inputs, shard: Shard, of_rows: Piece, of_keys: Piece) -> tuple[Inputs, Options]:
+def part_of(run: Run, inputs: Any, shard: Shard, of_rows: Piece, of_keys: Piece) -> tuple[Any, Options]:
     """The call that a part is by itself.
 
     Args:
@@ -205,6 +205,7 @@ def part_of(run: Run, inputs: Inputs, shard: Shard, of_rows: Piece, of_keys: Pie
         prefix=None if lower is upper is None else prefix,
         dropout_state=kept_weights(run, inputs, of_rows, of_keys),
     )
+    own = functions.at(own, inputs, run.options, run.first_head, of_rows, of_keys)
     return own, run.options._replace(lower=lower, upper=upper, shift=shift)
 
 
@@ -248,38 +249,30 @@ class Sums:
         needs: which optional gradients there are to be.
     """
 
-    def __init__(self, inputs: Inputs, needs: Needs) -> None:
-        self._inputs, self._needs = inputs, needs
+    def __init__(self, inputs: Any, needs: Any) -> None:
+        self._inputs = inputs
         self.d_query = _zeros(inputs.query)
-        self.d_bias = _zeros(inputs.bias) if needs.needs_d_bias else None
-        self.d_alibi_slopes = _zeros(inputs.alibi_slopes) if needs.needs_d_alibi_slopes else None
+        asked = [name.removeprefix("needs_d_") for name in needs._fields if name.startswith("needs_d_")]
+        self._asked = [name for name in asked if getattr(needs, f"needs_d_{name}")]
+        # sinks belong to whole rows, and not to parts
+        self._totals = {name: _zeros(getattr(inputs, name)) for name in self._asked if name != "sinks"}
 
-    def add(self, found: InputGradients, of_rows: Piece, of_keys: Piece) -> None:
+    def add(self, found: Any, of_rows: Piece, of_keys: Piece) -> None:
         """The gradients of one part."""
         self.d_query[:, :, of_rows.local] += found.d_query
-        if self.d_bias is not None:
-            own = place_in_mask(self.d_bias, of_rows, of_keys)
+        for name, total in self._totals.items():
+            own = place_in_mask(total, of_rows, of_keys) if name == "bias" else total
             assert own is not None
-            own += found.d_bias
-        if self.d_alibi_slopes is not None:
-            self.d_alibi_slopes += found.d_alibi_slopes
+            own += getattr(found, f"d_{name}")
 
-    def finish(self, row: partial.Row, d_key: Tensor, d_value: Tensor) -> InputGradients:
+    def finish(self, row: partial.Row, d_key: Tensor, d_value: Tensor) -> Any:
         """The gradients in the inputs' dtypes; those that are not needed are empty."""
-        inputs, nothing = self._inputs, self.d_query.new_empty(0)
-        d_sinks = nothing
-        if self._needs.needs_d_sinks and inputs.sinks is not None:
-            d_sinks = partial.sink_gradients(inputs.sinks, row).to(inputs.sinks.dtype)
-        return InputGradients(
-            d_query=self.d_query.to(inputs.query.dtype),
-            d_key=d_key.to(inputs.key.dtype),
-            d_value=d_value.to(inputs.value.dtype),
-            d_bias=nothing if self.d_bias is None or inputs.bias is None else self.d_bias.to(inputs.bias.dtype),
-            d_alibi_slopes=nothing
-            if self.d_alibi_slopes is None or inputs.alibi_slopes is None
-            else self.d_alibi_slopes.to(inputs.alibi_slopes.dtype),
-            d_sinks=d_sinks,
-        )
+        inputs, found = self._inputs, {"query": self.d_query, "key": d_key, "value": d_value, **self._totals}
+        if "sinks" in self._asked:
+            found["sinks"] = partial.sink_gradients(inputs.sinks, row)
+        kind, nothing = functions.gradients_of(inputs), self.d_query.new_empty(0)
+        names = (field.removeprefix("d_") for field in kind._fields)
+        return kind(*(found[n].to(getattr(inputs, n).dtype) if n in found else nothing for n in names))
 
 
 def backward_part(
@@ -299,8 +292,7 @@ def backward_part(
     return found.d_key, found.d_value
 
 
-def _zeros(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
+def _zeros(tensor: Tensor) -> Tensor:
     return torch.zeros(tensor.shape, dtype=statistics_dtype(tensor.dtype), device=tensor.device)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastattn.distributed import exchange
+from fastattn.distributed import exchange, functions
 from fastattn.distributed.layout import Piece, in_order, out_of_order
 from fastattn.distributed.parts import Done, Run, kept_weights
 from fastattn.ops.attention import operator
@@ -35,6 +35,7 @@ def forward(run: Run, inputs: Inputs) -> Done:
     of_rows, of_keys = (Piece(slice(0, tokens * world), 0, 1) for tokens in (run.rows, run.keys))
     run_of_heads = dataclasses.replace(run, first_head=own_heads(run).start)
     own = own._replace(dropout_state=kept_weights(run_of_heads, own, of_rows, of_keys))
+    own = functions.at(own, inputs, run.options, run_of_heads.first_head, of_rows, of_keys)
     found = operator.implementation(run.options.backend).forward(own, run.options)
     output, lse = to_rows(run, [found.output, found.lse])
     return Done(output, lse, own, Kept(found.output, found.statistics))

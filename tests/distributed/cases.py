@@ -74,6 +74,23 @@ def _slopes(sizes: Sizes) -> Tensor:
     return torch.rand(sizes.heads).add(0.05).requires_grad_()
 
 
+def _learned(score, batch, head, query_index, key_index, table):
+    return score * 0.7 + table[head, (query_index - key_index).abs().clamp(max=9)]
+
+
+def _of_pairs(score, batch, head, query_index, key_index, table):
+    return score + table[head, query_index, key_index] * (batch + 1)
+
+
+def _checkered(batch, head, query_index, key_index):
+    return ((query_index // 3 + key_index + head) % 4 != 1) | (query_index == key_index)
+
+
+def _of_one_group(sizes: Sizes) -> Callable[..., Tensor]:
+    groups = torch.arange(sizes.keys) // 5 % 2
+    return lambda batch, head, query_index, key_index: groups[query_index] == groups[key_index]
+
+
 def _everything(sizes: Sizes) -> dict[str, Any]:
     return {
         "is_causal": True,
@@ -134,6 +151,11 @@ CASES: dict[str, Case] = {
     "narrow-values": Case(lambda s: {"is_causal": True}, value_dim=8),
     "dropout": Case(lambda s: {"dropout_p": 0.3, "is_causal": True}),
     "dropout-by-seed": Case(lambda s: {"dropout_p": 0.3, "window": (9, 9), "return_lse": True}, seeds=True),
+    "mask-mod": Case(lambda s: {"mask_mod": _checkered, "is_causal": True, "return_lse": True}),
+    "score-mod": Case(lambda s: {"score_mod": _learned, "captured": _bias(s.heads, 10), "window": (9, None)}),
+    "both-mods": Case(
+        lambda s: {"score_mod": _of_pairs, "captured": _bias(*s.scores[1:]), "mask_mod": _of_one_group(s)}, shared=2
+    ),
     "everything": Case(_everything, shared=2),
 }
 
@@ -162,6 +184,14 @@ def sharded(words: dict[str, Any], group: Group, balance: Any) -> dict[str, Any]
         elif given is not None and given.shape[dim] != 1:
             own[name] = distributed.shard(given, dim, group, balance=balance)
     return own
+
+
+def _as_words(words: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, in which a function and what it captures are one."""
+    words = dict(words)
+    if "captured" in words:
+        words["score_mod"] = (words["score_mod"], words.pop("captured"))
+    return words
 
 
 def _dim_of_mask(words: dict[str, Any]) -> int:
@@ -208,7 +238,7 @@ def both(name: str, method: Any, balance: Any, group: Group, backend: str = "tor
     most = dropout.MOST_DRAWN_WHOLE
     dropout.MOST_DRAWN_WHOLE = 0 if case.seeds else most
     try:
-        of_whole = {n: word for n, word in words.items() if n != "attn_mask_by"}
+        of_whole = {n: word for n, word in _as_words(words).items() if n != "attn_mask_by"}
         whole = _run(lambda: fastattn.attention(query, key, value, **of_whole, backend="torch"), weights, leaves)
         own_leaves = {
             n: distributed.shard(t.detach(), 2, group, balance=balance).clone().requires_grad_()
@@ -219,8 +249,8 @@ def both(name: str, method: Any, balance: Any, group: Group, backend: str = "tor
             own_words[n] = own_leaves[n] = own_words[n].detach().clone().requires_grad_()
         ours = _run(
             lambda: attend_on_shards(
-                *(own_leaves[n] for n in ("query", "key", "value")), group, method=method, balance=balance, **own_words,
-                backend=backend,
+                *(own_leaves[n] for n in ("query", "key", "value")), group, method=method, balance=balance,
+                **_as_words(own_words), backend=backend,
             ),
             [distributed.shard(w, 2, group, balance=balance) for w in weights],
             own_leaves,

@@ -65,6 +65,7 @@ def kernels(group: dist.ProcessGroup) -> dict[str, float]:
         ("everything", "ring", "zigzag"),
         ("everything", "ulysses", "stripe"),
         ("sinks", "ring", "stripe"),
+        ("both-mods", "ring", "zigzag"),
     )
     return {" ".join(call): cases.distance(*cases.both(*call, group, backend="triton"))[0] for call in calls}
 
@@ -160,18 +161,28 @@ def sharing_out(group: dist.ProcessGroup) -> list[str]:
 # --------------------------------------------------------------------------------------------------------------- faults
 
 
+def _doubled(score: Tensor, *places: Tensor) -> Tensor:
+    return score * 2.0
+
+
+def _halved(score: Tensor, *places: Tensor) -> Tensor:
+    return score * 0.5
+
+
 def disagreements(group: dist.ProcessGroup) -> dict[str, str]:
     """What a rank is told where rank 1 is called with something else; and that the group is none the worse for it."""
     odd, said = group.rank() == 1, {}
     query, key, value = own_qkv(group)
     longer = distributed.shard(qkv(group.size(), 9)[0], 2, group)
-    mask = torch.ones(8, 8 * group.size(), dtype=torch.bool)
+    mask, square = torch.ones(8, 8 * group.size(), dtype=torch.bool), torch.ones(1, 1, dtype=torch.bool)
     for name, tensors, words in (
         ("length", (longer if odd else query, key, value), {}),
         ("dtype", [t.double() if odd else t for t in (query, key, value)], {}),
         ("mask", (query, key, value), {"attn_mask": mask if odd else None}),
         ("window", (query, key, value), {"window": (3, 0) if odd else (2, 0)}),
         ("sinks", (query, key, value), {"sinks": torch.full((HEADS,), float(odd))}),
+        ("columns", (query, key, value), {"attn_mask": square, "attn_mask_by": "columns" if odd else "rows"}),
+        ("function", (query, key, value), {"score_mod": _doubled if odd else _halved}),
         ("gradients", [t.detach() if odd else t for t in (query, key, value)], {}),
         ("refused", (query, key, value), {"softcap": -1.0 if odd else 1.0}),
         ("a tensor", (query, key, value), {"key_padding_mask": "none" if odd else None}),

@@ -62,6 +62,8 @@ def check_disagreements(said, rank):
         "mask": ("attn_mask", "bool"),
         "window": ("window", "[3, 0]"),
         "sinks": ("sinks", "of digest"),
+        "columns": ("attn_mask_by", '"columns"'),
+        "function": ("score_mod", "a program of digest"),
         "gradients": ("tensors that need gradients", "[]"),
     }.items():
         assert said[name].startswith("RanksDisagreeError: the ranks of the group were called with different arguments")
@@ -149,6 +151,9 @@ def test_mesh_of_one_dimension_is_a_group(group):
     [
         ({"method": "tree"}, ValueError, "method='tree': expected one of 'auto', 'allgather', 'ring', 'ulysses', '2d'"),
         ({"balance": "even"}, ValueError, "balance='even': expected one of 'none', 'zigzag', 'stripe'"),
+        ({"attn_mask_by": "keys"}, ValueError, "attn_mask_by='keys': expected one of 'rows', 'columns'"),
+        ({"score_mod": 3}, TypeError, "score_mod=3: expected a function"),
+        ({"mask_mod": (lambda *places: places[2] >= places[3], 1)}, TypeError, "mask_mod: behind the function stand"),
         ({"window": (4, -1)}, ValueError, r"window=\(4, -1\)"),
         ({"attn_mask": torch.ones(9, 8, dtype=torch.bool)}, ValueError, r"attn_mask has shape \(9, 8\)"),
         ({"key_padding_mask": torch.zeros(1, 9, dtype=torch.bool)}, ValueError, "key_padding_mask has shape"),

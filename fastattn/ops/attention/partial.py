@@ -79,10 +79,12 @@ def backward(row: Row, needs: Needs, inputs: Inputs, options: Options) -> InputG
     return blocks.backward(gradients, kept, needs, _wide(inputs), options, delta=row.delta)
 
 
-def _wide(inputs: Inputs) -> Inputs:
-    """The inputs with no floating tensor below float32: what plain torch computes of them is then not rounded."""
-    found: Any = [t.to(statistics_dtype(t.dtype)) if t is not None and t.is_floating_point() else t for t in inputs]
-    return Inputs(*found)
+def _wide(inputs: Any) -> Any:
+    """The inputs with no floating tensor below float32, but for those that functions read, whose programs say in what
+    they compute: what plain torch computes of them is then not rounded."""
+    given = ((name, getattr(inputs, name)) for name in Inputs._fields)
+    floating = {name: t for name, t in given if t is not None and t.is_floating_point()}
+    return inputs._replace(**{name: t.to(statistics_dtype(t.dtype)) for name, t in floating.items()})
 
 
 class Merge:
