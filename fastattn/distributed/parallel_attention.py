@@ -102,18 +102,23 @@ class ParallelMultiheadAttention(MultiheadAttention):
         def here(call: AttentionCall) -> Any:
             return run(call, self.backend)
 
-        of_call = Inputs(*given, key_padding_mask, None if self.context else attn_mask, *self._own_parameters())
+        of_call = Inputs(*given, key_padding_mask, None if self.context else attn_mask, *self.own_parameters())
         merged, weights = attend(of_call, words, here if self.context is None else on_shards)
-        output = summed(F.linear(merged, local(self.out_proj.weight)), self.tensor)
-        if self.out_proj.bias is not None:
-            output = output + local(self.out_proj.bias).to(output.dtype)  # which autocast may have lowered
+        output = self.project_back(merged)
         if weights is not None and average_attn_weights:
             weights = summed(weights / ranks, self.tensor)
         elif weights is not None:
             weights = joined(weights, weights.dim() - 3, self.tensor)
         return output, weights
 
-    def _own_parameters(self) -> tuple[Any, ...]:
+    def project_back(self, merged: Tensor) -> Tensor:
+        """The features of this rank's heads, side by side, through the output's projection."""
+        output = summed(F.linear(merged, local(self.out_proj.weight)), self.tensor)
+        if self.out_proj.bias is not None:
+            output = output + local(self.out_proj.bias).to(output.dtype)  # which autocast may have lowered
+        return output
+
+    def own_parameters(self) -> tuple[Any, ...]:
         """Of each parameter in front of attention what this rank's heads need, as ``Inputs`` has them."""
         packed = separate = None
         if self._qkv_same_embed_dim:
