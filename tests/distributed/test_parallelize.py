@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch.distributed as dist
 
-from tests.distributed import parallel_tasks
+from tests.distributed import generation_tasks, parallel_tasks
 from tests.distributed.processes import run_on_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is built without gloo")
@@ -24,6 +24,8 @@ _TASKS = (
     parallel_tasks.checkpoints,
     parallel_tasks.broadcast,
     parallel_tasks.refusals,
+    generation_tasks.generation,
+    generation_tasks.generation_further,
 )
 # Of these, how far they may be from one process, in float32.
 _MOST = {"attention": 2e-6, "context": 2e-6, "fused_layers": 2e-6, "sequence_to_sequence": 1e-5}
@@ -48,7 +50,6 @@ _REFUSALS = {
     "another linear layer": "TypeError: the model.linear1 is a _Odd: expected an nn.Linear",
     "twice": "ValueError: self_attn.in_proj_weight is a DTensor: expected a model that is not parallel yet",
     "odd length": "ValueError: tensor.shape[1]=9: expected a multiple of 2, for 2 ranks and balance='none'",
-    "decoding": "NotImplementedError: decoding with a parallel model: load its full state dict",
     "weights": "NotImplementedError: need_weights=True with a 'context'",
     "floating padding": "NotImplementedError: key_padding_mask is torch.float32 with a 'context'",
 }
@@ -70,6 +71,8 @@ def test_parallel_models_are_what_they_are_in_one_process():
         assert "must match" in of_rank["broadcast"]
         assert of_rank["refusals"].keys() == _REFUSALS.keys()
         assert {n: m for n, m in of_rank["refusals"].items() if not m.startswith(_REFUSALS[n])} == {}
+        assert {name for name, is_right in of_rank["generation"].items() if not is_right} == set()
+        check_generation(of_rank["generation_further"])
     check_checkpoints([of_rank["checkpoints"] for of_rank in said])
 
 
@@ -81,6 +84,18 @@ def check_training(said):
         assert found["losses"] <= 1e-5, (name, found)
         assert found["weights"] <= 1e-4, (name, found)
         assert found["all DTensors"], name
+
+
+def check_generation(found):
+    """Each rank keeps its own heads' keys of its own tokens, and refuses what does not go together on all ranks."""
+    assert found["tokens"] and found["bfloat16"] and found["wrapped"]
+    shape, length, (of_first, of_second) = found["cache"]
+    assert shape == [2, 2, 2, 6, 4]
+    assert length == 9 and of_first == of_second and of_first in (4, 5)
+    assert found["pages"].startswith("NotImplementedError: page_size=4 with a 'context': ")
+    assert found["another prompt"].startswith("RanksDisagreeError: the ranks of the group were called with different")
+    assert "length: rank" in found["another length"]
+    assert found["not gathered"].startswith("RuntimeError: decoding with sharded parameters: expected a call of")
 
 
 def check_checkpoints(said):
