@@ -4,6 +4,7 @@ from fastattn.distributed.agreement import RanksDisagreeError
 from fastattn.distributed.api import context_parallel_attention
 from fastattn.distributed.exchange import RankLostError, Traffic, record_traffic
 from fastattn.distributed.parallel_model import parallelize
+from fastattn.distributed.parallel_optimizer import keep_torch_shapes
 from fastattn.distributed.sharing import position_ids, shard, unshard
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "RanksDisagreeError",
     "Traffic",
     "context_parallel_attention",
+    "keep_torch_shapes",
     "parallelize",
     "position_ids",
     "record_traffic",

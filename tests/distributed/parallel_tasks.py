@@ -377,15 +377,3 @@ def refusals(group: dist.ProcessGroup) -> dict[str, str]:
     found["weights"] = said(lambda: attention(x, x, x))
     found["floating padding"] = said(lambda: attention(x, x, x, torch.zeros(2, 4), need_weights=False))
     return found
-
-
-def broadcast(group: dist.ProcessGroup) -> str:
-    """What torch says where one rank alone has the state dict: there it asks no hook for the shape of a parameter."""
-    model = distributed.parallelize(language_model(), mesh_of({"tensor": 4}))
-    own = language_model().state_dict() if group.rank() == 0 else {}
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    try:
-        set_model_state_dict(model, own, options=options)
-    except RuntimeError as error:
-        return str(error)
-    return "nothing"

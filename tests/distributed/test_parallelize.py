@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch.distributed as dist
 
-from tests.distributed import generation_tasks, parallel_tasks
+from tests.distributed import generation_tasks, parallel_tasks, state_tasks
 from tests.distributed.processes import run_on_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is built without gloo")
@@ -22,7 +22,8 @@ _TASKS = (
     parallel_tasks.fused_layers,
     parallel_tasks.state_dicts,
     parallel_tasks.checkpoints,
-    parallel_tasks.broadcast,
+    state_tasks.optimizer_states,
+    state_tasks.broadcast,
     parallel_tasks.refusals,
     generation_tasks.generation,
     generation_tasks.generation_further,
@@ -67,8 +68,7 @@ def test_parallel_models_are_what_they_are_in_one_process():
             assert of_rank[task]
             assert {name: far for name, far in of_rank[task].items() if not far <= most} == {}, task
         assert {name for name, is_right in of_rank["state_dicts"].items() if not is_right} == set()
-        # torch would copy rows into those of the packed projection, in another order: their shapes keep it from that
-        assert "must match" in of_rank["broadcast"]
+        check_states(of_rank["optimizer_states"], of_rank["broadcast"])
         assert of_rank["refusals"].keys() == _REFUSALS.keys()
         assert {n: m for n, m in of_rank["refusals"].items() if not m.startswith(_REFUSALS[n])} == {}
         assert {name for name, is_right in of_rank["generation"].items() if not is_right} == set()
@@ -84,6 +84,17 @@ def check_training(said):
         assert found["losses"] <= 1e-5, (name, found)
         assert found["weights"] <= 1e-4, (name, found)
         assert found["all DTensors"], name
+
+
+def check_states(of_optimizer, of_model):
+    """What an optimizer keeps has torch's shapes everywhere, if it is asked to; of one rank a model takes three."""
+    assert of_optimizer.pop("no model") == "TypeError: model: expected an nn.Module, got Adam"
+    assert of_optimizer.pop("no optimizer").startswith("TypeError: optimizer: expected a torch.optim.Optimizer, got T")
+    assert {name: far for name, far in of_optimizer.items() if not far <= 1e-5} == {}
+    assert {name: far for name, far in of_optimizer.items() if "from" in name and far != 0} == {}
+    # torch would copy rows into those of the packed projection, in another order: their shapes keep it from that
+    assert "must match" in of_model["as torch has it"]
+    assert of_model["as three"]
 
 
 def check_generation(found):
