@@ -252,7 +252,7 @@ def _take_from_torch(
         state_dict[prefix + PACKED] = in_shape_of(given, parameter)
 
 
-def in_torch_shape(sharded: DTensor) -> DTensor:
+def in_torch_shape(sharded: DTensor) -> Tensor:
     """Of ``[3, E, E]`` in shards the same as ``[3 E, E]``, shared out in a way that every reader understands."""
     tensor_dim = sharded.device_mesh.ndim - 1
     whole = sharded.full_tensor().detach().flatten(0, 1)

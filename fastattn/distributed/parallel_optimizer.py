@@ -66,8 +66,9 @@ def _converted(
 
 
 def _shown(kept: Tensor, parameter: DTensor) -> Tensor:
-    is_packed = isinstance(kept, DTensor) and kept.dim() == 3 and kept.shape == parameter.shape
-    return in_torch_shape(kept) if is_packed else kept
+    if isinstance(kept, DTensor) and kept.dim() == 3 and kept.shape == parameter.shape:
+        return in_torch_shape(kept)
+    return kept
 
 
 def _taken(kept: Tensor, parameter: DTensor) -> Tensor:

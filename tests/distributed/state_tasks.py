@@ -58,14 +58,14 @@ def optimizer_states(group: dist.ProcessGroup) -> dict[str, Any]:
         "trained": _far(ours, state),
         "in one process": max(abs(a - b) for a, b in zip(losses_of(alone, of_alone, batches[2:]), after)),
     }
-    model = distributed.parallelize(trained, mesh)
+    other: Any = distributed.parallelize(trained, mesh)
     for how, options, is_given in (("each", FULL, True), ("first", _OF_FIRST, group.rank() == 0)):
-        optimizer = _adam(model)
-        distributed.keep_torch_shapes(model, optimizer)
-        set_optimizer_state_dict(model, optimizer, copy.deepcopy(state) if is_given else {}, options=options)
-        found[f"from {how}"] = _far(get_optimizer_state_dict(model, optimizer, options=FULL), state)
+        optimizer = _adam(other)
+        distributed.keep_torch_shapes(other, optimizer)
+        set_optimizer_state_dict(other, optimizer, copy.deepcopy(state) if is_given else {}, options=options)
+        found[f"from {how}"] = _far(get_optimizer_state_dict(other, optimizer, options=FULL), state)
     found["no model"] = said(lambda: distributed.keep_torch_shapes(of_whole, of_whole))
-    found["no optimizer"] = said(lambda: distributed.keep_torch_shapes(model, model))
+    found["no optimizer"] = said(lambda: distributed.keep_torch_shapes(other, other))
     return found
 
 
