@@ -103,6 +103,11 @@ def check_generation(found):
     shape, length, (of_first, of_second) = found["cache"]
     assert shape == [2, 2, 2, 6, 4]
     assert length == 9 and of_first == of_second and of_first in (4, 5)
+    assert found["steps"] <= 2e-6
+    assert (
+        found["full"]
+        == "CacheFullError: reserve(1): 1 slots asked for, 9 held and 0 free of the 9 that a sequence may have"
+    )
     assert found["pages"].startswith("NotImplementedError: page_size=4 with a 'context': ")
     assert found["another prompt"].startswith("RanksDisagreeError: the ranks of the group were called with different")
     assert "length: rank" in found["another length"]
