@@ -162,7 +162,7 @@ class ParallelTrunk(TransformerTrunk):
         others alike, one after the other, and take turns in keeping them.
         """
         self._check_gathered()
-        if self.context is None or tokens.shape[1] == 0:
+        if self.context is None:
             return super().step(tokens, cache)
         assert isinstance(cache, ParallelCache)
         self._check_step(tokens, cache)
@@ -177,7 +177,7 @@ class ParallelTrunk(TransformerTrunk):
             found.append(unshard(output, 1, mesh, balance=balance))
         for place in range(shared, tokens.shape[1]):
             found.append(super().step(tokens[:, place : place + 1], cache))
-        return torch.cat(found, dim=1)
+        return torch.cat(found, dim=1) if found else self.tokens(tokens)  # of no tokens there is nothing to compute
 
     def _check_gathered(self) -> None:
         """Raise where FSDP2 has not gathered the parameters that are of no layer."""
