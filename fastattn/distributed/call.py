@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from fastattn.distributed import ulysses
+from fastattn.distributed import traffic, ulysses
 from fastattn.distributed.agreement import digest
 from fastattn.distributed.choosing import auto
 from fastattn.distributed.functions import function_of_whole
@@ -60,7 +60,7 @@ class Checked(NamedTuple):
     """A call that this rank has nothing against."""
 
     call: AttentionCall  # tensors are this rank's; bounds and shift are those of the whole sequence
-    method: str
+    method: traffic.Method
     balance: Balance
     backend: str
     attn_mask_by: MaskSide  # bias and mask of the call have this rank's queries and all keys, or all and its keys

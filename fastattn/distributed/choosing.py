@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,7 +45,7 @@ def auto(call: AttentionCall, places: tuple[Place, ...], balance: Balance) -> Ch
         if choice.estimates[choice.method].memory > cluster.memory:
             reason = "the one that holds least, since none fits into memory"
         return Chosen(choice.method, f"{reason}, by the communication model of nodes of {cluster.name}")
-    keys = int(call.key.shape[2])
+    keys = call.key.shape[2]
     if "ulysses" in methods:
         return Chosen("ulysses", "the ranks can share the heads")
     if keys >= _FEWEST_KEYS_OF_RING:
@@ -93,20 +93,25 @@ def unknown_of(call: AttentionCall) -> list[str]:
 
 def workload_of(call: AttentionCall, world: int) -> Workload:
     """A call that the communication model knows, in its terms."""
-    # by int a graph for sequences of any length becomes one for this length, since the choice goes by it
-    batch, heads, length, head_dim = map(int, call.query.shape)
-    left, right = (None if call.lower is None else -int(call.lower)), (None if call.upper is None else int(call.upper))
+    batch, heads, length, head_dim, kv_heads = (_plain(size) for size in (*call.query.shape, call.key.shape[1]))
+    lower, upper = (None if bound is None else _plain(bound) for bound in (call.lower, call.upper))
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (call.query, call.key, call.value))
     return Workload(
         batch=batch,
         heads=heads,
-        kv_heads=int(call.key.shape[1]),
+        kv_heads=kv_heads,
         length=length * world,
         head_dim=head_dim,
         dtype=call.query.dtype,
-        window=None if left is right is None else (left, right),
+        window=None if lower is upper is None else (None if lower is None else -lower, upper),
         training=trains,
     )
+
+
+def _plain(number: Any) -> int:
+    """A number that may be a symbol of a graph for sequences of any length. The graph becomes one for this length,
+    since the choice goes by it."""
+    return int(number)
 
 
 def _cluster(places: tuple[Place, ...]) -> Cluster:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastattn.distributed.api import context_parallel_attention
-from fastattn.distributed.call import check, triton_refusals
+from fastattn.distributed.call import Tensors, Words, check, triton_refusals
 from fastattn.distributed.choosing import auto, left_out, modelled, unknown_of, workload_of
 from fastattn.distributed.layout import places_in, ranks_of
 from fastattn.distributed.model import Estimate
@@ -33,7 +33,7 @@ class MethodExplanation:
         backend: on which backend the parts would run, and why not on the other.
     """
 
-    method: str
+    method: Method
     reason: str
     estimates: dict[Method, Estimate]
     unknown: tuple[str, ...]
@@ -58,31 +58,27 @@ def explain(*arguments: Any, **keywords: Any) -> MethodExplanation:
     numbers, are told the method too.
 
     Args:
-        *arguments: the positional arguments of :func:`context_parallel_attention`.
+        *arguments: the first arguments of :func:`fastattn.distributed.context_parallel_attention`, without names.
         **keywords: its other arguments, ``method`` and ``backend`` among them.
 
     Returns:
-        A :class:`MethodExplanation`; ``print`` it. Its times are those of H100 at the figures of
+        A :class:`fastattn.distributed.MethodExplanation`; ``print`` it. Its times are those of H100 at the figures of
         :mod:`fastattn.distributed.cluster`, wherever it is asked: they rank methods, and by them ``"auto"`` decides.
         Bytes are those of the rank that sends most, in the forward and, in training, the backward.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as :func:`context_parallel_attention` on this rank.
+        TypeError, ValueError, NotImplementedError: as the call itself on this rank.
     """
     bound = inspect.signature(context_parallel_attention).bind(*arguments, **keywords)
     bound.apply_defaults()
     given = dict(bound.arguments)
     places = places_in(given.pop("group_or_mesh"))
-    query, key, value, attn_mask, method, balance, backend, attn_mask_by = (
-        given.pop(name)
-        for name in ("query", "key", "value", "attn_mask", "method", "balance", "backend", "attn_mask_by")
-    )
-    mods = {name: given.pop(name) for name in ("score_mod", "mask_mod")}
-    checked = check(query, key, value, attn_mask, given, method, balance, backend, places, attn_mask_by, mods)
+    words = Words(**{name: given.pop(name) for name in Words._fields})
+    checked = check(Tensors(**given), words, places)
     call, chosen = checked.call, auto(checked.call, places, checked.balance)
     absent, unknown = left_out(call, places, checked.balance), unknown_of(call)
     reason = chosen.reason
-    if method != "auto":
+    if words.method != "auto":
         other = "the same" if checked.method == chosen.method else chosen.method
         reason = f"asked for; 'auto' would be {other}: {chosen.reason}"
     methods = tuple(each for each in METHODS if each == checked.method or each not in absent)
