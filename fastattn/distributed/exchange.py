@@ -110,14 +110,14 @@ def unpacked(message: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 def all_gather(tensors: Sequence[Tensor], place: Place, *, counts: bool = True) -> list[Tensor]:
     """Each of the tensors of all ranks, ``[W, ...]``, in one exchange."""
+    if place.world == 1:
+        return [tensor[None] for tensor in tensors]
     message = packed([t[None] for t in tensors])
-    everything = message
-    if place.world > 1:
-        everything = message.new_empty(place.world, message.shape[1])
-        if counts:
-            _count_sent(message.numel() * (place.world - 1), place.world - 1)
-        with _of_everybody(place, "the all-gather"):
-            _all_gather(everything, message, group=place.group)
+    everything = message.new_empty(place.world, message.shape[1])
+    if counts:
+        _count_sent(message.numel() * (place.world - 1), place.world - 1)
+    with _of_everybody(place, "the all-gather"):
+        _all_gather(everything, message, group=place.group)
     return unpacked(everything, [t[None] for t in tensors])
 
 
@@ -133,14 +133,14 @@ def all_to_all(tensors: Sequence[Tensor], place: Place) -> list[Tensor]:
     return unpacked(received, tensors)
 
 
-def from_first(tensor: Tensor, place: Place) -> Tensor:
-    """The tensor of the group's first rank, on all of them."""
+def from_first(tensor: Tensor, place: Place, what: str) -> Tensor:
+    """The tensor of the group's first rank, on all of them; ``what``: the exchange, in words."""
     if place.world == 1:
         return tensor
     message = packed([tensor[None]])
     if place.rank == 0:
         _count_sent(message.numel() * (place.world - 1), place.world - 1)
-    with _of_everybody(place, "the broadcast of dropout's state"):
+    with _of_everybody(place, what):
         dist.broadcast(message, group_src=0, group=place.group)
     return unpacked(message, [tensor[None]])[0][0]
 
