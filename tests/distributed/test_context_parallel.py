@@ -21,7 +21,7 @@ from tests.distributed.cases import attend_on_shards
 from tests.distributed.processes import run_on_ranks
 
 # of one start of the processes
-TASKS = ("every_call", "sharing_out", "disagreements", "traffic", "modelled", "sixteen_bits")
+TASKS = ("every_call", "sharing_out", "disagreements", "traffic", "modelled", "explained", "sixteen_bits")
 
 
 def none_raised(said):
@@ -46,6 +46,7 @@ def test_shards_give_what_one_process_gives(world):
         assert of_rank["every_call"]["count"] == len(list(cases.calls(world)))
         assert of_rank["sharing_out"] == []
         assert of_rank["modelled"] == []
+        assert of_rank["explained"] == []
         check_disagreements(of_rank["disagreements"], rank)
         for ours, theirs in zip(of_rank["sixteen_bits"]["ring"], of_rank["sixteen_bits"]["one process"]):
             # partial results are not rounded, however many there are; delta is made of an output that is
@@ -200,9 +201,9 @@ def test_gradient_of_a_gradient_is_refused(group):
 def test_auto_is_what_the_model_has_as_fastest(words: dict[str, Any], heads: tuple[int, int], expected: str) -> None:
     """Or a rule where the model does not know the call."""
     query, key = (torch.zeros(1, count, 256, 64) for count in heads)
-    if words.get("document_ids"):
-        words = {"document_ids": torch.zeros(1, 256, dtype=torch.int64)}
-    checked = call.check(query, key, key, None, words, "auto", "none", "torch", (Place(None, 1, 4),))
+    documents = torch.zeros(1, 256, dtype=torch.int64) if words.pop("document_ids", False) else None
+    tensors = call.Tensors(query, key, key, document_ids=documents)
+    checked = call.check(tensors, call.Words(**words, backend="torch"), (Place(None, 1, 4),))
     if expected == "by the model":
         window = (words["window"][0], 0) if words else None
         workload = Workload(batch=1, heads=heads[0], kv_heads=heads[1], length=1024, head_dim=64,
