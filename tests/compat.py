@@ -55,6 +55,7 @@ SELECTIONS: dict[str, tuple[str, ...]] = {
     "imports": ("tests/test_imports.py",),
     "modules": ("tests/modules",),
     "integrations": ("tests/integrations",),
+    "distributed": ("tests/distributed",),
     "operators, 1 in 20": ("tests/ops", "--every", "20"),
     "kernels interpreted, 1 in 20": ("tests/kernels", "--every", "20", "--ignore=tests/kernels/test_cross_compile.py"),
     "kernels compiled": ("tests/kernels/test_cross_compile.py", "-k", "run_time_rows or plain"),
