@@ -59,17 +59,14 @@ def balances_table(rows: list[Row]) -> Table:
 
 def delays_table(rows: list[Row]) -> Table:
     """The ring with late messages, beside one that waits at once."""
-    shown = _of_case(rows, "delays")
-    walls = {(row["delay_ms"], row["is_at_once"]): row["wall_ms"]["median"] for row in shown}
-    header = ("ms late", "ring, ms [p20 p80]", "waiting at once, ms [p20 p80]", "of the lateness hidden")
+    header = ("ms late", "ms [p20 p80]", "waited ms", "waiting at once, ms [p20 p80]", "waited ms", "waiting hidden")
+    usual, at_once = ({row["delay_ms"]: row for row in _of_case(rows, "delays") if row["is_at_once"] == is_at_once}
+                      for is_at_once in (False, True))  # fmt: skip
     lines = []
-    for row in shown:
-        if row["is_at_once"]:
-            delay = row["delay_ms"]
-            (usual,) = (other for other in shown if other["delay_ms"] == delay and not other["is_at_once"])
-            added = [walls[delay, is_at_once] - walls[0.0, is_at_once] for is_at_once in (False, True)]
-            hidden = f"{100 * (1 - added[0] / added[1]):.0f} %" if delay else ""
-            lines.append((f"{delay:g}", _time(usual), _time(row), hidden))
+    for delay, row in usual.items():
+        waited = [of["waited_ms"]["median"] for of in (row, at_once[delay])]
+        hidden = f"{100 * (1 - waited[0] / waited[1]):.0f} %" if delay else ""
+        lines.append((f"{delay:g}", _time(row), number(waited[0]), _time(at_once[delay]), number(waited[1]), hidden))
     return table_of(f"a ring of {_ranks(rows)} ranks whose messages come late", header, lines)
 
 
