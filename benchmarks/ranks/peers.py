@@ -55,8 +55,8 @@ def context_parallel(mesh: dist.DeviceMesh, backend: str) -> Generator[None]:
         yield
 
 
-def sdpa(tensors: Sequence[Tensor], d_output: Tensor) -> list[Tensor]:
+def sdpa(tensors: Sequence[Tensor], d_output: Tensor, *, is_causal: bool) -> list[Tensor]:
     """Output and gradients of SDPA, which is torch's function at the time of the call."""
     query, key, value = tensors
-    output = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
     return [output.detach(), *torch.autograd.grad(output, tensors, d_output)]

@@ -24,14 +24,23 @@ from fastattn.distributed import context_parallel_attention, position_ids, recor
 
 # Beside the largest number, or 1: of a call on shards in float32 beside one process, as the tests have it.
 _MOST = 2e-6
-_FEWEST_ROUNDS = 5
 _TIMEOUT = datetime.timedelta(seconds=60)
 
 Step = Callable[[], list[Tensor]]  # the output of this rank's rows, and the gradients of query, key and value
 
 
-def work(rank: int, world: int, cases: list[Case], seconds: float, times: Tensor, folder: str) -> None:
-    """Measure the cases as one of ``world`` processes, each for so many seconds, and write what was found."""
+def work(rank: int, world: int, cases: list[Case], seconds: float, fewest: int, times: Tensor, folder: str) -> None:
+    """Measure the cases as one of ``world`` processes, and write what was found.
+
+    Args:
+        rank: of this process.
+        world: how many there are.
+        cases: the calls.
+        seconds: of timing a case.
+        fewest: rounds of a case, however long they take.
+        times: of :func:`benchmarks.ranks.transports.sending_times`.
+        folder: where the processes meet, and write.
+    """
     torch.set_num_threads(1)
     keep_freed_memory()
     store = dist.FileStore(f"{folder}/store", world)
@@ -43,7 +52,7 @@ def work(rank: int, world: int, cases: list[Case], seconds: float, times: Tensor
         timed = [variant for variant in case.variants if variant.name not in refused]
         samples: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in timed}
         with without_collection():
-            for number in _rounds(seconds) if timed else ():
+            for number in _rounds(seconds, fewest) if timed else ():
                 for variant in timed if number % 2 else timed[::-1]:
                     samples[variant.name].append(of_case.sample(variant))
         pairs = {balance: of_case.pairs(balance) for balance in dict.fromkeys(v.balance for v in timed)}
@@ -53,14 +62,14 @@ def work(rank: int, world: int, cases: list[Case], seconds: float, times: Tensor
     dist.destroy_process_group()
 
 
-def _rounds(seconds: float) -> Iterator[int]:
+def _rounds(seconds: float, fewest: int) -> Iterator[int]:
     """Numbers of rounds for so long, by the clock of the first rank."""
     end, number = time.perf_counter() + seconds, 0
     goes_on = torch.ones(1, dtype=torch.uint8)
     while goes_on:
         yield number
         number += 1
-        goes_on[0] = number < _FEWEST_ROUNDS or time.perf_counter() < end
+        goes_on[0] = number < fewest or time.perf_counter() < end
         dist.broadcast(goes_on, 0)
 
 
@@ -91,7 +100,7 @@ class _Calls:
         if variant.method == "torch ring":
             return lambda: peers.ring(leaves, d_output, self._group)
         if variant.method == "torch context_parallel":
-            return lambda: peers.sdpa(leaves, d_output)
+            return lambda: peers.sdpa(leaves, d_output, is_causal=self._case.is_causal)
         over = self._two if variant.method == "2d" else self._group
         query, key, value = leaves
 

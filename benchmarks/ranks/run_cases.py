@@ -19,17 +19,18 @@ from benchmarks.ranks.transports import sending_times
 Row = dict[str, Any]
 
 
-def run_cases(world: int, lengths: tuple[int, ...], seconds: float) -> list[Row]:
+def run_cases(world: int, lengths: tuple[int, ...], seconds: float, fewest: int = 5) -> list[Row]:
     """A row for each variant of each case.
 
     Args:
         world: how many processes share a sequence.
         lengths: of whole sequences.
         seconds: of timing a case.
+        fewest: rounds of a case, however long they take.
     """
     todo = cases(world, lengths)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (world, todo, seconds, sending_times(world), folder)
+        arguments = (world, todo, seconds, fewest, sending_times(world), folder)
         multiprocessing.spawn(work, arguments, nprocs=world)
         ranks = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(world)]
     rows = []
