@@ -49,7 +49,8 @@ class Traffic:
         bytes_received: from other ranks.
         bytes_overlapped: those of them that came while something was computed: at least one part, between the start of
             the exchange and the wait for it.
-        seconds_waited: in which this process stood still for messages.
+        seconds_waited: in which this process stood still for messages: until the backend had taken them over, and until
+            they had come.
         seconds_under_way: from the start of each exchange to the end of the wait for it, added up. The messages took as
             long at most.
     """
@@ -210,13 +211,16 @@ class Pending:
         what: the exchange, in words.
         kept: what is sent and received, which has to live as long as the messages travel.
         size: bytes that are received; None: they are not counted.
+        began: when the backend was asked to begin with them, by ``time.perf_counter``.
     """
 
     def __init__(
-        self, works: list[dist.Work], peers: list[int], place: Place, what: str, kept: list[Tensor], size: int | None
-    ) -> None:
+        self, works: list[dist.Work], peers: list[int], place: Place, what: str, kept: list[Tensor], size: int | None,
+        began: float,
+    ) -> None:  # fmt: skip
         self._works, self._peers, self._place, self._what, self._kept = works, peers, place, what, kept
-        self._size, self._began, self._parts = size, time.perf_counter(), _since_start.parts
+        self._size, self._began, self._parts = size, began, _since_start.parts
+        self._taken_over = time.perf_counter() - began
 
     def wait(self) -> None:
         """Return when all of them have arrived."""
@@ -232,9 +236,9 @@ class Pending:
                 raise _lost(self._place, self._what, peers, error) from error
         self._works, self._kept = [], []
         if self._size is not None:
-            now = time.perf_counter()
-            overlapped = _since_start.parts > self._parts
-            _count_received(self._size, overlapped=overlapped, waited=now - stopped, under_way=now - self._began)
+            now, overlapped = time.perf_counter(), _since_start.parts > self._parts
+            waited = self._taken_over + now - stopped
+            _count_received(self._size, overlapped=overlapped, waited=waited, under_way=now - self._began)
 
 
 def _lost(place: Place, what: str, peers: list[int], error: RuntimeError) -> RankLostError:
@@ -261,9 +265,10 @@ def start(
     sizes = [sum(tensor.nbytes for tensor, _ in some) for some in (sent, received)]
     if counts:
         _count_sent(sizes[0], len(sent))
+    began = time.perf_counter()
     try:
         works = dist.batch_isend_irecv(operations) if operations else []
     except RuntimeError as error:
         raise _lost(place, what, peers, error) from error
     kept = [tensor for tensor, _ in (*sent, *received)]
-    return Pending(works, peers, place, what, kept, sizes[1] if counts else None)
+    return Pending(works, peers, place, what, kept, sizes[1] if counts else None, began)
