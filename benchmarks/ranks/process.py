@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fastattn
-from benchmarks.measure.timing import keep_freed_memory, without_collection
+from benchmarks.measure.timing import Neighbours, keep_freed_memory, without_collection
 from benchmarks.ranks import peers
 from benchmarks.ranks.cases import ALONE, HEAD_DIM, HEADS, Case, Variant
 from benchmarks.ranks.transports import Line, transport
@@ -51,12 +51,17 @@ def work(rank: int, world: int, cases: list[Case], seconds: float, fewest: int, 
         refused = of_case.check()
         timed = [variant for variant in case.variants if variant.name not in refused]
         samples: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in timed}
+        neighbours, wall, own = Neighbours(), time.perf_counter(), time.process_time()
         with without_collection():
             for number in _rounds(seconds, fewest) if timed else ():
                 for variant in timed if number % 2 else timed[::-1]:
                     samples[variant.name].append(of_case.sample(variant))
+        cores = {
+            "others": neighbours.cores() or 0.0,  # than this process
+            "own": (time.process_time() - own) / (time.perf_counter() - wall),
+        }
         pairs = {balance: of_case.pairs(balance) for balance in dict.fromkeys(v.balance for v in timed)}
-        found.append({"refused": refused, "samples": samples, "pairs": pairs})
+        found.append({"refused": refused, "samples": samples, "pairs": pairs, "cores": cores})
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()  # the store goes with the first process
     dist.destroy_process_group()

@@ -51,6 +51,8 @@ def _row(case: Case, variant: Variant, ranks: list[Any]) -> Row:
     of_ranks = [of_rank["samples"][variant.name] for of_rank in ranks]
     walls = _walls(of_ranks)
     row["rounds"] = len(walls)
+    first, *rest = (of_rank["cores"] for of_rank in ranks)
+    row["others"] = max(0.0, first["others"] - sum(cores["own"] for cores in rest))
     row["wall_ms"] = _milliseconds(walls)
     if variant.method != ALONE and all(ALONE in of_rank["samples"] for of_rank in ranks):
         alone = _walls([of_rank["samples"][ALONE] for of_rank in ranks])

@@ -38,14 +38,15 @@ def methods_table(rows: list[Row]) -> Table:
                     number(row["waited_ms"]["median"]) if counted else "",
                     number(row["bytes_sent"] / 1e6) if counted else "", f"{100 * share:.0f} %" if counted else "",
                 ))  # fmt: skip
-    return table_of(f"methods on {_ranks(rows)} ranks, forward and backward", header, lines)
+    return table_of(f"methods on {_ranks(rows)} ranks, forward and backward", header, lines, _notes(shown))
 
 
 def balances_table(rows: list[Row]) -> Table:
     """Pairs that each rank sees, its processor's time and its waiting, under causality."""
     header = ("balance", "ms [p20 p80]", "pairs of each rank", "processor ms of each", "waited ms of each")
     lines = []
-    for row in _of_case(rows, "balances"):
+    shown = _of_case(rows, "balances")
+    for row in shown:
         if "by_rank" in row:
             mean = sum(of_rank["pairs"] for of_rank in row["by_rank"]) / len(row["by_rank"])
             pairs = " / ".join(f"{of_rank['pairs'] / mean:.3f}" for of_rank in row["by_rank"])
@@ -54,26 +55,32 @@ def balances_table(rows: list[Row]) -> Table:
                 *(" / ".join(number(of_rank[what]["median"]) for of_rank in row["by_rank"])
                   for what in ("thread_ms", "waited_ms")),
             ))  # fmt: skip
-    return table_of(f"a causal ring of {_ranks(rows)} ranks: pairs beside their mean", header, lines)
+    return table_of(f"a causal ring of {_ranks(rows)} ranks: pairs beside their mean", header, lines, _notes(shown))
 
 
 def delays_table(rows: list[Row]) -> Table:
     """The ring with late messages, beside one that waits at once."""
     header = ("ms late", "ms [p20 p80]", "waited ms", "waiting at once, ms [p20 p80]", "waited ms", "waiting hidden")
-    usual, at_once = ({row["delay_ms"]: row for row in _of_case(rows, "delays") if row["is_at_once"] == is_at_once}
+    shown = _of_case(rows, "delays")
+    usual, at_once = ({row["delay_ms"]: row for row in shown if row["is_at_once"] == is_at_once}
                       for is_at_once in (False, True))  # fmt: skip
     lines = []
     for delay, row in usual.items():
         waited = [of["waited_ms"]["median"] for of in (row, at_once[delay])]
         hidden = f"{100 * (1 - waited[0] / waited[1]):.0f} %" if delay else ""
         lines.append((f"{delay:g}", _time(row), number(waited[0]), _time(at_once[delay]), number(waited[1]), hidden))
-    return table_of(f"a ring of {_ranks(rows)} ranks whose messages come late", header, lines)
+    return table_of(f"a ring of {_ranks(rows)} ranks whose messages come late", header, lines, _notes(shown))
 
 
 def refusals_table(rows: list[Row]) -> Table:
     """Who does not take a call, and in which words."""
     lines = [(row["variant"], str(row["refused"])) for row in rows if row["refused"] is not None]
     return table_of("refused", ("variant", "error"), list(dict.fromkeys(lines)))
+
+
+def _notes(rows: list[Row]) -> list[str]:
+    """What other programs did meanwhile."""
+    return [f"other programs kept up to {max(row['others'] for row in rows):.2f} cores busy"] if rows else []
 
 
 def _ranks(rows: list[Row]) -> int:
