@@ -10,19 +10,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastattn.distributed import allgather, exchange, functions, ring, two_dimensions, ulysses
-from fastattn.distributed.agreement import agree
-from fastattn.distributed.call import MaskSide, Method, check, said_of, spans, spans_of
-from fastattn.distributed.columns import by_rows
-from fastattn.distributed.layout import Balance, Place, places_in, ranks_of
+from fastattn.distributed import functions
+from fastattn.distributed.attention_in_graphs import attention_in_graph
+from fastattn.distributed.begin import begin
+from fastattn.distributed.call import MaskSide, Method, Tensors, Words
+from fastattn.distributed.layout import Balance, places_in
 from fastattn.distributed.parts import Done, Run
-from fastattn.ops.attention import dropout
-from fastattn.ops.attention.contract import Alignment, AttentionCall, Kept, MaskMod, OutputGradients, ScoreMod
-from fastattn.ops.attention.operator import operands
+from fastattn.ops.attention.contract import Alignment, Kept, MaskMod, OutputGradients, ScoreMod
 from fastattn.ops.common import backends
 from fastattn.ops.common.operator import take
-
-_METHODS: dict[str, ModuleType] = {"allgather": allgather, "ring": ring, "ulysses": ulysses, "2d": two_dimensions}
 
 
 class _Attention(torch.autograd.Function):
@@ -137,66 +133,35 @@ def context_parallel_attention(
         RanksDisagreeError: the ranks were called with different arguments; the message names rank and argument.
         RankLostError: a rank did not come within the group's time-out, or is gone.
     """
-    places = places_in(group_or_mesh)
-    words: dict[str, Any] = {
-        "key_padding_mask": key_padding_mask,
-        "is_causal": is_causal,
-        "causal_alignment": causal_alignment,
-        "window": window,
-        "prefix": prefix,
-        "document_ids": document_ids,
-        "alibi_slopes": alibi_slopes,
-        "softcap": softcap,
-        "sinks": sinks,
-        "scale": scale,
-        "dropout_p": dropout_p,
-        "return_lse": return_lse,
-    }
-    device = query.device if isinstance(query, Tensor) else torch.device("cpu")
-    try:
-        mods = {"score_mod": score_mod, "mask_mod": mask_mod}
-        checked = check(query, key, value, attn_mask, words, method, balance, backend, places, attn_mask_by, mods)
-    except (TypeError, ValueError, NotImplementedError) as refusal:
-        agree({}, {}, refusal, places, device)
-        raise
-    call, chosen = checked.call, checked.balance
-    own = [spans(documents, places, chosen) for documents in (call.query_documents, call.key_documents)]
-    said = agree(said_of(checked, words), {"spans": own}, None, places, device)
-    options = operands(call, None, checked.backend, keeps_statistics=True)[1]
-    if checked.attn_mask_by == "columns":
-        bias, mask = (t if t is None else by_rows(t, call.key.shape[2], places, chosen) for t in (call.bias, call.mask))
-        call = call._replace(bias=bias, mask=mask)
-    mask = call.bias if call.bias is not None else call.mask
-    beside = ranks_of(places[1:])
-    run = Run(
-        place=places[0],
-        balance=chosen,
-        rows=call.query.shape[2] * beside,
-        keys=call.key.shape[2] * beside,
-        heads=call.query.shape[1],
-        kv_heads=call.key.shape[1],
-        mask_axes=(False, False)
-        if mask is None
-        else (mask.shape[1] == call.query.shape[1] > 1, mask.shape[2] == call.query.shape[2]),
-        options=options,
-        longest_prefix=0 if call.prefix is None else int(call.prefix.max()),
-        query_spans=spans_of([of_rank["spans"][0] for of_rank in said], places),
-        key_spans=spans_of([of_rank["spans"][1] for of_rank in said], places),
-        heads_for=places[1] if len(places) == 2 else None,
+    tensors = Tensors(
+        query=query,
+        key=key,
+        value=value,
+        attn_mask=attn_mask,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        key_padding_mask=key_padding_mask,
+        prefix=prefix,
+        document_ids=document_ids,
+        score_mod=score_mod,
+        mask_mod=mask_mod,
     )
-    inputs, _ = operands(call, _dropout_state(call, places), checked.backend)
-    output, lse = _Attention.apply(_METHODS[checked.method], run, *inputs)
+    words = Words(
+        method=method,
+        balance=balance,
+        attn_mask_by=attn_mask_by,
+        is_causal=is_causal,
+        causal_alignment=causal_alignment,
+        window=window,
+        softcap=softcap,
+        scale=scale,
+        dropout_p=dropout_p,
+        return_lse=return_lse,
+        backend=backend,
+    )
+    if torch.compiler.is_compiling():
+        output, lse = attention_in_graph(tensors, words, group_or_mesh)
+    else:
+        started = begin(tensors, words, places_in(group_or_mesh))
+        output, lse = _Attention.apply(started.method, started.run, *started.inputs)
     return (output, lse) if return_lse else output
-
-
-def _dropout_state(call: AttentionCall, places: tuple[Place, ...]) -> Tensor | None:
-    """The state that one process would draw for the whole sequence, from the first rank: every rank draws, so that
-    generators which are alike remain so."""
-    if call.dropout_p == 0.0:
-        return None
-    ranks = ranks_of(places)
-    rows = call.query.detach()[:, :, :1].expand(-1, -1, call.query.shape[2] * ranks, -1)
-    state = dropout.draw(rows, call.key.shape[2] * ranks, call.dropout_p)
-    for place in places:
-        state = exchange.from_first(state, place)
-    return state

@@ -29,6 +29,38 @@ MaskSide = Literal["rows", "columns"]
 _FEWEST_KEYS_OF_RING = 4096
 
 
+class Tensors(NamedTuple):
+    """What of a user's call may hold tensors, those that may have gradients first."""
+
+    query: Any
+    key: Any
+    value: Any
+    attn_mask: Any = None
+    alibi_slopes: Any = None
+    sinks: Any = None
+    key_padding_mask: Any = None
+    prefix: Any = None
+    document_ids: Any = None
+    score_mod: Any = None
+    mask_mod: Any = None
+
+
+class Words(NamedTuple):
+    """The rest of a user's call."""
+
+    method: Any = "auto"
+    balance: Any = "none"
+    attn_mask_by: Any = "rows"
+    is_causal: Any = False
+    causal_alignment: Any = "top_left"
+    window: Any = None
+    softcap: Any = None
+    scale: Any = None
+    dropout_p: Any = 0.0
+    return_lse: Any = False
+    backend: Any = None
+
+
 class Checked(NamedTuple):
     """A call that this rank has nothing against."""
 
@@ -39,12 +71,16 @@ class Checked(NamedTuple):
     attn_mask_by: MaskSide  # bias and mask of the call have this rank's queries and all keys, or all and its keys
 
 
-def check(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, words: dict[str, Any], method: Any,
-    balance: Any, backend: backends.Backend | None, places: tuple[Place, ...], attn_mask_by: Any = "rows",
-    mods: dict[str, Any] | None = None,
-) -> Checked:  # fmt: skip
+# The arguments of attention itself, but for the mask and the functions, which are of the whole sequence.
+_OF_SHARDS = (
+    "alibi_slopes", "sinks", "key_padding_mask", "prefix", "document_ids", "is_causal", "causal_alignment", "window",
+    "softcap", "scale", "dropout_p", "return_lse",
+)  # fmt: skip
+
+
+def check(tensors: Tensors, words: Words, places: tuple[Place, ...]) -> Checked:
     """Check everything that a rank can check by itself."""
+    method, attn_mask_by, attn_mask = words.method, words.attn_mask_by, tensors.attn_mask
     if method not in get_args(Method):
         raise ValueError(f"method={method!r}: expected one of {', '.join(map(repr, get_args(Method)))}")
     if (method == "2d") != (len(places) == 2) and method != "auto":
@@ -54,8 +90,9 @@ def check(
         )
     if attn_mask_by not in get_args(MaskSide):
         raise ValueError(f"attn_mask_by={attn_mask_by!r}: expected one of {', '.join(map(repr, get_args(MaskSide)))}")
-    balance, world = check_balance(balance), ranks_of(places)
-    call = make_call(query, key, value, **words)
+    balance, world = check_balance(words.balance), ranks_of(places)
+    given = {**tensors._asdict(), **words._asdict()}
+    call = make_call(tensors.query, tensors.key, tensors.value, **{name: given[name] for name in _OF_SHARDS})
     query, key = call.query, call.key
     if 0 in (*query.shape[:3], key.shape[1], key.shape[2]):
         raise ValueError(f"{shapes_of(query, key, call.value)}: expected at least one query and one key on each rank")
@@ -73,7 +110,7 @@ def check(
         is_boolean = attn_mask.dtype == torch.bool
         call = call._replace(mask=attn_mask if is_boolean else None, bias=None if is_boolean else attn_mask)
     score_mod, mask_mod = (
-        function_of_whole(kind, (mods or {}).get(kind), query, key, world) for kind in ("score_mod", "mask_mod")
+        function_of_whole(kind, getattr(tensors, kind), query, key, world) for kind in ("score_mod", "mask_mod")
     )
     call = call._replace(score_mod=score_mod, mask_mod=mask_mod)
     further = (world - 1) * call.shift
@@ -82,7 +119,7 @@ def check(
         upper=None if call.upper is None else call.upper + further,
         shift=call.shift + further,
     )
-    chosen = backends.choose(call, backend, _triton_refusals)
+    chosen = backends.choose(call, words.backend, _triton_refusals)
     heads, kv_heads = query.shape[1], key.shape[1]
     refusal = ulysses.refusal(heads, kv_heads, places[-1].world)
     if method == "auto":
@@ -128,7 +165,8 @@ def _choose(call: AttentionCall, world: int, heads_fit: bool, balance: Balance) 
 
 def _workload(call: AttentionCall, world: int) -> Workload | None:
     """The call in the terms of the communication model; None where that has none for it."""
-    (batch, heads, length, head_dim), (kv_heads, keys) = call.query.shape, call.key.shape[1:3]
+    # by int a graph for sequences of any length becomes one for this length, since the choice goes by it
+    (batch, heads, length, head_dim), (kv_heads, keys) = map(int, call.query.shape), map(int, call.key.shape[1:3])
     left, right = (None if call.lower is None else -call.lower), call.upper
     masks = (call.bias, call.mask, call.query_documents, call.prefix, call.mask_mod)
     if length != keys or call.value.shape[3] != head_dim or any(mask is not None for mask in masks):
@@ -148,7 +186,7 @@ def _workload(call: AttentionCall, world: int) -> Workload | None:
     )
 
 
-def said_of(checked: Checked, words: dict[str, Any]) -> dict[str, Any]:
+def said_of(checked: Checked, words: Words) -> dict[str, Any]:
     """What has to be the same on every rank."""
     call = checked.call
 
@@ -167,7 +205,7 @@ def said_of(checked: Checked, words: dict[str, Any]) -> dict[str, Any]:
         "method": checked.method,
         "balance": checked.balance,
         "backend": checked.backend,
-        **{name: words[name] for name in ("is_causal", "causal_alignment", "window", "softcap", "dropout_p")},
+        **{name: getattr(words, name) for name in ("is_causal", "causal_alignment", "window", "softcap", "dropout_p")},
         "scale": call.scale,
         "return_lse": call.return_lse,
         "attn_mask": kind(call.bias if call.bias is not None else call.mask),

@@ -7,6 +7,7 @@ each block home, where nothing has to be added. That serves every method, since 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,55 +31,83 @@ def by_rows(mask: Tensor, keys: int, places: tuple[Place, ...], balance: Balance
         places: of this process, one for each dimension of a mesh.
         balance: which tokens a rank has along the first of them.
     """
-    if ranks_of(places) == 1:
-        return mask
-    if mask.shape[_KEYS] != keys:  # of one number for all keys every rank has all rows
-        return mask if mask.shape[_ROWS] == 1 else shard_along(mask, _ROWS, places, balance)
-    exchanged = _OneRow if mask.shape[_ROWS] == 1 else _Rows
-    return exchanged.apply(mask, places[0], places[1] if len(places) == 2 else None, balance)
+    return _ByRows.apply(mask, keys, places, balance)
 
 
-class _Rows(torch.autograd.Function):
+def shape_of_rows(shape: Sequence[int], keys: int, places: tuple[Place, ...]) -> list[int]:
+    """The shape of :func:`by_rows`, of that of the mask."""
+    ranks, (batch, heads, rows, columns) = ranks_of(places), shape
+    return [batch, heads, rows // ranks if rows > 1 else 1, columns * ranks if columns == keys else columns]
+
+
+def home(gradient: Tensor, shape: Sequence[int], keys: int, places: tuple[Place, ...], balance: Balance) -> Tensor:
+    """The gradient of the mask that was given, of this shape, from that of :func:`by_rows`."""
+    if ranks_of(places) == 1 or (shape[_KEYS] != keys and shape[_ROWS] == 1):
+        return gradient
+    if shape[_KEYS] != keys:  # this rank's share: its rows, among zeros
+        positions = torch.arange(shape[_ROWS], device=gradient.device)
+        whole = gradient.new_zeros(tuple(shape))
+        return whole.index_copy_(_ROWS, shard_along(positions, 0, places, balance), gradient)
+    return _one_row_home(gradient, places, balance) if shape[_ROWS] == 1 else _rows_home(gradient, places, balance)
+
+
+class _ByRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mask: Tensor, keys: int, places: tuple[Place, ...], balance: Balance) -> Tensor:
+        ctx.shape, ctx.further = mask.shape, (keys, places, balance)
+        if mask.shape[_KEYS] != keys:  # of one number for all keys every rank has all rows
+            found = mask if mask.shape[_ROWS] == 1 else shard_along(mask, _ROWS, places, balance)
+        elif ranks_of(places) == 1:
+            found = mask
+        else:
+            found = (_one_row if mask.shape[_ROWS] == 1 else _rows)(mask, places, balance)
+        return found.clone() if found is mask else found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyrefly: ignore[bad-override]  # of the decorator, not of this
+        return home(grads[0], ctx.shape, *ctx.further), None, None, None
+
+
+# ------------------------------------------------------------------------------------------------------------ all rows
+
+
+def _rows(mask: Tensor, places: tuple[Place, ...], balance: Balance) -> Tensor:
     """Blocks from columns to rows, along the second dimension of a mesh and then along the first."""
-
-    @staticmethod
-    def forward(ctx: Any, mask: Tensor, first: Place, second: Place | None, balance: Balance) -> Tensor:
-        ctx.first, ctx.second, ctx.balance = first, second, balance
-        blocks = out_of_order(mask, _ROWS, first.world, balance)  # [W, B, H, rows, m]
-        if second is not None:
-            of_ranks = blocks.unflatten(3, (second.world, -1)).movedim(3, 0)
-            blocks = torch.cat(list(exchange.all_to_all([of_ranks], second)[0]), dim=-1)
-        return in_order(list(exchange.all_to_all([blocks], first)[0]), _KEYS, balance)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:  # pyrefly: ignore[bad-override]  # of the decorator, not of this
-        (gradient,) = grads
-        blocks = out_of_order(gradient, _KEYS, ctx.first.world, ctx.balance)
-        blocks = exchange.all_to_all([blocks], ctx.first)[0]
-        if ctx.second is not None:
-            of_ranks = torch.stack(blocks.chunk(ctx.second.world, dim=-1))
-            blocks = exchange.all_to_all([of_ranks], ctx.second)[0].movedim(0, 3).flatten(3, 4)
-        return in_order(list(blocks), _ROWS, ctx.balance), None, None, None
+    first, *second = places
+    blocks = out_of_order(mask, _ROWS, first.world, balance)  # [W, B, H, rows, m]
+    for place in second:
+        of_ranks = blocks.unflatten(3, (place.world, -1)).movedim(3, 0)
+        blocks = torch.cat(list(exchange.all_to_all([of_ranks], place)[0]), dim=-1)
+    return in_order(list(exchange.all_to_all([blocks], first)[0]), _KEYS, balance)
 
 
-class _OneRow(torch.autograd.Function):
-    """All keys of a mask that has one row for all queries; backward what all ranks together want of these keys."""
+def _rows_home(gradient: Tensor, places: tuple[Place, ...], balance: Balance) -> Tensor:
+    """The inverse of :func:`_rows`."""
+    first, *second = places
+    blocks = exchange.all_to_all([out_of_order(gradient, _KEYS, first.world, balance)], first)[0]
+    for place in second:
+        of_ranks = torch.stack(blocks.chunk(place.world, dim=-1))
+        blocks = exchange.all_to_all([of_ranks], place)[0].movedim(0, 3).flatten(3, 4)
+    return in_order(list(blocks), _ROWS, balance)
 
-    @staticmethod
-    def forward(ctx: Any, mask: Tensor, first: Place, second: Place | None, balance: Balance) -> Tensor:
-        ctx.first, ctx.second, ctx.balance = first, second, balance
-        if second is not None:
-            mask = torch.cat(list(exchange.all_gather([mask], second)[0]), dim=-1)
-        return in_order(list(exchange.all_gather([mask], first)[0]), _KEYS, balance)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:  # pyrefly: ignore[bad-override]  # of the decorator, not of this
-        (gradient,) = grads
-        wide = gradient.to(statistics_dtype(gradient.dtype))
-        total = exchange.sum_over_ranks(out_of_order(wide, _KEYS, ctx.first.world, ctx.balance), ctx.first)
-        if ctx.second is not None:
-            shares = torch.stack(total.chunk(ctx.second.world, dim=-1))
-            total = exchange.sum_over_ranks(shares, ctx.second)
-        return total.to(gradient.dtype), None, None, None
+# ------------------------------------------------------------------------------------------------------------- one row
+
+
+def _one_row(mask: Tensor, places: tuple[Place, ...], balance: Balance) -> Tensor:
+    """All keys of a mask that has one row for all queries."""
+    first, *second = places
+    for place in second:
+        mask = torch.cat(list(exchange.all_gather([mask], place)[0]), dim=-1)
+    return in_order(list(exchange.all_gather([mask], first)[0]), _KEYS, balance)
+
+
+def _one_row_home(gradient: Tensor, places: tuple[Place, ...], balance: Balance) -> Tensor:
+    """What all ranks together want of this rank's keys."""
+    first, *second = places
+    wide = gradient.to(statistics_dtype(gradient.dtype))
+    total = exchange.sum_over_ranks(out_of_order(wide, _KEYS, first.world, balance), first)
+    for place in second:
+        total = exchange.sum_over_ranks(torch.stack(total.chunk(place.world, dim=-1)), place)
+    return total.to(gradient.dtype)

@@ -78,22 +78,32 @@ def places_in(group_or_mesh: Any) -> tuple[Place, ...]:
                 f"group_or_mesh has the dimensions {tuple(group_or_mesh.shape)}: expected a mesh of one dimension, "
                 "such as mesh['context'], or of two, for method='2d'"
             )
-        return tuple(_place_in(group_or_mesh.get_group(dim)) for dim in range(group_or_mesh.ndim))
+        return tuple(place_in(group_or_mesh.get_group(dim)) for dim in range(group_or_mesh.ndim))
     if not isinstance(group_or_mesh, dist.ProcessGroup):
         raise TypeError(
             "group_or_mesh: expected a torch.distributed.ProcessGroup or DeviceMesh, got "
             f"{type(group_or_mesh).__name__}"
         )
-    return (_place_in(group_or_mesh),)
+    return (place_in(group_or_mesh),)
 
 
-def _place_in(group: dist.ProcessGroup) -> Place:
+def numbers_in(group_or_mesh: Any) -> tuple[tuple[int, int], ...]:
+    """For each dimension this process's rank and how many there are, as :func:`places_in` has them."""
+    return tuple((place.rank, place.world) for place in places_in(group_or_mesh))
+
+
+# As torch.compiler.assume_constant_result does: the tracer runs the function, and takes the numbers for constants.
+numbers_in._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def place_in(group: dist.ProcessGroup) -> Place:
+    """Where this process stands in a group."""
     return Place(group, dist.get_rank(group), dist.get_world_size(group))
 
 
 def ranks_of(places: tuple[Place, ...]) -> int:
     """How many ranks there are in all dimensions."""
-    return math.prod(place.world for place in places)
+    return math.prod([place.world for place in places])
 
 
 def in_order(shards: list[Tensor], dim: int, balance: Balance) -> Tensor:

@@ -1,7 +1,7 @@
 """From tensors that ranks have alike to the share of each and back, with the gradients that belong to it.
 
-Modules compute on plain tensors, since the operators of this package have no rules for a DTensor; a DTensor stands only
-at the seams, where it knows which sum over ranks a pass owes.
+Parallel modules compute on plain tensors, which takes less time of the host than a DTensor at each operator; a DTensor
+stands only at the seams, where it knows which sum over ranks a pass owes.
 """
 
 from __future__ import annotations

@@ -11,11 +11,13 @@ from torch.autograd.function import once_differentiable
 
 from fastattn.distributed import exchange
 from fastattn.distributed.agreement import agree
+from fastattn.distributed.in_graphs import Exchange, on_ranks, places_of, register
 from fastattn.distributed.layout import (
     Balance,
     Place,
     check_balance,
     in_order,
+    numbers_in,
     out_of_order,
     pieces,
     places_in,
@@ -57,9 +59,14 @@ def shard(
     Raises:
         ValueError: the tokens cannot be shared out evenly, or ``balance`` is not known.
     """
-    places, dim = places_in(group_or_mesh), dim % tensor.dim()
+    places, dim = _numbered(group_or_mesh), dim % tensor.dim()
     _check_length(f"tensor.shape[{dim}]", tensor.shape[dim], places, check_balance(balance))
     return shard_along(tensor, dim, places, balance)
+
+
+def _numbered(group_or_mesh: dist.ProcessGroup | dist.DeviceMesh) -> tuple[Place, ...]:
+    """Where this process stands, for what takes no messages: torch.compile sees numbers and no groups."""
+    return tuple(Place(None, rank, world) for rank, world in numbers_in(group_or_mesh))
 
 
 def shard_along(tensor: Tensor, dim: int, places: tuple[Place, ...], balance: Balance) -> Tensor:
@@ -71,22 +78,34 @@ def shard_along(tensor: Tensor, dim: int, places: tuple[Place, ...], balance: Ba
     return tensor
 
 
+def _whole(tensor: Tensor, dim: int, places: tuple[Place, ...], balance: Balance) -> Tensor:
+    """The whole sequence."""
+    for place, own_balance in reversed(_along(places, balance)):
+        tensor = in_order(list(exchange.all_gather([tensor], place)[0]), dim, own_balance)
+    return tensor
+
+
+def _share(gradient: Tensor, dim: int, places: tuple[Place, ...], balance: Balance) -> Tensor:
+    """The sum of what all ranks want of this rank's shard, of what they want of the whole sequence."""
+    total = gradient.to(statistics_dtype(gradient.dtype))
+    for place, own_balance in _along(places, balance):
+        total = exchange.sum_over_ranks(out_of_order(total, dim, place.world, own_balance), place)
+    return total.to(gradient.dtype)
+
+
 class _Unshard(torch.autograd.Function):
     """The whole sequence; backward the sum of what all ranks want of a shard."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, dim: int, place: Place, balance: Balance) -> Tensor:
-        ctx.dim, ctx.place, ctx.balance = dim, place, balance
-        whole = in_order(list(exchange.all_gather([tensor], place)[0]), dim, balance)
-        return whole.clone() if place.world == 1 else whole
+    def forward(ctx: Any, tensor: Tensor, *further: Any) -> Tensor:
+        ctx.further = further
+        whole = _whole(tensor, *further)
+        return whole.clone() if whole is tensor else whole
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyrefly: ignore[bad-override]  # of the decorator, not of this
-        (gradient,) = grads
-        wide = gradient.to(statistics_dtype(gradient.dtype))
-        shares = out_of_order(wide, ctx.dim, ctx.place.world, ctx.balance)
-        return exchange.sum_over_ranks(shares, ctx.place).to(gradient.dtype), None, None, None
+        return _share(grads[0], *ctx.further), None, None, None
 
 
 def unshard(
@@ -106,14 +125,47 @@ def unshard(
         RankLostError: a rank did not come within the group's time-out, or is gone.
         ValueError: ``balance`` is not known.
     """
-    places, dim = places_in(group_or_mesh), dim % tensor.dim()
-    said = {"tensor": [str(tensor.dtype), *shape_of(tensor)], "dim": dim, "balance": check_balance(balance)}
+    dim %= tensor.dim()
+    if torch.compiler.is_compiling():
+        return on_ranks("unshard", group_or_mesh, (("dim", dim), ("balance", balance)), tensor)[0]
+    places = places_in(group_or_mesh)
+    _agree(tensor, dim, places, check_balance(balance))
+    return _Unshard.apply(tensor, dim, places, balance)
+
+
+def _agree(tensor: Tensor, dim: int, places: tuple[Place, ...], balance: Balance) -> None:
+    """Raise unless all ranks have such a shard."""
+    said = {"tensor": [str(tensor.dtype), *shape_of(tensor)], "dim": dim, "balance": balance}
     agree(said, {}, None, places, tensor.device)
     if balance == "zigzag" and ranks_of(places) > 1 and tensor.shape[dim] % 2:
         raise ValueError(f"tensor.shape[{dim}]={tensor.shape[dim]}: expected an even number for balance='zigzag'")
-    for place, own_balance in reversed(_along(places, balance)):
-        tensor = _Unshard.apply(tensor, dim, place, own_balance)
-    return tensor
+
+
+def _in_graph(spec: dict[str, Any], given: Any) -> list[Tensor]:
+    """:func:`unshard` in a graph."""
+    (tensor,), places = given, places_of(spec)
+    _agree(tensor, spec["dim"], places, check_balance(spec["balance"]))
+    return [_whole(tensor, spec["dim"], places, spec["balance"]).clone(memory_format=torch.contiguous_format)]
+
+
+def _like_in_graph(spec: dict[str, Any], given: Any) -> list[Tensor]:
+    shape = list(given[0].shape)
+    shape[spec["dim"]] *= ranks_of(places_of(spec))
+    return [given[0].new_empty(shape)]
+
+
+register(
+    "unshard",
+    Exchange(
+        forward=_in_graph,
+        like_forward=_like_in_graph,
+        backward=lambda spec, grads, found, given: [
+            _share(grads[0], spec["dim"], places_of(spec), spec["balance"]).contiguous()
+        ],
+        like_backward=lambda spec, grads, found, given: [given[0].new_empty(given[0].shape)],
+        results=1,
+    ),
+)
 
 
 def position_ids(
@@ -134,5 +186,5 @@ def position_ids(
     Raises:
         ValueError: the tokens cannot be shared out evenly, or ``balance`` is not known.
     """
-    _check_length("length", length, places_in(group_or_mesh), check_balance(balance))
+    _check_length("length", length, _numbered(group_or_mesh), check_balance(balance))
     return shard(torch.arange(length, device=device), 0, group_or_mesh, balance=balance).contiguous()

@@ -216,7 +216,9 @@ def _run(attend: Callable[[], Any], weights: list[Tensor], leaves: dict[str, Ten
     return Outcome([r.detach() for r in results], dict(zip(leaves, gradients)))
 
 
-def both(name: str, method: Any, balance: Any, group: Group, backend: str = "torch") -> tuple[Outcome, Outcome]:
+def both(
+    name: str, method: Any, balance: Any, group: Group, backend: str = "torch", attend: Any = attend_on_shards
+) -> tuple[Outcome, Outcome]:
     """``(ours, expected)`` of this rank, for a case, ours by a backend; gradients of what all ranks have alike are
     added up."""
     case, world = CASES[name], dist.get_world_size()
@@ -248,7 +250,7 @@ def both(name: str, method: Any, balance: Any, group: Group, backend: str = "tor
         for n in extra:
             own_words[n] = own_leaves[n] = own_words[n].detach().clone().requires_grad_()
         ours = _run(
-            lambda: attend_on_shards(
+            lambda: attend(
                 *(own_leaves[n] for n in ("query", "key", "value")), group, method=method, balance=balance,
                 **_as_words(own_words), backend=backend,
             ),

@@ -213,9 +213,9 @@ def test_gradient_of_a_gradient_is_refused(group):
 def test_auto_is_what_the_model_has_as_fastest(words: dict[str, Any], heads: tuple[int, int], expected: str) -> None:
     """Or a rule where the model does not know the call."""
     query, key = (torch.zeros(1, count, 256, 64) for count in heads)
-    if words.get("document_ids"):
-        words = {"document_ids": torch.zeros(1, 256, dtype=torch.int64)}
-    checked = call.check(query, key, key, None, words, "auto", "none", "torch", (Place(None, 1, 4),))
+    documents = torch.zeros(1, 256, dtype=torch.int64) if words.pop("document_ids", False) else None
+    tensors = call.Tensors(query, key, key, document_ids=documents)
+    checked = call.check(tensors, call.Words(**words, backend="torch"), (Place(None, 1, 4),))
     if expected == "by the model":
         window = (words["window"][0], 0) if words else None
         workload = Workload(batch=1, heads=heads[0], kv_heads=heads[1], length=1024, head_dim=64,

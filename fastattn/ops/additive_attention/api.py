@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
@@ -10,6 +12,7 @@ from fastattn.ops.additive_attention.call import make_call
 from fastattn.ops.additive_attention.contract import AdditiveAttentionCall
 from fastattn.ops.common import backends
 from fastattn.ops.common.row_short_way import RowShortWay
+from fastattn.ops.common.sharded import Axes, are_sharded, on_local
 from fastattn.ops.common.short_way import ShortWay, lies_with_kernels
 from fastattn.ops.common.tracing import is_symbolically_traced, recorded
 
@@ -103,6 +106,8 @@ def additive_attention(
     }
     if has_torch_function_variadic(query, key, value) and is_symbolically_traced(query, key, value):
         return recorded(additive_attention, query, key, value, weight, **words, backend=backend)
+    if are_sharded(query):
+        return _attend_on_local({"query": query, "key": key, "value": value, "weight": weight, **words}, backend)
     call = make_call(query, key, value, weight, **words)
     output, weights = _run(call, backend)
     if query.dim() == 3:
@@ -110,3 +115,20 @@ def additive_attention(
     elif weights is not None and average_attn_weights:
         weights = weights.mean(dim=1)
     return output if weights is None else (output, weights)
+
+
+def _attend_on_local(words: dict[str, Any], backend: backends.Backend | None) -> Any:
+    """:func:`additive_attention` of DTensors: batch entries and heads may be cut."""
+    has_heads = words["query"].dim() == 4
+    scores: Axes = ("batch", "heads", None, None) if has_heads else ("batch", None, None)
+    axes: dict[str, Axes] = dict.fromkeys(("query", "key", "value", "attn_mask"), scores)
+    axes |= {"weight": ("heads", None), "key_padding_mask": ("batch", None)}
+    is_average = has_heads and bool(words["average_attn_weights"])
+
+    def function(**own: Any) -> tuple[Any, ...]:
+        found = additive_attention(**own, backend=backend)
+        return found if isinstance(found, tuple) else (found,)
+
+    results = [scores, ("batch", None, None) if is_average else scores]
+    found = on_local(function, axes, words, results, (1, "heads") if is_average else None)
+    return found if words["need_weights"] else found[0]

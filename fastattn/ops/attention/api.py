@@ -15,6 +15,7 @@ from fastattn.ops.attention.functions.contract import ModifiedCall, modified_cal
 from fastattn.ops.attention.jagged import attention_jagged
 from fastattn.ops.common import backends
 from fastattn.ops.common.row_short_way import RowShortWay
+from fastattn.ops.common.sharded import Axes, are_sharded, on_local
 from fastattn.ops.common.short_way import ShortWay, lies_with_kernels
 from fastattn.ops.common.tracing import is_symbolically_traced, recorded
 
@@ -59,6 +60,8 @@ def run(call: AttentionCall, backend: backends.Backend | None) -> tuple[Tensor, 
 
 def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """:func:`run` on this backend."""
+    if are_sharded(call.query):
+        return _run_on_local(call, backend)
     # A branch and not a table of modules: torch.compile follows it without guarding on module attributes.
     if backend != "triton":
         return on_torch.run(call)
@@ -72,6 +75,39 @@ def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None, Tens
     if signature is not None:
         _MODIFIED.remember(signature)
     return found
+
+
+# What of a call may be cut: batch entries, and heads, of which those of keys may be fewer.
+_AXES: dict[str, Axes] = {
+    "query": ("batch", "heads", None, None),
+    "key": ("batch", "heads", None, None),
+    "value": ("batch", "heads", None, None),
+    "bias": ("batch", "heads", None, None),
+    "alibi_slopes": ("batch", "heads"),
+    "sinks": ("batch", "heads"),
+    "mask": ("batch", "heads", None, None),
+    "key_padding_mask": ("batch", None),
+    "query_documents": ("batch", None),
+    "key_documents": ("batch", None),
+    "prefix": ("batch",),
+}
+
+
+def _run_on_local(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """:func:`run` of DTensors, on this backend."""
+    if call.is_modified:
+        raise NotImplementedError(
+            "score_mod or mask_mod of DTensors: expected plain tensors, since a function would be told places in shards"
+        )
+
+    def function(**own: Any) -> tuple[Tensor | None, ...]:
+        return _run(AttentionCall(**own), backend)
+
+    weights = {"none": None, "average": ("batch", None, None), "heads": ("batch", "heads", None, None)}[call.weights]
+    results = ("batch", "heads", None, None), weights, ("batch", "heads", None)
+    averaged = (1, "heads") if call.weights == "average" else None
+    output, weights, lse = on_local(function, _AXES, call._asdict(), results, averaged, call.dropout_p)
+    return output, weights, lse
 
 
 def _results(call: AttentionCall, found: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:

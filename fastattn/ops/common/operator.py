@@ -133,7 +133,11 @@ class Operator:
         )
 
 
-class OperatorFunction(torch.autograd.Function):
+class Opaque(torch.autograd.Function):
+    """A Function that torch.compile puts into its graphs as it is, once :func:`keep_out_of_graphs` was called there."""
+
+
+class OperatorFunction(Opaque):
     """A Function whose forward is an operator. Subclasses add the context, and the rules of the transforms.
 
     The methods are class methods, so that one definition of the rules is shared by several operators.
@@ -181,24 +185,24 @@ def _untransformed(function: type[OperatorFunction]) -> type[torch.autograd.Func
 def apply(function: type[OperatorFunction], *groups: Sequence[Any]) -> Any:
     """The results of a Function over an operator, given the operator's groups of arguments."""
     if torch.compiler.is_compiling():
-        _keep_out_of_graphs()
+        keep_out_of_graphs()
     return function.apply(*(value for group in groups for value in group))
 
 
-def _keep_out_of_graphs() -> bool:
-    """Have torch.compile put our Functions into its graphs as they are, instead of tracing through their methods.
+def keep_out_of_graphs() -> bool:
+    """Have torch.compile put every :class:`Opaque` into its graphs as it is, instead of tracing through its methods.
 
     ``torch.compiler.allow_in_graph`` does that. It imports torch._dynamo, a second's work and triton with it, which
     importing this package must not do; so it is called when a call of ours is first compiled.
     """
-    for function in _all_subclasses(OperatorFunction):
+    for function in _all_subclasses(Opaque):
         torch.compiler.allow_in_graph(function)
     return True
 
 
 # What torch.compiler.assume_constant_result sets, spelled out because that function imports torch._dynamo: the tracer
 # then runs the function, here for its effect, and takes what it returns for a constant.
-_keep_out_of_graphs._dynamo_marked_constant = True  # type: ignore[attr-defined]
+keep_out_of_graphs._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _all_subclasses(kind: type) -> list[type]:

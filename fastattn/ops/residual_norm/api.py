@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from fastattn.ops.common import backends
+from fastattn.ops.common.sharded import are_sharded, on_local
 from fastattn.ops.common.short_way import ShortWay, in_shape, lies_with_kernels
 from fastattn.ops.common.tracing import is_symbolically_traced, recorded
 from fastattn.ops.residual_norm import direct, on_torch, on_triton
@@ -48,6 +49,13 @@ def _norm(
     backend: backends.Backend | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """What a public function returns for its :class:`Arguments`, on the backend that is chosen."""
+    if are_sharded(x, residual):
+        return _norm_on_local(
+            x=x, residual=residual, weight=weight, bias=bias, x_bias=x_bias, row_scale=row_scale,
+            normalized_shape=normalized_shape, kind=kind, eps=eps, unit_offset=unit_offset, dropout_p=dropout_p,
+            round_residual=round_residual, out_dtype=out_dtype, residual_dtype=residual_dtype,
+            return_residual=return_residual, backend=backend,
+        )  # fmt: skip
     signature = None
     if lies_with_kernels(x):
         values = x, residual, weight, bias, x_bias, row_scale, normalized_shape
@@ -71,6 +79,25 @@ def _norm(
     if kind == "rms":
         output = in_channels_last(output, x, residual)
     return (output, in_shape(total, shape)) if call.return_residual else output
+
+
+def _norm_on_local(**words: Any) -> Any:
+    """:func:`_norm` of DTensors: every leading axis may be cut."""
+    given = words["normalized_shape"]
+    last = len(given) if isinstance(given, Sequence) else 1
+    dims = max(t.dim() for t in (words["x"], words["residual"]) if t is not None)
+    leading = tuple(f"axis {number}" for number in range(dims - last))
+    vector = (None,) * last
+    axes = {"x": (*leading, *vector), "residual": (*leading, *vector), "row_scale": leading}
+    axes |= dict.fromkeys(("weight", "bias", "x_bias"), vector)
+    returns_pair = bool(words["return_residual"])
+
+    def function(**own: Any) -> Any:
+        found = _norm(**own)
+        return found if returns_pair else (found,)
+
+    found = on_local(function, axes, words, [axes["x"]] * 2, None, words["dropout_p"])
+    return found if returns_pair else found[0]
 
 
 # Unit offset, dropout, rounding, two dtypes and what is returned, of a norm alone.
