@@ -60,7 +60,7 @@ def balances_table(rows: list[Row]) -> Table:
 
 def delays_table(rows: list[Row]) -> Table:
     """The ring with late messages, beside one that waits at once."""
-    header = ("ms late", "ms [p20 p80]", "waited ms", "waiting at once, ms [p20 p80]", "waited ms", "waiting hidden")
+    header = ("ms late", "ring, ms [p20 p80]", "waited", "waiting at once, ms [p20 p80]", "waited", "of it hidden")
     shown = _of_case(rows, "delays")
     usual, at_once = ({row["delay_ms"]: row for row in shown if row["is_at_once"] == is_at_once}
                       for is_at_once in (False, True))  # fmt: skip
