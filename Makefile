@@ -3,13 +3,14 @@
 # anew from the committed runs. make docs builds the documentation into build/site, and fails where a link leads nowhere.
 # make dist: the sdist, and the wheel that it makes, into dist/. make wheel: the same, and both are looked into, the wheel
 # installed into an environment of its own, README's code and a few calls run there, within a minute.
-# make lock: constraints.txt anew, with the newest release of everything that constraints.in does not pin, and that of
-# make clients; UPGRADE= keeps the versions that are there and adds what is missing.
+# make lock: constraints.txt anew, with the newest release of everything that constraints.in does not pin, and those of
+# make clients and make ray; UPGRADE= keeps the versions that are there and adds what is missing.
 # make compat: the tests with other versions of python, torch and triton, each in an environment of its own under
 # build/compat; writes docs/compat.md. make resources-pairs: what kernels take, as make resources writes it, and beside it
 # as the tritons of two of those environments compile them.
 # make clients: models of timm, torchvision, open_clip and diffusers on fastattn, in an environment of their own under
 # build/clients; writes docs/clients.md. TIMES=1 times them instead, within three minutes.
+# make ray: a parallel model under Ray Train, with Ray in an environment of its own under build/ray, within two minutes.
 # make families: families of transformers beside eager attention; writes the tables of docs/transformers.md.
 # make proof: compiled kernels executed on the CPU, with the oldest triton and the locked one; writes docs/proof.md, within
 # an hour on two cores. Rows that were run with these sources are not run again.
@@ -28,6 +29,7 @@ PARITY ?= 1800
 SECONDS ?= 60
 STAMP  := $(VENV)/.installed
 CLIENTS := build/clients
+RAY    := build/ray
 # Executes compiled kernels in `make test`. It asks for Python 3.12 and runs on older ones, so that no requirement can
 # name it; tests/machines/ttgir/repairs.py says which version its repairs are for.
 TTSEM  := ttsem==0.1.0
@@ -36,7 +38,7 @@ PIP     := -m pip install --quiet --disable-pip-version-check --only-binary :all
 INSTALL := $(BIN)/python $(PIP) -c constraints.txt
 UPGRADE ?= --upgrade
 
-.PHONY: test ranks lint docs bench report parity resources resources-pairs fuzz dist wheel lock compat clients families proof gpu gpu-cache clean
+.PHONY: test ranks lint docs bench report parity resources resources-pairs fuzz dist wheel lock compat clients ray families proof gpu gpu-cache clean
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal
@@ -91,6 +93,9 @@ lock: $(BIN)/python
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
 		--no-emit-index-url $(UPGRADE) --extra clients -c constraints.txt --output-file constraints-clients.txt \
 		pyproject.toml constraints.in
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --universal --python-version 3.10 \
+		--no-emit-index-url $(UPGRADE) --extra ray -c constraints.txt --output-file constraints-ray.txt \
+		pyproject.toml constraints.in
 
 compat: $(STAMP)
 	$(BIN)/python -m tests.compat
@@ -98,6 +103,9 @@ compat: $(STAMP)
 clients: $(CLIENTS)/.installed
 	$(CLIENTS)/bin/python -m pytest -q tests/integrations/test_diffusers.py tests/integrations/test_patch_sdpa.py
 	PYTHONPATH=.:kernels OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m tests.clients $(if $(TIMES),--times)
+
+ray: $(RAY)/.installed
+	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest -q tests/distributed/test_ray.py
 
 families: $(STAMP)
 	PYTHONPATH=.:kernels $(BIN)/python -m tests.integrations.transformers.table
@@ -126,6 +134,12 @@ $(CLIENTS)/.installed: pyproject.toml setup.py constraints-clients.txt
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python $(PIP) -c constraints-clients.txt pip setuptools
 	$(CLIENTS)/bin/python $(PIP) -c constraints-clients.txt --no-build-isolation -e '.[clients]'
+	touch $@
+
+$(RAY)/.installed: pyproject.toml setup.py constraints-ray.txt
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/python $(PIP) -c constraints-ray.txt pip setuptools
+	$(RAY)/bin/python $(PIP) -c constraints-ray.txt --no-build-isolation -e '.[ray]'
 	touch $@
 
 clean:

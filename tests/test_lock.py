@@ -14,6 +14,7 @@ from tests import clients
 ROOT = Path(__file__).parents[1]
 LOCK = (ROOT / "constraints.txt").read_text()
 CLIENTS = (ROOT / "constraints-clients.txt").read_text()
+RAY = (ROOT / "constraints-ray.txt").read_text()
 BUILD_TOOLS = ("pip", "setuptools")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
@@ -110,7 +111,21 @@ def test_clients_have_the_versions_of_the_lock(python):
     }
 
 
-@pytest.mark.parametrize("lock", [LOCK, CLIENTS], ids=["constraints.txt", "constraints-clients.txt"])
+@pytest.mark.parametrize("python", PYTHONS)
+def test_ray_has_the_versions_of_the_lock(python):
+    """`make ray`, too."""
+    on_linux = {"platform_system": "Linux", "sys_platform": "linux", "platform_machine": "x86_64"}
+    where = {**on_linux, "python_version": python, "python_full_version": f"{python}.0"}
+    locked, of_ray = pins(LOCK, **where), pins(RAY, **where)
+    assert {"ray", "torch", "triton", "pytest", "pip", "setuptools"} <= of_ray.keys()
+    assert {name: of_ray[name].specifier for name in locked.keys() & of_ray.keys()} == {
+        name: locked[name].specifier for name in locked.keys() & of_ray.keys()
+    }
+
+
+@pytest.mark.parametrize(
+    "lock", [LOCK, CLIENTS, RAY], ids=["constraints.txt", "constraints-clients.txt", "constraints-ray.txt"]
+)
 def test_lock_names_no_place(lock):
     """A machine takes its packages from where it likes (a CPU build of torch, a mirror): no URL, no hash, no option."""
     for line in lock.splitlines():

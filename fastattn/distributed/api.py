@@ -90,9 +90,10 @@ def context_parallel_attention(
             rank while each computes, arXiv:2310.01889), ``"ulysses"`` (each rank computes some heads of the whole
             sequence, arXiv:2309.14509; the ranks have to divide the heads), ``"2d"`` (by heads along the second
             dimension of a mesh, and a ring along the first, arXiv:2405.07719), or ``"auto"``: ``"2d"`` on a mesh of two
-            dimensions, else what :func:`fastattn.distributed.model.choose` has as the fastest, whose reasons can be
-            printed; of calls that it does not know (documents, prefixes, dense masks, keys of another length) by heads
-            where these can be shared and there is no ``attn_mask``, else a ring where a rank has 4096 keys or more.
+            dimensions, else what :func:`fastattn.distributed.model.choose` has as the fastest; of calls that it does
+            not know (documents, prefixes, dense masks, keys of another length) by heads where these can be shared and
+            there is no ``attn_mask``, else a ring where a rank has 4096 keys or more.
+            :func:`fastattn.distributed.explain` says which, and why.
         balance: which tokens a rank has: ``"none"``, contiguous ones; ``"zigzag"``, one chunk from the beginning and
             one from the end of the sequence; ``"stripe"``, every ``W``-th (arXiv:2311.09431). Under causality the last
             two give every rank the same work. See :func:`position_ids`.

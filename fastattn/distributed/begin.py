@@ -105,5 +105,5 @@ def _dropout_state(call: AttentionCall, places: tuple[Place, ...], state: Tensor
         rows = call.query.detach()[:, :, :1].expand(-1, -1, call.query.shape[2] * ranks, -1)
         state = dropout.draw(rows, call.key.shape[2] * ranks, call.dropout_p)
     for place in places:
-        state = exchange.from_first(state, place)
+        state = exchange.from_first(state, place, "the broadcast of dropout's state")
     return state

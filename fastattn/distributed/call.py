@@ -8,13 +8,12 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from fastattn.distributed import ulysses
+from fastattn.distributed import traffic, ulysses
 from fastattn.distributed.agreement import digest
+from fastattn.distributed.choosing import auto
 from fastattn.distributed.functions import function_of_whole
 from fastattn.distributed.layout import Balance, Place, check_balance, pieces, ranks_of
-from fastattn.distributed.model import choose
 from fastattn.distributed.parts import Span
-from fastattn.distributed.workload import Workload
 from fastattn.ops.attention import on_triton
 from fastattn.ops.attention.call import make_call
 from fastattn.ops.attention.contract import AttentionCall, Function
@@ -23,10 +22,6 @@ from fastattn.ops.common.checks import check_attn_mask, shapes_of
 
 Method = Literal["auto", "allgather", "ring", "ulysses", "2d"]
 MaskSide = Literal["rows", "columns"]
-
-# Of calls that the communication model does not know: from so many keys on each rank on, a ring. Computing on a shard
-# then takes longer than the start of a message, and all keys at once are much memory. An estimate, and no measurement.
-_FEWEST_KEYS_OF_RING = 4096
 
 
 class Tensors(NamedTuple):
@@ -65,7 +60,7 @@ class Checked(NamedTuple):
     """A call that this rank has nothing against."""
 
     call: AttentionCall  # tensors are this rank's; bounds and shift are those of the whole sequence
-    method: str
+    method: traffic.Method
     balance: Balance
     backend: str
     attn_mask_by: MaskSide  # bias and mask of the call have this rank's queries and all keys, or all and its keys
@@ -119,11 +114,11 @@ def check(tensors: Tensors, words: Words, places: tuple[Place, ...]) -> Checked:
         upper=None if call.upper is None else call.upper + further,
         shift=call.shift + further,
     )
-    chosen = backends.choose(call, words.backend, _triton_refusals)
+    chosen = backends.choose(call, words.backend, triton_refusals)
     heads, kv_heads = query.shape[1], key.shape[1]
     refusal = ulysses.refusal(heads, kv_heads, places[-1].world)
     if method == "auto":
-        method = "2d" if len(places) == 2 else _choose(call, world, refusal is None, balance)
+        method = auto(call, places, balance).method
     if method in ("ulysses", "2d") and refusal is not None:
         raise ValueError(f"method={method!r}: {refusal}: expected heads that the ranks can share, or another method")
     if balance == "stripe" and method != "ulysses" and call.alibi_slopes is not None and places[0].world > 1:
@@ -134,7 +129,7 @@ def check(tensors: Tensors, words: Words, places: tuple[Place, ...]) -> Checked:
     return Checked(call, method, balance, chosen, attn_mask_by)
 
 
-def _triton_refusals(call: AttentionCall) -> list[str]:
+def triton_refusals(call: AttentionCall) -> list[str]:
     """Why the kernels cannot run the parts of a call; empty where they can."""
     reasons = on_triton.refusals(call)
     if call.dropout_p > 0.0:
@@ -143,47 +138,6 @@ def _triton_refusals(call: AttentionCall) -> list[str]:
             "drop what one process does"
         )
     return reasons
-
-
-def _choose(call: AttentionCall, world: int, heads_fit: bool, balance: Balance) -> str:
-    """The method that ``"auto"`` stands for: of those that can run the call the one that the communication model has as
-    the fastest, or a rule where the model does not know such a call."""
-    if world == 1:
-        return "allgather"
-    mask = call.bias if call.bias is not None else call.mask
-    methods: list[Any] = ["allgather", "ring"]
-    # by heads, a mask of all rows would have to be sent; and stripes know no distances but by heads
-    if heads_fit and mask is None:
-        methods = ["ulysses"] if balance == "stripe" and call.alibi_slopes is not None else [*methods, "ulysses"]
-    workload = _workload(call, world)
-    if workload is not None:
-        return choose(workload, world, balance=balance, methods=methods).method
-    if "ulysses" in methods:
-        return "ulysses"
-    return "ring" if call.key.shape[2] >= _FEWEST_KEYS_OF_RING else "allgather"
-
-
-def _workload(call: AttentionCall, world: int) -> Workload | None:
-    """The call in the terms of the communication model; None where that has none for it."""
-    # by int a graph for sequences of any length becomes one for this length, since the choice goes by it
-    (batch, heads, length, head_dim), (kv_heads, keys) = map(int, call.query.shape), map(int, call.key.shape[1:3])
-    left, right = (None if call.lower is None else -call.lower), call.upper
-    masks = (call.bias, call.mask, call.query_documents, call.prefix, call.mask_mod)
-    if length != keys or call.value.shape[3] != head_dim or any(mask is not None for mask in masks):
-        return None
-    if any(bound is not None and bound < 0 for bound in (left, right)):
-        return None
-    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (call.query, call.key, call.value))
-    return Workload(
-        batch=batch,
-        heads=heads,
-        kv_heads=kv_heads,
-        length=length * world,
-        head_dim=head_dim,
-        dtype=call.query.dtype,
-        window=None if left is right is None else (left, right),
-        training=trains,
-    )
 
 
 def said_of(checked: Checked, words: Words) -> dict[str, Any]:

@@ -157,14 +157,14 @@ def all_to_all(tensors: Sequence[Tensor], place: Place) -> list[Tensor]:
     return unpacked(received, tensors)
 
 
-def from_first(tensor: Tensor, place: Place) -> Tensor:
-    """The tensor of the group's first rank, on all of them."""
+def from_first(tensor: Tensor, place: Place, what: str) -> Tensor:
+    """The tensor of the group's first rank, on all of them; ``what``: the exchange, in words."""
     if place.world == 1:
         return tensor
     message = packed([tensor[None]])
     if place.rank == 0:
         _count_sent(message.numel() * (place.world - 1), place.world - 1)
-    with _of_everybody(place, "the broadcast of dropout's state", message.numel() if place.rank else 0):
+    with _of_everybody(place, what, message.numel() if place.rank else 0):
         dist.broadcast(message, group_src=0, group=place.group)
     return unpacked(message, [tensor[None]])[0][0]
 

@@ -60,7 +60,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a method takes for a call.
+    """What a method takes for a call. Printed, it says so in a line.
 
     Args:
         method: the method.
@@ -83,6 +83,12 @@ class Estimate:
     def time_s(self) -> float:
         """Seconds of both passes."""
         return self.forward.time_s + (self.backward.time_s if self.backward else 0.0)
+
+    def __str__(self) -> str:
+        passes = [self.forward] if self.backward is None else [self.forward, self.backward]
+        sent, messages = sum(of.bytes_sent for of in passes), sum(of.messages for of in passes)
+        times = f"{_seconds(self.time_s)}, {_seconds(self.waiting_s)} of it waiting"
+        return f"{self.method}: {times}; {_bytes(sent)} sent in {messages} messages, {_bytes(self.memory)} held"
 
 
 @dataclass(frozen=True)
@@ -161,8 +167,8 @@ def choose(
     for method in methods:
         try:
             arrangement = arranged(method, workload, world_size, cluster.ranks_per_node, balance)
-            if method == "2d" and 1 in arrangement:
-                same = "ring" if arrangement.group == 1 else "ulysses"
+            same = "ring" if arrangement.group == 1 else "ulysses"
+            if method == "2d" and 1 in arrangement and same in methods:
                 refused[method] = f"{arrangement.group} of {world_size} ranks in a node: it would be {same}"
             else:
                 found[method] = estimate(method, workload, world_size, cluster, balance=balance)
@@ -212,7 +218,10 @@ def _seconds(seconds: float) -> str:
 
 
 def _bytes(count: float) -> str:
-    return f"{count / 1e9:.3g} GB"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.3g} bytes"
 
 
 # ------------------------------------------------------------------------------------------------------------ the times

@@ -102,18 +102,23 @@ class ParallelMultiheadAttention(MultiheadAttention):
         def here(call: AttentionCall) -> Any:
             return run(call, self.backend)
 
-        of_call = Inputs(*given, key_padding_mask, None if self.context else attn_mask, *self._own_parameters())
+        of_call = Inputs(*given, key_padding_mask, None if self.context else attn_mask, *self.own_parameters())
         merged, weights = attend(of_call, words, here if self.context is None else on_shards)
-        output = summed(F.linear(merged, local(self.out_proj.weight)), self.tensor)
-        if self.out_proj.bias is not None:
-            output = output + local(self.out_proj.bias).to(output.dtype)  # which autocast may have lowered
+        output = self.project_back(merged)
         if weights is not None and average_attn_weights:
             weights = summed(weights / ranks, self.tensor)
         elif weights is not None:
             weights = joined(weights, weights.dim() - 3, self.tensor)
         return output, weights
 
-    def _own_parameters(self) -> tuple[Any, ...]:
+    def project_back(self, merged: Tensor) -> Tensor:
+        """The features of this rank's heads, side by side, through the output's projection."""
+        output = summed(F.linear(merged, local(self.out_proj.weight)), self.tensor)
+        if self.out_proj.bias is not None:
+            output = output + local(self.out_proj.bias).to(output.dtype)  # which autocast may have lowered
+        return output
+
+    def own_parameters(self) -> tuple[Any, ...]:
         """Of each parameter in front of attention what this rank's heads need, as ``Inputs`` has them."""
         packed = separate = None
         if self._qkv_same_embed_dim:
@@ -232,11 +237,23 @@ def _put(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement, s
 
 
 def _show_as_torch(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """Put the packed weight into a state dict as ``[3 E, E]``, shared out in a way that every reader understands."""
-    name = prefix + PACKED
-    sharded = state_dict.get(name)
-    if not isinstance(sharded, DTensor) or sharded.dim() != 3:
-        return
+    """Put the packed weight into a state dict in torch's shape."""
+    sharded = state_dict.get(prefix + PACKED)
+    if isinstance(sharded, DTensor) and sharded.dim() == 3:
+        state_dict[prefix + PACKED] = in_torch_shape(sharded)
+
+
+def _take_from_torch(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *further: Any
+) -> None:
+    """Make the parameter's shape of what a state dict has in torch's, on any ranks or on none."""
+    given, parameter = state_dict.get(prefix + PACKED), module._parameters[PACKED]
+    if isinstance(given, Tensor) and isinstance(parameter, DTensor) and is_in_torch_shape(given, parameter):
+        state_dict[prefix + PACKED] = in_shape_of(given, parameter)
+
+
+def in_torch_shape(sharded: DTensor) -> Tensor:
+    """Of ``[3, E, E]`` in shards the same as ``[3 E, E]``, shared out in a way that every reader understands."""
     tensor_dim = sharded.device_mesh.ndim - 1
     whole = sharded.full_tensor().detach().flatten(0, 1)
     # the heads become rows; what data-parallel ranks have of the second dimension becomes columns
@@ -245,19 +262,16 @@ def _show_as_torch(module: nn.Module, state_dict: dict[str, Any], prefix: str, l
         for dim, placement in enumerate(sharded.placements)
     ]
     shown = distribute_tensor(whole, sharded.device_mesh, placements, src_data_rank=None)
-    state_dict[name] = shown.clone()  # else its shard keeps the memory of all of it
+    return shown.clone()  # else its shard keeps the memory of all of it
 
 
-def _take_from_torch(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *further: Any
-) -> None:
-    """Make the parameter's shape of what a state dict has as ``[3 E, E]``, on any ranks or on none."""
-    name, parameter = prefix + PACKED, module._parameters[PACKED]
-    given = state_dict.get(name)
-    if not isinstance(given, Tensor) or not isinstance(parameter, DTensor) or given.dim() != 2:
-        return
+def is_in_torch_shape(given: Tensor, parameter: DTensor) -> bool:
+    """Whether it is ``[3 E, E]``, of a parameter ``[3, E, E]``; of another shape torch says what is wrong with it."""
+    return parameter.dim() == 3 and given.shape == (3 * parameter.shape[1], parameter.shape[2])
+
+
+def in_shape_of(given: Tensor, parameter: DTensor) -> DTensor:
+    """Of ``[3 E, E]``, on any ranks or on none, the same in the parameter's shape and shards."""
     whole = (given.full_tensor() if isinstance(given, DTensor) else given).detach()
-    if whole.shape != (3 * parameter.shape[1], parameter.shape[2]):
-        return  # torch says what is wrong with it
     whole = whole.to(parameter.device).unflatten(0, (3, parameter.shape[1])).contiguous()
-    state_dict[name] = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar, get_args
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -17,7 +17,7 @@ from fastattn.distributed.call import Method
 from fastattn.distributed.layout import Balance, check_balance
 from fastattn.distributed.parallel_attention import PACKED, Context, ParallelMultiheadAttention, share_heads_out
 from fastattn.distributed.parallel_parts import ContextPositionalEncoding, ParallelTrunk, replicate_parameters
-from fastattn.models.transformer import TransformerTrunk
+from fastattn.models.transformer import TransformerEncoderDecoder, TransformerLanguageModel, TransformerTrunk
 from fastattn.modules import (
     AddLayerNorm,
     AddRMSNorm,
@@ -109,7 +109,7 @@ def parallelize(
         attention.__dict__["tensor"], attention.__dict__["context"] = tensor, context
     for trunk in plan.trunks:
         trunk.__class__ = ParallelTrunk
-        trunk.__dict__["context"] = context
+        trunk.__dict__.update(mesh=mesh, context=context, keeps_whole=words.get("reshard_after_forward") is False)
     for positions in plan.positions if context is not None else ():
         positions.__class__ = ContextPositionalEncoding
         positions.__dict__["context"] = context
@@ -140,6 +140,10 @@ def _fully_shard(model: nn.Module, plan: _Plan, mesh: DeviceMesh, words: dict[st
 
     for module in (*(layer for _, layer in plan.layers if layer is not model), model):
         fully_shard(module, mesh=mesh, shard_placement_fn=placement, **words)
+    if isinstance(model, (TransformerTrunk, TransformerLanguageModel, TransformerEncoderDecoder)):
+        for method in ("generate", "new_cache", "step"):  # they read parameters, as forward does
+            if hasattr(model, method):
+                register_fsdp_forward_method(model, method)
 
 
 # ------------------------------------------------------------------------------------------------------------- checks

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from fastattn.distributed.parallel_attention import Context
+from fastattn.distributed.parallel_decoding import ParallelCache
 from fastattn.distributed.regions import local
 from fastattn.distributed.sharing import position_ids, shard, unshard
 from fastattn.models._checks import check_padding, check_tokens
+from fastattn.models._decoding import DecodingCache
 from fastattn.models.transformer import TransformerTrunk
 from fastattn.modules import LearnedPositionalEncoding
 
@@ -70,12 +72,17 @@ class ContextPositionalEncoding(LearnedPositionalEncoding):
 
     context: Context
 
-    def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        """As there; ``x`` is this rank's shard of a sequence."""
+    def forward(self, x: Tensor, start: int | None = None) -> Tensor:
+        """As there.
+
+        Args:
+            x: this rank's shard of a sequence, or with a ``start`` what all ranks have alike.
+            start: the position of the first vector; None: those of the shard.
+        """
+        if start is not None:
+            return super().forward(x, start)
         ranks, table = self.context.mesh.size(), self.weight
         length = x.shape[-2] * ranks
-        if start != 0:
-            raise NotImplementedError(f"start={start} with a 'context': expected 0, since a rank has no later tokens")
         if length > table.shape[0]:
             raise ValueError(f"positions 0 to {length - 1}: the table holds max_length={table.shape[0]}")
         places = position_ids(length, self.context.mesh, balance=self.context.balance, device=x.device)
@@ -86,13 +93,17 @@ class ContextPositionalEncoding(LearnedPositionalEncoding):
 
 
 class ParallelTrunk(TransformerTrunk):
-    """A trunk that shares its sequences out, and gives back whole ones; it does not decode.
+    """A trunk that shares its sequences out, and gives back whole ones.
 
     Attributes:
+        mesh: the ranks that it is shared out among.
         context: how the sequences are shared out, or None.
+        keeps_whole: FSDP2 was told not to shard a layer's parameters again behind its forward.
     """
 
+    mesh: DeviceMesh
     context: Context | None = None
+    keeps_whole: bool = False
 
     def forward(
         self,
@@ -116,9 +127,63 @@ class ParallelTrunk(TransformerTrunk):
         output = super().forward(own[0], own[1], memory=own[2], memory_padding=own[3])
         return unshard(output, 1, self.context.mesh, balance=self.context.balance)
 
-    def new_cache(self, *arguments: Any, **words: Any) -> Any:
-        """Refused: decoding reads the parameters of whole modules."""
-        raise NotImplementedError(
-            "decoding with a parallel model: load its full state dict (get_model_state_dict with full_state_dict=True) "
-            "into a model of one process"
+    def new_cache(
+        self,
+        batch: int,
+        memory: Tensor | None = None,
+        memory_padding: Tensor | None = None,
+        *,
+        max_length: int | None = None,
+        page_size: int | None = None,
+        pages: int | None = None,
+    ) -> ParallelCache:
+        """As for the trunk that it was: of whole sequences, of which each rank keeps a part."""
+        self._check_gathered()
+        self._check_memory(memory, memory_padding, None)
+        most = self.config.max_length if max_length is None else max_length
+        return ParallelCache(
+            list(self.layers),
+            batch,
+            most,
+            memory,
+            memory_padding,
+            mesh=self.mesh,
+            context=self.context,
+            keeps_whole=self.keeps_whole,
+            page_size=page_size,
+            pages=pages,
         )
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, cache: DecodingCache) -> Tensor:
+        """As for the trunk that it was: of whole sequences, the same on every rank of the context.
+
+        With a context the first tokens are shared out, as many as can be shared out evenly; the ranks compute the
+        others alike, one after the other, and take turns in keeping them.
+        """
+        self._check_gathered()
+        if self.context is None:
+            return super().step(tokens, cache)
+        assert isinstance(cache, ParallelCache)
+        self._check_step(tokens, cache)
+        mesh, balance = self.context.mesh, self.context.balance
+        together = mesh.size() * (2 if balance == "zigzag" else 1)
+        shared = tokens.shape[1] // together * together if cache.length == 0 else 0
+        found = []
+        if shared:
+            own = shard(tokens[:, :shared], 1, mesh, balance=balance)
+            with cache.taking_shards():
+                output = self._decoded(self.positions(self.tokens(own)), cache)
+            found.append(unshard(output, 1, mesh, balance=balance))
+        for place in range(shared, tokens.shape[1]):
+            found.append(super().step(tokens[:, place : place + 1], cache))
+        return torch.cat(found, dim=1) if found else self.tokens(tokens)  # of no tokens there is nothing to compute
+
+    def _check_gathered(self) -> None:
+        """Raise where FSDP2 has not gathered the parameters that are of no layer."""
+        weight = self.tokens._parameters["weight"]
+        if isinstance(weight, DTensor) and set(weight.device_mesh.mesh_dim_names or ()) - {"tensor"}:
+            raise RuntimeError(
+                "decoding with sharded parameters: expected a call of the model that parallelize was given; if "
+                "that calls this one, torch.distributed.fsdp.register_fsdp_forward_method(model, name) of its method"
+            )

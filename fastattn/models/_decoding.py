@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,9 +48,10 @@ class DecodingCache:
         page_size: int | None = None,
         pages: int | None = None,
     ) -> None:
-        of_first = layers[0].self_attn
-        (like,) = under_autocast(of_first.in_proj_weight[:0])  # what the projections of a step give
-        heads, head_dim = of_first.num_heads, of_first.head_dim
+        with self.reading(layers[0]):
+            heads, weight, _ = self.projection(layers[0].self_attn)
+            (like,) = under_autocast(weight[:0])  # what the projections of a step give
+        head_dim = layers[0].self_attn.head_dim
         made: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
         self.kv: KVCache | PagedKVCache
         if page_size is None:
@@ -62,12 +64,66 @@ class DecodingCache:
         self.memory: list[tuple[Tensor, ...]] = []
         self.memory_padding = memory_padding
         if memory is not None:
-            self.memory = [_project(layer.multihead_attn, memory, 1, 3) for layer in layers]
+            for layer in layers:
+                with self.reading(layer):
+                    self.memory.append(self.project(layer.multihead_attn, memory, 1, 3))
 
     @property
     def length(self) -> int:
         """How many positions the sequences have; all are as long as the first."""
         return self.kv.lengths_on_host[0]
+
+    # ------------------------------------------------------------- what a model that is shared out does in another way
+
+    def reading(self, layer: Any) -> contextlib.AbstractContextManager[Any]:
+        """While it lasts, the layer's parameters can be read."""
+        return contextlib.nullcontext()
+
+    def projection(self, attention: MultiheadAttention) -> tuple[int, Tensor, Tensor | None]:
+        """How many heads this process has, and the weight and the bias that give their queries, keys and values."""
+        assert attention.in_proj_weight is not None, "the layers of a transformer have one size for all three"
+        return attention.num_heads, attention.in_proj_weight, attention.in_proj_bias
+
+    def project_back(self, attention: MultiheadAttention, merged: Tensor) -> Tensor:
+        """The features of this process's heads, side by side, through the output's projection."""
+        return attention.out_proj(merged)
+
+    def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, backend: Any) -> Any:
+        """Of the first sequences' next positions, ``[B, H, T, D]``, to all that a layer holds and to themselves."""
+        return self.kv.attend(index, query, key, value, sequences=slice(0, len(query)), backend=backend)
+
+    def reserve(self, tokens: int, sequences: slice) -> None:
+        """Make room for the next positions of some sequences."""
+        self.kv.reserve(tokens, sequences)
+
+    def advance(self, tokens: int, sequences: slice) -> None:
+        """Hold them, once all layers have written them."""
+        self.kv.advance(tokens, sequences)
+
+    def check_alike(self, prompt: Tensor, words: dict[str, Any]) -> None:
+        """Raise where processes that generate together were called with different arguments."""
+
+    def agreed(self, tensor: Tensor) -> Tensor:
+        """What the first of the processes has that say the same tokens."""
+        return tensor
+
+    def everywhere(self, is_done: bool) -> bool:
+        """Whether all processes that compute together are done."""
+        return is_done
+
+    # ------------------------------------------------------------------------------------------------ in all processes
+
+    def project(self, attention: MultiheadAttention, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
+        """Of queries (0), keys (1) and values (2) those from ``first`` to before ``last``, each ``[B, H, T, D]``."""
+        heads, weight, bias = self.projection(attention)
+        width = heads * attention.head_dim
+        rows = slice(first * width, last * width)
+        projected = F.linear(x, weight[rows], None if bias is None else bias[rows])
+        return projected.unflatten(-1, (last - first, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+    def merge(self, attention: MultiheadAttention, attended: Any) -> Tensor:
+        """The heads ``[B, H, T, D]`` side by side, through the output's projection."""
+        return self.project_back(attention, attended.transpose(1, 2).flatten(2))
 
 
 def decode(layer: Any, x: Tensor, cache: DecodingCache, index: int) -> Tensor:
@@ -85,19 +141,17 @@ def decode(layer: Any, x: Tensor, cache: DecodingCache, index: int) -> Tensor:
     """
 
     def attend(x: Tensor) -> Tensor:
-        projected, own = _project(layer.self_attn, x, 0, 3), slice(0, len(x))
-        return _merge(
-            layer.self_attn, cache.kv.attend(index, *projected, sequences=own, backend=layer.self_attn.backend)
-        )
+        query, key, value = cache.project(layer.self_attn, x, 0, 3)
+        return cache.merge(layer.self_attn, cache.attend(index, query, key, value, layer.self_attn.backend))
 
     def read_memory(x: Tensor) -> Tensor:
         keys, values = cache.memory[index]
         # All beginnings of a sequence read one memory, and no query sees another: they are its rows of queries
         rows = x.reshape(len(keys), x[..., 0].numel() // max(1, len(keys)), x.shape[2])
-        (query,) = _project(layer.multihead_attn, rows, 0, 1)
+        (query,) = cache.project(layer.multihead_attn, rows, 0, 1)
         padding, backend = cache.memory_padding, layer.multihead_attn.backend
         attended = attention(query, keys, values, key_padding_mask=padding, backend=backend)
-        return _merge(layer.multihead_attn, attended).view_as(x)
+        return cache.merge(layer.multihead_attn, attended).view_as(x)
 
     def feed_forward(x: Tensor) -> Tensor:
         return layer.linear2(layer.activation(layer.linear1(x)))
@@ -105,8 +159,9 @@ def decode(layer: Any, x: Tensor, cache: DecodingCache, index: int) -> Tensor:
     blocks = [(layer.norm1, attend), (layer.norm2, feed_forward)]
     if isinstance(layer, TransformerDecoderLayer):
         blocks = [(layer.norm1, attend), (layer.norm2, read_memory), (layer.norm3, feed_forward)]
-    for norm, block in blocks:
-        x = x + block(norm(x)) if layer.norm_first else norm(block(x), x)
+    with cache.reading(layer):
+        for norm, block in blocks:
+            x = x + block(norm(x)) if layer.norm_first else norm(block(x), x)
     return x
 
 
@@ -170,6 +225,7 @@ def generate(
         shared = min(given, room) // page_size
         pages = max(1, batch * (shared + beam * (-(-room // page_size) - shared)))
     cache = trunk.new_cache(max(1, batch * beam), *memory(), max_length=room, page_size=page_size, pages=pages)
+    cache.check_alike(prompt, {"length": length, "temperature": temperature, "seed": seed, "end": end, "beam": beam})
 
     def step(new: Tensor, parents: Tensor | None) -> Tensor:
         if parents is not None:
@@ -177,11 +233,19 @@ def generate(
         return head(trunk.step(new, cache)[:, -1])
 
     if beam > 1:
-        return _search(step, prompt, length, beam, end)
-    return _go_on(step, prompt, length, temperature, seed, end)
+        return _search(step, cache, prompt, length, beam, end)
+    return _go_on(step, cache, prompt, length, temperature, seed, end)
 
 
-def _go_on(step: _Step, prompt: Tensor, length: int, temperature: float, seed: int | None, end: int | None) -> Tensor:
+def _go_on(
+    step: _Step,
+    cache: DecodingCache,
+    prompt: Tensor,
+    length: int,
+    temperature: float,
+    seed: int | None,
+    end: int | None,
+) -> Tensor:
     """The prompt with one token behind the other, the likeliest or one that is drawn."""
     generator = None if seed is None else torch.Generator(prompt.device).manual_seed(seed)
     tokens = new = prompt
@@ -193,39 +257,25 @@ def _go_on(step: _Step, prompt: Tensor, length: int, temperature: float, seed: i
         else:
             below = logits - logits.amax(-1, keepdim=True)  # so that no quotient is inf
             new = torch.multinomial(torch.softmax(below / temperature, dim=-1), 1, generator=generator)
+        new = cache.agreed(new.to(prompt.dtype))
         if end is not None:
             new = torch.where(ended, end, new)
             ended |= new == end
-        new = new.to(prompt.dtype)
         tokens = torch.cat((tokens, new), dim=1)
-        if end is not None and bool(ended.all()):
+        if end is not None and cache.everywhere(bool(ended.all())):
             break
     return tokens
 
 
-def _search(step: _Step, prompt: Tensor, length: int, beam: int, end: int | None) -> Tensor:
+def _search(step: _Step, cache: DecodingCache, prompt: Tensor, length: int, beam: int, end: int | None) -> Tensor:
     """The likeliest of what a beam search finds behind the prompt."""
     beams = Beams(prompt, beam, end)
     new, parents = prompt, None
     for _ in range(length):
         batch, kept = beams.last.shape
-        origin = beams.extend(step(new, parents).unflatten(0, (batch, kept)))
-        if beams.finished:
+        origin = beams.extend(cache.agreed(step(new, parents)).unflatten(0, (batch, kept)))
+        if end is not None and cache.everywhere(beams.finished):
             break
         first = kept * torch.arange(batch, device=origin.device)[:, None]  # of each sequence's beginnings
         new, parents = beams.last.reshape(-1, 1), (first + origin).flatten()
     return beams.tokens[:, 0]
-
-
-def _project(attention: MultiheadAttention, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
-    """Of queries (0), keys (1) and values (2) those from ``first`` to before ``last``, each ``[B, H, T, D]``."""
-    assert attention.in_proj_weight is not None, "the layers of a transformer have one size for all three"
-    rows = slice(first * attention.embed_dim, last * attention.embed_dim)
-    bias = None if attention.in_proj_bias is None else attention.in_proj_bias[rows]
-    projected = F.linear(x, attention.in_proj_weight[rows], bias)
-    return projected.unflatten(-1, (last - first, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-
-
-def _merge(attention: MultiheadAttention, attended: Any) -> Tensor:
-    """The heads ``[B, H, T, D]`` side by side, through the output's projection."""
-    return attention.out_proj(attended.transpose(1, 2).flatten(2))

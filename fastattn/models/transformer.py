@@ -195,18 +195,25 @@ class TransformerTrunk(nn.Module):
                 no multiple of that of the memory.
             CacheFullError: the cache has no room for them.
         """
+        self._check_step(tokens, cache)
+        return self._decoded(self.positions(self.tokens(tokens), start=cache.length), cache)
+
+    def _check_step(self, tokens: Tensor, cache: DecodingCache) -> None:
+        """Raise unless these may be the next tokens."""
         check_tokens("tokens", tokens)
         if not self.causal:
             raise ValueError("causal=False: what later tokens change cannot be kept")
         sources = len(cache.memory[0][0]) if cache.memory else 1
         if sources and len(tokens) % sources:
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}: expected a multiple of the memory's {sources}")
-        x = self.positions(self.tokens(tokens), start=cache.length)
-        sequences = slice(0, len(tokens))
-        cache.kv.reserve(tokens.shape[1], sequences)
+
+    def _decoded(self, x: Tensor, cache: DecodingCache) -> Tensor:
+        """What all layers make of the next positions; the cache then holds them."""
+        sequences = slice(0, len(x))
+        cache.reserve(x.shape[1], sequences)
         for index, layer in enumerate(self.layers):
             x = decode(layer, x, cache, index)
-        cache.kv.advance(tokens.shape[1], sequences)
+        cache.advance(x.shape[1], sequences)
         return self.norm(x)
 
     def _check_memory(self, memory: Tensor | None, padding: Tensor | None, batch: int | None) -> None:

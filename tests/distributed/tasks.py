@@ -122,6 +122,27 @@ def modelled(group: dist.ProcessGroup) -> list[str]:
     return wrong
 
 
+def explained(group: dist.ProcessGroup) -> list[str]:
+    """Where ``explain``, which one rank alone asks, says another method or other bytes than those that go."""
+    world, wrong = group.size(), []
+    calls: Any = itertools.product(("auto", "ring"), (True, False), (group, dist.init_device_mesh("cpu", (world, 1))))
+    for method, is_causal, over in calls:
+        leaves = [torch.randn(1, 8, 8, 16, requires_grad=True) for _ in range(3)]
+        words: Any = {"is_causal": is_causal, "balance": "stripe", "method": method if over is group else "auto"}
+        if group.rank() != world - 1:
+            attend_on_shards(*leaves, over, **words, backend="torch").sum().backward()
+            continue
+        said = distributed.explain(*leaves, over, **words)
+        with distributed.record_traffic() as counted:
+            attend_on_shards(*leaves, over, **words, backend="torch").sum().backward()
+        estimate: Any = said.estimates[said.method]
+        modelled = (estimate.forward, estimate.backward)
+        sent = [sum(of.bytes_sent for of in modelled), sum(of.messages for of in modelled)]
+        if sent != [counted.bytes_sent, counted.messages]:
+            wrong.append(f"{words}: {sent} and {counted}")
+    return wrong
+
+
 def sixteen_bits(group: dist.ProcessGroup) -> dict[str, list[float]]:
     """The largest errors beside float64 of output and gradients in bfloat16: of a ring, and of one process."""
     results = {}

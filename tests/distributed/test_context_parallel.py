@@ -21,7 +21,7 @@ from tests.distributed.cases import attend_on_shards
 from tests.distributed.processes import run_on_ranks
 
 # of one start of the processes
-TASKS = ("every_call", "sharing_out", "disagreements", "traffic", "modelled", "sixteen_bits")
+TASKS = ("every_call", "sharing_out", "disagreements", "traffic", "modelled", "explained", "sixteen_bits")
 
 
 def none_raised(said):
@@ -46,6 +46,7 @@ def test_shards_give_what_one_process_gives(world):
         assert of_rank["every_call"]["count"] == len(list(cases.calls(world)))
         assert of_rank["sharing_out"] == []
         assert of_rank["modelled"] == []
+        assert of_rank["explained"] == []
         check_disagreements(of_rank["disagreements"], rank)
         for ours, theirs in zip(of_rank["sixteen_bits"]["ring"], of_rank["sixteen_bits"]["one process"]):
             # partial results are not rounded, however many there are; delta is made of an output that is

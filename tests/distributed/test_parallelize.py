@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch.distributed as dist
 
-from tests.distributed import compiled_steps, parallel_tasks
+from tests.distributed import compiled_steps, generation_tasks, parallel_tasks, state_tasks
 from tests.distributed.processes import run_on_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is built without gloo")
@@ -22,8 +22,11 @@ _TASKS = (
     parallel_tasks.fused_layers,
     parallel_tasks.state_dicts,
     parallel_tasks.checkpoints,
-    parallel_tasks.broadcast,
+    state_tasks.optimizer_states,
+    state_tasks.broadcast,
     parallel_tasks.refusals,
+    generation_tasks.generation,
+    generation_tasks.generation_further,
 )
 # Of these, how far they may be from one process, in float32.
 _MOST = {"attention": 2e-6, "context": 2e-6, "fused_layers": 2e-6, "sequence_to_sequence": 1e-5}
@@ -48,7 +51,6 @@ _REFUSALS = {
     "another linear layer": "TypeError: the model.linear1 is a _Odd: expected an nn.Linear",
     "twice": "ValueError: self_attn.in_proj_weight is a DTensor: expected a model that is not parallel yet",
     "odd length": "ValueError: tensor.shape[1]=9: expected a multiple of 2, for 2 ranks and balance='none'",
-    "decoding": "NotImplementedError: decoding with a parallel model: load its full state dict",
     "weights": "NotImplementedError: need_weights=True with a 'context'",
     "floating padding": "NotImplementedError: key_padding_mask is torch.float32 with a 'context'",
 }
@@ -66,10 +68,11 @@ def test_parallel_models_are_what_they_are_in_one_process():
             assert of_rank[task]
             assert {name: far for name, far in of_rank[task].items() if not far <= most} == {}, task
         assert {name for name, is_right in of_rank["state_dicts"].items() if not is_right} == set()
-        # torch would copy rows into those of the packed projection, in another order: their shapes keep it from that
-        assert "must match" in of_rank["broadcast"]
+        check_states(of_rank["optimizer_states"], of_rank["broadcast"])
         assert of_rank["refusals"].keys() == _REFUSALS.keys()
         assert {n: m for n, m in of_rank["refusals"].items() if not m.startswith(_REFUSALS[n])} == {}
+        assert {name for name, is_right in of_rank["generation"].items() if not is_right} == set()
+        check_generation(of_rank["generation_further"])
     check_checkpoints([of_rank["checkpoints"] for of_rank in said])
 
 
@@ -81,6 +84,34 @@ def check_training(said):
         assert found["losses"] <= 1e-5, (name, found)
         assert found["weights"] <= 1e-4, (name, found)
         assert found["all DTensors"], name
+
+
+def check_states(of_optimizer, of_model):
+    """What an optimizer keeps has torch's shapes everywhere, if it is asked to; of one rank a model takes three."""
+    assert of_optimizer.pop("no model") == "TypeError: model: expected an nn.Module, got Adam"
+    assert of_optimizer.pop("no optimizer").startswith("TypeError: optimizer: expected a torch.optim.Optimizer, got ")
+    assert {name: far for name, far in of_optimizer.items() if not far <= 1e-5} == {}
+    assert {name: far for name, far in of_optimizer.items() if "from" in name and far != 0} == {}
+    # torch would copy rows into those of the packed projection, in another order: their shapes keep it from that
+    assert "must match" in of_model["as torch has it"]
+    assert of_model["as three"]
+
+
+def check_generation(found):
+    """Each rank keeps its own heads' keys of its own tokens, and refuses what does not go together on all ranks."""
+    assert found["tokens"] and found["bfloat16"] and found["wrapped"]
+    shape, length, (of_first, of_second) = found["cache"]
+    assert shape == [2, 2, 2, 6, 4]
+    assert length == 9 and of_first == of_second and of_first in (4, 5)
+    assert found["steps"] <= 2e-6
+    assert (
+        found["full"]
+        == "CacheFullError: reserve(1): 1 slots asked for, 9 held and 0 free of the 9 that a sequence may have"
+    )
+    assert found["pages"].startswith("NotImplementedError: page_size=4 with a 'context': ")
+    assert found["another prompt"].startswith("RanksDisagreeError: the ranks of the group were called with different")
+    assert "length: rank" in found["another length"]
+    assert found["not gathered"].startswith("RuntimeError: decoding with sharded parameters: expected a call of")
 
 
 def check_checkpoints(said):

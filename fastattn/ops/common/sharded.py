@@ -43,7 +43,7 @@ _dtensor._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def are_sharded(*tensors: Any) -> bool:
     """Is one of these a DTensor? Those of torch's own classes are told apart without a look for that one."""
     odd = [tensor for tensor in tensors if tensor is not None and type(tensor) not in (Tensor, Parameter)]
-    return bool(odd) and any(isinstance(tensor, _dtensor()) for tensor in odd)
+    return len(odd) > 0 and any(isinstance(tensor, _dtensor()) for tensor in odd)
 
 
 def on_local(
@@ -120,7 +120,7 @@ def _shared_out(axes: Mapping[str, Axes], tensors: Mapping[str, Any], mesh: Any)
             for axis, size in _named(axes[name], tensor)
             if axis == wanted and size != 1
         ]
-        is_even = bool(sizes) and all(size % parts == 0 for size in sizes)
+        is_even = len(sizes) > 0 and all(size % parts == 0 for size in sizes)
         found.append(wanted if wanted is not None and is_even else None)
     return found
 
