@@ -20,7 +20,7 @@ def _parser() -> argparse.ArgumentParser:
         "backward: by every method, by a ring that waits for each message at once, with messages that come late, and "
         "beside torch's.",
     )
-    parser.add_argument("--ranks", type=_positive, default=2, help="processes (default: 2)")
+    parser.add_argument("--ranks", type=int, choices=(2, 4, 8), default=2, help="processes (default: 2)")
     parser.add_argument(
         "--lengths", metavar="N,N,...", type=_lengths, default=(512, 1024, 2048),
         help="of whole sequences, multiples of twice the ranks (default: 512,1024,2048)",
