@@ -10,6 +10,7 @@ python -m benchmarks compare A.json B.json       did anything become slower? (th
 python -m benchmarks report RUN.json             a run as Markdown, CSV and pictures
 python -m benchmarks cookbook                    docs/cookbook.md anew, from the functions that it shows
 python -m benchmarks host                        what a call costs before its kernel runs, beside torch's
+python -m benchmarks ranks                       what attention over several processes waits for, over gloo
 python -m benchmarks take DIR                    what came back of `make gpu` into benchmarks/results
 python -m benchmarks laboratory --target cuda:90 what the kernels take, compiled for GPUs that need not be here
 """
@@ -44,6 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
         from benchmarks.host import command_line as host
 
         return host.main(arguments[1:])
+    if arguments[:1] == ["ranks"]:
+        from benchmarks.ranks import command_line as ranks
+
+        return ranks.main(arguments[1:])
     if arguments[:1] == ["take"]:
         from benchmarks import take
 

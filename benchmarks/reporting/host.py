@@ -50,10 +50,14 @@ def host_block(path: Path) -> str:
     """
     try:
         found = json.loads(path.read_text())
-        facts, table = found["environment"], host_table(found["rows"])
-        commit = f"{(facts['commit'] or 'unknown')[:10]}{' and changes' if facts['modified'] else ''}"
-        where = f"{facts['processor']} of {facts['cores']} cores, load {facts['load']:.1f}"
-        versions = f"python {facts['python']}, torch {facts['torch']}, triton {facts['triton']}"
+        facts, table = measured_on(found["environment"]), host_table(found["rows"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected what `python -m benchmarks host --json` writes; {error}") from error
-    return f"{where}, {versions}, commit {commit}.\n\n{as_markdown(table)}"
+    return f"{facts}.\n\n{as_markdown(table)}"
+
+
+def measured_on(facts: dict[str, Any]) -> str:
+    """The machine, the versions and the commit of a measurement, in one line."""
+    commit = f"{(facts['commit'] or 'unknown')[:10]}{' and changes' if facts['modified'] else ''}"
+    where = f"{facts['processor']} of {facts['cores']} cores, load {facts['load']:.1f}"
+    return f"{where}, python {facts['python']}, torch {facts['torch']}, triton {facts['triton']}, commit {commit}"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.reporting import ranks
 from benchmarks.reporting.document import (
     OURS,
     Document,
@@ -421,8 +422,14 @@ def _value(value: Any) -> str:
     return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-# The blocks that are made of no run: of one experiment of the lecture, and of the host's times.
-OF_OTHER_FILES: dict[str, Callable[[Path], str]] = {"experiment": experiment, "host": host_block}
+# The blocks that are made of no run: of one experiment of the lecture, the host's times, and several processes'.
+OF_OTHER_FILES: dict[str, Callable[[Path], str]] = {
+    "experiment": experiment,
+    "host": host_block,
+    "ranks-methods": ranks.block(ranks.methods_table),
+    "ranks-balances": ranks.block(ranks.balances_table),
+    "ranks-delays": ranks.block(ranks.delays_table),
+}
 BLOCKS: dict[str, Block] = {
     "run-facts": run_facts,
     "module-ratios": module_ratios,

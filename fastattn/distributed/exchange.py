@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -35,22 +36,37 @@ class RankLostError(RuntimeError):
 
 @dataclasses.dataclass
 class Traffic:
-    """What this process has sent and computed; see :func:`record_traffic`.
+    """What this process has sent, received and computed, and how long it waited; see :func:`record_traffic`.
+
+    The header of a call is not counted. With NCCL the seconds say little, since the GPU waits for messages and the host
+    does not; ``bytes_overlapped`` goes by the order in which messages and parts are begun, which is the same there.
 
     Attributes:
-        bytes_sent: to other ranks, without the header of a call.
+        bytes_sent: to other ranks.
         messages: of how many messages, one to each rank that one goes to.
         parts: pairs of a rank's queries and another's keys that were computed.
         parts_skipped: such pairs that nobody sees, and that were not.
+        bytes_received: from other ranks.
+        bytes_overlapped: those of them that came while something was computed: at least one part, between the start of
+            the exchange and the wait for it.
+        seconds_waited: in which this process stood still for messages: until the backend had taken them over, and until
+            they had come.
+        seconds_under_way: from the start of each exchange to the end of the wait for it, added up. The messages took as
+            long at most.
     """
 
     bytes_sent: int = 0
     messages: int = 0
     parts: int = 0
     parts_skipped: int = 0
+    bytes_received: int = 0
+    bytes_overlapped: int = 0
+    seconds_waited: float = 0.0
+    seconds_under_way: float = 0.0
 
 
-_recorded: list[Traffic] = []
+_since_start = Traffic()  # all of this process: by its parts a message knows whether one was computed meanwhile
+_recorded = [_since_start]
 
 
 @contextlib.contextmanager
@@ -72,6 +88,14 @@ def _count_sent(size: int, messages: int) -> None:
     for traffic in _recorded:
         traffic.bytes_sent += size
         traffic.messages += messages
+
+
+def _count_received(size: int, *, overlapped: bool, waited: float, under_way: float) -> None:
+    for traffic in _recorded:
+        traffic.bytes_received += size
+        traffic.bytes_overlapped += size * overlapped
+        traffic.seconds_waited += waited
+        traffic.seconds_under_way += under_way
 
 
 def count_part(is_seen: bool) -> None:
@@ -113,10 +137,10 @@ def all_gather(tensors: Sequence[Tensor], place: Place, *, counts: bool = True) 
     message = packed([t[None] for t in tensors])
     everything = message
     if place.world > 1:
-        everything = message.new_empty(place.world, message.shape[1])
+        everything, size = message.new_empty(place.world, message.shape[1]), message.numel() * (place.world - 1)
         if counts:
-            _count_sent(message.numel() * (place.world - 1), place.world - 1)
-        with _of_everybody(place, "the all-gather"):
+            _count_sent(size, place.world - 1)
+        with _of_everybody(place, "the all-gather", size if counts else None):
             _all_gather(everything, message, group=place.group)
     return unpacked(everything, [t[None] for t in tensors])
 
@@ -126,9 +150,9 @@ def all_to_all(tensors: Sequence[Tensor], place: Place) -> list[Tensor]:
     if place.world == 1:
         return list(tensors)
     message = packed(tensors)
-    received = torch.empty_like(message)
-    _count_sent(message[0].numel() * (place.world - 1), place.world - 1)
-    with _of_everybody(place, "the all-to-all"):
+    received, size = torch.empty_like(message), message[0].numel() * (place.world - 1)
+    _count_sent(size, place.world - 1)
+    with _of_everybody(place, "the all-to-all", size):
         dist.all_to_all_single(received, message, group=place.group)
     return unpacked(received, tensors)
 
@@ -140,7 +164,7 @@ def from_first(tensor: Tensor, place: Place, what: str) -> Tensor:
     message = packed([tensor[None]])
     if place.rank == 0:
         _count_sent(message.numel() * (place.world - 1), place.world - 1)
-    with _of_everybody(place, what):
+    with _of_everybody(place, what, message.numel() if place.rank else 0):
         dist.broadcast(message, group_src=0, group=place.group)
     return unpacked(message, [tensor[None]])[0][0]
 
@@ -158,8 +182,9 @@ def sum_over_ranks(shares: Tensor, place: Place) -> Tensor:
 
 
 @contextlib.contextmanager
-def _of_everybody(place: Place, what: str) -> Generator[None]:
-    """Name the ranks of an exchange that fails."""
+def _of_everybody(place: Place, what: str, received: int | None) -> Generator[None]:
+    """Name the ranks of an exchange that fails; count what it brings, unless that is None, and the wait for it."""
+    began = time.perf_counter()
     try:
         yield
     except RuntimeError as error:
@@ -168,6 +193,9 @@ def _of_everybody(place: Place, what: str) -> Generator[None]:
             f"{place.name(place.rank)}: {what} failed: one of {others} did not come within the group's time-out, or is "
             f"gone: {error}"
         ) from error
+    if received is not None:
+        waited = time.perf_counter() - began
+        _count_received(received, overlapped=False, waited=waited, under_way=waited)
 
 
 # ---------------------------------------------------------------------------------------------------- from rank to rank
@@ -182,13 +210,23 @@ class Pending:
         place: of this process.
         what: the exchange, in words.
         kept: what is sent and received, which has to live as long as the messages travel.
+        size: bytes that are received; None: they are not counted.
+        began: when the backend was asked to begin with them, by ``time.perf_counter``.
     """
 
-    def __init__(self, works: list[dist.Work], peers: list[int], place: Place, what: str, kept: list[Tensor]) -> None:
+    def __init__(
+        self, works: list[dist.Work], peers: list[int], place: Place, what: str, kept: list[Tensor], size: int | None,
+        began: float,
+    ) -> None:  # fmt: skip
         self._works, self._peers, self._place, self._what, self._kept = works, peers, place, what, kept
+        self._size, self._began, self._parts = size, began, _since_start.parts
+        self._taken_over = time.perf_counter() - began
 
     def wait(self) -> None:
         """Return when all of them have arrived."""
+        if not self._works:
+            return
+        stopped = time.perf_counter()
         known = len(self._works) == len(self._peers)
         for number, work in enumerate(self._works):
             try:
@@ -197,6 +235,10 @@ class Pending:
                 peers = self._peers[number : number + 1] if known else self._peers
                 raise _lost(self._place, self._what, peers, error) from error
         self._works, self._kept = [], []
+        if self._size is not None:
+            now, overlapped = time.perf_counter(), _since_start.parts > self._parts
+            waited = self._taken_over + now - stopped
+            _count_received(self._size, overlapped=overlapped, waited=waited, under_way=now - self._began)
 
 
 def _lost(place: Place, what: str, peers: list[int], error: RuntimeError) -> RankLostError:
@@ -220,10 +262,13 @@ def start(
         *(dist.P2POp(dist.isend, tensor, group=place.group, tag=tag, group_peer=peer) for tensor, peer in sent),
     ]
     peers = [peer for _, peer in (*received, *sent)]
+    sizes = [sum(tensor.nbytes for tensor, _ in some) for some in (sent, received)]
     if counts:
-        _count_sent(sum(t.numel() * t.element_size() for t, _ in sent), len(sent))
+        _count_sent(sizes[0], len(sent))
+    began = time.perf_counter()
     try:
         works = dist.batch_isend_irecv(operations) if operations else []
     except RuntimeError as error:
         raise _lost(place, what, peers, error) from error
-    return Pending(works, peers, place, what, [tensor for tensor, _ in (*sent, *received)])
+    kept = [tensor for tensor, _ in (*sent, *received)]
+    return Pending(works, peers, place, what, kept, sizes[1] if counts else None, began)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import itertools
 import os
@@ -70,8 +71,8 @@ def kernels(group: dist.ProcessGroup) -> dict[str, float]:
     return {" ".join(call): cases.distance(*cases.both(*call, group, backend="triton"))[0] for call in calls}
 
 
-def traffic(group: dist.ProcessGroup) -> dict[str, list[int]]:
-    """What a rank sends and computes: ``[bytes, messages, parts, skipped parts]`` of some forward passes."""
+def traffic(group: dist.ProcessGroup) -> dict[str, dict[str, float]]:
+    """What a rank sends, receives and computes in some forward passes, and in the backward of a ring."""
     found = {}
     documents = torch.full((1, 8), group.rank())
     calls: dict[str, dict[str, Any]] = {
@@ -86,8 +87,11 @@ def traffic(group: dist.ProcessGroup) -> dict[str, list[int]]:
     for name, words in calls.items():
         with distributed.record_traffic() as counted, torch.no_grad():
             attend_on_shards(*own_qkv(group), group, **{"method": "ring", **words}, backend="torch")
-        found[name] = [counted.bytes_sent, counted.messages, counted.parts, counted.parts_skipped]
-    return found
+        found[name] = dataclasses.asdict(counted)
+    output = attend_on_shards(*own_qkv(group), group, method="ring", backend="torch")
+    with distributed.record_traffic() as counted:
+        output.sum().backward()
+    return {**found, "backward": dataclasses.asdict(counted)}
 
 
 def modelled(group: dist.ProcessGroup) -> list[str]:

@@ -13,7 +13,7 @@ from fastattn import distributed
 from fastattn.distributed import call
 from fastattn.distributed.layout import Place
 from fastattn.distributed.model import choose
-from fastattn.distributed.parts import Run, Span, reaches
+from fastattn.distributed.parts import Run, Span, bounds, reaches
 from fastattn.distributed.workload import Workload
 from fastattn.ops.attention.contract import Options
 from tests.distributed import cases, tasks
@@ -82,10 +82,13 @@ def check_disagreements(said, rank):
 def check_traffic(said):
     """Bytes, messages, parts and skipped parts are those that can be counted on paper."""
     world, shard = len(said), 2 * tasks.HEADS * 8 * 16 * 4  # bytes of a rank's keys and values
-    sent = {name: [of_rank[name][0] for of_rank in said] for name in said[0]}
-    messages = {name: sum(of_rank[name][1] for of_rank in said) for name in said[0]}
-    parts = {name: [of_rank[name][2] for of_rank in said] for name in said[0]}
-    skipped = {name: [of_rank[name][3] for of_rank in said] for name in said[0]}
+
+    def of_ranks(what):
+        return {name: [of_rank[name][what] for of_rank in said] for name in said[0]}
+
+    sent, received, overlapped = (of_ranks(f"bytes_{what}") for what in ("sent", "received", "overlapped"))
+    messages = {name: sum(counts) for name, counts in of_ranks("messages").items()}
+    parts, skipped = of_ranks("parts"), of_ranks("parts_skipped")
     assert sent["all"] == sent["allgather"] == [(world - 1) * shard] * world
     assert parts["all"] == [world] * world
     # the keys of rank r go as far as the last rank, and rank r sees those of r + 1 ranks
@@ -100,6 +103,16 @@ def check_traffic(said):
     assert parts["zigzag"] == [2 * world + 1] * world  # pairs of half shards: the same work everywhere
     of_rows = 8 * tasks.HEADS * 16 * 4  # query, key, value or output of a rank; and the LSE of its rows
     assert sent["ulysses"] == [(4 * of_rows + 8 * tasks.HEADS * 4) * (world - 1) // world] * world
+    assert {name: sum(of_rank) for name, of_rank in sent.items()} == {n: sum(of) for n, of in received.items()}
+    # all keys of a ring come beside the part before, and of the gradients all but the last, which come home
+    assert overlapped["causal"] == received["causal"] == [rank * shard for rank in range(world)]
+    assert all(overlapped[name] == received[name] for name in ("all", "window", "zigzag"))
+    assert received["backward"] == [(2 * world - 1) * shard] * world
+    assert overlapped["backward"] == [(2 * world - 2) * shard] * world
+    assert overlapped["allgather"] == overlapped["ulysses"] == overlapped["documents"] == [0] * world
+    for name in said[0]:
+        for waited, under_way in zip(of_ranks("seconds_waited")[name], of_ranks("seconds_under_way")[name]):
+            assert 0.0 < waited <= under_way or (waited == under_way == 0.0 and not sum(received[name]))
 
 
 def test_shards_by_the_kernels_give_what_one_process_gives():
@@ -210,6 +223,50 @@ def test_auto_is_what_the_model_has_as_fastest(words: dict[str, Any], heads: tup
                             dtype=torch.float32, window=window)  # fmt: skip
         expected = choose(workload, 4, methods=("allgather", "ring", "ulysses")).method
     assert checked.method == expected
+
+
+def seen_by(run: Run) -> int:
+    """The pairs of a query and a key that a rank's parts compute, by their bounds, where no lower one is."""
+    count = 0
+    for owner in range(run.place.world):
+        for of_rows, of_keys, seen in run.pairs(run.place.rank, owner):
+            _, upper, _ = bounds(of_rows, of_keys, run.options)
+            of_part = (torch.arange(of_rows.tokens) + upper + 1).clamp(0, of_keys.tokens).sum()
+            assert seen == bool(of_part)
+            count += int(of_part)
+    return count
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_balances_give_ranks_the_same_work_under_causality(world):
+    """Zigzag exactly; stripes but for a key of each query, from rank to rank, all of which is less than one part; and
+    contiguous shards do not."""
+    tokens = 12
+    runs = {
+        balance: [
+            Run(
+                place=Place(None, rank, world),
+                balance=balance,
+                rows=tokens,
+                keys=tokens,
+                heads=1,
+                kv_heads=1,
+                mask_axes=(False, False),
+                options=Options(None, 0, 0, None, 1.0, 0.0, "none", "torch"),
+                longest_prefix=0,
+                query_spans=None,
+                key_spans=None,
+            )
+            for rank in range(world)
+        ]
+        for balance in cases.BALANCES
+    }
+    work = {balance: [seen_by(run) for run in of_ranks] for balance, of_ranks in runs.items()}
+    whole = world * tokens
+    assert {sum(of_ranks) for of_ranks in work.values()} == {whole * (whole + 1) // 2}
+    assert work["zigzag"] == [whole * (whole + 1) // 2 // world] * world
+    assert max(work["stripe"]) - min(work["stripe"]) == (world - 1) * tokens <= tokens**2
+    assert max(work["none"]) - min(work["none"]) == (world - 1) * tokens**2
 
 
 def test_keys_go_round_as_far_as_the_last_rank_that_sees_some():

@@ -1,0 +1,1 @@
+"""What attention over several processes waits for, beside what it computes: gloo on this machine."""
