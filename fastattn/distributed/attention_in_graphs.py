@@ -89,12 +89,18 @@ def _forward(spec: dict[str, Any], given: Any) -> list[Tensor]:
         checked = check(tensors, words, places)
         started = begin(tensors, words, places, given[-1])
     done: Done = started.method.forward(started.run, started.inputs)
+    if not any(spec["trained"]):
+        return [_own(done.output), _own(done.lse)]
     kept = [getattr(done.inputs, name) for name in _kept_names(checked)]
     if checked.method in ("ulysses", "2d"):
         kept += done.kept
     spans = [_as_numbers(each, done.output.device) for each in (started.run.query_spans, started.run.key_spans)]
-    found = done.output, done.lse, *spans, *kept
-    return [tensor.clone(memory_format=torch.contiguous_format) for tensor in found]
+    return [_own(tensor) for tensor in (done.output, done.lse, *spans, *kept)]
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A tensor in memory of its own, as an operator has to return it."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _like_forward(spec: dict[str, Any], given: Any) -> list[Tensor]:
@@ -107,6 +113,8 @@ def _like_forward(spec: dict[str, Any], given: Any) -> list[Tensor]:
     edges = len(pieces(0, places[0].world, 2, checked.balance))
     of_documents = (places[0].world, edges, 2) if call.query_documents is not None else (0,)
     found = [query.new_empty((*query.shape[:3], value_dim)), query.new_empty(query.shape[:3], dtype=dtype)]
+    if not any(spec["trained"]):
+        return found
     found += [query.new_empty(of_documents, dtype=torch.int64) for _ in range(2)]
     for name in _kept_names(checked):
         if name == "dropout_state":  # by heads alone the kept weights of these, else the seed
@@ -204,7 +212,7 @@ def _of_input(gradient: Any, tensor: Tensor, is_needed: bool) -> Tensor:
     """A gradient in the shape of its input, in memory of its own."""
     if not is_needed:
         return tensor.new_empty(0)
-    return gradient.reshape(tensor.shape).clone(memory_format=torch.contiguous_format)
+    return _own(gradient.reshape(tensor.shape))
 
 
 register("attention", Exchange(_forward, _like_forward, _backward, _like_backward, results=2))

@@ -31,7 +31,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     found = {f"steps on {sizes}": far for sizes, far in steps()}
     found |= {f"call {' '.join(call)}": far for call, far in calls()}
-    found |= {"shares": shares(), "disagreement": disagreement()}
+    found |= {"without gradients": without_gradients(), "shares": shares(), "disagreement": disagreement()}
     if dist.get_rank() == 0:
         print("\n".join(f"{far:.3g} {what}" for what, far in found.items()))
     dist.destroy_process_group()
@@ -61,6 +61,19 @@ def calls() -> Any:
     for call in CALLS:
         compiled = torch.compile(cases.attend_on_shards, backend="aot_eager", fullgraph=True)
         yield call, cases.distance(*cases.both(*call, group, attend=compiled))[0]
+
+
+def without_gradients() -> float:
+    """How far a call is from which nothing is kept for a backward."""
+    torch.manual_seed(3)
+    whole = [torch.randn(1, 2, 8, 4) for _ in range(3)]
+    group = dist.group.WORLD
+    assert group is not None
+    own = [distributed.shard(t, 2, group) for t in whole]
+    words: Any = {"method": "ulysses", "is_causal": True, "backend": "torch"}
+    eager = cases.attend_on_shards(*own, group, **words)
+    compiled = torch.compile(cases.attend_on_shards, backend="aot_eager", fullgraph=True)(*own, group, **words)
+    return (compiled - eager).abs().max().item()
 
 
 def shares() -> float:

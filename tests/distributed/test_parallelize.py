@@ -131,6 +131,6 @@ def test_compiled_steps_and_calls_under_torchrun():
     assert result.returncode == 0, result.stderr
     said = (line.split(maxsplit=1) for line in result.stdout.splitlines())
     far = {what: float(number) for number, what in said}
-    assert len(far) == 5 + len(compiled_steps.CALLS)
-    most = {"steps": 1e-5, "call": 2e-6, "shares": 0.0, "disagreement": 0.0}
+    assert len(far) == 6 + len(compiled_steps.CALLS)
+    most = {"steps": 1e-5, "call": 2e-6, "shares": 0.0, "without": 0.0, "disagreement": 0.0}
     assert {what: number for what, number in far.items() if not number <= most[what.split()[0]]} == {}
