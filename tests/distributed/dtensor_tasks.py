@@ -181,6 +181,8 @@ def dtensor_kinds(group: dist.ProcessGroup) -> dict[str, Any]:
     other = init_device_mesh("cpu", (2, 2))
     refused: dict[str, Callable[[], Any]] = {
         "plain key": lambda: attend(query, key.full_tensor(), value),
+        "plain input of a norm": lambda: fastattn.add_layer_norm(ones, key),
+        "plain bias": lambda: attend(query, key, value, attn_mask=torch.zeros(6, 6, requires_grad=True)),
         "plain sinks": lambda: attend(query, key, value, sinks=torch.ones(4, requires_grad=True)),
         "score_mod": lambda: attend(query, key, value, score_mod=lambda score, *places: score * 2),
         "mesh": lambda: attend(query, key, distribute_tensor(torch.ones(4, 4, 6, 8), other, [Replicate()] * 2)),

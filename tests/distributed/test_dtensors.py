@@ -12,6 +12,8 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is b
 
 _REFUSALS = {
     "plain key": "TypeError: key is a Tensor and query a DTensor: expected a DTensor, such as",
+    "plain input of a norm": "TypeError: x is a Tensor and residual a DTensor: expected a DTensor, such as",
+    "plain bias": "TypeError: attn_mask is a Tensor and query a DTensor: expected a DTensor, such as",
     "plain sinks": "TypeError: sinks is a Tensor and query a DTensor: expected a DTensor, such as",
     "score_mod": "NotImplementedError: score_mod or mask_mod of DTensors: expected plain tensors",
     "mesh": "ValueError: value is on ",

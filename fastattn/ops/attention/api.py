@@ -93,6 +93,10 @@ _AXES: dict[str, Axes] = {
 }
 
 
+# What a user calls them.
+_SHOWN = {"bias": "attn_mask", "mask": "attn_mask", "query_documents": "document_ids", "key_documents": "document_ids"}
+
+
 def _run_on_local(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """:func:`run` of DTensors, on this backend."""
     if call.is_modified:
@@ -106,7 +110,7 @@ def _run_on_local(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | N
     weights = {"none": None, "average": ("batch", None, None), "heads": ("batch", "heads", None, None)}[call.weights]
     results = ("batch", "heads", None, None), weights, ("batch", "heads", None)
     averaged = (1, "heads") if call.weights == "average" else None
-    output, weights, lse = on_local(function, _AXES, call._asdict(), results, averaged, call.dropout_p)
+    output, weights, lse = on_local(function, _AXES, call._asdict(), results, averaged, call.dropout_p, _SHOWN)
     return output, weights, lse
 
 

@@ -23,6 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+# Of these a plain tensor may be a rank's own shard as well as the whole.
+_ACTIVATIONS = ("query", "key", "value", "x", "residual")
+
 Axes = tuple[str | None, ...]  # the names of the last axes of a tensor; None: computed together
 
 
@@ -53,25 +56,28 @@ def on_local(
     results: Sequence[Axes | None],
     averaged: tuple[int, str] | None = None,
     dropout_p: Any = 0.0,
+    shown: Mapping[str, str] | None = None,
 ) -> tuple[Any, ...]:
     """The results of a function, as DTensors.
 
     Args:
         function: takes ``words`` by their names, and returns a tuple of tensors, or None in the place of one.
         axes: of each argument that may hold a tensor the names of its axes, those whose placements decide ahead. A
-            tensor with fewer axes has the last ones. The first argument is a DTensor.
-        words: the arguments. Plain tensors among them without a gradient are taken to be the same on all ranks.
+            tensor with fewer axes has the last ones. One of these arguments is a DTensor.
+        words: the arguments. Plain tensors among them without a gradient are taken to be the same on all ranks, but
+            for those of which ranks might have shards.
         results: the names of the axes of each result.
         averaged: the number of a result that is an average over an axis, and that axis.
         dropout_p: of the call: ranks that share the work draw different numbers.
+        shown: what a user calls an argument, where that is another name.
 
     Raises:
-        TypeError: a plain tensor has a gradient.
+        TypeError: a plain tensor has a gradient, or may be a shard.
         ValueError: meshes differ.
         NotImplementedError: dropout in a graph.
     """
     tensors = {name: words[name] for name in axes if isinstance(words.get(name), Tensor)}
-    tensors = _on_one_mesh(tensors)
+    tensors = _on_one_mesh(tensors, shown or {})
     mesh = next(iter(tensors.values())).device_mesh
     shared = _shared_out(axes, tensors, mesh)
     local = {name: _local_of(tensor, axes[name], mesh, shared) for name, tensor in tensors.items()}
@@ -85,21 +91,25 @@ def on_local(
     )
 
 
-def _on_one_mesh(tensors: Mapping[str, Any]) -> dict[str, Any]:
+def _on_one_mesh(tensors: Mapping[str, Any], shown: Mapping[str, str]) -> dict[str, Any]:
     """DTensors of all tensors, on the mesh of the first, or raise."""
     from torch.distributed.tensor import DTensor, Replicate
 
     found: dict[str, Any] = {}
-    (first, leading), *_ = tensors.items()
-    mesh = leading.device_mesh
+    first = next(name for name, tensor in tensors.items() if isinstance(tensor, DTensor))
+    mesh = tensors[first].device_mesh
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):
             if tensor.device_mesh != mesh:
-                raise ValueError(f"{name} is on {tensor.device_mesh} and {first} on {mesh}: expected one mesh for all")
-        elif tensor.requires_grad or name in ("key", "value"):
+                raise ValueError(
+                    f"{shown.get(name, name)} is on {tensor.device_mesh} and {shown.get(first, first)} on {mesh}: "
+                    "expected one mesh for all"
+                )
+        elif tensor.requires_grad or name in _ACTIVATIONS:
             raise TypeError(
-                f"{name} is a {type(tensor).__name__} and {first} a DTensor: expected a DTensor, such as "
-                "torch.distributed.tensor.distribute_tensor makes of a tensor that all ranks have"
+                f"{shown.get(name, name)} is a {type(tensor).__name__} and {shown.get(first, first)} a DTensor: "
+                "expected a DTensor, such as torch.distributed.tensor.distribute_tensor makes of a tensor that all "
+                "ranks have"
             )
         else:
             tensor = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
