@@ -161,8 +161,8 @@ CASES: dict[str, Case] = {
 
 
 def calls(world: int) -> Iterator[tuple[str, str, str]]:
-    """``(case, method, balance)`` of everything that there is; on fewer than four ranks each case with one balance of a
-    method, the balances in turn."""
+    """``(case, method, balance)`` of everything that there is, on eight ranks. Fewer than four share it out with four:
+    they have each case with one of the balances of a method, in turn, and four ranks have the others."""
     for number, method in enumerate(METHODS):
         if method == "2d" and world % 2:
             continue
@@ -172,7 +172,8 @@ def calls(world: int) -> Iterator[tuple[str, str, str]]:
                 slopes = name in ("alibi", "alibi-causal", "everything")
                 if slopes and balance == "stripe" and of_ring > 1:
                     continue  # refused
-                if world < 4 and (number + case_number) % len(BALANCES) != balance_number:
+                is_turn = (number + case_number) % len(BALANCES) == balance_number
+                if world <= 4 and is_turn == (world == 4):
                     continue
                 yield name, method, balance
 
