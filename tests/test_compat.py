@@ -62,7 +62,9 @@ def test_committed_compat_table_has_no_failures():
 
 def test_committed_compat_table_has_the_oldest_the_locked_and_newer_pairs():
     tried = {(row["torch"], row["triton"]) for row in ROWS}
-    assert {(pair.torch, pair.triton) for pair in compat.PAIRS if pair.torch} < tried
+    # the newest that could be had may be one of those that are named
+    assert {(pair.torch, pair.triton) for pair in compat.PAIRS if pair.torch} <= tried
+    assert [row["Python"] for row in ROWS] == [pair.python for pair in compat.PAIRS]
     assert (compat.locked("torch"), compat.locked("triton")) in tried
     floors = re.findall(r'"(?:torch|triton)>=([\d.]+)', (compat.ROOT / "pyproject.toml").read_text())
     assert [f"{floor}.0" for floor in floors] == list(compat.PAIRS[0][1:])
